@@ -1,0 +1,101 @@
+"""The identity card of an artifact: what it is, what it was made from, and the hash of every file.
+
+A manifest is deterministic: making the same thing again from the same inputs writes the same bytes, so that steps further
+down see no change. Anything that varies from run to run (times, host) belongs into ``perf.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmpipe import __version__
+from mmpipe.artifacts.files import canonical_json, read_json, sha256, write_json
+from mmpipe.errors import ArtifactError
+
+NAME = "manifest.json"
+SCHEMA = 1
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "numpy", "pillow")
+
+
+def fingerprint(spec: str, inputs: Mapping[str, str]) -> str:
+    """Hash of what determines a step's result: its spec and the hashes of its inputs' manifests."""
+    return hashlib.sha256(canonical_json({"spec": spec, "inputs": dict(inputs)}).encode()).hexdigest()
+
+
+def input_hashes(manifests: list[Path]) -> dict[str, str]:
+    """The sha256 of each input manifest by its path.
+
+    Raises ArtifactError when one is missing.
+    """
+    for path in manifests:
+        if not path.is_file():
+            raise ArtifactError(f"{path}: the manifest is missing; ask snakemake for it: snakemake {path}")
+    return {path.as_posix(): sha256(path) for path in sorted(manifests)}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries that can change a number."""
+    installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES if name in installed}
+
+
+def write(
+    directory: Path,
+    *,
+    kind: str,
+    spec: str,
+    inputs: Mapping[str, str],
+    hash_files: bool = True,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Write ``manifest.json`` for all files below ``directory`` and return it.
+
+    ``facts`` are further deterministic statements (seed, steps, tokens seen, counts). ``hash_files=False`` records sizes
+    alone, for trees that are not ours to read in full.
+    """
+    files = {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size}
+        | ({"sha256": sha256(path)} if hash_files else {})
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != NAME
+    }
+    manifest = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "spec": json.loads(spec),
+        "inputs": dict(inputs),
+        **facts,
+        "mmpipe": __version__,
+        "libraries": library_versions(),
+        "files": files,
+    }
+    write_json(directory / NAME, manifest)
+    return manifest
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Read a directory's manifest and check that the files it lists are there in full size.
+
+    Raises ArtifactError naming the first file that is missing or cut.
+    """
+    path = directory / NAME
+    if not path.is_file():
+        raise ArtifactError(f"{directory}: no {NAME}; the artifact was never finished: snakemake {path}")
+    try:
+        manifest: dict[str, Any] = read_json(path)
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path}: not JSON ({error}); delete it and run snakemake again") from error
+    for name, facts in manifest.get("files", {}).items():
+        file = directory / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != facts["size"]:
+            found = "missing" if size is None else f"{size} bytes"
+            raise ArtifactError(
+                f"{file}: {found}, but {path} lists {facts['size']} bytes; delete the manifest to make it again"
+            )
+    return manifest
