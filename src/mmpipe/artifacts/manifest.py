@@ -6,6 +6,7 @@ down see no change. Anything that varies from run to run (times, host) belongs i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -40,8 +41,11 @@ def input_hashes(manifests: list[Path]) -> dict[str, str]:
 
 def library_versions() -> dict[str, str]:
     """Versions of the installed libraries that can change a number."""
-    installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return {name: importlib.metadata.version(name) for name in _LIBRARIES if name in installed}
+    versions = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def write(

@@ -1,0 +1,29 @@
+"""Entries made on the spot from a seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from mmpipe.artifacts.files import staged_directory
+from mmpipe.registry import load_object
+from mmpipe.sources.base import Source
+
+
+class Made(Source):
+    """Call a maker function ``maker(out, seed=..., **options)``, named by its import path."""
+
+    source: Literal["made"] = "made"
+    maker: str
+    """``package.module:function``; it writes its files into the directory given as first argument."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the maker."""
+    seed: int = 0
+    version: int = 1
+    """Raise it when the maker's code changes what it makes."""
+
+    def fetch(self, out: Path) -> dict[str, Any]:
+        make = load_object(self.maker, f"maker of {out}")
+        with staged_directory(out) as stage:
+            make(stage, seed=self.seed, **self.options)
+        return {"seed": self.seed}
