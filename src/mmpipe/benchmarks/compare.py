@@ -1,0 +1,60 @@
+"""The comparison of several checkpoints on one benchmark: the content of ``results/{benchmark}.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmpipe.errors import DataError
+
+
+def compare(
+    benchmark: str,
+    scores: Mapping[str, Mapping[str, Any]],
+    controls: Mapping[str, Mapping[str, Any]] | None = None,
+    chance: float | None = None,
+) -> dict[str, Any]:
+    """One row a checkpoint, in the order given, from the contents of their ``score.json``.
+
+    ``controls`` are rows measured under a control (e.g. pictures exchanged between questions), marked as
+    such; ``chance`` is what guessing scores. Scores of different protocols or of different question sets are
+    different measurements. Raises DataError when the rows are not of one benchmark, protocol and number of
+    questions.
+    """
+    rows = [_row(name, score) for name, score in scores.items()]
+    rows += [_row(name, score) | {"control": True} for name, score in (controls or {}).items()]
+    for name in ("task", "protocol", "n"):
+        found = sorted({str(row[name]) for row in rows})
+        if len(found) > 1:
+            raise DataError(
+                f"{benchmark}: scores of different {name} cannot stand in one table: {', '.join(found)}"
+            )
+    best = max((row for row in rows if not row["control"]), key=lambda row: row["score"], default=None)
+    return {
+        "benchmark": benchmark,
+        "task": rows[0]["task"] if rows else None,
+        "protocol": rows[0]["protocol"] if rows else None,
+        "metric": rows[0]["metric"] if rows else None,
+        "n": rows[0]["n"] if rows else 0,
+        "chance": chance,
+        "best": best["checkpoint"] if best else None,
+        "rows": rows,
+    }
+
+
+def _row(checkpoint: str, score: Mapping[str, Any]) -> dict[str, Any]:
+    headline = score["headline"]
+    return {
+        "checkpoint": checkpoint,
+        "task": score["benchmark"],
+        "protocol": score["protocol"],
+        "metric": headline["metric"],
+        "score": headline["value"],
+        "ci95": headline["ci95"],
+        "units": headline["units"],
+        "n": score["n"],
+        "missing": score["missing"],
+        "unparsed": score["unparsed"],
+        "control": False,
+        "lineage": score.get("lineage", {}),
+    }

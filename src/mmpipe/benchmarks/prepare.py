@@ -1,0 +1,176 @@
+"""Turning a benchmark's official files into one plain form: ``questions.jsonl``, ``references.jsonl``,
+``images/``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mmpipe.artifacts.files import read_jsonl
+from mmpipe.benchmarks.base import Question, Record, get
+from mmpipe.benchmarks.pictures import extension
+from mmpipe.benchmarks.records import write_records
+from mmpipe.benchmarks.spec import BenchmarkEntry
+from mmpipe.errors import DataError
+
+QUESTIONS = "questions.jsonl"
+REFERENCES = "references.jsonl"
+
+
+def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
+    """Write the questions, references and pictures of ``entry`` from the official files below ``source`` into
+    ``out``.
+
+    Equal pictures are stored once, named by their content. Returns counts for the manifest, which the caller
+    writes. Raises DataError for files that are missing or not in the official form, ConfigError for an
+    unknown benchmark, protocol or file role.
+    """
+    benchmark = get(entry.task)
+    protocol = benchmark.protocol(entry.protocol)
+    files = benchmark.source(source, entry.files)
+    pictures = _Pictures(out)
+    questions = [_stored(question, pictures) for question in benchmark.questions(files, protocol)]
+    references = benchmark.references(files, protocol)
+    if len(questions) != len(references):
+        raise DataError(
+            f"{source}: {len(questions)} questions but {len(references)} references; is a file cut off?"
+        )
+    kept = _first_groups(questions, entry.limit)
+    questions, references = [questions[i] for i in kept], [references[i] for i in kept]
+    if entry.control == "shuffle_images":
+        questions = shuffle_images(questions, seed=entry.task)
+    write_records(out / QUESTIONS, map(_as_json, questions))
+    write_records(out / REFERENCES, references)
+    asked = {str(path) for question in questions for path in question.images}
+    pictures.keep(asked)
+    return {
+        "benchmark": benchmark.name,
+        "protocol": protocol.name,
+        "questions": len(questions),
+        "groups": len({_group(question) for question in questions}),
+        "pictures": len(asked),
+        "max_new_tokens": entry.max_new_tokens or protocol.max_new_tokens,
+    }
+
+
+def read_questions(directory: Path) -> list[Question]:
+    """The questions of a prepared benchmark, pictures as paths."""
+    return [
+        Question(
+            id=record["question_id"],
+            text=record["text"],
+            images=tuple(directory / name for name in record["images"]),
+            prompt=record.get("prompt"),
+            group=record.get("group", ""),
+            extra=record.get("extra", {}),
+        )
+        for record in read_jsonl(directory / QUESTIONS)
+    ]
+
+
+def shuffle_images(questions: Sequence[Question], seed: str) -> list[Question]:
+    """The questions, each with the pictures of another one.
+
+    Questions that shared their pictures share the new ones too, and so do the rotations of a circular
+    question; no question keeps its own. The permutation depends on ``seed`` and the pictures alone. Raises
+    DataError when there are not two different pictures to exchange.
+    """
+    own: dict[str, tuple[bytes | Path, ...]] = {}
+    for question in questions:
+        if question.images:
+            own.setdefault(_group(question), question.images)
+    pool = sorted(set(own.values()), key=str)
+    if own and len(pool) < 2:
+        raise DataError("shuffle_images needs at least two different pictures")
+    given = dict(zip(pool, _one_cycle(pool, random.Random(f"shuffle_images:{seed}")), strict=True))
+    return [replace(q, images=given[own[_group(q)]]) if q.images else q for q in questions]
+
+
+def _one_cycle(items: Sequence[Any], generator: random.Random) -> list[Any]:
+    """A permutation that is a single cycle, so that nothing stays in its place (Sattolo 1986)."""
+    shuffled = list(items)
+    for last in range(len(shuffled) - 1, 0, -1):
+        other = generator.randrange(last)
+        shuffled[last], shuffled[other] = shuffled[other], shuffled[last]
+    return shuffled
+
+
+def _group(question: Question) -> str:
+    return question.group or f"question {question.id}"
+
+
+def _first_groups(questions: Sequence[Question], limit: int | None) -> list[int]:
+    """Positions of the questions of the first ``limit`` groups."""
+    groups = set(islice(dict.fromkeys(map(_group, questions)), limit))
+    return [place for place, question in enumerate(questions) if _group(question) in groups]
+
+
+def _stored(question: Question, pictures: _Pictures) -> Question:
+    return replace(question, images=tuple(pictures.store(image, question.id) for image in question.images))
+
+
+def _as_json(question: Question) -> Record:
+    record: Record = {
+        "question_id": question.id,
+        "images": [str(path) for path in question.images],
+        "text": question.text,
+    }
+    if question.prompt is not None:
+        record["prompt"] = question.prompt
+    if question.group:
+        record["group"] = question.group
+    if question.extra:
+        record["extra"] = dict(question.extra)
+    return record
+
+
+@dataclass
+class _Pictures:
+    """Stores pictures under ``out/images`` by content; paths returned are relative to ``out``."""
+
+    out: Path
+
+    def __post_init__(self) -> None:
+        self.folder = self.out / "images"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._seen: dict[Path, Path] = {}
+
+    def store(self, image: bytes | Path, question: int | str) -> Path:
+        where = f"question {question}"
+        if isinstance(image, bytes):
+            return self._place(image, None, where)
+        if image not in self._seen:
+            self._seen[image] = self._place(image.read_bytes(), image, f"{where}: {image}")
+        return self._seen[image]
+
+    def keep(self, asked: Iterable[str]) -> None:
+        """Remove the pictures that no question asks for."""
+        wanted = set(asked)
+        for path in self.folder.iterdir():
+            if f"images/{path.name}" not in wanted:
+                path.unlink()
+
+    def _place(self, content: bytes, origin: Path | None, where: str) -> Path:
+        name = Path("images") / f"{hashlib.sha256(content).hexdigest()[:24]}.{extension(content, where)}"
+        target = self.out / name
+        if not target.exists():
+            if origin is None:
+                target.write_bytes(content)
+            else:
+                _link_or_copy(origin, target)
+        return name
+
+
+def _link_or_copy(origin: Path, target: Path) -> None:
+    """A hard link costs no space; across file systems it has to be a copy."""
+    try:
+        os.link(origin.resolve(), target)
+    except OSError:
+        shutil.copyfile(origin, target)

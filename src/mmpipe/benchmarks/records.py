@@ -1,0 +1,147 @@
+"""Reading the files of benchmarks and answers, which others wrote, and writing our own.
+
+Byte-order marks, CRLF, ids as numbers or strings are accepted; what cannot be read is an error that names
+file and line.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmpipe.artifacts.files import atomic_open
+from mmpipe.errors import DataError
+
+Record = dict[str, Any]
+
+csv.field_size_limit(2**31 - 1)  # a cell may hold a picture
+
+_NO_VALUE = frozenset(
+    ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"]
+    + ["<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none"]
+)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a table cell holds no value, by the spellings pandas takes for "not available" (and
+    ``none``)."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or value in _NO_VALUE
+
+
+def read_document(path: Path) -> Any:
+    """Parse one file by its content: JSON, JSON lines, a table (``.tsv``, ``.csv``, ``.parquet``).
+
+    JSON lines become a list, tables a list of records.
+    Raises DataError when the file is missing or is none of these.
+    """
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    if suffix == ".parquet":
+        return _parquet(path)
+    if suffix in (".tsv", ".csv"):
+        return list(read_table(path))
+    text = _text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = [line for line in text.split("\n") if line.strip()]
+        if error.msg != "Extra data" and len(lines) < 2:
+            raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply") from error
+    return list(_json_lines(text, path))
+
+
+def read_documents(paths: Sequence[Path]) -> list[Any]:
+    """Parse every file; see ``read_document``."""
+    return [read_document(path) for path in paths]
+
+
+def read_table(path: Path) -> Iterator[Record]:
+    """Rows of a TSV or CSV file with a header, one at a time; every value is text.
+
+    Raises DataError for an empty file, a row of another length than the header, or bytes that are not UTF-8.
+    """
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        try:
+            header = next(reader, None)
+            if not header:
+                raise DataError(f"{path}: the file is empty; a header line was expected")
+            for row in reader:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: {len(row)} cells where the header has {len(header)}"
+                    )
+                yield dict(zip(header, row, strict=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}, line {reader.line_num}: not a readable table ({error})") from error
+
+
+def read_answers(paths: Sequence[Path]) -> list[Record]:
+    """The answers of one or more JSON-lines files, each with ``question_id`` and ``text``.
+
+    Raises DataError for a line that is no such record.
+    """
+    answers = []
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file")
+        for number, answer in enumerate(_json_lines(_text(path), path), start=1):
+            if not isinstance(answer, dict) or "question_id" not in answer:
+                raise DataError(f"{path}, record {number}: an answer needs 'question_id' and 'text'")
+            if not isinstance(answer.get("text"), str):
+                raise DataError(
+                    f"{path}, record {number} (question {answer['question_id']!r}): 'text' must be a string"
+                )
+            answers.append(answer)
+    return answers
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write JSON lines atomically, in ASCII, so that any reply, also one of broken Unicode, can be stored."""
+    with atomic_open(path) as file:
+        for record in records:
+            file.write(json.dumps(record).encode("ascii") + b"\n")
+
+
+def write_document(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write one JSON document atomically, in ASCII."""
+    with atomic_open(path) as file:
+        file.write(json.dumps(value, indent=indent).encode("ascii"))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def _json_lines(text: str, path: Path) -> Iterator[Any]:
+    # not splitlines(): replies may hold line separators such as U+2028
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not a JSON record ({error})") from error
+
+
+def _parquet(path: Path) -> list[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error})") from error

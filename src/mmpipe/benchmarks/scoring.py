@@ -1,0 +1,90 @@
+"""Scoring and converting answer files: what the rules and the command line call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmpipe.artifacts.files import sha256, write_json
+from mmpipe.benchmarks.base import Benchmark, Record, Score, get, key
+from mmpipe.benchmarks.records import read_answers, read_document, read_documents, write_records
+from mmpipe.errors import DataError
+
+
+def score_files(
+    benchmark: str,
+    references: Sequence[Path],
+    answers: Sequence[Path],
+    *,
+    protocol: str = "",
+    judge: Path | None = None,
+    per_item: Path | None = None,
+    out: Path | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> Record:
+    """Score answer files of ``benchmark`` and return ``{benchmark, protocol, n, metrics, missing, unparsed,
+    ...}``.
+
+    ``references`` are the official files (several where the official form is several), or JSON lines of the
+    same records. ``answers`` are JSON lines with ``question_id`` and ``text``. ``judge`` holds a judge
+    model's replies (``question_id``, ``reply``) for the benchmarks that need one. ``per_item`` and ``out``
+    are written if given; ``lineage`` is added to the hashes of the files. Raises DataError for unreadable
+    files, duplicate answers and answers of another split.
+    """
+    task = get(benchmark)
+    score = _score(task, references, answers, protocol, judge)
+    result = score.as_json() | {
+        "lineage": {
+            "answers": [_card(path) for path in answers],
+            "references": [_card(path) for path in references],
+            **({"judge": _card(judge)} if judge else {}),
+            **(lineage or {}),
+        }
+    }
+    if per_item:
+        write_records(per_item, (item.as_json() for item in score.items))
+    if out:
+        write_json(out, result)
+    return result
+
+
+def convert_files(benchmark: str, references: Sequence[Path], answers: Sequence[Path], out: Path) -> Record:
+    """Write the submission file of ``benchmark`` and return what is worth reporting about it.
+
+    Raises DataError as ``score_files`` does.
+    """
+    task = get(benchmark)
+    pairs = task.pair(task.parse_references(read_documents(references)), read_answers(answers))
+    report = task.convert(pairs, out)
+    missing = sum(not pair.answered for pair in pairs)
+    return {"benchmark": benchmark, "out": str(out), "n": len(pairs), "missing": missing, **report}
+
+
+def read_judgements(path: Path) -> dict[str, str]:
+    """The judge's replies by question id, from JSON lines with ``question_id`` and ``reply``.
+
+    Raises DataError for a record without them.
+    """
+    replies = {}
+    for number, record in enumerate(read_document(path), start=1):
+        if not isinstance(record, dict) or "question_id" not in record or "reply" not in record:
+            raise DataError(f"{path}, record {number}: a judge's record needs 'question_id' and 'reply'")
+        if record["reply"] is not None:
+            replies[key(record["question_id"])] = str(record["reply"])
+    return replies
+
+
+def _score(
+    task: Benchmark, references: Sequence[Path], answers: Sequence[Path], protocol: str, judge: Path | None
+) -> Score:
+    return task.score(
+        task.parse_references(read_documents(references)),
+        read_answers(answers),
+        protocol,
+        read_judgements(judge) if judge else None,
+    )
+
+
+def _card(path: Path) -> Record:
+    return {"path": path.as_posix(), "sha256": sha256(path)}

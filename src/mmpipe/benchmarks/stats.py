@@ -1,0 +1,98 @@
+"""How sure a score is: 95 % intervals over independent units.
+
+Questions about one picture, or the rotations of one circular question, stand and fall together. They are one
+unit, and units are what is counted or resampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_Z = 1.959963984540054
+_REPLICATES = 2000
+_MANY = 5000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A headline number with its 95 % interval."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    units: int
+    method: str
+
+    def as_json(self) -> dict[str, Any]:
+        """As stored in ``score.json``."""
+        return {
+            "metric": self.metric,
+            "value": self.value,
+            "ci95": [self.low, self.high],
+            "units": self.units,
+            "method": self.method,
+        }
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927), (0, 1) for no observation."""
+    if n == 0:
+        return 0.0, 1.0
+    p = hits / n
+    centre = p + _Z**2 / (2 * n)
+    spread = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
+    scale = 1 + _Z**2 / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def estimate_mean(metric: str, values: Sequence[float], units: Sequence[str], scale: float = 1.0) -> Estimate:
+    """The mean of ``values`` times ``scale``.
+
+    Wilson's interval where every unit has one value of 0 or 1; otherwise a bootstrap over units; with more
+    than 5000 units the normal interval of the ratio estimator (sum over units / number of values).
+    """
+    if not values:
+        return Estimate(metric, 0.0, 0.0, scale, 0, "none")
+    totals: dict[str, list[float]] = {}
+    for value, unit in zip(values, units, strict=True):
+        entry = totals.setdefault(unit, [0.0, 0.0])
+        entry[0] += value
+        entry[1] += 1
+    mean = math.fsum(values) / len(values)
+    if len(totals) == len(values) and all(value in (0, 1) for value in values):
+        low, high = wilson(sum(value == 1 for value in values), len(values))
+        return Estimate(metric, scale * mean, scale * low, scale * high, len(totals), "wilson")
+    if len(totals) > _MANY:
+        residual = math.fsum((total - mean * count) ** 2 for total, count in totals.values())
+        spread = _Z * math.sqrt(residual * len(totals) / (len(totals) - 1)) / len(values)
+        return Estimate(
+            metric, scale * mean, scale * (mean - spread), scale * (mean + spread), len(totals), "normal"
+        )
+    return bootstrap(metric, totals, lambda t: scale * t[..., 0] / t[..., 1], scale * mean)
+
+
+def bootstrap(
+    metric: str,
+    totals: Mapping[str, Sequence[float]],
+    statistic: Callable[[Any], Any],
+    value: float,
+) -> Estimate:
+    """Percentile bootstrap over units of a statistic of sums.
+
+    ``totals`` holds each unit's contribution to K sums; ``statistic`` maps an array (..., K) of sums to
+    (...). The resampling is seeded: the same answers give the same interval.
+    """
+    import numpy as np
+
+    table = np.array([totals[unit] for unit in sorted(totals)], dtype=float)  # (units, K)
+    n = len(table)
+    generator = np.random.default_rng(0)
+    weights = generator.multinomial(n, np.full(n, 1 / n), size=_REPLICATES)  # (replicates, units)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = np.nan_to_num(statistic(weights @ table))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(metric, value, float(low), float(high), n, f"bootstrap of {_REPLICATES}")
