@@ -1,0 +1,1 @@
+"""Records and their formats, chat templates and labels, pictures, mixtures and their verification."""

@@ -1,0 +1,112 @@
+"""The record: what every data format is read into and every training step is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mmpipe.errors import DataError
+
+IMAGE_MARK = "<image>"
+"""Stands in a turn's text where a picture goes; the k-th mark of a record is its k-th picture."""
+
+WORDS_PER_IMAGE = 128
+"""What a picture counts for in the length of a record, in words (LLaVA's length grouping)."""
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A conversation about pictures."""
+
+    id: str
+    source: str
+    """The data set the record comes from."""
+    images: tuple[str, ...]
+    """Paths of the pictures, in the order of their marks."""
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRecord:
+    """A conversation that ends with a question, and two answers to it."""
+
+    id: str
+    source: str
+    images: tuple[str, ...]
+    prompt: tuple[Turn, ...]
+    chosen: str
+    rejected: str
+
+    @property
+    def records(self) -> tuple[Record, Record]:
+        """The same conversation ended by the chosen and by the rejected answer."""
+
+        def ended(answer: str) -> Record:
+            return Record(self.id, self.source, self.images, (*self.prompt, Turn("assistant", answer)))
+
+        return ended(self.chosen), ended(self.rejected)
+
+
+class BadRecord(DataError):
+    """A record that cannot be trained on. ``reason`` is the kind of fault, by which faults are counted."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raise BadRecord unless the turns read [system,] user, assistant, user, ..., none of them empty."""
+    dialogue = turns[1:] if turns and turns[0].role == "system" else turns
+    if not dialogue:
+        raise BadRecord("no conversation", "the record has no question and no answer")
+    for position, turn in enumerate(turns):
+        if turn.role not in ROLES:
+            raise BadRecord("unknown role", f"turn {position + 1} is spoken by '{turn.role}'")
+    for position, turn in enumerate(dialogue):
+        expected = ("user", "assistant")[position % 2]
+        if turn.role != expected:
+            raise BadRecord(
+                "odd turn order", f"turn {position + 1} is spoken by the {turn.role}, expected the {expected}"
+            )
+    if len(dialogue) % 2:
+        raise BadRecord("odd turn order", "the conversation ends with a question that is not answered")
+    for position, turn in enumerate(turns):
+        if not turn.text.strip():
+            what = {"assistant": "answer", "user": "question", "system": "system message"}[turn.role]
+            raise BadRecord(f"empty {what}", f"turn {position + 1} of {len(turns)} has no text")
+
+
+def check_marks(record: Record) -> None:
+    """Raise BadRecord unless there is one ``<image>`` mark per picture, all of them in the user's turns."""
+    marks = 0
+    for position, turn in enumerate(record.turns):
+        found = turn.text.count(IMAGE_MARK)
+        if found and turn.role != "user":
+            raise BadRecord(
+                "misplaced image mark", f"turn {position + 1}, of the {turn.role}, holds {IMAGE_MARK}"
+            )
+        marks += found
+    if marks != len(record.images):
+        raise BadRecord(
+            "image marks and pictures differ",
+            f"{marks} {IMAGE_MARK} marks for {len(record.images)} pictures",
+        )
+
+
+def length_in_words(record: Record) -> int:
+    """Words of all turns, a picture counting as ``WORDS_PER_IMAGE`` more: what batches are grouped by."""
+    return sum(len(turn.text.split()) for turn in record.turns) + WORDS_PER_IMAGE * len(record.images)

@@ -1,0 +1,424 @@
+"""Conversation templates: turns -> one text with the spans to supervise.
+
+A template says the same thing three times from one description: ``render`` the training text, ``prompt`` the
+text to generate from, and ``jinja`` the chat template stored with a checkpoint, which renders the same
+characters anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mmpipe.data.labels import Rendered, single_token
+from mmpipe.data.records import IMAGE_MARK, BadRecord, Turn, check_turns
+from mmpipe.errors import ConfigError, DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Template(Protocol):
+    """What the rest of the program uses of a template."""
+
+    @property
+    def name(self) -> str:
+        """What recipes call it."""
+        ...
+
+    @property
+    def stop(self) -> str:
+        """The text that ends an answer: generation stops here."""
+        ...
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """The text of a whole conversation. Raises BadRecord for turns in an odd order or without text."""
+        ...
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """The text up to where the next answer begins; ``turns`` end with the user's."""
+        ...
+
+    def jinja(self) -> str:
+        """The same as a chat template with ``{% generation %}`` marks; messages have text and image parts."""
+        ...
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise DataError if the template cannot be used with this tokenizer."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTemplate:
+    """A template of fixed strings around the texts of the turns."""
+
+    name: str
+    stop: str
+    stop_is_token: bool = True
+    """``stop`` must be one token, or the model would learn to spell it."""
+    default_system: str = ""
+    """The system message of a conversation that brings none; empty: no system message."""
+    system_before: str = ""
+    system_after: str = ""
+    user_before: str = ""
+    user_after: str = ""
+    first_user_before: str | None = None
+    """In place of ``user_before`` in the first round, where that differs."""
+    answer_before: str = ""
+    """Belongs to the prompt: not supervised."""
+    answer_lead: str = ""
+    """Supervised, as the answer and ``answer_end`` are: a space that tokenizers join with the first word."""
+    answer_end: str
+    answer_after: str = ""
+    """Not supervised: what separates an answer from the next question."""
+    captions: bool = False
+    """The user's text is left out but for its pictures."""
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """See Template."""
+        check_turns(turns)
+        pieces: list[str] = []
+        spans: list[tuple[int, int]] = []
+        position = 0
+        for piece, supervised in self._pieces(turns):
+            if supervised:
+                spans.append((position, position + len(piece)))
+            pieces.append(piece)
+            position += len(piece)
+        return Rendered("".join(pieces), tuple(spans))
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """See Template."""
+        check_turns((*turns, Turn("assistant", "?")))
+        return "".join(piece for piece, _ in self._pieces(turns)) + self.answer_before
+
+    def jinja(self) -> str:
+        """See Template."""
+        default = self.system_before + self.default_system + self.system_after if self.default_system else ""
+        strings = {
+            "system_before": self.system_before,
+            "system_after": self.system_after,
+            "default_system": default,
+            "first_user_before": self._first_user_before,
+            "user_before": self.user_before,
+            "user_after": self.user_after,
+            "answer_before": self.answer_before,
+            "answer_lead": self.answer_lead,
+            "answer_end": self.answer_end,
+            "answer_after": self.answer_after,
+        }
+        literals = "".join(f"{{%- set {name} = {json.dumps(text)} -%}}\n" for name, text in strings.items())
+        return literals + _flattening(captions=self.captions) + _DIALOGUE
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """See Template."""
+        if self.stop_is_token and single_token(tokenizer, self.stop) is None:
+            pieces = tokenizer.tokenize(self.stop)
+            raise DataError(
+                f"the template '{self.name}' ends answers with '{self.stop}', which is no token of the "
+                f"tokenizer {tokenizer.name_or_path} (it reads {pieces}); choose the template that the model "
+                "was made with"
+            )
+
+    @property
+    def _first_user_before(self) -> str:
+        return self.user_before if self.first_user_before is None else self.first_user_before
+
+    def _pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
+        """The strings that make up the text, each with whether it is supervised."""
+        if turns[0].role != "system" and self.default_system:
+            yield self.system_before + self.default_system + self.system_after, False
+        before = self._first_user_before
+        for turn in turns:
+            if turn.role == "system":
+                yield self.system_before + turn.text + self.system_after, False
+            elif turn.role == "user":
+                yield before + self._shown(turn.text) + self.user_after, False
+                before = self.user_before
+            else:
+                yield self.answer_before, False
+                yield self.answer_lead + turn.text + self.answer_end, True
+                yield self.answer_after, False
+
+    def _shown(self, question: str) -> str:
+        if not self.captions:
+            return break_after_images(question)
+        marks = question.count(IMAGE_MARK)
+        if not marks:
+            raise BadRecord(
+                "no picture", f"the template '{self.name}' trains captions and shows pictures alone"
+            )
+        return IMAGE_MARK * marks
+
+
+class TokenizerTemplate:
+    """The chat template that a tokenizer brings.
+
+    Spans are what it encloses in ``{% generation %}``. Raises DataError when it has none, when they leave out
+    the end of the answer, or when its generation prompt is not how its training text begins.
+    """
+
+    name = "tokenizer"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        template = tokenizer.chat_template
+        where = f"the tokenizer {tokenizer.name_or_path}"
+        if not isinstance(template, str):
+            raise DataError(f"{where} has no chat template; name one of {', '.join(sorted(_TEMPLATES))}")
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            raise DataError(
+                f"the chat template of {where} has no {{% generation %}} marks around what the assistant "
+                "says, so what to supervise is not known; add the marks or name one of "
+                f"{', '.join(sorted(_TEMPLATES))}"
+            )
+        self._template = template
+        self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        probe = (Turn("user", "question"), Turn("assistant", "answer"))
+        rendered = self.render(probe)
+        supervised = "".join(rendered.text[start:end] for start, end in rendered.spans)
+        self.stop = supervised.partition("answer")[2].strip()
+        if not self.stop:
+            raise DataError(
+                f"the {{% generation %}} marks of {where} leave out the token that ends an answer"
+            )
+        if not rendered.text.startswith(self.prompt(probe[:1])):
+            raise DataError(
+                f"the chat template of {where} prompts for an answer with another text than it trains on"
+            )
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """See Template."""
+        check_turns(turns)
+        text, spans = self._run(turns, prompt=False)
+        return Rendered(text, tuple((start, end) for start, end in spans))
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """See Template."""
+        check_turns((*turns, Turn("assistant", "?")))
+        return self._run(turns, prompt=True)[0]
+
+    def jinja(self) -> str:
+        """See Template."""
+        return _flattening(captions=False) + "{%- set messages = flat.messages -%}\n" + self._template
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """See Template."""
+        if tokenizer.chat_template != self._template:
+            raise DataError(f"the tokenizer {tokenizer.name_or_path} has another chat template than this one")
+
+    def _run(self, turns: Sequence[Turn], *, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        messages = [
+            {
+                "role": turn.role,
+                "content": break_after_images(turn.text) if turn.role == "user" else turn.text,
+            }
+            for turn in turns
+        ]
+        options: dict[str, Any] = {"return_assistant_tokens_mask": True, "add_generation_prompt": prompt}
+        rendered: Any = render_jinja_template(
+            [messages], chat_template=self._template, **options, **self._special_tokens
+        )
+        texts, spans = rendered
+        return texts[0], spans[0]
+
+
+def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
+    """The template called ``name``; ``tokenizer`` stands for the one that the given tokenizer brings.
+
+    Raises ConfigError for an unknown name.
+    """
+    if name == TokenizerTemplate.name:
+        if tokenizer is None:
+            raise ConfigError("the template 'tokenizer' can only be used where the tokenizer is at hand")
+        return TokenizerTemplate(tokenizer)
+    try:
+        return _TEMPLATES[name]
+    except KeyError:
+        hint = did_you_mean(name, template_names())
+        raise ConfigError(f"there is no conversation template '{name}'{hint}") from None
+
+
+def template_names() -> list[str]:
+    """The names ``get_template`` knows."""
+    return sorted([*_TEMPLATES, TokenizerTemplate.name])
+
+
+def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as chat messages of text and image parts, the pictures themselves left out."""
+
+    def parts(text: str) -> Iterator[dict[str, str]]:
+        for number, piece in enumerate(text.split(IMAGE_MARK)):
+            if number:
+                yield {"type": "image"}
+            if piece:
+                yield {"type": "text", "text": piece}
+
+    return [{"role": turn.role, "content": list(parts(turn.text))} for turn in turns]
+
+
+def break_after_images(text: str) -> str:
+    """Begin a new line after pictures at the head of a message: LLaVA's prompts read ``<image>\\nquestion``.
+
+    Chat messages carry a picture and a text as two parts with nothing between: they become the same text.
+    """
+    body = text
+    while body.startswith(IMAGE_MARK):
+        body = body.removeprefix(IMAGE_MARK)
+    if len(body) == len(text) or not body or body[0].isspace():
+        return text
+    return text.removesuffix(body) + "\n" + body
+
+
+def _flattening(*, captions: bool) -> str:
+    """Jinja that puts the messages, their content as plain text, into ``flat.messages``."""
+    return _FLATTEN.replace("USER_TEXT", _CAPTION_TEXT if captions else _BREAK_AFTER_IMAGES)
+
+
+# `set` inside a loop is seen outside of it only through a namespace.
+_FLATTEN = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- set content = namespace(text='') -%}
+  {%- if message.content is string -%}
+    {%- set content.text = message.content -%}
+  {%- else -%}
+    {%- for part in message.content -%}
+      {%- set content.text = content.text + ('<image>' if part.type == 'image' else part.text) -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- if message.role == 'user' and '<image>' in content.text -%}
+    {%- set pieces = content.text.split('<image>') -%}
+USER_TEXT
+  {%- endif -%}
+  {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
+{%- endfor -%}
+"""
+
+_BREAK_AFTER_IMAGES = """\
+    {%- set body = pieces | select | first -%}
+    {%- if body and not pieces[0] and not body[0].isspace() -%}
+      {%- set head = '<image>' * pieces.index(body) -%}
+      {%- set content.text = head + '\\n' + content.text[head | length:] -%}
+    {%- endif -%}"""
+
+_CAPTION_TEXT = """\
+    {%- set content.text = '<image>' * (pieces | length - 1) -%}"""
+
+_DIALOGUE = """\
+{%- set dialogue = flat.messages -%}
+{%- if dialogue[0].role == 'system' -%}
+  {{- system_before + dialogue[0].content + system_after -}}
+  {%- set dialogue = dialogue[1:] -%}
+{%- else -%}
+  {{- default_system -}}
+{%- endif -%}
+{%- for message in dialogue -%}
+  {%- if message.role == 'user' -%}
+    {{- (first_user_before if loop.first else user_before) + message.content + user_after -}}
+  {%- elif message.role == 'assistant' -%}
+    {{- answer_before -}}
+    {%- generation -%}
+      {{- answer_lead + message.content + answer_end -}}
+    {%- endgeneration -%}
+    {{- answer_after -}}
+  {%- else -%}
+    {{- raise_exception("a message is spoken by '" + message.role + "', expected user or assistant") -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- answer_before -}}
+{%- endif -%}
+"""
+
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def _vicuna(name: str, stop: str) -> TextTemplate:
+    return TextTemplate(
+        name=name,
+        default_system=_VICUNA_SYSTEM,
+        system_after=" ",
+        user_before="USER: ",
+        user_after=" ",
+        answer_before="ASSISTANT:",
+        answer_lead=" ",
+        answer_end=stop,
+        stop=stop,
+    )
+
+
+def _phi(name: str, system: str = "") -> TextTemplate:
+    return TextTemplate(
+        name=name,
+        default_system=system,
+        system_before="<|system|>\n",
+        system_after="<|end|>\n",
+        user_before="<|user|>\n",
+        user_after="<|end|>\n",
+        answer_before="<|assistant|>\n",
+        answer_end="<|end|>\n",
+        stop="<|end|>",
+    )
+
+
+def _chatml(name: str, system: str, separator: str) -> TextTemplate:
+    return TextTemplate(
+        name=name,
+        default_system=system,
+        system_before="<|im_start|>system\n",
+        system_after="<|im_end|>" + separator,
+        user_before="<|im_start|>user\n",
+        user_after="<|im_end|>" + separator,
+        answer_before="<|im_start|>assistant\n",
+        answer_end="<|im_end|>",
+        answer_after=separator,
+        stop="<|im_end|>",
+    )
+
+
+_TEMPLATES = {
+    template.name: template
+    for template in (
+        # LLaVA's conversation.py, where `vicuna_v1` is also called `v1` and `mpt` has no line breaks.
+        TextTemplate(name="plain", captions=True, answer_end="\n", stop="\n", stop_is_token=False),
+        _vicuna("vicuna_v1", "</s>"),
+        TextTemplate(
+            name="llava_llama_2",
+            default_system=(
+                "You are a helpful language and vision assistant. "
+                "You are able to understand the visual content that the user provides, "
+                "and assist the user with a variety of tasks using natural language."
+            ),
+            system_before="[INST] <<SYS>>\n",
+            system_after="\n<</SYS>>\n\n",
+            first_user_before="",
+            user_before="<s>[INST] ",
+            user_after=" [/INST]",
+            answer_lead=" ",
+            answer_end=" </s>",
+            stop="</s>",
+        ),
+        _chatml(
+            "mpt",
+            "A conversation between a user and an LLM-based AI assistant. "
+            "The assistant gives helpful and honest answers.",
+            separator="",
+        ),
+        _chatml("chatml_direct", "Answer the questions.", separator=""),
+        # LLaVA-MoD: Vicuna's words, Qwen's end of text.
+        _vicuna("qwen", "<|endoftext|>"),
+        # LibMoE, after the model cards of Phi-3 and Phi-3.5.
+        _phi("phi3"),
+        _phi("phi35", "You are a helpful assistant."),
+        # The chat template of Qwen2 and Qwen2.5, whose own file does not mark what to supervise.
+        _chatml("chatml", "You are a helpful assistant.", separator="\n"),
+    )
+}
