@@ -7,7 +7,7 @@ scripts) read version 4's names. So a checkpoint is written the way version 4 wr
 * ``text_config`` says its ``architectures`` and carries ``rope_theta`` beside ``rope_parameters``;
 * ``preprocessor_config.json`` stands beside a flat ``processor_config.json``, and the tokenizer names a class
   version 4 knows;
-* the weights are one ``model.safetensors``, its bytes depend on nothing but the weights, and every file has the
+* the weights are one ``model.safetensors``, its bytes depend on nothing but them, and every file has the
   mode the umask asks for (transformers writes weights that only their owner can read).
 """
 
