@@ -1,0 +1,159 @@
+"""Opening pictures, and the image processor that belongs to a vision tower."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmpipe.errors import ArtifactError, DataError
+
+if TYPE_CHECKING:
+    from transformers import LlavaImageProcessorPil
+
+Aspect = Literal["pad", "square"]
+"""``pad``: to a square with the mean colour, then resized. ``square``: the tower's own resizing, cropping."""
+
+MAX_PIXELS = 80_000_000
+"""A larger picture is taken for a decompression bomb (an A3 page scanned at 600 dpi has 70 million)."""
+
+# What Pillow's decoders are known to raise on damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+# The JPEG of many cameras holds a second picture, a preview.
+_SAME_FORMAT = {"MPO": "JPEG"}
+_DEEP_GREY = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An opened picture. ``notes`` say what is odd about the file without being an error."""
+
+    image: Image.Image
+    """Mode RGB."""
+    notes: tuple[str, ...] = ()
+
+
+def open_picture(path: Path, *, upright: bool = False) -> Picture:
+    """Decode a picture as RGB; equal files give equal pixels.
+
+    The format is read from the content, not from the name. Of several frames the first is taken, transparency
+    is dropped, 16-bit grey is scaled to 8 bits. With ``upright`` the orientation in the EXIF data is applied;
+    by default it is not, as in LLaVA.
+
+    Raises DataError, naming the file, if it is missing, damaged, no picture, or too large.
+    """
+    image, notes = _identify(path)
+    try:
+        image.load()
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        if image.mode in _DEEP_GREY:
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        return Picture(image.convert("RGB"), notes)
+    except _DAMAGE as error:
+        raise DataError(f"{path}: the picture is damaged ({error}); fetch it again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What the verification of a picture finds. ``fault`` is None when it can be trained on."""
+
+    width: int = 0
+    height: int = 0
+    notes: tuple[str, ...] = ()
+    fault: str | None = None
+
+
+def inspect_picture(path: Path) -> Inspection:
+    """Decode a picture to the end and say what it is; faults are returned, not raised.
+
+    JPEG is decoded at a fraction of its size, which reads the whole file all the same in half the time.
+    """
+    try:
+        image, notes = _identify(path)
+    except DataError as error:
+        return Inspection(fault=str(error))
+    width, height = image.size
+    try:
+        image.draft(None, (max(1, width // 8), max(1, height // 8)))
+        image.load()
+    except _DAMAGE as error:
+        return Inspection(fault=f"{path}: the picture is damaged ({error}); fetch it again")
+    return Inspection(width, height, notes)
+
+
+def _identify(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
+    """Read the file and recognise its format, without decoding it."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: the picture cannot be read ({error.strerror})") from error
+    try:
+        image = Image.open(io.BytesIO(content))
+    except Image.UnidentifiedImageError as error:
+        what = "an empty file" if not content else "in no known picture format"
+        raise DataError(f"{path}: the picture is {what}; fetch it again") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: {error}") from error
+    except _DAMAGE as error:
+        raise DataError(f"{path}: the picture is damaged ({error}); fetch it again") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{path}: {image.width}x{image.height} are more than {MAX_PIXELS} pixels; shrink it")
+    if image.mode == "F":
+        raise DataError(f"{path}: a picture of floating-point numbers has no defined brightness; convert it")
+    notes = []
+    named = Image.registered_extensions().get(path.suffix.lower())
+    if named != _SAME_FORMAT.get(str(image.format), image.format):
+        notes.append(f"{image.format} named {path.suffix or 'without suffix'}")
+    if getattr(image, "is_animated", False):
+        notes.append("several frames, first taken")
+    if image.mode in _DEEP_GREY:
+        notes.append("16-bit grey scaled to 8 bits")
+    return image, tuple(notes)
+
+
+def image_processor(vision_dir: Path, aspect: Aspect) -> LlavaImageProcessorPil:
+    """The processor that turns a picture into the input of the vision tower stored in ``vision_dir``.
+
+    Always of one class, which a ``LlavaProcessor`` can hold and save, with the sizes, means and deviations of
+    the tower's own ``preprocessor_config.json``; always on Pillow: the same pixels on every machine.
+    """
+    from transformers import AutoImageProcessor
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    try:
+        own = AutoImageProcessor.from_pretrained(vision_dir, backend="pil", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{vision_dir}: no image processor can be read from it ({error})") from error
+    settings = {key: value for key, value in own.to_dict().items() if key in _PROCESSOR_SETTINGS}
+    settings["do_center_crop"] = bool(settings.get("do_center_crop"))
+    if not settings["do_center_crop"]:
+        # Nothing is cropped; `crop_size` only tells a processor how large the result is.
+        settings["crop_size"] = settings["size"]
+    return LlavaImageProcessorPil(**settings, do_pad=aspect == "pad")
+
+
+_PROCESSOR_SETTINGS = {
+    "size",
+    "crop_size",
+    "resample",
+    "do_resize",
+    "do_center_crop",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_convert_rgb",
+}
+
+
+def picture_size(processor: LlavaImageProcessorPil) -> tuple[int, int]:
+    """Height and width of what the processor returns, in pixels."""
+    return processor.crop_size["height"], processor.crop_size["width"]
