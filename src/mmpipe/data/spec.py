@@ -1,0 +1,56 @@
+"""The settings of a mixture, as written in the catalogue ``mixtures.yaml``."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from mmpipe.config.base import Settings
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if path.startswith("/") or ".." in parts:
+        raise ValueError(f"'{path}' must lie inside the directory of the data set")
+    return path
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+InnerPath = Annotated[str, AfterValidator(_inside)]
+InnerPaths = Annotated[tuple[InnerPath, ...], BeforeValidator(_listed), Field(min_length=1)]
+
+
+class PartSpec(Settings):
+    """Records taken from one data set."""
+
+    dataset: str
+    """A name in the catalogue of data sets; it becomes the ``source`` of the records."""
+    annotations: InnerPaths
+    """The file or files that hold the records, relative to the data set's directory, read in this order."""
+    images: InnerPaths = (".",)
+    """The folder or folders that picture names are relative to; the first that holds a picture gives it."""
+    format: str = "llava"
+    """How the annotations are written: a module of ``mmpipe.data.formats``."""
+    take: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, le=1)] | None = None
+    """A number of records, or a share of them, chosen at random; None takes all."""
+    with_images: bool | None = None
+    """True keeps only records with pictures, False only those without."""
+    suffix: str = ""
+    """Appended to every question, e.g. the instruction to answer with a single word."""
+    image_position: Literal["keep", "first"] = "keep"
+    """``first`` moves the pictures of a question to its head, as LLaVA does; ``keep`` leaves them in place."""
+
+
+class MixtureSpec(Settings):
+    """What a training set is made of. The parts follow each other; the order of training is the sampler's."""
+
+    parts: Annotated[tuple[PartSpec, ...], Field(min_length=1)]
+    seed: int = 0
+    """Decides which records ``take`` chooses."""
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The largest share of bad records that any part may have."""
