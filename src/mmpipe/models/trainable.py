@@ -1,8 +1,8 @@
 """Which parameters train, and how fast: chosen by glob patterns of their names.
 
 Names are those of the model without the leading ``model.``: ``language_model.layers.0.mlp.up_proj.weight``,
-``multi_modal_projector.linear_1.bias``, ``lm_head.weight``. ``*`` also matches dots. A tensor with several names (tied
-embeddings) is meant by each of them.
+``multi_modal_projector.linear_1.bias``, ``lm_head.weight``. ``*`` also matches dots. A tensor with several
+names (tied embeddings) is meant by each of them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from mmpipe.errors import ConfigError
 
 
 def select(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Let the parameters that match a pattern train and freeze all others; returns the names of those that train.
+    """Let the parameters that match a pattern train and freeze all others; returns the names of what trains.
 
-    Raises ConfigError for a pattern that matches nothing: a misspelt name would silently freeze what it meant.
+    Raises ConfigError for a pattern that matches nothing: a misspelt name would silently freeze what it
+    meant.
     """
     named = _named(model)
     chosen = {name for pattern in patterns for name in _matching(pattern, named)}
