@@ -1,0 +1,139 @@
+"""Answering in chunks that can be interrupted: split, append, resume, publish, gather.
+
+A chunk's progress is ``answers.partial.jsonl`` in its state directory, one line an answer, appended as
+answers come. After an interruption the answered questions are not asked again; a last line that was cut off
+is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmpipe.artifacts.files import read_jsonl
+from mmpipe.benchmarks.base import Question
+from mmpipe.benchmarks.records import write_records
+from mmpipe.errors import ArtifactError, DataError
+
+PARTIAL = "answers.partial.jsonl"
+
+Answer = dict[str, Any]
+Key = tuple[str, str]
+
+
+def split(questions: Sequence[Question], chunks: int) -> list[list[Question]]:
+    """``chunks`` contiguous parts whose sizes differ by one at most; with fewer questions than chunks some
+    are empty.
+
+    Questions that share their pictures are often neighbours; contiguous parts keep them together.
+    """
+    size, larger = divmod(len(questions), chunks)
+    parts, start = [], 0
+    for number in range(chunks):
+        end = start + size + (number < larger)
+        parts.append(list(questions[start:end]))
+        start = end
+    return parts
+
+
+def answer_chunk(
+    questions: Sequence[Question],
+    ask: Callable[[list[Question]], Iterable[Answer]],
+    state: Path,
+    out: Path,
+) -> dict[str, int]:
+    """Answer ``questions`` by ``ask``, which yields one record each in any order, and publish them as
+    ``out``.
+
+    Records that ``state`` holds already are kept. The caller makes sure that ``state`` belongs to the same
+    model and settings. Returns how many were resumed and asked. Raises ArtifactError when ``ask`` leaves a
+    question unanswered.
+    """
+    partial = state / PARTIAL
+    state.mkdir(parents=True, exist_ok=True)
+    wanted = [_question_key(question) for question in questions]
+    asked_for = set(wanted)
+    done = {k: answer for answer in _recover(partial) if (k := _answer_key(answer)) in asked_for}
+    resumed = len(done)
+    left = [question for question, k in zip(questions, wanted, strict=True) if k not in done]
+    if left:
+        with partial.open("ab") as file:
+            for answer in ask(left):
+                file.write(json.dumps(answer).encode("ascii") + b"\n")
+                file.flush()
+                done[_answer_key(answer)] = answer
+            os.fsync(file.fileno())
+    unanswered = [k[0] for k in wanted if k not in done]
+    if unanswered:
+        raise ArtifactError(f"{out}: {len(unanswered)} questions were not answered, e.g. {unanswered[:5]}")
+    write_records(out, (done[k] for k in wanted))
+    return {"resumed": resumed, "asked": len(left)}
+
+
+def gather(questions: Sequence[Question], parts: Sequence[Path], out: Path) -> int:
+    """Join the answers of all chunks into ``out`` in the order of the questions; returns their number.
+
+    Raises DataError naming the questions that are unanswered, answered twice or unknown.
+    """
+    answers = [answer for part in parts for answer in read_jsonl(part)]
+    by_key = {_answer_key(answer): answer for answer in answers}
+    wanted = [_question_key(question) for question in questions]
+    known = set(wanted)
+    counts = Counter(map(_answer_key, answers))
+    faults = {
+        "unanswered": [k for k in wanted if k not in counts],
+        "answered more than once": [k for k, count in counts.items() if count > 1],
+        "unknown": [k for k in counts if k not in known],
+    }
+    if any(faults.values()):
+        text = "; ".join(
+            f"{what}: {', '.join(k[0] for k in keys[:10])}{' ...' if len(keys) > 10 else ''}"
+            for what, keys in faults.items()
+            if keys
+        )
+        raise DataError(
+            f"{out}: the answers do not match the questions ({text}); remove the chunks and run again"
+        )
+    write_records(out, (by_key[k] for k in wanted))
+    return len(answers)
+
+
+def _question_key(question: Question) -> Key:
+    """Some benchmarks ask two things under one id; the prompt tells them apart."""
+    return str(question.id), question.text if question.prompt is None else question.prompt
+
+
+def _answer_key(answer: Answer) -> Key:
+    return str(answer["question_id"]), answer["prompt"]
+
+
+def _recover(partial: Path) -> Iterator[Answer]:
+    """The whole records of a partial file; what follows the last of them is cut off."""
+    if not partial.exists():
+        return
+    content = partial.read_bytes()
+    end = content.rfind(b"\n") + 1
+    whole = content[:end].splitlines()
+    while whole and not _is_record(whole[-1]):
+        end -= len(whole.pop()) + 1
+    if end < len(content):
+        with partial.open("r+b") as file:
+            file.truncate(end)
+    for number, line in enumerate(whole, start=1):
+        if not _is_record(line):
+            raise ArtifactError(
+                f"{partial}, line {number}: not an answer; remove the file to start this chunk afresh"
+            )
+        yield json.loads(line)
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "question_id" in record and "prompt" in record

@@ -1,0 +1,329 @@
+"""Greedy answers to benchmark questions: batched, sorted by length, the picture's part of the cache shared.
+
+Questions about one picture begin alike: the template's first words, the picture, often some text. That common
+beginning is run through the model once; its keys and values are then repeated for each question (all
+questions of a picture stand in one batch, pictures of similar length side by side). Every row has its own
+positions and mask, so an answer does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmpipe.benchmarks.base import Question
+from mmpipe.data.labels import encode
+from mmpipe.data.records import IMAGE_MARK, Turn
+from mmpipe.data.templates import Rendered, Template
+from mmpipe.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question ready for the model."""
+
+    question: Question
+    ids: tuple[int, ...]
+    """Token ids of the prompt, every picture as so many image tokens."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Questions with the same pictures and a common beginning of ``shared`` tokens, which holds all the
+    pictures."""
+
+    rows: tuple[Row, ...]
+    shared: int
+
+    @property
+    def longest(self) -> int:
+        return max(len(row.ids) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Generated tokens without the end, and whether an end was reached within the limit."""
+
+    ids: list[int]
+    ended: bool
+
+
+class Answerer:
+    """Answers questions with a checkpoint.
+
+    ``model`` and ``processor`` behave like ``LlavaForConditionalGeneration`` and ``LlavaProcessor``;
+    ``template`` writes the prompt and says where an answer stops. ``model_id`` is recorded with every answer.
+    """
+
+    def __init__(self, model: Any, processor: Any, template: Template, *, model_id: str = "") -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.template = template
+        self.model_id = model_id
+        self.image_token: str = getattr(processor, "image_token", IMAGE_MARK)
+        self.image_id = int(self.tokenizer.convert_tokens_to_ids(self.image_token))
+        self.stop_ids = self._stop_ids()
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = int(min(self.stop_ids) if pad is None else pad)
+
+    def answer(
+        self,
+        questions: Sequence[Question],
+        *,
+        batch_size: int = 16,
+        max_new_tokens: int = 128,
+        num_beams: int = 1,
+        share_prefix: bool = True,
+    ) -> Iterator[Answer]:
+        """Yield one answer record a question, in the order they are finished.
+
+        The records have LLaVA's fields (``question_id, prompt, text, answer_id, model_id, metadata``) and the
+        question's own. Decoding is greedy, or by beam search with ``num_beams`` > 1. ``share_prefix=False``
+        hands whole prompts to the model's own ``generate``; the answers are the same. Raises DataError for a
+        question whose pictures and image marks do not agree.
+        """
+        rows = [Row(question, self._encode(question)) for question in questions]
+        plain = num_beams > 1 or not share_prefix
+        families = [Family((row,), len(row.ids) - 1) for row in rows] if plain else self._families(rows)
+        for batch in _batches(families, batch_size):
+            if plain:
+                replies = self._generate(
+                    [row for family in batch for row in family.rows], max_new_tokens, num_beams
+                )
+            else:
+                replies = self._greedy(batch, max_new_tokens)
+            for row, reply in zip((row for family in batch for row in family.rows), replies, strict=True):
+                yield self._record(row.question, reply)
+
+    # ---- prompts
+
+    def prompt(self, question: Question) -> str:
+        """The text the model continues, with image marks."""
+        text = question.text
+        if IMAGE_MARK not in text:
+            text = f"{IMAGE_MARK}\n" * len(question.images) + text
+        if text.count(IMAGE_MARK) != len(question.images):
+            raise DataError(
+                f"question {question.id}: {text.count(IMAGE_MARK)} image marks for {len(question.images)} pictures"
+            )
+        return self.template.prompt([Turn("user", text)])
+
+    def _encode(self, question: Question) -> tuple[int, ...]:
+        text = Rendered(self.prompt(question), ())
+        return tuple(
+            encode(self.tokenizer, text, self.image_token, int(self.model.config.image_seq_length)).input_ids
+        )
+
+    def _stop_ids(self) -> frozenset[int]:
+        configured = self.model.generation_config.eos_token_id
+        ids = set(configured if isinstance(configured, list) else [configured])
+        ids.add(self.tokenizer.eos_token_id)
+        stop = self.tokenizer.convert_tokens_to_ids(self.template.stop)
+        if stop != self.tokenizer.unk_token_id:
+            ids.add(stop)
+        return frozenset(int(i) for i in ids if i is not None)
+
+    def _families(self, rows: Sequence[Row]) -> list[Family]:
+        """Rows by their pictures; a row whose pictures stand behind its own text is a family by itself."""
+        together: dict[tuple[Any, ...], list[Row]] = {}
+        for number, row in enumerate(rows):
+            alone = () if row.question.images else (number,)
+            together.setdefault((*row.question.images, *alone), []).append(row)
+        families = []
+        for members in together.values():
+            shared = _common(members)
+            if len(members) > 1 and self.image_id in set(_beyond(members, shared)):
+                families += [Family((row,), len(row.ids) - 1) for row in members]
+            else:
+                families.append(Family(tuple(members), shared))
+        return families
+
+    # ---- running the model
+
+    @torch.inference_mode()
+    def _greedy(self, families: Sequence[Family], max_new_tokens: int) -> list[Reply]:
+        """Greedy decoding of a batch of families, one reply a row."""
+        device = self.model.device
+        beginnings = [family.rows[0].ids[: family.shared] for family in families]
+        ids, mask = self._pad(beginnings)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask),
+            pixel_values=self._pixels([family.rows[0].question for family in families]),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        owner = torch.tensor([i for i, family in enumerate(families) for _ in family.rows], device=device)
+        cache.batch_select_indices(owner)
+        ids, own_mask = self._pad([row.ids[family.shared :] for family in families for row in family.rows])
+        mask = torch.cat([mask[owner], own_mask], dim=1)
+        return self._decode(ids, mask, cache, max_new_tokens)
+
+    def _decode(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, max_new_tokens: int) -> list[Reply]:
+        """Continue rows ``ids`` (B, S) on ``cache``; ``mask`` (B, P + S) covers what is cached and
+        ``ids``."""
+        width = ids.shape[1]
+        generated: list[list[int]] = [[] for _ in ids]
+        ended = [False] * len(ids)
+        position = _positions(mask)[:, -width:]
+        for _ in range(max_new_tokens):
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            ids = out.logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
+            for row, token in enumerate(ids[:, 0].tolist()):
+                if not ended[row]:
+                    generated[row].append(token)
+                    ended[row] = self._stopped(generated[row])
+            if all(ended):
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            position = position[:, -1:] + 1
+        return [Reply(tokens, end) for tokens, end in zip(generated, ended, strict=True)]
+
+    @torch.inference_mode()
+    def _generate(self, rows: Sequence[Row], max_new_tokens: int, num_beams: int) -> list[Reply]:
+        """The same through ``model.generate``, which also searches with beams."""
+        ids, mask = self._pad([row.ids for row in rows])
+        pixels = self._pixels([row.question for row in rows])
+        stop = (
+            {}
+            if self._stops_by_token
+            else {"stop_strings": [self.template.stop], "tokenizer": self.tokenizer}
+        )
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            **({} if pixels is None else {"pixel_values": pixels}),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=num_beams,
+            eos_token_id=sorted(self.stop_ids),
+            pad_token_id=self.pad_id,
+            **stop,
+        )
+        replies = []
+        for tokens in out[:, ids.shape[1] :].tolist():
+            kept: list[int] = []
+            for token in tokens:
+                kept.append(token)
+                if self._stopped(kept):
+                    break
+            replies.append(Reply(kept, self._stopped(kept)))
+        return replies
+
+    @property
+    def _stops_by_token(self) -> bool:
+        return self.tokenizer.convert_tokens_to_ids(self.template.stop) in self.stop_ids
+
+    def _stopped(self, tokens: Sequence[int]) -> bool:
+        if tokens and tokens[-1] in self.stop_ids:
+            return True
+        return not self._stops_by_token and self.template.stop in self.tokenizer.decode(tokens)
+
+    def _pad(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask (B, longest), padded on the left."""
+        width = max(map(len, sequences))
+        ids = [[self.pad_id] * (width - len(s)) + list(s) for s in sequences]
+        mask = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
+        device = self.model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _pixels(self, questions: Sequence[Question]) -> torch.Tensor | None:
+        """Pixels of all pictures (pictures, 3, height, width), in the order of their marks."""
+        pictures = [_open(image) for question in questions for image in question.images]
+        if not pictures:
+            return None
+        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return pixels.to(device=self.model.device, dtype=self.model.dtype)
+
+    # ---- answers
+
+    def _record(self, question: Question, reply: Reply) -> Answer:
+        text = self.tokenizer.decode(reply.ids, skip_special_tokens=True)
+        if not self._stops_by_token:
+            text = text.split(self.template.stop)[0]
+        prompt = question.text if question.prompt is None else question.prompt
+        return {
+            "question_id": question.id,
+            "prompt": prompt,
+            "text": text.strip(),
+            **question.extra,
+            "answer_id": _answer_id(self.model_id, question.id, prompt),
+            "model_id": self.model_id,
+            "metadata": {"tokens": len(reply.ids), "ended": reply.ended},
+        }
+
+
+def _batches(families: Sequence[Family], batch_size: int) -> Iterator[list[Family]]:
+    """Families by length, so many together that a batch has at most ``batch_size`` rows; larger ones are
+    split."""
+    parts: list[Family] = []
+    for family in families:
+        count = -(-len(family.rows) // batch_size)
+        rows = sorted(family.rows, key=lambda row: len(row.ids))
+        size = -(-len(rows) // count)
+        parts += [Family(tuple(rows[i : i + size]), family.shared) for i in range(0, len(rows), size)]
+    parts.sort(key=lambda family: (family.longest, family.shared))
+    batch: list[Family] = []
+    for family in parts:
+        if batch and sum(len(member.rows) for member in batch) + len(family.rows) > batch_size:
+            yield batch
+            batch = []
+        batch.append(family)
+    if batch:
+        yield batch
+
+
+def _common(rows: Sequence[Row]) -> int:
+    """Length of the rows' common beginning; each keeps at least one token of its own."""
+    shortest = min(len(row.ids) for row in rows) - 1
+    first = rows[0].ids
+    return next(
+        (i for i in range(shortest) if any(row.ids[i] != first[i] for row in rows)),
+        shortest,
+    )
+
+
+def _beyond(rows: Sequence[Row], shared: int) -> Iterator[int]:
+    return (token for row in rows for token in row.ids[shared:])
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions (B, L) that count real tokens only; padding has position 0, which no real token looks at."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _open(image: bytes | Path) -> Image.Image:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        name = "a picture" if isinstance(image, bytes) else str(image)
+        raise DataError(f"{name} cannot be read: {error}") from error
+
+
+def _answer_id(model_id: str, question: int | str, prompt: str) -> str:
+    """An id that is the same whenever the same model is asked the same."""
+    return hashlib.sha256(f"{model_id}\x00{question}\x00{prompt}".encode("utf-8", "replace")).hexdigest()[:22]

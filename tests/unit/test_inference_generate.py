@@ -1,0 +1,194 @@
+"""Answers do not depend on batch size, on sharing the picture's cache, or on neighbours."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from mmpipe.benchmarks.base import Question
+from mmpipe.data.templates import get_template
+from mmpipe.errors import DataError
+from mmpipe.inference.generate import Answerer, Row, _batches, _common
+
+PATCHES = 16
+
+
+class Pictures:
+    """Stands for an image processor: 32 x 32 pixels, scaled to [-1, 1]."""
+
+    def __call__(self, images: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
+        pixels = [torch.tensor(list(i.resize((32, 32)).tobytes())).view(32, 32, 3) for i in images]
+        return {"pixel_values": torch.stack(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1}
+
+
+def make_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<image>", "<|im_start|>", "<|im_end|>"],
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(3)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=PATCHES,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # far from uniform: a wrong mask or position changes the answers
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=Pictures(), image_token="<image>")
+    return model, processor
+
+
+def picture(number: int) -> bytes:
+    out = io.BytesIO()
+    Image.effect_noise((40, 30), 40 + 10 * number).convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def questions():
+    pictures = [picture(n) for n in range(3)]
+    asked = [
+        Question(id=n, text="What is it?" + " Really" * (n % 4) + "!" * n, images=(pictures[n % 3],))
+        for n in range(14)
+    ]
+    asked.append(Question(id="text", text="Two and two?"))
+    asked.append(Question(id="two", text="<image> or <image>?", images=(pictures[0], pictures[1])))
+    asked.append(Question(id="late", text="Look here first: <image>", images=(pictures[0],)))
+    return asked
+
+
+def texts(answerer, questions, **settings):
+    return {a["question_id"]: a for a in answerer.answer(questions, max_new_tokens=12, **settings)}
+
+
+@pytest.fixture(scope="module")
+def one_by_one(checkpoint, questions):
+    answerer = Answerer(*checkpoint, get_template("qwen"), model_id="m")
+    return texts(answerer, questions, batch_size=1, share_prefix=False)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_answers_do_not_depend_on_the_batch(checkpoint, questions, one_by_one, batch_size, share_prefix):
+    answerer = Answerer(*checkpoint, get_template("qwen"), model_id="m")
+    assert texts(answerer, questions, batch_size=batch_size, share_prefix=share_prefix) == one_by_one
+
+
+def test_answers_depend_on_picture_and_text(one_by_one):
+    assert len({a["text"] for a in one_by_one.values()}) > len(one_by_one) // 2
+
+
+def test_answer_record_is_llava_s_and_deterministic(checkpoint, questions):
+    answerer = Answerer(*checkpoint, get_template("qwen"), model_id="run/finetune")
+    asked = Question(
+        id=7,
+        text="Q\nsuffix",
+        images=questions[0].images,
+        prompt="Q",
+        extra={"round_id": 0, "options": ["x"]},
+    )
+    first, second = (list(answerer.answer([asked], max_new_tokens=3))[0] for _ in range(2))
+    assert first == second
+    assert list(first) == [
+        "question_id", "prompt", "text", "round_id", "options", "answer_id", "model_id", "metadata",
+    ]  # fmt: skip
+    assert (first["prompt"], first["model_id"], len(first["answer_id"])) == ("Q", "run/finetune", 22)
+    other = Answerer(*checkpoint, get_template("qwen"), model_id="other")
+    assert list(other.answer([asked], max_new_tokens=3))[0]["answer_id"] != first["answer_id"]
+
+
+def test_generation_stops_at_the_end_token(checkpoint, questions):
+    model, processor = checkpoint
+    answerer = Answerer(model, processor, get_template("qwen"))
+    reply = answerer._greedy(answerer._families([Row(questions[0], answerer._encode(questions[0]))]), 12)[0]
+    assert not reply.ended and len(reply.ids) == 12
+    answerer.stop_ids = frozenset({reply.ids[4]})
+    cut = texts(answerer, questions[:1])[0]
+    assert cut["metadata"] == {"tokens": reply.ids.index(reply.ids[4]) + 1, "ended": True}
+
+
+def test_stop_text_that_is_no_token_cuts_the_answer(checkpoint, questions):
+    model, processor = checkpoint
+    plain = Answerer(model, processor, get_template("plain"))
+    assert not plain._stops_by_token
+    newline = processor.tokenizer("a\nb", add_special_tokens=False)["input_ids"]
+    assert not plain._stopped(newline[:1]) and plain._stopped(newline[:2])
+
+
+def test_marks_and_pictures_must_agree(checkpoint, questions):
+    answerer = Answerer(*checkpoint, get_template("qwen"))
+    wrong = Question(id=5, text="<image> <image>", images=questions[0].images)
+    with pytest.raises(DataError, match="question 5: 2 image marks for 1 pictures"):
+        list(answerer.answer([wrong]))
+
+
+def test_unreadable_picture_is_named(checkpoint, tmp_path):
+    bad = tmp_path / "broken.jpg"
+    bad.write_bytes(b"\xff\xd8\xff not a picture")
+    answerer = Answerer(*checkpoint, get_template("qwen"))
+    with pytest.raises(DataError, match="broken.jpg cannot be read"):
+        list(answerer.answer([Question(id=1, text="?", images=(bad,))]))
+
+
+def test_beams_are_searched(checkpoint, questions, one_by_one):
+    answerer = Answerer(*checkpoint, get_template("qwen"))
+    beams = texts(answerer, questions[:3], num_beams=3, batch_size=1)
+    assert any(beams[i]["text"] != one_by_one[i]["text"] for i in beams)
+
+
+def test_batches_keep_families_together_and_split_large_ones(checkpoint, questions):
+    answerer = Answerer(*checkpoint, get_template("qwen"))
+    families = answerer._families([Row(q, answerer._encode(q)) for q in questions])
+    for size in (1, 3, 4, 100):
+        batches = list(_batches(families, size))
+        assert all(sum(len(f.rows) for f in batch) <= size for batch in batches)
+        assert sorted(str(r.question.id) for b in batches for f in b for r in f.rows) == sorted(
+            str(q.id) for q in questions
+        )
+    assert sorted(len(f.rows) for f in families) == [1, 1, 1, 4, 5, 5]
+
+
+def test_common_beginning_leaves_every_row_a_token():
+    row = Question(id=0, text="")
+    assert _common([Row(row, (1, 2, 3)), Row(row, (1, 2, 3))]) == 2
+    assert _common([Row(row, (1, 2)), Row(row, (1, 2, 3))]) == 1
+    assert _common([Row(row, (1, 5, 3)), Row(row, (1, 2, 3))]) == 1
