@@ -1,4 +1,4 @@
-"""The settings of a mixture, as written in the catalogue ``mixtures.yaml``."""
+"""The settings of a mixture, as written in ``mixtures.yaml``."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class PartSpec(Settings):
     suffix: str = ""
     """Appended to every question, e.g. the instruction to answer with a single word."""
     image_position: Literal["keep", "first"] = "keep"
-    """``first`` moves the pictures of a question to its head, as LLaVA does; ``keep`` leaves them in place."""
+    """``first`` moves the pictures of a question to its head, as LLaVA does; ``keep`` leaves them."""
 
 
 class MixtureSpec(Settings):
-    """What a training set is made of. The parts follow each other; the order of training is the sampler's."""
+    """What a training set is made of. The order of training is the sampler's, not that of the parts."""
 
     parts: Annotated[tuple[PartSpec, ...], Field(min_length=1)]
     seed: int = 0

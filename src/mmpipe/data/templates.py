@@ -34,6 +34,11 @@ class Template(Protocol):
         """The text that ends an answer: generation stops here."""
         ...
 
+    @property
+    def captions(self) -> bool:
+        """Whether nothing but pictures comes before an answer."""
+        ...
+
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """The text of a whole conversation. Raises BadRecord for turns in an odd order or without text."""
         ...
@@ -162,6 +167,7 @@ class TokenizerTemplate:
     """
 
     name = "tokenizer"
+    captions = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         template = tokenizer.chat_template
