@@ -126,21 +126,21 @@ def test_answer_record_is_llava_s_and_deterministic(checkpoint, questions):
         prompt="Q",
         extra={"round_id": 0, "options": ["x"]},
     )
-    first, second = (list(answerer.answer([asked], max_new_tokens=3))[0] for _ in range(2))
+    first, second = (next(answerer.answer([asked], max_new_tokens=3)) for _ in range(2))
     assert first == second
     assert list(first) == [
         "question_id", "prompt", "text", "round_id", "options", "answer_id", "model_id", "metadata",
     ]  # fmt: skip
     assert (first["prompt"], first["model_id"], len(first["answer_id"])) == ("Q", "run/finetune", 22)
     other = Answerer(*checkpoint, get_template("qwen"), model_id="other")
-    assert list(other.answer([asked], max_new_tokens=3))[0]["answer_id"] != first["answer_id"]
+    assert next(other.answer([asked], max_new_tokens=3))["answer_id"] != first["answer_id"]
 
 
 def test_generation_stops_at_the_end_token(checkpoint, questions):
     model, processor = checkpoint
     answerer = Answerer(model, processor, get_template("qwen"))
     reply = answerer._greedy(answerer._families([Row(questions[0], answerer._encode(questions[0]))]), 12)[0]
-    assert not reply.ended and len(reply.ids) == 12
+    assert (reply.ended, len(reply.ids)) == (False, 12)
     answerer.stop_ids = frozenset({reply.ids[4]})
     cut = texts(answerer, questions[:1])[0]
     assert cut["metadata"] == {"tokens": reply.ids.index(reply.ids[4]) + 1, "ended": True}
@@ -151,7 +151,7 @@ def test_stop_text_that_is_no_token_cuts_the_answer(checkpoint, questions):
     plain = Answerer(model, processor, get_template("plain"))
     assert not plain._stops_by_token
     newline = processor.tokenizer("a\nb", add_special_tokens=False)["input_ids"]
-    assert not plain._stopped(newline[:1]) and plain._stopped(newline[:2])
+    assert [plain._stopped(newline[:n]) for n in (1, 2)] == [False, True]
 
 
 def test_marks_and_pictures_must_agree(checkpoint, questions):
@@ -165,7 +165,7 @@ def test_unreadable_picture_is_named(checkpoint, tmp_path):
     bad = tmp_path / "broken.jpg"
     bad.write_bytes(b"\xff\xd8\xff not a picture")
     answerer = Answerer(*checkpoint, get_template("qwen"))
-    with pytest.raises(DataError, match="broken.jpg cannot be read"):
+    with pytest.raises(DataError, match=r"broken\.jpg cannot be read"):
         list(answerer.answer([Question(id=1, text="?", images=(bad,))]))
 
 

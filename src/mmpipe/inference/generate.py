@@ -98,13 +98,13 @@ class Answerer:
         plain = num_beams > 1 or not share_prefix
         families = [Family((row,), len(row.ids) - 1) for row in rows] if plain else self._families(rows)
         for batch in _batches(families, batch_size):
-            if plain:
-                replies = self._generate(
-                    [row for family in batch for row in family.rows], max_new_tokens, num_beams
-                )
-            else:
-                replies = self._greedy(batch, max_new_tokens)
-            for row, reply in zip((row for family in batch for row in family.rows), replies, strict=True):
+            asked = [row for family in batch for row in family.rows]
+            replies = (
+                self._generate(asked, max_new_tokens, num_beams)
+                if plain
+                else self._greedy(batch, max_new_tokens)
+            )
+            for row, reply in zip(asked, replies, strict=True):
                 yield self._record(row.question, reply)
 
     # ---- prompts
@@ -114,17 +114,15 @@ class Answerer:
         text = question.text
         if IMAGE_MARK not in text:
             text = f"{IMAGE_MARK}\n" * len(question.images) + text
-        if text.count(IMAGE_MARK) != len(question.images):
-            raise DataError(
-                f"question {question.id}: {text.count(IMAGE_MARK)} image marks for {len(question.images)} pictures"
-            )
+        marks, pictures = text.count(IMAGE_MARK), len(question.images)
+        if marks != pictures:
+            raise DataError(f"question {question.id}: {marks} image marks for {pictures} pictures")
         return self.template.prompt([Turn("user", text)])
 
     def _encode(self, question: Question) -> tuple[int, ...]:
+        per_picture = int(self.model.config.image_seq_length)
         text = Rendered(self.prompt(question), ())
-        return tuple(
-            encode(self.tokenizer, text, self.image_token, int(self.model.config.image_seq_length)).input_ids
-        )
+        return tuple(encode(self.tokenizer, text, self.image_token, per_picture).input_ids)
 
     def _stop_ids(self) -> frozenset[int]:
         configured = self.model.generation_config.eos_token_id
@@ -136,19 +134,16 @@ class Answerer:
         return frozenset(int(i) for i in ids if i is not None)
 
     def _families(self, rows: Sequence[Row]) -> list[Family]:
-        """Rows by their pictures; a row whose pictures stand behind its own text is a family by itself."""
-        together: dict[tuple[Any, ...], list[Row]] = {}
-        for number, row in enumerate(rows):
-            alone = () if row.question.images else (number,)
-            together.setdefault((*row.question.images, *alone), []).append(row)
-        families = []
-        for members in together.values():
-            shared = _common(members)
-            if len(members) > 1 and self.image_id in set(_beyond(members, shared)):
-                families += [Family((row,), len(row.ids) - 1) for row in members]
-            else:
-                families.append(Family(tuple(members), shared))
-        return families
+        """Rows by their pictures and all that stands before and between them; without pictures each is alone."""
+        together: dict[Any, list[Row]] = {}
+        for row in rows:
+            opening = row.ids[: self._after_pictures(row)]
+            together.setdefault((row.question.images, opening) if opening else len(together), []).append(row)
+        return [Family(tuple(members), _common(members)) for members in together.values()]
+
+    def _after_pictures(self, row: Row) -> int:
+        """How many tokens there are up to the end of the last picture."""
+        return max((place + 1 for place, token in enumerate(row.ids) if token == self.image_id), default=0)
 
     # ---- running the model
 
@@ -302,10 +297,6 @@ def _common(rows: Sequence[Row]) -> int:
         (i for i in range(shortest) if any(row.ids[i] != first[i] for row in rows)),
         shortest,
     )
-
-
-def _beyond(rows: Sequence[Row], shared: int) -> Iterator[int]:
-    return (token for row in rows for token in row.ids[shared:])
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
