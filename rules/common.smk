@@ -1,0 +1,102 @@
+"""Helpers of the rules; no rules here. Everything about recipes is answered by the plan."""
+
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+SOURCE = os.path.join(workflow.basedir, "src")
+sys.path.insert(0, SOURCE)
+
+from mmpipe.errors import MmpipeError
+from mmpipe.plan import Plan
+from mmpipe.stages.base import Hardware
+
+try:
+    PLAN = Plan(config, Path(workflow.basedir))
+except MmpipeError as error:
+    raise WorkflowError(str(error)) from None
+
+
+def one_of(names):
+    """A wildcard constraint for exactly these names; matches nothing when there are none."""
+    return "|".join(sorted(re.escape(name) for name in names)) or "(?!)"
+
+
+wildcard_constraints:
+    smoke=r"(?:smoke/)?",
+    recipe=one_of(PLAN.recipes),
+    checkpoint=rf"(?:{one_of(PLAN.recipes)})(?:@[a-z0-9_]+)?",
+    benchmark=one_of(PLAN.benchmarks),
+    mixture=one_of(PLAN.mixtures),
+    backbone=one_of(PLAN.backbones),
+    dataset=one_of(PLAN.datasets),
+    chunk=r"\d+-of-\d+",
+
+
+def out(wildcards):
+    """``results`` or ``results/smoke``."""
+    return os.path.join("results", wildcards.smoke).rstrip("/")
+
+
+def planned(wildcards):
+    """The stage a job makes."""
+    return PLAN.stage(wildcards.recipe, wildcards.stage)
+
+
+def stage_spec(wildcards):
+    return PLAN.spec(planned(wildcards))
+
+
+def stage_inputs(wildcards):
+    """The manifests a stage is made from; weights are ancient: their manifest tells when they changed."""
+    stage = planned(wildcards)
+    inputs = {role: str(path) for role, path in PLAN.inputs(stage, out(wildcards)).items()}
+    if stage.parent:
+        parent = stage.parent.directory(out(wildcards)) / "model" / stage.parent.weights
+        inputs["weights"] = ancient(str(parent))
+    return inputs
+
+
+def stages_of(kind):
+    """A wildcard constraint for the stages of one kind."""
+    return one_of({stage.name for stage in PLAN.stages() if stage.kind == kind})
+
+
+def checkpoint_inputs(wildcards):
+    """The manifest and the weights of the checkpoint a benchmark reads."""
+    stage = PLAN.checkpoint(wildcards.checkpoint)
+    manifest = stage.manifest(out(wildcards))
+    return {"checkpoint": str(manifest), "weights": ancient(str(manifest.parent / stage.weights))}
+
+
+def resources_of(hardware):
+    """The resources of a job. ``hardware(wildcards)`` tells what it needs; keys that do not apply vanish."""
+    gres = PLAN.config.gpu_request == "gres"
+
+    def gpus(wildcards):
+        return hardware(wildcards).gpus or None
+
+    return {
+        "mem_mb": lambda wildcards: 1000 * hardware(wildcards).memory_gb,
+        "runtime": lambda wildcards: hardware(wildcards).runtime_minutes,
+        "gpu": (lambda wildcards: None) if gres else gpus,
+        "gres": (lambda wildcards: gpus(wildcards) and f"gpu:{gpus(wildcards)}") if gres else (lambda wildcards: None),
+        # without this the Slurm plugin starts one copy of the job per GPU
+        "tasks_per_gpu": lambda wildcards: 0 if gpus(wildcards) else None,
+    }
+
+
+def stage_hardware(wildcards):
+    return planned(wildcards).settings.hardware
+
+
+def answer_hardware(wildcards):
+    return PLAN.checkpoint(wildcards.checkpoint).answering
+
+
+def light(memory_gb, minutes):
+    """Resources of a job without a model."""
+    needs = Hardware(memory_gb=memory_gb, runtime_minutes=minutes)
+    return resources_of(lambda wildcards: needs)

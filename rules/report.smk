@@ -1,0 +1,95 @@
+# What the HTML report shows. Nothing here changes a number.
+localrules:
+    show_stage,
+    show_mixture,
+    show_samples,
+    show_comparison,
+
+
+rule show_stage:
+    input:
+        history="results/{smoke}{recipe}/{stage}/report/history.jsonl",
+        manifest="results/{smoke}{recipe}/{stage}/model/manifest.json",
+    output:
+        figure=report(
+            "results/{smoke}{recipe}/{stage}/report/loss.svg",
+            caption="../workflow/report/loss.rst",
+            category="Training",
+            labels={"recipe": "{recipe}", "stage": "{stage}", "shown": "curves"},
+        ),
+        settings=report(
+            "results/{smoke}{recipe}/{stage}/report/settings.html",
+            caption="../workflow/report/settings.rst",
+            category="Training",
+            labels={"recipe": "{recipe}", "stage": "{stage}", "shown": "settings"},
+        ),
+    log:
+        "logs/{smoke}{recipe}/{stage}-report.log",
+    resources:
+        **light(memory_gb=2, minutes=10),
+    message:
+        "Drawing the training of {wildcards.recipe}: {wildcards.stage}"
+    script:
+        "../workflow/scripts/show_stage.py"
+
+
+rule show_mixture:
+    input:
+        report="resources/mixtures/{mixture}/report.json",
+    output:
+        report(
+            "resources/mixtures/{mixture}/report.html",
+            caption="../workflow/report/mixture.rst",
+            category="Data",
+            labels={"mixture": "{mixture}"},
+        ),
+    log:
+        "logs/mix/{mixture}-report.log",
+    resources:
+        **light(memory_gb=2, minutes=10),
+    message:
+        "Laying out the verification of {wildcards.mixture}"
+    script:
+        "../workflow/scripts/show_mixture.py"
+
+
+rule show_samples:
+    input:
+        questions="resources/{smoke}benchmarks/{benchmark}/questions.jsonl",
+        answers="results/{smoke}{checkpoint}/eval/{benchmark}/answers.jsonl",
+        per_item="results/{smoke}{checkpoint}/eval/{benchmark}/per_item.jsonl",
+    output:
+        report(
+            "results/{smoke}{checkpoint}/eval/{benchmark}/samples.html",
+            caption="../workflow/report/samples.rst",
+            category="Answers",
+            labels={"checkpoint": "{checkpoint}", "benchmark": "{benchmark}"},
+        ),
+    log:
+        "logs/{smoke}{checkpoint}/eval/{benchmark}/samples.log",
+    resources:
+        **light(memory_gb=2, minutes=10),
+    message:
+        "Showing answers of {wildcards.checkpoint} to {wildcards.benchmark}"
+    script:
+        "../workflow/scripts/show_samples.py"
+
+
+rule show_comparison:
+    input:
+        "results/{smoke}{benchmark}.json",
+    output:
+        report(
+            "results/{smoke}{benchmark}.html",
+            caption="../workflow/report/comparison.rst",
+            category="Results",
+            labels={"benchmark": "{benchmark}"},
+        ),
+    log:
+        "logs/{smoke}compare/{benchmark}-report.log",
+    resources:
+        **light(memory_gb=2, minutes=10),
+    message:
+        "Laying out the comparison on {wildcards.benchmark}"
+    script:
+        "../workflow/scripts/show_comparison.py"

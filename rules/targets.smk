@@ -1,0 +1,59 @@
+# Names for parts of the whole: `snakemake finetuned` makes every fine-tuned checkpoint the chosen recipes need.
+localrules:
+    all,
+    pretrained,
+    finetuned,
+    answers,
+    scores,
+    submissions,
+    report_items,
+
+
+def trained(kind):
+    """The checkpoints of one kind of stage on the paths of the chosen recipes."""
+    return [str(stage.manifest()) for stage in PLAN.chosen_stages() if stage.kind == kind]
+
+
+rule all:
+    """Everything: comparisons, submissions, and what the report shows."""
+    default_target: True
+    input:
+        [f"results/{benchmark}.json" for benchmark in PLAN.chosen_benchmarks],
+        PLAN.submissions(),
+        PLAN.report_items(),
+
+
+rule pretrained:
+    """Projectors."""
+    input:
+        trained("pretrain"),
+
+
+rule finetuned:
+    """Fine-tuned models."""
+    input:
+        trained("finetune"),
+
+
+rule answers:
+    """Answers to every chosen benchmark."""
+    input:
+        PLAN.per_checkpoint("answers.jsonl"),
+
+
+rule scores:
+    """Scores of every chosen benchmark."""
+    input:
+        PLAN.per_checkpoint("score.json"),
+
+
+rule submissions:
+    """Files for the benchmark servers."""
+    input:
+        PLAN.submissions(),
+
+
+rule report_items:
+    """Figures, tables and samples of the report."""
+    input:
+        PLAN.report_items(),

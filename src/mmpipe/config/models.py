@@ -1,0 +1,49 @@
+"""The typed models of the main configuration file and of recipe files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from mmpipe.config.base import Settings
+from mmpipe.stages.base import Hardware, VisionLanguage
+
+
+class Smoke(Settings):
+    """Limits of smoke runs (``results/smoke/...``), which try every stage of a recipe for a moment."""
+
+    max_steps: int = Field(2, ge=1)
+    """Optimizer steps of each stage."""
+    questions: int = Field(16, ge=1)
+    """Questions asked of each benchmark."""
+
+
+class Config(Settings):
+    """The main configuration: what is trained and compared."""
+
+    recipes: list[str] = Field(min_length=1)
+    """Recipes whose checkpoints are compared; ``recipe@stage`` names an earlier checkpoint, ``*`` matches many."""
+    benchmarks: list[str | dict[str, dict[str, Any]]] = Field(min_length=1)
+    """Benchmarks of ``benchmarks.yaml``; ``- name: {key: value}`` changes settings of the entry."""
+    smoke: Smoke = Smoke()
+    gpu_request: str = Field("gpu", pattern="^(gpu|gres)$")
+    """How GPUs are asked for on the cluster: ``gpu`` (``--gpus``) or ``gres`` (``--gres``)."""
+
+
+class Recipe(Settings):
+    """A recipe: a path of stages from backbones to a final checkpoint."""
+
+    description: str = ""
+    extends: str | None = None
+    """A recipe (or ``recipe@stage``) whose path this one continues or changes."""
+    model: VisionLanguage | None = None
+    """The parts to start from; inherited through ``extends``."""
+    defaults: dict[str, Any] = {}
+    """Settings for every stage of this recipe that knows them."""
+    hardware: dict[str, Any] = {}
+    """Hardware of every stage of this recipe."""
+    answering: Hardware | None = None
+    """Hardware for answering benchmarks with this recipe's checkpoints; inherited through ``extends``."""
+    stages: dict[str, dict[str, Any] | None] = {}
+    """The stages in order; a stage the parent has too is changed, and so is everything after it."""

@@ -1,0 +1,535 @@
+"""The plan: recipes resolved into stages, their owners, specs and paths.
+
+Plain Python on plain data: no torch, no transformers, no Snakemake. Everything the rules ask is answered here, and everything
+that can be wrong in the configuration is found here, before any job starts.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mmpipe.artifacts.files import canonical_json
+from mmpipe.benchmarks.base import get, names
+from mmpipe.benchmarks.spec import BenchmarkEntry
+from mmpipe.config.loader import read_mapping, validate
+from mmpipe.config.models import Config, Recipe
+from mmpipe.data.spec import MixtureSpec
+from mmpipe.errors import ConfigError, did_you_mean
+from mmpipe.sources import source_type
+from mmpipe.sources.base import Source
+from mmpipe.stages import stage_kinds
+from mmpipe.stages.base import Hardware, Stage, StageJob, VisionLanguage
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_RESERVED = {"smoke", "eval", "submit", "report", "leaderboard"}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a recipe, resolved. ``owner`` is the recipe whose directory holds the checkpoint."""
+
+    owner: str
+    name: str
+    kind: str
+    settings: Stage
+    vision_language: VisionLanguage
+    parent: StagePlan | None
+    where: str
+    """The recipe file, for messages."""
+    answering: Hardware = Hardware()
+    """What answering benchmarks with this checkpoint runs on."""
+
+    @property
+    def id(self) -> str:
+        """``owner@stage``."""
+        return f"{self.owner}@{self.name}"
+
+    def directory(self, out: str = "results") -> Path:
+        """The stage's directory below ``out``."""
+        return Path(out, self.owner, self.name)
+
+    def manifest(self, out: str = "results") -> Path:
+        """The manifest of the published checkpoint."""
+        return self.directory(out) / "model" / "manifest.json"
+
+    @property
+    def weights(self) -> str:
+        """File name of the published weights."""
+        return f"{self.settings.PUBLISHES}.safetensors"
+
+    def path(self) -> list[StagePlan]:
+        """This stage and all before it, first one first."""
+        return [*(self.parent.path() if self.parent else []), self]
+
+
+class Plan:
+    """All recipes, catalogues and choices of one configuration.
+
+    ``config`` is the content of the main configuration file, ``root`` the project directory that holds ``config/``.
+    Raises ConfigError, naming file and key, for anything that cannot be carried out.
+    """
+
+    def __init__(self, config: Mapping[str, Any], root: Path = Path(), where: str = "config") -> None:
+        self.where = where
+        self.config: Config = validate(Config, dict(config), where)
+        folder = root / "config"
+        self.backbones = self._sources(folder / "backbones.yaml")
+        self.datasets = self._sources(folder / "datasets.yaml")
+        self.mixtures: dict[str, MixtureSpec] = {
+            name: validate(MixtureSpec, entry, f"{folder / 'mixtures.yaml'}, mixture '{name}'")
+            for name, entry in self._entries(folder / "mixtures.yaml").items()
+        }
+        self._check_mixtures(folder / "mixtures.yaml")
+        self.benchmarks = self._benchmarks(folder / "benchmarks.yaml")
+        self._recipes = _read_recipes(folder / "recipes")
+        self._paths: dict[str, list[StagePlan]] = {}
+        for name in self._recipes:
+            self._resolve(name, ())
+        self._check_names()
+        self._check_references()
+
+    # --- catalogues -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _entries(path: Path) -> dict[str, Any]:
+        entries = read_mapping(path)
+        for name in entries:
+            if not _NAME.fullmatch(name):
+                raise ConfigError(f"{path}: the name '{name}' may hold a-z, 0-9, '.', '_' and '-' only")
+        return entries
+
+    def _sources(self, path: Path) -> dict[str, Source]:
+        kind = source_type()
+        return {
+            name: validate(kind, entry, f"{path}, entry '{name}'")
+            for name, entry in self._entries(path).items()
+        }
+
+    def _check_mixtures(self, path: Path) -> None:
+        for name, mixture in self.mixtures.items():
+            for part in mixture.parts:
+                self._known(part.dataset, self.datasets, f"{path}, mixture '{name}'", "data set")
+
+    def _benchmarks(self, path: Path) -> dict[str, BenchmarkEntry]:
+        """The catalogue's entries with the overrides of the configuration laid over them."""
+        raw = self._entries(path)
+        overrides: dict[str, Mapping[str, Any]] = {}
+        for chosen in self.config.benchmarks:
+            for name, override in (chosen.items() if isinstance(chosen, dict) else [(chosen, {})]):
+                self._known(name, raw, f"{self.where}: benchmarks", "benchmark")
+                overrides[name] = override
+        self.chosen_benchmarks = list(overrides)
+        entries = {}
+        for name, entry in raw.items():
+            where = f"{self.where}: benchmarks.{name}" if overrides.get(name) else f"{path}, entry '{name}'"
+            entries[name] = validate(BenchmarkEntry, {**(entry or {}), **overrides.get(name, {})}, where)
+            self._known(entries[name].data, self.datasets, f"{where}: data", "data set")
+            self._known(entries[name].task, dict.fromkeys(names()), f"{where}: task", "benchmark task")
+        return entries
+
+    @staticmethod
+    def _known(name: str, known: Mapping[str, Any], where: str, what: str) -> None:
+        if name not in known:
+            raise ConfigError(f"{where}: there is no {what} '{name}'{did_you_mean(name, known)}")
+
+    # --- recipes --------------------------------------------------------------------------------------------------
+
+    def _resolve(self, name: str, below: tuple[str, ...]) -> list[StagePlan]:
+        """The stages of recipe ``name``, first to last."""
+        if name in self._paths:
+            return self._paths[name]
+        recipe = self._recipes[name]
+        if name in below:
+            circle = " -> ".join([*below[below.index(name) :], name])
+            raise ConfigError(f"{recipe.where}: 'extends' goes round in a circle: {circle}")
+        inherited: list[StagePlan] = []
+        if recipe.settings.extends:
+            parent, _, last = recipe.settings.extends.partition("@")
+            self._known(parent, self._recipes, f"{recipe.where}: extends", "recipe")
+            inherited = self._resolve(parent, (*below, name))
+            if last:
+                names = [stage.name for stage in inherited]
+                self._known(last, dict.fromkeys(names), f"{recipe.where}: extends", f"stage of '{parent}'")
+                inherited = inherited[: names.index(last) + 1]
+        self._paths[name] = self._path(name, recipe, inherited)
+        return self._paths[name]
+
+    def _path(self, name: str, recipe: _NamedRecipe, inherited: list[StagePlan]) -> list[StagePlan]:
+        """The inherited stages up to the first that changes, then everything this recipe owns."""
+        own = recipe.settings.stages
+        vision_language = recipe.settings.model or (inherited[-1].vision_language if inherited else None)
+        if vision_language is None:
+            raise ConfigError(
+                f"{recipe.where}: the key 'model' is missing; name its vision and language backbone"
+            )
+        for role in ("vision", "language"):
+            backbone = getattr(vision_language, role)
+            self._known(backbone, self.backbones, f"{recipe.where}: model.{role}", "backbone")
+        keeps_model = not inherited or vision_language == inherited[0].vision_language
+        kept = list(
+            itertools.takewhile(lambda stage: keeps_model and stage.name not in own, inherited)
+        )
+        repeated = inherited[len(kept) :]
+        order = [stage.name for stage in repeated] + [n for n in own if n not in {s.name for s in repeated}]
+        if not kept and not order:
+            raise ConfigError(f"{recipe.where}: the recipe has no stages")
+        before = {stage.name: stage for stage in repeated}
+        path = kept
+        for stage_name in order:
+            base = before[stage_name].settings.model_dump(exclude_unset=True) if stage_name in before else {}
+            stage = self._stage(name, stage_name, recipe, base, before.get(stage_name))
+            path = [
+                *path,
+                StagePlan(
+                    owner=name,
+                    name=stage_name,
+                    kind=stage[0],
+                    settings=stage[1],
+                    vision_language=vision_language,
+                    parent=path[-1] if path else None,
+                    where=recipe.where,
+                    answering=recipe.settings.answering or (inherited[0].answering if inherited else Hardware()),
+                ),
+            ]
+        return path
+
+    def _stage(
+        self, owner: str, name: str, recipe: _NamedRecipe, base: dict[str, Any], before: StagePlan | None
+    ) -> tuple[str, Stage]:
+        where = f"{recipe.where}: stages.{name}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _RESERVED:
+            raise ConfigError(f"{where}: a stage name holds a-z, 0-9 and '_' and is none of {sorted(_RESERVED)}")
+        own = dict(recipe.settings.stages.get(name) or {})
+        kind = own.pop("kind", before.kind if before else name)
+        self._known(kind, stage_kinds(), where, "stage")
+        fields = stage_kinds()[kind].model_fields
+        defaults = {key: value for key, value in recipe.settings.defaults.items() if key in fields}
+        self._check_defaults(recipe)
+        hardware = _merged(recipe.settings.hardware, own.get("hardware", {}))
+        raw = _merged(_merged(base, defaults), own)
+        if hardware:
+            raw["hardware"] = _merged(base.get("hardware", {}), hardware)
+        settings: Stage = validate(stage_kinds()[kind], raw, where)
+        mixture = settings.mixture()
+        if mixture is not None:
+            self._known(mixture, self.mixtures, f"{where}.data", "mixture")
+        return kind, settings
+
+    @staticmethod
+    def _check_defaults(recipe: _NamedRecipe) -> None:
+        known = {field for kind in stage_kinds().values() for field in kind.model_fields}
+        for key in recipe.settings.defaults:
+            if key not in known:
+                raise ConfigError(f"{recipe.where}: unknown key 'defaults.{key}'{did_you_mean(key, known)}")
+
+    def _check_names(self) -> None:
+        for name, recipe in self._recipes.items():
+            if not _NAME.fullmatch(name):
+                raise ConfigError(f"{recipe.where}: the recipe name '{name}' may hold a-z, 0-9, '.', '_', '-' only")
+            if name in self.benchmarks or name in _RESERVED:
+                raise ConfigError(
+                    f"{recipe.where}: the recipe name '{name}' is taken (a benchmark or a folder of results/); "
+                    "rename the recipe"
+                )
+
+    def _check_references(self) -> None:
+        for stage in self.stages():
+            for role, reference in stage.settings.references().items():
+                other = self.checkpoint(reference, f"{stage.where}: stages.{stage.name}.{role}")
+                self._check_no_circle(stage, other, role)
+        self.chosen_recipes  # noqa: B018 - an unknown name in the configuration is found here
+
+    def _check_no_circle(self, stage: StagePlan, other: StagePlan, role: str) -> None:
+        """A stage must not need itself through its references."""
+        waiting, seen = [other], set()
+        while waiting:
+            current = waiting.pop()
+            if current.id in seen:
+                continue
+            seen.add(current.id)
+            if current.id == stage.id:
+                raise ConfigError(f"{stage.where}: stages.{stage.name}.{role} depends on this stage itself")
+            needed = [self.checkpoint(name, "") for name in current.settings.references().values()]
+            waiting += [*needed, *([current.parent] if current.parent else [])]
+
+    # --- what the rules ask ---------------------------------------------------------------------------------------
+
+    @property
+    def recipes(self) -> list[str]:
+        """All recipe names."""
+        return list(self._paths)
+
+    def stages(self, recipe: str | None = None) -> list[StagePlan]:
+        """The stages of one recipe, or every owned stage of all recipes."""
+        if recipe is not None:
+            self._known(recipe, self._paths, self.where, "recipe")
+            return self._paths[recipe]
+        unique = {stage.id: stage for path in self._paths.values() for stage in path}
+        return list(unique.values())
+
+    def stage(self, owner: str, name: str) -> StagePlan:
+        """The stage ``name`` that recipe ``owner`` declares."""
+        found = {stage.name: stage for stage in self.stages(owner)}
+        self._known(name, found, f"recipe '{owner}'", "stage")
+        if found[name].owner != owner:
+            raise ConfigError(
+                f"results/{owner}/{name}: recipe '{owner}' shares this stage; it is made at "
+                f"{found[name].directory()}"
+            )
+        return found[name]
+
+    def owns(self, owner: str, name: str) -> bool:
+        """Whether recipe ``owner`` declares the stage ``name``."""
+        return any(stage.owner == owner and stage.name == name for stage in self._paths.get(owner, ()))
+
+    def checkpoint(self, reference: str, where: str = "") -> StagePlan:
+        """The stage behind ``recipe`` (its last) or ``recipe@stage``."""
+        recipe, _, stage = reference.partition("@")
+        self._known(recipe, self._paths, where or self.where, "recipe")
+        path = {s.name: s for s in self._paths[recipe]}
+        if not stage:
+            return self._paths[recipe][-1]
+        self._known(stage, path, where or self.where, f"stage of '{recipe}'")
+        return path[stage]
+
+    @cached_property
+    def chosen_recipes(self) -> list[str]:
+        """The checkpoints to compare, patterns (``demo-*``, ``demo@*``) expanded, in the order of the configuration."""
+        references = [
+            reference
+            for recipe in self._paths
+            for reference in (recipe, *(f"{recipe}@{stage.name}" for stage in self._paths[recipe][:-1]))
+        ]
+        chosen: dict[str, None] = {}
+        for pattern in self.config.recipes:
+            explicit_last = [
+                recipe for recipe in self._paths if pattern == f"{recipe}@{self._paths[recipe][-1].name}"
+            ]
+            stages_too = "@" in pattern
+            hits = explicit_last or [
+                r for r in references if fnmatch.fnmatchcase(r, pattern) and (stages_too or "@" not in r)
+            ]
+            if stages_too and not explicit_last:
+                hits += [r for r in self._paths if fnmatch.fnmatchcase(f"{r}@{self._paths[r][-1].name}", pattern)]
+            if not hits:
+                hint = did_you_mean(pattern, references)
+                raise ConfigError(f"{self.where}: recipes: there is no recipe '{pattern}'{hint}")
+            chosen |= dict.fromkeys(hits)
+        return list(chosen)
+
+    def spec(self, stage: StagePlan) -> str:
+        """Canonical JSON of what determines a stage's checkpoint, hardware left out."""
+        content: dict[str, Any] = {
+            "stage": stage.kind,
+            "version": type(stage.settings).VERSION,
+            "settings": stage.settings.spec(),
+            "parent": stage.parent.id if stage.parent else None,
+            "model": stage.vision_language.model_dump(mode="json", exclude_defaults=True),
+        }
+        references = {role: self.checkpoint(ref).id for role, ref in stage.settings.references().items()}
+        if references:
+            content["references"] = references
+        return canonical_json(content)
+
+    def inputs(self, stage: StagePlan, out: str = "results") -> dict[str, Path]:
+        """The manifests a stage is made from, by role."""
+        vision_language = stage.vision_language
+        inputs = {
+            "vision": Path("resources/backbones", vision_language.vision, "manifest.json"),
+            "language": Path("resources/backbones", vision_language.language, "manifest.json"),
+        }
+        if stage.parent:
+            inputs["parent"] = stage.parent.manifest(out)
+        mixture = stage.settings.mixture()
+        if mixture is not None:
+            inputs["mixture"] = Path("resources/mixtures", mixture, "manifest.json")
+        for role, reference in stage.settings.references().items():
+            inputs[role] = self.checkpoint(reference).manifest(out)
+        return inputs
+
+    # --- data ------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def source_spec(source: Source) -> str:
+        """What determines the content of a backbone or data set."""
+        return canonical_json(source.spec())
+
+    def mixture_spec(self, name: str) -> str:
+        """What determines the content of a mixture, its data sets' manifests apart."""
+        return canonical_json(self.mixtures[name].model_dump(mode="json", exclude_defaults=True))
+
+    def mixture_inputs(self, name: str) -> list[str]:
+        """Manifests of the data sets a mixture reads."""
+        return sorted({f"resources/datasets/{part.dataset}/manifest.json" for part in self.mixtures[name].parts})
+
+    # --- benchmarks ------------------------------------------------------------------------------------------------
+
+    def benchmark_entry(self, name: str, smoke: bool = False) -> BenchmarkEntry:
+        """A benchmark's settings; smoke runs ask a few questions only."""
+        entry = self.benchmarks[name]
+        return entry.model_copy(update={"limit": self.config.smoke.questions}) if smoke else entry
+
+    def benchmark_spec(self, name: str, smoke: bool = False) -> str:
+        """What determines a benchmark's questions and references."""
+        how = {"chunks", "batch_size", "title"}
+        return canonical_json(
+            self.benchmark_entry(name, smoke).model_dump(mode="json", exclude_defaults=True, exclude=how)
+        )
+
+    def benchmark_inputs(self, name: str) -> str:
+        """The manifest of the data set a benchmark reads."""
+        return f"resources/datasets/{self.benchmarks[name].data}/manifest.json"
+
+    def chunk_files(self, out: str, checkpoint: str, benchmark: str) -> list[str]:
+        """The answer chunks of a benchmark."""
+        chunks = self.benchmarks[benchmark].chunks
+        folder = f"{out}/{checkpoint}/eval/{benchmark}/chunks"
+        return [f"{folder}/{index:04d}-of-{chunks:04d}.jsonl" for index in range(chunks)]
+
+    def controls(self, benchmark: str) -> list[str]:
+        """Chosen benchmarks that ask the same questions under a control, to be shown beside ``benchmark``."""
+        entry = self.benchmarks[benchmark]
+        if entry.control:
+            return []
+        same = {"control": None, "title": "", "chunks": 1, "batch_size": 1}
+        return [
+            name
+            for name in self.chosen_benchmarks
+            if self.benchmarks[name].control
+            and self.benchmarks[name].model_copy(update=same) == entry.model_copy(update=same)
+        ]
+
+    def score_files(self, out: str, benchmark: str) -> list[str]:
+        """The scores a comparison reads, those of controls included."""
+        return [
+            f"{out}/{checkpoint}/eval/{name}/score.json"
+            for name in (benchmark, *self.controls(benchmark))
+            for checkpoint in self.chosen_recipes
+        ]
+
+    def per_checkpoint(self, file: str, out: str = "results") -> list[str]:
+        """One file of every chosen checkpoint and benchmark."""
+        return [
+            f"{out}/{checkpoint}/eval/{benchmark}/{file}"
+            for checkpoint in self.chosen_recipes
+            for benchmark in self.chosen_benchmarks
+        ]
+
+    def submissions(self, out: str = "results") -> list[str]:
+        """The submission of every chosen checkpoint to every chosen benchmark that is no control."""
+        return [
+            f"{out}/{checkpoint}/submit/{benchmark}.{get(self.benchmarks[benchmark].task).submission}"
+            for checkpoint in self.chosen_recipes
+            for benchmark in self.chosen_benchmarks
+            if not self.benchmarks[benchmark].control
+        ]
+
+    def chosen_stages(self) -> list[StagePlan]:
+        """Every stage on the paths of the chosen checkpoints, each once, first ones first."""
+        path = [s for reference in self.chosen_recipes for s in self.checkpoint(reference).path()]
+        return list({stage.id: stage for stage in path}.values())
+
+    def report_items(self, out: str = "results") -> list[str]:
+        """What the report shows beside the comparisons."""
+        stages = [stage.directory(out) / "report" for stage in self.chosen_stages()]
+        mixtures = sorted({m for stage in self.chosen_stages() if (m := stage.settings.mixture())})
+        return [
+            *(f"{folder}/{file}" for folder in stages for file in ("loss.svg", "settings.html")),
+            *(f"resources/mixtures/{mixture}/report.html" for mixture in mixtures),
+            *self.per_checkpoint("samples.html", out),
+            *(f"{out}/{b}.html" for b in self.chosen_benchmarks if not self.benchmarks[b].control),
+        ]
+
+    def job(self, stage: StagePlan, out: str = "results", **use: Any) -> StageJob:
+        """The job that makes a stage; ``use`` gives threads, gpus and log."""
+        inputs = self.inputs(stage, out)
+        directory = stage.directory(out)
+        return StageJob(
+            recipe=stage.owner,
+            stage=stage.name,
+            spec=self.spec(stage),
+            model_dir=directory / "model",
+            state_dir=directory / "state",
+            report_dir=directory / "report",
+            vision_language=stage.vision_language,
+            backbones={role: inputs[role].parent for role in ("vision", "language")},
+            parent=inputs["parent"].parent if "parent" in inputs else None,
+            references={role: inputs[role].parent for role in stage.settings.references()},
+            mixture=inputs["mixture"].parent if "mixture" in inputs else None,
+            manifests=tuple(inputs.values()),
+            max_steps=self.config.smoke.max_steps if out.endswith("/smoke") else None,
+            **use,
+        )
+
+    def warnings(self) -> Iterator[str]:
+        """Stages that would be trained twice with the same settings on the same ancestors."""
+        seen: dict[str, StagePlan] = {}
+        for stage in self.stages():
+            chain = canonical_json([[s.kind, s.settings.spec(), self.spec(s) if not s.parent else ""] for s in stage.path()])
+            other = seen.setdefault(chain, stage)
+            if other is not stage:
+                yield f"{stage.id} equals {other.id}: let one recipe extend the other to train it once"
+
+
+@dataclass(frozen=True)
+class _NamedRecipe:
+    settings: Recipe
+    where: str
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, mappings merged key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _read_recipes(folder: Path) -> dict[str, _NamedRecipe]:
+    """Every recipe of ``config/recipes``, matrices expanded."""
+    recipes: dict[str, _NamedRecipe] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        raw = read_mapping(path)
+        for name, content in _expand_matrix(path, raw):
+            if name in recipes:
+                raise ConfigError(f"{path}: there is a recipe '{name}' already, from {recipes[name].where}")
+            recipes[name] = _NamedRecipe(validate(Recipe, content, str(path)), str(path))
+    if not recipes:
+        raise ConfigError(f"{folder}: no recipe files (*.yaml) found; is this the project directory?")
+    return recipes
+
+
+def _expand_matrix(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    content = dict(raw)
+    matrix = content.pop("matrix", {})
+    pattern = content.pop("name", "-".join([path.stem, *(f"{{{axis}}}" for axis in matrix)]))
+    if not isinstance(matrix, dict) or not all(isinstance(v, list) and v for v in matrix.values()):
+        raise ConfigError(f"{path}: matrix: expected 'axis: [value, ...]' lines")
+    for axis in matrix:
+        if len(matrix) and f"{{{axis}}}" not in str(pattern):
+            raise ConfigError(f"{path}: name: '{pattern}' lacks '{{{axis}}}'; variants would share one name")
+    for values in itertools.product(*matrix.values()):
+        chosen = dict(zip(matrix, values, strict=True))
+        yield str(_substitute(pattern, chosen)), _substitute(content, chosen)
+
+
+def _substitute(value: Any, chosen: Mapping[str, Any]) -> Any:
+    """Replace ``{axis}`` in every text; a text that is nothing but ``{axis}`` takes the value with its type."""
+    if isinstance(value, dict):
+        return {_substitute(key, chosen): _substitute(item, chosen) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, chosen) for item in value]
+    if isinstance(value, str):
+        for axis, replacement in chosen.items():
+            if value == f"{{{axis}}}":
+                return replacement
+            value = value.replace(f"{{{axis}}}", str(replacement))
+    return value

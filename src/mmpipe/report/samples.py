@@ -1,0 +1,42 @@
+"""Sample questions with their pictures, what the model answered, and the verdict."""
+
+from __future__ import annotations
+
+import base64
+import mimetypes
+from pathlib import Path
+
+from mmpipe.artifacts.files import read_jsonl
+from mmpipe.benchmarks.prepare import read_questions
+from mmpipe.report.page import write_page
+
+_SHOWN = 24
+_LONGEST = 600
+
+
+def samples_page(prepared: Path, answers: Path, per_item: Path, page: Path, shown: int = _SHOWN) -> None:
+    """Show ``shown`` questions spread evenly over a benchmark.
+
+    Answers and questions stand in the same order (gathering proves it), and so do the verdicts.
+    """
+    rows = list(zip(read_questions(prepared), read_jsonl(answers), read_jsonl(per_item), strict=True))
+    chosen = rows[:: max(1, len(rows) // shown)][:shown]
+    samples = [
+        {
+            "id": question.id,
+            "pictures": [_data_url(path) for path in question.images if isinstance(path, Path)],
+            "prompt": answer["prompt"][:_LONGEST],
+            "text": answer["text"][:_LONGEST],
+            "parsed": verdict["parsed"],
+            "correct": verdict["correct"],
+        }
+        for question, answer, verdict in chosen
+    ]
+    write_page(
+        page, "samples.html", title=f"Answers of {answers.parts[-4]} to {prepared.name}", samples=samples, total=len(rows)
+    )
+
+
+def _data_url(path: Path) -> str:
+    kind = mimetypes.guess_type(path.name)[0] or "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

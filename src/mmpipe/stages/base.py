@@ -1,0 +1,166 @@
+"""What the stages share: their settings, and the job they are handed.
+
+This package is imported while Snakemake builds its plan: torch and transformers are imported inside the functions that
+run a stage, never at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from mmpipe.config.base import Settings
+
+
+class Hardware(Settings):
+    """What a stage runs on. Nothing here changes the result, so nothing here makes a stage stale."""
+
+    gpus: int = Field(0, ge=0)
+    """0 trains on the CPU; more than one trains with one process a GPU."""
+    cpus: int = Field(2, ge=1)
+    memory_gb: int = Field(8, ge=1)
+    """Main memory."""
+    runtime_minutes: int = Field(60, ge=1)
+    micro_batch: int | None = Field(None, ge=1)
+    """Samples a process computes at once; the rest of the batch is accumulated. Default: the whole batch on a CPU."""
+    workers: int = Field(0, ge=0)
+    """Data-loading processes per training process."""
+    gradient_checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    checkpoint_every: int = Field(500, ge=1)
+    """Optimizer steps between checkpoints in progress."""
+
+
+class VisionLanguage(Settings):
+    """The parts a recipe starts from and how they are joined."""
+
+    vision: str
+    """A vision backbone of ``backbones.yaml``."""
+    language: str
+    """A language backbone of ``backbones.yaml``."""
+    feature_layer: int = -2
+    """Hidden state of the vision tower that is projected; -2 is the output of the block before the last."""
+    feature_select: Literal["patch", "full"] = "patch"
+    """``patch`` drops the class token; ``full`` keeps every token (towers without a class token)."""
+    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+    """Two linear layers with a GELU between, as in LLaVA-1.5."""
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage to run: where its inputs are, where its outputs go, what it may use."""
+
+    recipe: str
+    stage: str
+    spec: str
+    """Canonical JSON of what determines the result."""
+    model_dir: Path
+    """Where the checkpoint is published."""
+    state_dir: Path
+    """Where progress survives interruptions."""
+    report_dir: Path
+    vision_language: VisionLanguage
+    backbones: Mapping[str, Path]
+    """The directories of the ``vision`` and ``language`` backbones."""
+    parent: Path | None
+    """The checkpoint this stage starts from; None for the first stage."""
+    references: Mapping[str, Path] = field(default_factory=dict)
+    """Other checkpoints by their role (``teacher``)."""
+    mixture: Path | None = None
+    manifests: tuple[Path, ...] = ()
+    """Manifests of all inputs."""
+    threads: int = 1
+    gpus: int = 0
+    max_steps: int | None = None
+    """Smoke runs stop here."""
+    log: Path | None = None
+
+
+class Stage(Settings):
+    """Base of all stages: the settings a recipe may give, and how to run them.
+
+    A subclass raises ``VERSION`` when a change of code changes its results.
+    """
+
+    VERSION: ClassVar[int] = 1
+    PUBLISHES: ClassVar[Literal["projector", "model"]] = "model"
+
+    hardware: Hardware = Hardware()
+    seed: int = 0
+
+    def mixture(self) -> str | None:
+        """The mixture this stage reads, if any."""
+        return None
+
+    def references(self) -> dict[str, str]:
+        """Other checkpoints this stage reads: role -> ``recipe`` or ``recipe@stage``."""
+        return {}
+
+    def spec(self) -> dict[str, Any]:
+        """The settings that change the result, without those at their default."""
+        return self.model_dump(mode="json", exclude_defaults=True, exclude={"hardware"})
+
+    def run(self, job: StageJob) -> None:
+        """Make the checkpoint and publish it."""
+        raise NotImplementedError
+
+
+class TrainStage(Stage):
+    """A stage that trains on a mixture."""
+
+    data: str
+    """A mixture of ``mixtures.yaml``."""
+    template: str = "vicuna_v1"
+    """The conversation template; ``tokenizer`` takes the tokenizer's own."""
+    image_aspect: Literal["pad", "square"] = "pad"
+    """``pad`` pads pictures to a square; ``square`` crops the centre."""
+    max_length: int = Field(2048, ge=16)
+    """Tokens per sample, picture tokens included; longer texts are cut on the right."""
+    trainable: tuple[str, ...] = ("language_model.*", "lm_head.*", "multi_modal_projector.*")
+    """Glob patterns of the parameters that train; the others stay bit-identical."""
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides ``epochs``."""
+    batch_size: int = Field(128, ge=1)
+    """Samples per optimizer step over all devices."""
+    learning_rate: float = Field(2e-5, gt=0)
+    learning_rates: dict[str, float] = {}
+    """Other learning rates by glob pattern of parameter names."""
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    max_gradient_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped to this norm; 0 switches clipping off."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    grouping: Literal["none", "length", "modality_length"] = "none"
+    """Batches of like length, or of like length and kind (with or without pictures)."""
+    supervised_share: tuple[float, float] = (0.005, 0.995)
+    """Training stops at once when the share of supervised text tokens is outside of this range."""
+    llava_projector: bool = False
+    """Also write the projector as ``mm_projector.bin``, under LLaVA's names."""
+
+    @model_validator(mode="after")
+    def _shares_in_order(self) -> TrainStage:
+        low, high = self.supervised_share
+        if not 0 <= low < high <= 1:
+            raise ValueError("supervised_share needs two numbers, 0 <= low < high <= 1")
+        return self
+
+    def mixture(self) -> str | None:
+        return self.data
+
+    def objective(self, job: StageJob) -> Any:
+        """What is optimised (:class:`mmpipe.training.objective.Objective`)."""
+        from mmpipe.training.objective import LanguageModelling
+
+        return LanguageModelling()
+
+    def run(self, job: StageJob) -> None:
+        from mmpipe.training.run import train
+
+        train(self, job)

@@ -1,0 +1,225 @@
+"""Running one training stage: model and data in, trainer, published checkpoint out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from mmpipe.artifacts import manifest
+from mmpipe.artifacts.files import read_json, staged_directory, sync, write_json
+from mmpipe.artifacts.state import open_state
+from mmpipe.data.dataset import Collator, Encoder, SupervisedDataset, check_supervision
+from mmpipe.data.sampler import BatchPlan
+from mmpipe.data.templates import get_template
+from mmpipe.errors import ConfigError, MmpipeError
+from mmpipe.models import projector, vlm
+from mmpipe.models.export import save_checkpoint
+from mmpipe.models.trainable import select
+from mmpipe.stages.base import StageJob, TrainStage
+from mmpipe.training import launch
+from mmpipe.training.objective import Task
+from mmpipe.training.progress import Progress
+from mmpipe.training.trainer import StageTrainer, last_checkpoint, load_trainable, warmup_steps
+
+log = logging.getLogger(__name__)
+
+HISTORY = "history.jsonl"
+
+
+def train(stage: TrainStage, job: StageJob) -> None:
+    """Train one stage and publish its checkpoint, going on from the last checkpoint in progress if there is one."""
+    inputs = manifest.input_hashes(list(job.manifests))
+    limits = {"max_steps": str(job.max_steps)} if job.max_steps else {}
+    with open_state(job.state_dir, manifest.fingerprint(job.spec, inputs | limits)) as resumable:
+        log.info("%s %s: %s", job.recipe, job.stage, "resuming" if resumable else "starting afresh")
+        launch.run(stage, job)
+        shutil.rmtree(job.state_dir / "checkpoints", ignore_errors=True)
+
+
+def work(stage: TrainStage, job: StageJob) -> None:
+    """The work of one process: train, and publish where this is the first one."""
+    torch.set_num_threads(job.threads)
+    set_seed(stage.seed)
+    model, processor = starting_model(stage, job)
+    select(model, stage.trainable)
+    if job.mixture is None:
+        raise ConfigError(f"{job.recipe}: {job.stage}: the stage needs 'data', a mixture to train on")
+    encoder = Encoder(
+        template=get_template(stage.template),
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        image_token=vlm.IMAGE_TOKEN,
+        image_tokens_per_picture=model.config.image_seq_length,
+        max_length=stage.max_length,
+    )
+    dataset = SupervisedDataset(job.mixture / "records.arrow", encoder)
+    found = check_supervision(dataset, minimum=stage.supervised_share[0], maximum=stage.supervised_share[1])
+    log.info("%d records; %.1f %% of the text tokens are supervised", len(dataset), 100 * found.share)
+    trainer = make_trainer(stage, job, model, processor, dataset)
+    run_trainer(trainer, job)
+    if trainer.is_world_process_zero():
+        publish(stage, job, model, processor, trainer)
+
+
+def starting_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
+    """The model a stage starts from with the processor it will publish."""
+    if job.parent is None:
+        return vlm.build(
+            job.backbones,
+            job.vision_language,
+            template=stage.template,
+            image_aspect=stage.image_aspect,
+            seed=stage.seed,
+        )
+    model, processor, _ = vlm.load(job.parent)
+    processor = vlm.make_processor(
+        processor.tokenizer,
+        job.backbones["vision"],
+        model.config,
+        template=stage.template,
+        image_aspect=stage.image_aspect,
+    )
+    return model, processor
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a batch is cut: ``micro`` samples a process computes at once, ``accumulation`` times a step."""
+
+    micro: int
+    accumulation: int
+
+
+def split_batch(batch_size: int, processes: int, wanted: int | None, on_gpu: bool) -> Split:
+    """Cut ``batch_size`` over ``processes``, at most ``wanted`` samples at once, keeping the batch exactly.
+
+    Raises ConfigError when the processes cannot share the batch evenly.
+    """
+    share, rest = divmod(batch_size, processes)
+    if rest or share == 0:
+        raise ConfigError(
+            f"a batch of {batch_size} cannot be shared evenly by {processes} processes; "
+            "change hardware.gpus, or batch_size (which changes the result)"
+        )
+    most = min(share, wanted or (8 if on_gpu else share))
+    micro = next(size for size in range(most, 0, -1) if share % size == 0)
+    return Split(micro, share // micro)
+
+
+def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, dataset: Any) -> StageTrainer:
+    """The trainer of a stage, not yet started."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    split = split_batch(stage.batch_size, world, stage.hardware.micro_batch, job.gpus > 0)
+    plan = BatchPlan(
+        lengths=dataset.lengths,
+        has_image=dataset.has_image,
+        micro_batch=split.micro,
+        accumulation=split.accumulation,
+        world_size=world,
+        grouping=stage.grouping,
+        seed=stage.seed,
+    )
+    steps = job.max_steps or stage.max_steps or max(1, round(stage.epochs * plan.steps_per_epoch))
+    checkpoints = job.state_dir / "checkpoints"
+    found = last_checkpoint(checkpoints)
+    args = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=split.micro,
+        gradient_accumulation_steps=split.accumulation,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.schedule,
+        warmup_steps=warmup_steps(stage.warmup_ratio, steps),
+        weight_decay=stage.weight_decay,
+        adam_beta1=stage.adam_betas[0],
+        adam_beta2=stage.adam_betas[1],
+        max_grad_norm=stage.max_gradient_norm,
+        optim="adamw_torch",
+        bf16=stage.precision == "bfloat16",
+        gradient_checkpointing=False,
+        use_cpu=job.gpus == 0,
+        seed=stage.seed,
+        save_strategy="steps",
+        save_steps=stage.hardware.checkpoint_every,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        ignore_data_skip=True,
+        dataloader_num_workers=stage.hardware.workers,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if stage.hardware.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.world_size != world:
+        raise MmpipeError(f"started {world} processes, but the trainer sees {args.world_size}")
+    start = found[1] if found else 0
+    log.info(
+        "%d steps of %d samples: %d process(es) x %d accumulated x %d; from step %d",
+        steps, stage.batch_size, world, split.accumulation, split.micro, start,
+    )  # fmt: skip
+    return StageTrainer(
+        Task(model, stage.objective(job)),
+        args,
+        dataset,
+        Collator(processor.tokenizer.pad_token_id, (size := model.config.vision_config.image_size, size)),
+        plan.batches(int(os.environ.get("RANK", "0")), start, steps),
+        learning_rates=stage.learning_rates,
+        callbacks=[Progress(job.state_dir / HISTORY, f"{job.recipe} {job.stage}", start)],
+    )
+
+
+def run_trainer(trainer: StageTrainer, job: StageJob) -> None:
+    """Train to the end, from the last complete checkpoint if there is one."""
+    found = last_checkpoint(Path(trainer.args.output_dir))
+    if found and found[1] >= trainer.args.max_steps:
+        load_trainable(trainer.task, found[0])
+        trainer.state = type(trainer.state).load_from_json(str(found[0] / "trainer_state.json"))
+        return
+    trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+
+
+def publish(stage: TrainStage, job: StageJob, model: Any, processor: Any, trainer: StageTrainer) -> None:
+    """Write the checkpoint, its manifest last, and what the report shows of the training."""
+    job.report_dir.mkdir(parents=True, exist_ok=True)
+    history = job.report_dir / HISTORY
+    shutil.copyfile(job.state_dir / HISTORY, history)
+    sync(history)
+    perf = job.state_dir / "perf.json"
+    if perf.is_file():
+        write_json(job.report_dir / "perf.json", read_json(perf))
+    facts: dict[str, Any] = {
+        "template": stage.template,
+        "image_aspect": stage.image_aspect,
+        "backbones": {role: path.as_posix() for role, path in job.backbones.items()},
+    }
+    with staged_directory(job.model_dir) as out:
+        if stage.PUBLISHES == "model":
+            save_checkpoint(model, processor, out)
+        projector.save(model, out / projector.FILE)
+        if stage.llava_projector:
+            projector.save_llava_bin(model, out / "mm_projector.bin")
+        manifest.write(
+            out,
+            kind=stage.PUBLISHES,
+            spec=job.spec,
+            inputs=manifest.input_hashes(list(job.manifests)),
+            recipe=job.recipe,
+            stage=job.stage,
+            seed=stage.seed,
+            steps=trainer.state.global_step,
+            tokens_seen=int(trainer.state.num_input_tokens_seen),
+            smoke=job.max_steps is not None,
+            checkpoint=facts,
+        )
+    log.info("published %s", job.model_dir)

@@ -1,0 +1,163 @@
+"""The trainer: transformers' own, told how we sample, weigh, save and log."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments
+
+from mmpipe.artifacts.files import sync
+from mmpipe.errors import MmpipeError
+from mmpipe.models.trainable import learning_rate_groups
+from mmpipe.training.objective import Batch, Normaliser, Task
+
+WEIGHTS = "trainable.safetensors"
+COMPLETE = "complete"
+
+
+class StageTrainer(Trainer):
+    """One optimizer loop for every stage.
+
+    ``batches`` gives the micro batches of this process as index lists, from the step to start at to the end; the order is a
+    pure function of seed, epoch and step, so that resuming has nothing to restore. Checkpoints hold what trains, the optimizer, the
+    schedule and the random state; one is complete when it carries the file ``complete``.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        args: TrainingArguments,
+        dataset: Dataset,
+        collate: Any,
+        batches: Any,
+        learning_rates: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=task, args=args, train_dataset=dataset, data_collator=collate, **kwargs)
+        self.task = task
+        self.batches = batches
+        self.learning_rates = learning_rates
+        self.loss_is_scaled_for_ga = True
+        self._sums: dict[str, Tensor] = {}
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.args.dataloader_num_workers > 0,
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        count = torch.tensor(sum(self.task.objective.items(batch) for batch in batch_samples), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    # --- loss -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        world = self.args.world_size
+        normaliser = Normaliser(num_items_in_batch, self.current_gradient_accumulation_steps * world)
+        loss, metrics = model(inputs, normaliser)
+        if not torch.isfinite(loss):
+            raise MmpipeError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}; the records of this batch: "
+                f"{', '.join(inputs['ids'])}. Lower the learning rate, or look at these records"
+            )
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value
+        # gradients are averaged over processes, our sums are not
+        return loss * world
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        steps = max(1, self.state.global_step - self._logged_step)
+        if self._sums:
+            for name, total in self._sums.items():
+                gathered = self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
+                logs[name] = gathered.item() / steps
+            self._sums = {}
+        self._logged_step = self.state.global_step
+        super().log(logs, start_time)
+
+    _logged_step = 0
+
+    # --- optimizer --------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = learning_rate_groups(
+                self.task.model,
+                base=self.args.learning_rate,
+                others=self.learning_rates,
+                weight_decay=self.args.weight_decay,
+            )
+            self.optimizer = kind(groups, **kwargs)
+        return self.optimizer
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trainable_state(self.task), folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trainable(self.task, Path(resume_from_checkpoint))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            for path in sorted(folder.iterdir()):
+                sync(path)
+            (folder / COMPLETE).touch()
+            sync(folder)
+
+
+def trainable_state(task: Task) -> dict[str, Tensor]:
+    """The parameters that train, by name, on the CPU; a tensor shared by two names is kept once."""
+    return {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in task.model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_trainable(task: Task, checkpoint: Path) -> None:
+    """Put a checkpoint's parameters back; names and shapes must match exactly."""
+    tensors = load_file(checkpoint / WEIGHTS)
+    parameters = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
+    if parameters.keys() != tensors.keys():
+        raise MmpipeError(
+            f"{checkpoint}: the checkpoint holds other parameters than this stage trains; delete {checkpoint.parent}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
+    """The newest complete checkpoint and its step."""
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in folder.glob("checkpoint-*")
+        if (path / COMPLETE).is_file()
+    ]
+    return (max(found)[1], max(found)[0]) if found else None
+
+
+def warmup_steps(ratio: float, steps: int) -> int:
+    """Warm-up steps for a share of the run, rounded up as transformers does."""
+    return math.ceil(ratio * steps)

@@ -1,0 +1,306 @@
+"""What the rule scripts call: each function takes Snakemake's ``snakemake`` object and does one job.
+
+An error that the user can mend is printed without a traceback, to the terminal and to the job's log, and ends the job with status 1.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from mmpipe.artifacts import manifest
+from mmpipe.artifacts.files import read_json, sha256, staged_directory, write_json
+from mmpipe.benchmarks.base import get
+from mmpipe.errors import ConfigError, MmpipeError
+from mmpipe.plan import Plan
+
+log = logging.getLogger("mmpipe")
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    for chatty in ("httpx", "matplotlib", "datasets", "torch", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def job(function: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
+    """Wrap a job: open the log, read the plan, respect the threads, print errors for people."""
+
+    @wraps(function)
+    def run(snakemake: Any) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(snakemake.threads))
+        with _logging_to(Path(snakemake.log[0])):
+            try:
+                function(snakemake, Plan(snakemake.config))
+            except MmpipeError as error:
+                log.error("%s", error)
+                print(f"mmpipe: {error}", file=sys.stderr)
+                raise SystemExit(1) from None
+            except OSError as error:
+                log.exception("the operating system refused")
+                print(f"mmpipe: {error}{_hint(error)}", file=sys.stderr)
+                raise SystemExit(1) from None
+            except Exception:
+                log.exception("unexpected failure")
+                raise
+
+    return run
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "; the disk is full: free some space and run the same command again, nothing is lost"
+    return ""
+
+
+def _unchanged(snakemake: Any, spec: str) -> str:
+    """The spec, after checking that the configuration still says what it said when the job was planned."""
+    if snakemake.params.spec != spec:
+        raise ConfigError(
+            f"{snakemake.output[0]}: the configuration changed after this job was planned; run the same command again"
+        )
+    return spec
+
+
+@job
+def fetch(snakemake: Any, plan: Plan) -> None:
+    """Bring a backbone or a data set onto this machine."""
+    wildcards = snakemake.wildcards
+    if hasattr(wildcards, "backbone"):
+        source = plan.backbones[wildcards.backbone]
+    else:
+        source = plan.datasets[wildcards.dataset]
+    spec = _unchanged(snakemake, plan.source_spec(source))
+    out = Path(snakemake.output.manifest).parent
+    facts = source.fetch(out)
+    if facts.get("path"):
+        manifest.write(out, kind="source", spec=spec, inputs={}, hash_files=False, **facts)
+    else:
+        manifest.write(out, kind="source", spec=spec, inputs={}, **facts)
+
+
+@job
+def mix(snakemake: Any, plan: Plan) -> None:
+    """Verify the records of a mixture and write them in one file."""
+    from mmpipe.data.mixture import build_mixture
+
+    mixture = plan.mixtures[snakemake.wildcards.mixture]
+    spec = _unchanged(snakemake, plan.mixture_spec(snakemake.wildcards.mixture))
+    datasets = {part.dataset: Path("resources/datasets", part.dataset) for part in mixture.parts}
+    inputs = manifest.input_hashes([path / manifest.NAME for path in datasets.values()])
+    out = Path(snakemake.output.manifest).parent
+    with staged_directory(out) as stage:
+        report = build_mixture(mixture, datasets, stage, workers=snakemake.threads, log=log.info)
+        manifest.write(stage, kind="mixture", spec=spec, inputs=inputs, records=report["kept"])
+
+
+@job
+def stage(snakemake: Any, plan: Plan) -> None:
+    """Run one stage of a recipe."""
+    wildcards = snakemake.wildcards
+    planned = plan.stage(wildcards.recipe, wildcards.stage)
+    _unchanged(snakemake, plan.spec(planned))
+    planned.settings.run(
+        plan.job(
+            planned,
+            f"results/{wildcards.smoke}".rstrip("/"),
+            threads=snakemake.threads,
+            gpus=int(snakemake.resources.get("gpu", 0)),
+            log=Path(snakemake.log[0]),
+        )
+    )
+
+
+@job
+def prepare_benchmark(snakemake: Any, plan: Plan) -> None:
+    """Turn a benchmark's official files into questions, references and pictures."""
+    from mmpipe.benchmarks.prepare import prepare
+
+    name = snakemake.wildcards.benchmark
+    smoke = bool(snakemake.wildcards.smoke)
+    entry = plan.benchmark_entry(name, smoke)
+    spec = _unchanged(snakemake, plan.benchmark_spec(name, smoke))
+    source = Path("resources/datasets", entry.data)
+    inputs = manifest.input_hashes([source / manifest.NAME])
+    out = Path(snakemake.output.manifest).parent
+    with staged_directory(out) as staged:
+        facts = prepare(entry, source, staged)
+        manifest.write(staged, kind="benchmark", spec=spec, inputs=inputs, **facts)
+
+
+@job
+def answer(snakemake: Any, plan: Plan) -> None:
+    """Answer one chunk of a benchmark's questions, going on from the answers an interrupted run left."""
+    import torch
+
+    from mmpipe.artifacts.state import open_state
+    from mmpipe.benchmarks.prepare import read_questions
+    from mmpipe.data.templates import get_template
+    from mmpipe.inference.chunks import answer_chunk, split
+    from mmpipe.inference.generate import Answerer
+    from mmpipe.models import vlm
+
+    torch.set_num_threads(snakemake.threads)
+    wildcards = snakemake.wildcards
+    entry = plan.benchmarks[wildcards.benchmark]
+    checkpoint = Path(snakemake.input.checkpoint).parent
+    prepared = Path(snakemake.input.benchmark).parent
+    index, _, chunks = wildcards.chunk.partition("-of-")
+    questions = split(read_questions(prepared), int(chunks))[int(index)]
+    out = Path(snakemake.output[0])
+    inputs = manifest.input_hashes([checkpoint / manifest.NAME, prepared / manifest.NAME])
+    state = out.parent.parent / "state" / wildcards.chunk
+    with open_state(state, manifest.fingerprint(wildcards.chunk, inputs)):
+        device = "cuda" if int(snakemake.resources.get("gpu", 0)) and torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model, processor, card = vlm.load(checkpoint, dtype)
+        answerer = Answerer(
+            model.to(device),
+            processor,
+            get_template(card["checkpoint"]["template"]),
+            model_id=wildcards.checkpoint,
+        )
+        max_new_tokens = entry.max_new_tokens or get(entry.task).protocol(entry.protocol).max_new_tokens
+        log.info("%d questions on %s in %s", len(questions), device, dtype)
+        done = answer_chunk(
+            questions,
+            lambda left: _with_progress(
+                answerer.answer(left, batch_size=entry.batch_size, max_new_tokens=max_new_tokens),
+                len(left),
+                f"{wildcards.checkpoint} {wildcards.benchmark}",
+            ),
+            state,
+            out,
+        )
+        log.info("%(asked)d answered, %(resumed)d kept from an interrupted run", done)
+    shutil.rmtree(state)
+
+
+def _with_progress(answers: Iterator[dict[str, Any]], total: int, title: str) -> Iterator[dict[str, Any]]:
+    from tqdm import tqdm
+
+    return iter(tqdm(answers, total=total, desc=title, unit="answer", disable=not sys.stderr.isatty()))
+
+
+@job
+def gather(snakemake: Any, plan: Plan) -> None:
+    """Join the chunks of answers after proving them complete."""
+    from mmpipe.benchmarks.prepare import read_questions
+    from mmpipe.inference.chunks import gather
+
+    questions = read_questions(Path(snakemake.input.questions).parent)
+    count = gather(questions, [Path(path) for path in snakemake.input.chunks], Path(snakemake.output[0]))
+    log.info("%d answers", count)
+
+
+@job
+def score(snakemake: Any, plan: Plan) -> None:
+    """Score the answers of one checkpoint."""
+    from mmpipe.benchmarks.scoring import score_files
+
+    entry = plan.benchmarks[snakemake.wildcards.benchmark]
+    checkpoint = Path(snakemake.input.checkpoint)
+    result = score_files(
+        entry.task,
+        [Path(snakemake.input.references)],
+        [Path(snakemake.input.answers)],
+        protocol=entry.protocol,
+        per_item=Path(snakemake.output.per_item),
+        out=Path(snakemake.output.score),
+        lineage={"checkpoint": {"path": checkpoint.as_posix(), "sha256": sha256(checkpoint)}},
+    )
+    log.info("%s", result["metrics"])
+
+
+@job
+def convert(snakemake: Any, plan: Plan) -> None:
+    """Write the submission of one checkpoint to one benchmark."""
+    from mmpipe.benchmarks.scoring import convert_files
+
+    entry = plan.benchmarks[snakemake.wildcards.benchmark]
+    report = convert_files(
+        entry.task,
+        [Path(snakemake.input.references)],
+        [Path(snakemake.input.answers)],
+        Path(snakemake.output[0]),
+    )
+    log.info("%s", report)
+
+
+@job
+def compare(snakemake: Any, plan: Plan) -> None:
+    """Set the scores of all chosen checkpoints side by side."""
+    from mmpipe.benchmarks.compare import compare
+
+    name = snakemake.wildcards.benchmark
+    out = Path(snakemake.output.json).parent
+
+    def scores(benchmark: str, mark: str = "") -> dict[str, Any]:
+        return {
+            f"{checkpoint}{mark}": read_json(out / checkpoint / "eval" / benchmark / "score.json")
+            for checkpoint in plan.chosen_recipes
+        }
+
+    controls = {
+        key: value
+        for control in plan.controls(name)
+        for key, value in scores(control, f" ({plan.benchmarks[control].control})").items()
+    }
+    write_json(Path(snakemake.output.json), compare(name, scores(name), controls))
+
+
+@job
+def show_stage(snakemake: Any, plan: Plan) -> None:
+    """Draw a stage's loss curves and write out its settings for the report."""
+    from mmpipe.report.stage import draw_history, settings_page
+
+    draw_history(Path(snakemake.input.history), Path(snakemake.output.figure))
+    settings_page(Path(snakemake.input.manifest), Path(snakemake.output.settings))
+
+
+@job
+def show_mixture(snakemake: Any, plan: Plan) -> None:
+    """Lay out a mixture's verification report as a table."""
+    from mmpipe.report.tables import mixture_page
+
+    mixture_page(Path(snakemake.input.report), Path(snakemake.output[0]))
+
+
+@job
+def show_samples(snakemake: Any, plan: Plan) -> None:
+    """Show some questions with their pictures, the answers and the verdicts."""
+    from mmpipe.report.samples import samples_page
+
+    samples_page(
+        Path(snakemake.input.questions).parent,
+        Path(snakemake.input.answers),
+        Path(snakemake.input.per_item),
+        Path(snakemake.output[0]),
+    )
+
+
+@job
+def show_comparison(snakemake: Any, plan: Plan) -> None:
+    """Lay out a comparison as a table."""
+    from mmpipe.report.tables import comparison_page
+
+    comparison_page(Path(snakemake.input[0]), Path(snakemake.output[0]))

@@ -1,0 +1,3 @@
+from mmpipe.workflow import compare
+
+compare(snakemake)  # noqa: F821 - provided by Snakemake

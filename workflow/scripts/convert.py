@@ -1,0 +1,3 @@
+from mmpipe.workflow import convert
+
+convert(snakemake)  # noqa: F821 - provided by Snakemake

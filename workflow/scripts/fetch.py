@@ -1,0 +1,3 @@
+from mmpipe.workflow import fetch
+
+fetch(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,0 +1,3 @@
+from mmpipe.workflow import score
+
+score(snakemake)  # noqa: F821 - provided by Snakemake

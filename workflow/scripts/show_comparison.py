@@ -1,0 +1,3 @@
+from mmpipe.workflow import show_comparison
+
+show_comparison(snakemake)  # noqa: F821 - provided by Snakemake

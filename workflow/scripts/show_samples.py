@@ -1,0 +1,3 @@
+from mmpipe.workflow import show_samples
+
+show_samples(snakemake)  # noqa: F821 - provided by Snakemake

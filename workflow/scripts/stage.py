@@ -1,0 +1,3 @@
+from mmpipe.workflow import stage
+
+stage(snakemake)  # noqa: F821 - provided by Snakemake
