@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from types import SimpleNamespace
 
 import pytest
@@ -77,15 +76,11 @@ def checkpoint():
     return model, processor
 
 
-def picture(number: int) -> bytes:
-    out = io.BytesIO()
-    Image.effect_noise((40, 30), 40 + 10 * number).convert("RGB").save(out, "PNG")
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module")
-def questions():
-    pictures = [picture(n) for n in range(3)]
+def questions(tmp_path_factory):
+    pictures = [tmp_path_factory.mktemp("pictures") / "p.png" for _ in range(3)]
+    for number, path in enumerate(pictures):
+        Image.linear_gradient("L").rotate(90 * number).convert("RGB").save(path)
     asked = [
         Question(id=n, text="What is it?" + " Really" * (n % 4) + "!" * n, images=(pictures[n % 3],))
         for n in range(14)
@@ -165,7 +160,7 @@ def test_unreadable_picture_is_named(checkpoint, tmp_path):
     bad = tmp_path / "broken.jpg"
     bad.write_bytes(b"\xff\xd8\xff not a picture")
     answerer = Answerer(*checkpoint, get_template("qwen"))
-    with pytest.raises(DataError, match=r"broken\.jpg cannot be read"):
+    with pytest.raises(DataError, match=r"broken\.jpg"):
         list(answerer.answer([Question(id=1, text="?", images=(bad,))]))
 
 

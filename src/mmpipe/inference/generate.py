@@ -9,7 +9,6 @@ positions and mask, so an answer does not depend on its neighbours.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmpipe.benchmarks.base import Question
+from mmpipe.data.images import open_picture
 from mmpipe.data.labels import encode
 from mmpipe.data.records import IMAGE_MARK, Turn
 from mmpipe.data.templates import Rendered, Template
@@ -134,7 +134,8 @@ class Answerer:
         return frozenset(int(i) for i in ids if i is not None)
 
     def _families(self, rows: Sequence[Row]) -> list[Family]:
-        """Rows by their pictures and all that stands before and between them; without pictures each is alone."""
+        """Rows by their pictures and all that stands before and between them; without pictures each is
+        alone."""
         together: dict[Any, list[Row]] = {}
         for row in rows:
             opening = row.ids[: self._after_pictures(row)]
@@ -305,14 +306,9 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _open(image: bytes | Path) -> Image.Image:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = "a picture" if isinstance(image, bytes) else str(image)
-        raise DataError(f"{name} cannot be read: {error}") from error
+    if isinstance(image, bytes):
+        raise DataError("pictures must be files; prepare the benchmark first (mmpipe.benchmarks.prepare)")
+    return open_picture(image).image
 
 
 def _answer_id(model_id: str, question: int | str, prompt: str) -> str:
