@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 RowValues = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
-"""``(logits_CV, rows) -> (values_C, measurements)``: the float32 logits of some rows to what is summed of each
-row, and to detached measurements, each of shape ``[C]``."""
+"""``(logits_CV, rows) -> (values_C, measurements)``: the float32 logits of some rows to what is summed of
+each row, and to detached measurements, each of shape ``[C]``."""
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk of float32 logits; large enough to keep matrix products efficient, small against the
