@@ -38,8 +38,8 @@ def shared_rows(student: HasVocabulary, teacher: HasVocabulary, student_rows: in
         shown = ", ".join(f"{i} ({_name(of_student, i)} / {_name(of_teacher, i)})" for i in different[:5])
         raise ConfigError(
             f"student and teacher do not share a vocabulary: of the {rows} rows both heads have, "
-            f"{len(different)} ids differ, the first (student / teacher): {shown}. Distillation compares distributions id by id: "
-            "take a teacher with the student's tokenizer"
+            f"{len(different)} ids differ, the first (student / teacher): {shown}. "
+            "Distillation compares distributions id by id: take a teacher with the student's tokenizer"
         )
     return rows
 

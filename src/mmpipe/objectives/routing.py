@@ -1,0 +1,53 @@
+"""Losses and measurements of routers: is every expert used, and how sure is the choice?
+
+Probabilities ``p_TN`` are over N experts for each of T tokens, ``first_T`` is each token's first choice.
+Padding must be left out by the caller; the functions see the tokens that count.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def load_balancing_loss(p_TN: Tensor, first_T: Tensor) -> Tensor:
+    """N * sum_e mean_t(p_te) * mean_t(first_t = e): 1 for uniform use, N when all tokens take one expert.
+
+    Counts the first choice only, before any is dropped (Switch Transformer, eq. 4-6; as in DeepSpeed and
+    LLaVA-MoD, where the losses of the layers are summed). The gradient flows through the probabilities.
+    """
+    experts = p_TN.shape[1]
+    share_N = torch.bincount(first_T, minlength=experts).to(p_TN.dtype) / max(1, len(first_T))
+    return experts * (mean_over_tokens(p_TN) * share_N).sum()
+
+
+def all_choices_balancing_loss(p_TN: Tensor, indices_TK: Tensor) -> Tensor:
+    """The same with every one of the k choices counted: k for uniform use (transformers' definition, per
+    layer)."""
+    experts = p_TN.shape[1]
+    share_N = torch.bincount(indices_TK.flatten(), minlength=experts).to(p_TN.dtype) / max(1, len(indices_TK))
+    return experts * (mean_over_tokens(p_TN) * share_N).sum()
+
+
+def z_loss(logits_TN: Tensor) -> Tensor:
+    """Mean squared log of the softmax's normaliser; keeps router logits small (ST-MoE, eq. 5)."""
+    return mean_over_tokens(logits_TN.logsumexp(1).square())
+
+
+def entropy(p_TN: Tensor) -> Tensor:
+    """Mean entropy (nats) of the routing distribution: ln N when undecided, 0 when certain."""
+    return mean_over_tokens(torch.special.entr(p_TN).sum(1))
+
+
+def margin(weights_TK: Tensor) -> Tensor:
+    """Mean distance between the largest two mixture weights of a token; 1 when there is one expert a
+    token."""
+    if weights_TK.shape[1] == 1:
+        return weights_TK.new_ones(())
+    largest_T2 = weights_TK.topk(2, dim=1).values
+    return mean_over_tokens(largest_T2[:, 0] - largest_T2[:, 1])
+
+
+def mean_over_tokens(values_T: Tensor) -> Tensor:
+    """Mean over the first dimension; zero, still differentiable, when there is no token."""
+    return values_T.sum(0) / max(1, len(values_T))
