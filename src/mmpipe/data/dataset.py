@@ -100,10 +100,17 @@ class SupervisedDataset(Dataset[Sample]):
         """Whether each record has pictures."""
         return self.records.has_image
 
+    def record(self, index: int) -> Record:
+        """The record itself. Raises DataError if the file holds pairs of answers instead."""
+        record = self.records[index]
+        if not isinstance(record, Record):
+            raise DataError(f"{self.records.path} holds preferences; this stage trains on single answers")
+        return record
+
     def __getitem__(self, index: int) -> Sample:
         faults: list[str] = []
         for step in range(min(len(self), MAX_REPLACEMENTS)):
-            record = self.records[(index + step) % len(self)]
+            record = self.record((index + step) % len(self))
             try:
                 encoded = self.encoder.text(record)
                 pictures = self.encoder.pictures(record.images)
@@ -217,7 +224,7 @@ def check_supervision(
     text_tokens = supervised_tokens = 0
     faults: list[str] = []
     for index in looked_at:
-        record = dataset.records[index]
+        record = dataset.record(index)
         where = f"{record.source}/{record.id}"
         try:
             encoded = encoder.text(record)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from mmpipe.errors import DataError
@@ -37,6 +37,15 @@ class Record:
     """Paths of the pictures, in the order of their marks."""
     turns: tuple[Turn, ...]
 
+    @property
+    def conversations(self) -> tuple[Record, ...]:
+        """The conversations that are trained on: itself."""
+        return (self,)
+
+    def with_questions(self, change: Callable[[str], str]) -> Record:
+        """The same with ``change`` applied to what the user says."""
+        return replace(self, turns=_with_questions(self.turns, change))
+
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRecord:
@@ -50,13 +59,23 @@ class PreferenceRecord:
     rejected: str
 
     @property
-    def records(self) -> tuple[Record, Record]:
-        """The same conversation ended by the chosen and by the rejected answer."""
+    def conversations(self) -> tuple[Record, ...]:
+        """The conversation ended by the chosen answer, and ended by the rejected one."""
+        return tuple(
+            Record(self.id, self.source, self.images, (*self.prompt, Turn("assistant", answer)))
+            for answer in (self.chosen, self.rejected)
+        )
 
-        def ended(answer: str) -> Record:
-            return Record(self.id, self.source, self.images, (*self.prompt, Turn("assistant", answer)))
+    def with_questions(self, change: Callable[[str], str]) -> PreferenceRecord:
+        """The same with ``change`` applied to what the user says."""
+        return replace(self, prompt=_with_questions(self.prompt, change))
 
-        return ended(self.chosen), ended(self.rejected)
+
+def _with_questions(turns: Sequence[Turn], change: Callable[[str], str]) -> tuple[Turn, ...]:
+    return tuple(Turn(turn.role, change(turn.text)) if turn.role == "user" else turn for turn in turns)
+
+
+AnyRecord = Record | PreferenceRecord
 
 
 class BadRecord(DataError):
@@ -107,6 +126,16 @@ def check_marks(record: Record) -> None:
         )
 
 
-def length_in_words(record: Record) -> int:
-    """Words of all turns, a picture counting as ``WORDS_PER_IMAGE`` more: what batches are grouped by."""
-    return sum(len(turn.text.split()) for turn in record.turns) + WORDS_PER_IMAGE * len(record.images)
+def check_record(record: AnyRecord) -> None:
+    """Raise BadRecord unless every conversation of the record can be trained on."""
+    for conversation in record.conversations:
+        check_turns(conversation.turns)
+        check_marks(conversation)
+    if isinstance(record, PreferenceRecord) and record.chosen == record.rejected:
+        raise BadRecord("equal answers", "the chosen and the rejected answer are the same")
+
+
+def length_in_words(record: AnyRecord) -> int:
+    """Words of the longest conversation, ``WORDS_PER_IMAGE`` for a picture: what batches are grouped by."""
+    words = max(sum(len(turn.text.split()) for turn in c.turns) for c in record.conversations)
+    return words + WORDS_PER_IMAGE * len(record.images)

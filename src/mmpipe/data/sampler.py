@@ -139,7 +139,7 @@ def modality_length_order(
     chunks: int,
     generator: torch.Generator,
 ) -> list[int]:
-    """As ``length_order``, every global batch having either only records with pictures or only records without.
+    """As ``length_order``, with only records with pictures, or only records without, in a global batch.
 
     Records with and without pictures are ordered separately. The last group of each kind, full or not, is
     taken out; the other groups of both are shuffled together; the two taken out follow at the end, by record

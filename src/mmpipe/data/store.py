@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from mmpipe.data.records import Record, Turn, length_in_words
+from mmpipe.data.records import AnyRecord, PreferenceRecord, Record, Turn, length_in_words
 from mmpipe.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -24,13 +24,18 @@ SCHEMA = pa.schema(
         pa.field("turns", pa.list_(_TURN)),
         pa.field("length", pa.int32()),
         pa.field("has_image", pa.bool_()),
+        pa.field("chosen", pa.string()),
+        pa.field("rejected", pa.string()),
     ]
 )
 _ROWS_PER_BATCH = 1024
 
 
-def write_records(path: Path, records: Iterable[Record]) -> int:
-    """Write records in their order; returns how many."""
+def write_records(path: Path, records: Iterable[AnyRecord]) -> int:
+    """Write records in their order; returns how many.
+
+    Of a preference record ``turns`` holds the prompt; of others ``chosen`` and ``rejected`` are null.
+    """
     count = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         rows = map(_row, records)
@@ -40,14 +45,17 @@ def write_records(path: Path, records: Iterable[Record]) -> int:
     return count
 
 
-def _row(record: Record) -> dict[str, Any]:
+def _row(record: AnyRecord) -> dict[str, Any]:
+    turns = record.prompt if isinstance(record, PreferenceRecord) else record.turns
     return {
         "id": record.id,
         "source": record.source,
         "images": list(record.images),
-        "turns": [{"role": turn.role, "text": turn.text} for turn in record.turns],
+        "turns": [{"role": turn.role, "text": turn.text} for turn in turns],
         "length": length_in_words(record),
         "has_image": bool(record.images),
+        "chosen": record.chosen if isinstance(record, PreferenceRecord) else None,
+        "rejected": record.rejected if isinstance(record, PreferenceRecord) else None,
     }
 
 
@@ -68,12 +76,15 @@ class RecordTable:
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> AnyRecord:
         row = self._table[index]
         turns = tuple(Turn(turn["role"], turn["text"]) for turn in row["turns"])
-        return Record(row["id"], row["source"], tuple(row["images"]), turns)
+        identity = row["id"], row["source"], tuple(row["images"])
+        if row["chosen"] is not None:
+            return PreferenceRecord(*identity, turns, row["chosen"], row["rejected"])
+        return Record(*identity, turns)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[AnyRecord]:
         return (self[index] for index in range(len(self)))
 
     @property

@@ -1,0 +1,127 @@
+"""Reading JSON files of any size one value at a time, whether they hold an array or one value a line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from mmpipe.errors import DataError
+
+_CHUNK = 1 << 20
+_SPACE = re.compile(r"[ \t\r\n]*")
+# The decoder reports a text cut inside a literal or an escape up to this far before the cut.
+_LONGEST_LEXEME = 12
+
+
+def read_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON array, or the values of a JSON-lines file, each with the line it begins on.
+
+    Which of the two it is shows in the first character, not in the file's name. Raises DataError, naming
+    file, line and column, when the file cannot be read, is not UTF-8, is not JSON or ends too early.
+    """
+    try:
+        # UTF-8 with a byte order mark occurs in files made on Windows.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            window = _Window(path, file)
+            if window.peek() == "[":
+                yield from _array(window)
+            else:
+                yield from _lines(window)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it or fetch it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _array(window: _Window) -> Iterator[tuple[int, Any]]:
+    window.skip()
+    if window.peek() != "]":
+        yield window.value()
+        while window.peek() == ",":
+            window.skip()
+            yield window.value()
+    if window.peek() != "]":
+        raise window.fault("the array ends too early" if not window.peek() else "expected ',' or ']'")
+    window.skip()
+    if window.peek():
+        raise window.fault("there is text after the end of the array")
+
+
+def _lines(window: _Window) -> Iterator[tuple[int, Any]]:
+    if not window.peek():
+        raise window.fault("the file is empty")
+    while window.peek():
+        yield window.value()
+
+
+class _Window:
+    """A part of the file in memory, and a position in it."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path = path
+        self._file = file
+        self._text = ""
+        self._position = 0
+        self._line = 1
+        self._decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The next character that is not space; empty at the end of the file."""
+        while True:
+            self._advance(_SPACE.match(self._text, self._position).end())  # type: ignore[union-attr]
+            if self._position < len(self._text):
+                return self._text[self._position]
+            if not self._read_on():
+                return ""
+
+    def skip(self) -> None:
+        """Go over one character."""
+        self._advance(self._position + 1)
+
+    def value(self) -> tuple[int, Any]:
+        """The value that begins here and its line."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._position)
+            except json.JSONDecodeError as error:
+                if self._may_be_cut(error) and self._read_on():
+                    continue
+                raise self.fault(error.msg, error.pos) from error
+            except RecursionError as error:
+                raise self.fault("nested too deeply") from error
+            # A number at the very end may go on in the next chunk.
+            if end == len(self._text) and self._read_on():
+                continue
+            line = self._line
+            self._advance(end)
+            return line, value
+
+    def fault(self, what: str, position: int | None = None) -> DataError:
+        """An error that names the place."""
+        position = self._position if position is None else min(position, len(self._text))
+        line = self._line + self._text.count("\n", self._position, position)
+        column = position - self._text.rfind("\n", 0, position)
+        return DataError(
+            f"{self._path}, line {line}, column {column}: not valid JSON, {what}; "
+            "the file may be cut short or written by hand: fetch it again or mend it"
+        )
+
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _LONGEST_LEXEME
+
+    def _advance(self, position: int) -> None:
+        self._line += self._text.count("\n", self._position, position)
+        self._position = position
+
+    def _read_on(self) -> bool:
+        """Let go of what has been read and read as much again as is left, so that long values cost little."""
+        rest = self._text[self._position :]
+        more = self._file.read(max(_CHUNK, len(rest)))
+        if not more:
+            return False
+        self._text, self._position = rest + more, 0
+        return True
