@@ -93,8 +93,8 @@ class _Window:
                 raise self.fault(error.msg, error.pos) from error
             except RecursionError as error:
                 raise self.fault("nested too deeply") from error
-            # A number at the very end may go on in the next chunk.
-            if end == len(self._text) and self._read_on():
+            # A number at the end may go on in the next chunk: of "1.5e-7" the text "1.5e-" gives 1.5 too.
+            if isinstance(value, int | float) and end >= len(self._text) - 2 and self._read_on():
                 continue
             line = self._line
             self._advance(end)

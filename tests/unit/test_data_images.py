@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from mmpipe.data import images
+from mmpipe.data.images import image_processor, inspect_picture, open_picture, picture_size
+from mmpipe.errors import ArtifactError, DataError
+
+RED, BLUE = (254, 0, 0), (0, 0, 254)
+SIZE = (12, 8)
+
+
+def pixels(path: Path, *, upright: bool = False) -> np.ndarray:
+    picture = open_picture(path, upright=upright).image
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+def palette() -> Image.Image:
+    return Image.new("RGB", SIZE, RED).convert("P", palette=Image.Palette.ADAPTIVE)
+
+
+def transparent() -> Image.Image:
+    return Image.new("RGBA", SIZE, (*RED, 10))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: Image.new("RGB", SIZE, RED), "a.png"),
+        (lambda: Image.new("RGB", SIZE, RED), "a.webp"),
+        (palette, "a.gif"),
+        (palette, "a.png"),
+        (transparent, "a.png"),
+        (lambda: Image.new("CMYK", SIZE, (0, 255, 255, 0)), "a.tif"),
+        (lambda: Image.new("CMYK", SIZE, (0, 255, 255, 0)), "a.jpg"),
+    ],
+    ids=["rgb png", "webp", "palette gif", "palette png", "alpha", "cmyk tiff", "cmyk jpeg"],
+)
+def test_every_mode_becomes_rgb(tmp_path: Path, make: Callable[[], Image.Image], name: str) -> None:
+    options = {"lossless": True} if name.endswith("webp") else {}
+    make().save(tmp_path / name, **options)
+    assert open_picture(tmp_path / name).notes == ()
+    np.testing.assert_allclose(pixels(tmp_path / name)[4, 4].astype(int), RED, atol=3)
+
+
+def test_deep_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png")[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert open_picture(tmp_path / "a.png").notes == ("16-bit grey scaled to 8 bits",)
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", SIZE, color) for color in (RED, BLUE)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert pixels(tmp_path / "a.gif")[0, 0].tolist() == list(RED)
+    assert open_picture(tmp_path / "a.gif").notes == ("several frames, first taken",)
+
+
+def test_content_decides_and_a_wrong_name_is_noted(tmp_path: Path) -> None:
+    Image.new("RGB", SIZE, RED).save(tmp_path / "a.jpg", format="GIF")
+    assert open_picture(tmp_path / "a.jpg").notes == ("GIF named .jpg",)
+    assert inspect_picture(tmp_path / "a.jpg").notes == ("GIF named .jpg",)
+    Image.new("RGB", SIZE, RED).save(tmp_path / "bare", format="PNG")
+    assert open_picture(tmp_path / "bare").notes == ("PNG named without suffix",)
+
+
+def test_exif_orientation_is_applied_on_demand_only(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", SIZE, RED).save(tmp_path / "a.jpg", exif=exif)
+    assert pixels(tmp_path / "a.jpg").shape == (8, 12, 3)
+    assert pixels(tmp_path / "a.jpg", upright=True).shape == (12, 8, 3)
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def broken_chunk(content: bytes) -> bytes:
+    """A PNG whose compressed data are wrong."""
+    place = content.index(b"IDAT") + 8
+    return content[:place] + bytes(20) + content[place + 20 :]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("a.png", half, "the picture is damaged"),
+        ("a.jpg", half, "the picture is damaged"),
+        ("a.gif", half, "the picture is damaged"),
+        ("a.webp", half, "the picture is"),
+        ("a.png", broken_chunk, "the picture is damaged"),
+        ("a.png", lambda content: b"", "the picture is an empty file"),
+        ("a.png", lambda content: b"<html>not found</html>", "the picture is in no known picture format"),
+        ("a.png", lambda content: content[:20], "the picture is"),
+    ],
+)
+def test_damage_is_found_and_named(
+    tmp_path: Path, name: str, damage: Callable[[bytes], bytes], message: str
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / name
+    Image.fromarray(noise).save(path)
+    assert inspect_picture(path).fault is None
+    assert inspect_picture(path).width == 64
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=message) as error:
+        open_picture(path)
+    assert str(path) in str(error.value)
+    fault = inspect_picture(path).fault
+    assert fault is not None
+    assert message in fault
+
+
+def test_inspection_says_the_true_size_of_a_jpeg(tmp_path: Path) -> None:
+    """It is decoded smaller."""
+    Image.new("RGB", (801, 603), RED).save(tmp_path / "a.jpg")
+    found = inspect_picture(tmp_path / "a.jpg")
+    assert (found.width, found.height) == (801, 603)
+
+
+def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(DataError, match="the picture cannot be read"):
+            open_picture(path)
+
+
+def test_a_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("1", (400, 300)).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(DataError, match="400x300 are more than 100000 pixels"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_a_bomb_that_pillow_itself_refuses(tmp_path: Path) -> None:
+    header = b"IHDR" + (60_000).to_bytes(4) + (60_000).to_bytes(4) + bytes([8, 2, 0, 0, 0])
+    chunks = [header, b"IDAT" + zlib.compress(b"")]
+    written = [(len(c) - 4).to_bytes(4) + c + zlib.crc32(c).to_bytes(4) for c in chunks]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(written))
+    with pytest.raises(DataError, match="decompression bomb"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
+    Image.new("F", SIZE, 0.5).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="floating-point"):
+        open_picture(tmp_path / "a.tif")
+    assert "floating-point" in str(inspect_picture(tmp_path / "a.tif").fault)
+
+
+def clip(path: Path, side: int = 24) -> Path:
+    CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    ).save_pretrained(path)
+    return path
+
+
+def siglip(path: Path, side: int = 20) -> Path:
+    SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(path)
+    return path
+
+
+def test_the_processor_takes_over_what_the_tower_wants(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (50, 30), RED)
+    for tower, own, side in (
+        (clip(tmp_path / "clip"), CLIPImageProcessorPil, 24),
+        (siglip(tmp_path / "siglip"), SiglipImageProcessorPil, 20),
+    ):
+        square = image_processor(tower, "square")
+        assert picture_size(square) == (side, side)
+        expected = own.from_pretrained(tower)(wide, return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(square(wide, return_tensors="np")["pixel_values"], expected)
+        padded = image_processor(tower, "pad")(wide, return_tensors="np")["pixel_values"]
+        # The border has the mean colour, which is zero after normalising but for rounding to 1/255.
+        assert np.abs(padded[0, :, 0, 0]).max() < 0.02
+        assert padded.shape == expected.shape
+
+
+def test_the_processor_survives_being_saved(tmp_path: Path) -> None:
+    from data_world import char_tokenizer
+
+    processor = LlavaProcessor(
+        image_processor(clip(tmp_path / "clip"), "pad"), char_tokenizer(), patch_size=14
+    )
+    processor.save_pretrained(tmp_path / "saved")
+    loaded = type(processor.image_processor).from_pretrained(tmp_path / "saved")
+    wide = Image.new("RGB", (50, 30), RED)
+    np.testing.assert_array_equal(
+        loaded(wide, return_tensors="np")["pixel_values"],
+        processor.image_processor(wide, return_tensors="np")["pixel_values"],
+    )
+
+
+def test_a_directory_without_processor_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no image processor can be read"):
+        image_processor(tmp_path, "pad")
+
+
+def test_equal_files_give_equal_pixels(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, format="JPEG")
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(buffer.getvalue())
+    np.testing.assert_array_equal(pixels(tmp_path / "a.jpg"), pixels(tmp_path / "b.jpg"))

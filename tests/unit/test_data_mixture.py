@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_world import Entry, data_set, entry, mix, picture, said
+from PIL import Image
+from pydantic import ValidationError
+
+from mmpipe.data.mixture import build_mixture, images_first
+from mmpipe.data.records import PreferenceRecord, Record
+from mmpipe.data.spec import MixtureSpec, PartSpec
+from mmpipe.data.store import RecordTable
+from mmpipe.errors import ConfigError, DataError
+
+
+def kept(out: Path) -> list[Any]:
+    return list(RecordTable(out / "records.arrow"))
+
+
+def good(count: int) -> list[Entry]:
+    """Every third record has no picture."""
+    return [entry(i, f"{i % 4}.png" if i % 3 else None) for i in range(count)]
+
+
+def test_writes_records_report_and_lengths(tmp_path: Path) -> None:
+    report = mix(data_set(tmp_path / "made", good(9)), tmp_path / "out")
+    table = RecordTable(tmp_path / "out" / "records.arrow")
+    assert [record.id for record in table] == [f"r{i}" for i in range(9)]
+    record = table[1]
+    assert isinstance(record, Record)
+    assert record.source == "made"
+    assert [turn.role for turn in record.turns] == ["user", "assistant"]
+    assert Path(record.images[0]).is_file()
+    assert table.has_image == [bool(i % 3) for i in range(9)]
+    # "What is 0?" and "It is 0." are six words; a picture adds its mark and 128.
+    assert table.lengths[:2] == [6, 6 + 1 + 128]
+    assert (report["kept"], report["wanted"], report["with_images"]) == (9, 9, 6)
+    assert report["words_up_to"] == {"8": 3, "256": 6}
+    assert report["longer_side_up_to"] == {"64": 6}
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", good(40))
+    written = []
+    for workers in (1, 3):
+        mix(data, tmp_path / str(workers), workers=workers)
+        written.append(
+            [(tmp_path / str(workers) / name).read_bytes() for name in ("records.arrow", "report.json")]
+        )
+    assert written[0] == written[1]
+
+
+def test_picture_paths_are_relative_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data_set(Path("resources/made"), good(3))
+    mix(Path("resources/made"), Path("out"))
+    assert kept(Path("out"))[1].images == ("resources/made/img/1.png",)
+    mix(tmp_path / "resources/made", Path("out"))
+    assert kept(Path("out"))[1].images == ("resources/made/img/1.png",)
+
+
+def test_takes_the_first_folder_that_has_the_picture(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", [entry(0, "a.png"), entry(1, "b.png")], pictures=0)
+    picture(data / "one" / "a.png")
+    picture(data / "two" / "a.png")
+    picture(data / "two" / "b.png")
+    mix(data, tmp_path / "out", images=["one", "two"])
+    places = [Path(record.images[0]).relative_to(data).as_posix() for record in kept(tmp_path / "out")]
+    assert places == ["one/a.png", "two/b.png"]
+
+
+# What is wrong with one record among good ones, under which reason it is counted, and what is said of it.
+BAD: dict[str, tuple[Entry, str, str]] = {
+    "missing image": (entry(0, "nowhere.png"), "missing picture", "there is no nowhere.png in"),
+    "corrupt image": (entry(0, "corrupt.png"), "corrupt picture", "corrupt.png: the picture is damaged"),
+    "text as image": (entry(0, "text.jpg"), "corrupt picture", "text.jpg: the picture is in no known"),
+    "no conversations": ({"id": "r0"}, "no conversation", "the conversation is missing or empty"),
+    "empty conversations": (entry(0, conversations=[]), "no conversation", "missing or empty"),
+    "only an answer": (
+        entry(0, conversations=[{"from": "gpt", "value": "yes"}]),
+        "odd turn order",
+        "turn 1 is spoken by the assistant, expected the user",
+    ),
+    "two questions": (
+        entry(0, conversations=[*said("a", "b"), *said("c"), *said("d")]),
+        "odd turn order",
+        "turn 4 is spoken by the user, expected the assistant",
+    ),
+    "unanswered question": (entry(0, conversations=said("a", "b", "c")), "odd turn order", "is not answered"),
+    "unknown role": (entry(0, conversations=[{"from": "cat", "value": "m"}]), "unknown role", "by 'cat'"),
+    "empty answer": (entry(0, conversations=said("a", " \n")), "empty answer", "turn 2 of 2 has no text"),
+    "empty question": (entry(0, conversations=said("", "b")), "empty question", "turn 1 of 2 has no text"),
+    "no text": (entry(0, conversations=[{"from": "human"}]), "malformed turn", "no text under 'value'"),
+    "mark without picture": (
+        entry(0, conversations=said("<image>\na", "b")),
+        "image marks and pictures differ",
+        "1 <image> marks for 0 pictures",
+    ),
+    "picture without mark": (
+        entry(0, conversations=said("a", "b"), image="0.png"),
+        "image marks and pictures differ",
+        "0 <image> marks for 1 pictures",
+    ),
+    "mark in an answer": (
+        entry(0, conversations=said("a", "<image>"), image="0.png"),
+        "misplaced image mark",
+        "turn 2, of the assistant, holds <image>",
+    ),
+    "image is a number": (entry(0, image=7, conversations=said("a", "b")), "malformed pictures", "'image'"),
+    "a video": (entry(0, video="a.mp4"), "video", "only pictures are supported"),
+    "not an object": (["a"], "not a record", "holds no JSON object"),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_record_is_dropped_counted_and_named(case: str, tmp_path: Path) -> None:
+    bad, reason, message = BAD[case]
+    data = data_set(tmp_path / "made", [entry(1, "1.png"), bad, entry(2)])
+    whole = (data / "img/0.png").read_bytes()
+    (data / "img/corrupt.png").write_bytes(whole[: len(whole) // 2])
+    (data / "img/text.jpg").write_text("not found")
+    lines: list[str] = []
+    report = mix(data, tmp_path / "out", max_bad=0.5, log=lines.append)
+    assert [record.id for record in kept(tmp_path / "out")] == ["r1", "r2"]
+    (part,) = report["parts"]
+    assert part["dropped"][reason]["count"] == 1
+    assert message in part["dropped"][reason]["examples"][0]
+    assert (report["dropped"], part["wanted"], part["kept"]) == (1, 3, 2)
+    assert any(line.startswith("dropped made/") and message in line for line in lines)
+
+
+def test_too_many_bad_records_fail_with_the_reasons(tmp_path: Path) -> None:
+    entries = [*good(20), entry(20, "nowhere.png"), entry(21, conversations=said("a", ""))]
+    data = data_set(tmp_path / "made", entries)
+    with pytest.raises(DataError) as error:
+        mix(data, tmp_path / "out", max_bad=0.05)
+    message = str(error.value)
+    assert "made (data.json): 2 of 22 records are bad" in message
+    assert "missing picture: 1, e.g. r20: there is no nowhere.png" in message
+    assert "empty answer: 1, e.g. r21" in message
+    assert "max_bad" in message
+    assert mix(data, tmp_path / "out", max_bad=0.1)["kept"] == 20
+
+
+def test_max_bad_counts_in_every_part(tmp_path: Path) -> None:
+    """A large good part does not hide a small bad one."""
+    data = data_set(tmp_path / "made", good(100))
+    data_set(tmp_path / "small", [entry(0, "nowhere.png"), entry(1)])
+    parts = [{"dataset": name, "annotations": "data.json", "images": "img"} for name in ("made", "small")]
+    spec = MixtureSpec.model_validate({"parts": parts, "max_bad": 0.1})
+    with pytest.raises(DataError, match=r"small \(data.json\): 1 of 2"):
+        build_mixture(spec, {"made": data, "small": tmp_path / "small"}, tmp_path / "out")
+
+
+def test_an_empty_array_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="0 of 0"):
+        mix(data_set(tmp_path / "made", []), tmp_path / "out", max_bad=1)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/etc/passwd", "\\\\host\\x.png"])
+def test_a_picture_name_that_leads_out_of_the_folder_is_an_error(name: str, tmp_path: Path) -> None:
+    """Not one bad record among others: nobody writes this by accident."""
+    data = data_set(tmp_path / "made", [entry(0, name)])
+    picture(tmp_path / "made" / "secret.png")
+    with pytest.raises(DataError, match="leads out of the data set's folder"):
+        mix(data, tmp_path / "out", max_bad=1)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda data: (data / "data.json").unlink(), "data.json: cannot be read"),
+        (lambda data: (data / "img").rename(data / "other"), "img: the folder of pictures cannot be read"),
+        (
+            lambda data: (data / "data.json").write_bytes((data / "data.json").read_bytes()[:-40]),
+            r"data.json, line 1, column \d+: not valid JSON",
+        ),
+        (lambda data: (data / "data.json").write_text(""), "the file is empty"),
+        (lambda data: (data / "data.json").write_bytes(b'[{"id": "\xe9"}]'), "not UTF-8"),
+    ],
+    ids=["no annotations", "no folder", "truncated", "empty", "latin-1"],
+)
+def test_what_cannot_be_read_is_an_error(
+    break_it: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    data = data_set(tmp_path / "made", good(5))
+    break_it(data)
+    with pytest.raises(DataError, match=message):
+        mix(data, tmp_path / "out", max_bad=1)
+
+
+def test_json_lines_are_accepted_where_an_array_is_expected(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", good(5))
+    mix(data, tmp_path / "array")
+    (data / "data.json").write_text("".join(json.dumps(one) + "\n" for one in good(5)))
+    mix(data, tmp_path / "lines")
+    assert kept(tmp_path / "lines") == kept(tmp_path / "array")
+
+
+def test_a_gif_named_jpg_is_read_and_noted(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", [entry(0, "a.jpg")])
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save(data / "img/a.jpg", format="GIF", save_all=True, append_images=frames[1:])
+    report = mix(data, tmp_path / "out")
+    notes = report["parts"][0]["notes"]
+    assert notes["GIF named .jpg"]["count"] == 1
+    assert notes["several frames, first taken"]["count"] == 1
+
+
+def test_an_answer_may_contain_a_role_marker(tmp_path: Path) -> None:
+    strange = entry(0, conversations=said("Say it.", "USER: x ASSISTANT: y</s>"))
+    mix(data_set(tmp_path / "made", [strange]), tmp_path / "out")
+    assert kept(tmp_path / "out")[0].turns[1].text == "USER: x ASSISTANT: y</s>"
+
+
+def test_an_answer_before_the_first_question_is_left_out_and_noted(tmp_path: Path) -> None:
+    greeting = {"from": "gpt", "value": "hello"}
+    data = data_set(tmp_path / "made", [entry(0, conversations=[greeting, *said("a", "b")])])
+    report = mix(data, tmp_path / "out")
+    assert [turn.text for turn in kept(tmp_path / "out")[0].turns] == ["a", "b"]
+    assert report["parts"][0]["notes"]["answer before the first question left out"]["count"] == 1
+
+
+def test_equal_ids_are_numbered_and_nothing_is_lost(tmp_path: Path) -> None:
+    entries = [entry(0), entry(0), entry(0, conversations=said("other", "b")), entry(0, id="r0#2")]
+    report = mix(data_set(tmp_path / "made", entries), tmp_path / "out")
+    assert [record.id for record in kept(tmp_path / "out")] == ["r0", "r0#2", "r0#3", "r0#2#2"]
+    notes = report["parts"][0]["notes"]
+    assert notes["id used before, numbered"]["count"] == 1
+    assert notes["record seen before, kept again"]["count"] == 2
+
+
+def test_a_record_without_id_is_called_after_its_place(tmp_path: Path) -> None:
+    first, second = entry(0), entry(1, id=17)
+    del first["id"]
+    mix(data_set(tmp_path / "made", [first, second]), tmp_path / "out")
+    assert [record.id for record in kept(tmp_path / "out")] == ["data-0", "17"]
+
+
+@pytest.mark.parametrize(("take", "expected"), [(5, 5), (0.25, 10), (1.0, 40), (1, 1), (None, 40)])
+def test_take_chooses_so_many_records(take: float | None, expected: int, tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", good(40))
+    report = mix(data, tmp_path / "out", take=take)
+    ids = [record.id for record in kept(tmp_path / "out")]
+    assert len(ids) == expected == report["kept"]
+    assert ids == sorted(ids, key=lambda name: int(name[1:]))
+    assert report["parts"][0]["found"] == 40
+
+
+def test_take_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", good(40))
+    chosen = {}
+    for seed in (0, 1):
+        for extra in ([], [{"dataset": "made", "annotations": "data.json", "images": "img"}]):
+            part = {"dataset": "made", "annotations": "data.json", "images": "img", "take": 6}
+            spec = MixtureSpec.model_validate({"parts": [part, *extra], "seed": seed})
+            build_mixture(spec, {"made": data}, tmp_path / "out")
+            chosen[seed, len(extra)] = [record.id for record in kept(tmp_path / "out")[:6]]
+    assert chosen[0, 0] == chosen[0, 1] != chosen[1, 0] == chosen[1, 1]
+
+
+def test_take_more_than_there_are_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="`take: 50` but there are only 9 such records"):
+        mix(data_set(tmp_path / "made", good(9)), tmp_path / "out", take=50)
+
+
+@pytest.mark.parametrize(("with_images", "expected"), [(True, 6), (False, 3), (None, 9)])
+def test_with_images_filters(with_images: bool | None, expected: int, tmp_path: Path) -> None:
+    report = mix(data_set(tmp_path / "made", good(9)), tmp_path / "out", with_images=with_images)
+    assert (report["kept"], report["parts"][0]["found"]) == (expected, expected)
+
+
+def test_suffix_and_image_position_change_every_question(tmp_path: Path) -> None:
+    talk = said("What?\n<image>", "a", "And?", "b")
+    data = data_set(tmp_path / "made", [entry(0, conversations=talk, image="0.png")])
+    mix(data, tmp_path / "out", suffix="\nBe brief.", image_position="first")
+    texts = [turn.text for turn in kept(tmp_path / "out")[0].turns]
+    assert texts == ["<image>\nWhat?\nBe brief.", "a", "And?\nBe brief.", "b"]
+
+
+def test_images_first_keeps_every_picture() -> None:
+    assert images_first("a <image> b <image>") == "<image><image>\na  b"
+    assert images_first("<image>") == "<image>"
+    assert images_first("none") == "none"
+
+
+def test_preferences_are_verified_and_kept(tmp_path: Path) -> None:
+    def pair(number: int, chosen: str, rejected: str, question: str = "<image>\nWhat?") -> Entry:
+        return {
+            "id": f"p{number}",
+            "image": "0.png",
+            "chosen": said("<image>\nWhat?", chosen),
+            "rejected": said(question, rejected),
+        }
+
+    entries = [pair(0, "a cat", "a dog on a very long leash"), pair(1, "same", "same"), pair(2, "a", "")]
+    entries += [pair(3, "a", "b", question="<image>\nWho?")]
+    report = mix(data_set(tmp_path / "made", entries), tmp_path / "out", format="preference", max_bad=0.8)
+    (record,) = kept(tmp_path / "out")
+    assert isinstance(record, PreferenceRecord)
+    assert (record.chosen, record.rejected) == ("a cat", "a dog on a very long leash")
+    assert [turn.text for turn in record.prompt] == ["<image>\nWhat?"]
+    assert RecordTable(tmp_path / "out/records.arrow").lengths == [2 + 7 + 128]
+    assert {reason: facts["count"] for reason, facts in report["parts"][0]["dropped"].items()} == {
+        "different questions": 1,
+        "empty answer": 1,
+        "equal answers": 1,
+    }
+
+
+def test_an_unknown_format_is_named_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'llava'"):
+        mix(data_set(tmp_path / "made", good(1)), tmp_path / "out", format="lava")
+
+
+@pytest.mark.parametrize(
+    "change", [{"annotations": "../x"}, {"images": "/x"}, {"take": 0}, {"take": 1.5}, {"tke": 1}]
+)
+def test_settings_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        PartSpec.model_validate({"dataset": "made", "annotations": "data.json"} | change)
