@@ -1,0 +1,81 @@
+"""SwiGLU experts as two fused tensors, computed by transformers' expert backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+AUTOMATIC = "mmpipe_automatic"
+_GROUP_ALIGNMENT = 16
+"""Bytes; rows of grouped matrix products must start at multiples of this."""
+
+
+@dataclass
+class ExpertsConfig:
+    """Sizes of the experts of one layer, and the backend to compute them with."""
+
+    experts: int
+    width: int
+    inner: int
+    activation: str = "silu"
+    _experts_implementation: str = AUTOMATIC
+    """``mmpipe_automatic``, ``eager`` or any name transformers knows (``grouped_mm``, ``batched_mm``,
+    ...)."""
+
+
+@use_experts_implementation
+class SwiGLUExperts(nn.Module):
+    """N networks ``down(act(gate(x)) * up(x))`` without biases.
+
+    ``gate_up_proj`` is ``[N, 2F, D]``, gate before up, ``down_proj`` is ``[N, D, F]``: the layout of
+    transformers' MoE models.
+    """
+
+    def __init__(self, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.num_experts = config.experts
+        self.act_fn = ACT2FN[config.activation]
+        self.gate_up_proj = nn.Parameter(torch.empty(config.experts, 2 * config.inner, config.width))
+        self.down_proj = nn.Parameter(torch.empty(config.experts, config.width, config.inner))
+
+    def forward(self, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Weighted sum of each token's chosen experts, ``[T, D]``, one expert after the other, in any dtype.
+
+        This is the backend ``eager``; the decorator puts the configured one in its place.
+        """
+        return loop(self, hidden_TD, indices_TK, weights_TK)
+
+
+def loop(self: SwiGLUExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Compute expert by expert."""
+    output_TD = torch.zeros_like(hidden_TD)
+    for expert in range(self.num_experts):
+        tokens, choice = torch.where(indices_TK == expert)
+        gate, up = F.linear(hidden_TD[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
+        result = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+        output_TD = output_TD.index_add(
+            0, tokens, (result * weights_TK[tokens, choice, None]).to(output_TD.dtype)
+        )
+    return output_TD
+
+
+def automatic(self: SwiGLUExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not
+    aligned)."""
+    backend = ALL_EXPERTS_FUNCTIONS["grouped_mm"] if _groups(self) and len(hidden_TD) else loop
+    return backend(self, hidden_TD, indices_TK, weights_TK)
+
+
+def _groups(experts: SwiGLUExperts) -> bool:
+    weight_NDF = experts.down_proj
+    size = weight_NDF.element_size()
+    aligned = all(n * size % _GROUP_ALIGNMENT == 0 for n in weight_NDF.shape[1:])
+    return aligned and weight_NDF.dtype != torch.float64
+
+
+ALL_EXPERTS_FUNCTIONS.register(AUTOMATIC, automatic)

@@ -1,0 +1,80 @@
+"""What the MoE layers of one forward pass share: which tokens count, and what each layer reports.
+
+A layer sees hidden states only. The text model's attention mask reaches it, and its losses come back, through
+a :class:`ForwardPass` made for every call of the text model. It travels as a keyword argument to each decoder
+layer, into that layer's attention, where the MoE layer takes it; so it is also there, and the same, when
+gradient checkpointing computes the layer again during the backward pass, even if other forward passes came in
+between. The second computation finds its report already made and leaves it alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+KEYWORD = "moe_forward_pass"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one layer says about one forward pass."""
+
+    losses: dict[str, Tensor]
+    """Scalars, weighed: their sum is the layer's share of the total loss."""
+    statistics: dict[str, Tensor]
+    """Detached: ``load`` ``[N]`` (choices an expert took), ``tokens``, ``dropped`` (choices), and the
+    router's own."""
+
+
+class ForwardPass:
+    """Shared by the MoE layers of one call of a model.
+
+    ``rows_T`` are the indices of the tokens that count in the batch flattened to B*L, None when all do;
+    ``reports`` are by the ``id`` of the layer.
+    """
+
+    def __init__(self, rows_T: Tensor | None = None) -> None:
+        self.rows_T = rows_T
+        self.reports: dict[int, Report] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardPass:
+        """A copied model has made no pass yet (and graphs cannot be copied)."""
+        return ForwardPass()
+
+    @classmethod
+    def of_mask(cls, mask: Any, length: int) -> ForwardPass:
+        """From an attention mask ``[B, at least length]`` of ones and zeros; its last columns are the current
+        tokens.
+
+        Without such a mask (none, or one already prepared for attention) every token counts.
+        """
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return cls()
+        real_T = mask[:, -length:].bool().flatten()
+        return cls() if bool(real_T.all()) else cls(real_T.nonzero().squeeze(1))
+
+
+HookResult = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def begin(text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
+    """Pre-hook of a text model: open a forward pass and hand it to the layers."""
+    tokens = next(
+        x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if isinstance(x, Tensor)
+    )
+    current = ForwardPass.of_mask(kwargs.get("attention_mask"), tokens.shape[1])
+    text_model.moe_forward_pass = current  # type: ignore[assignment]
+    return args, kwargs | {KEYWORD: current}
+
+
+def discard(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
+    """Pre-hook of the attention in a dense layer: the forward pass goes no further."""
+    return args, {key: value for key, value in kwargs.items() if key != KEYWORD}
+
+
+def latest(model: nn.Module) -> list[ForwardPass]:
+    """The last forward pass of every text model in ``model``."""
+    passes = (getattr(module, "moe_forward_pass", None) for module in model.modules())
+    return [found for found in passes if isinstance(found, ForwardPass)]

@@ -1,0 +1,102 @@
+"""A layer of experts in the place of a dense feed-forward network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpipe.models.moe.capacity import capacity, drop
+from mmpipe.models.moe.forward_pass import KEYWORD, ForwardPass, HookResult, Report
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, check_shapes, check_values
+from mmpipe.models.moe.spec import MoESettings
+
+
+class MoELayer(nn.Module):
+    """``y = sum over the chosen experts of weight * expert(x)`` for every token that counts.
+
+    Padding is neither routed nor counted; its output is zero. In evaluation every choice is carried out and
+    nothing is random, so that a token's result does not depend on its neighbours. In training, choices beyond
+    an expert's capacity are dropped when the settings give one.
+
+    With ``dense`` given, the result is a learned mixture of the experts' and the dense network's (residual
+    MoE, Rajbhandari et al. 2022): ``y = c_0 moe(x) + c_1 dense(x)``, ``c = softmax(C x)``.
+    """
+
+    def __init__(
+        self, experts: nn.Module, router: BaseRouter, settings: MoESettings, dense: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.experts = experts
+        self.router = router
+        self.settings = settings
+        self.dense = dense
+        self.mixture = nn.Linear(router.width, 2) if dense is not None else None
+        self.forward_pass: ForwardPass | None = None
+        self._values_checked = False
+
+    def take_forward_pass(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> HookResult:
+        """Pre-hook of the attention of the same decoder layer, which runs before this layer."""
+        self.forward_pass = kwargs.pop(KEYWORD, None)
+        return args, kwargs
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        current = self.forward_pass or ForwardPass()
+        rows_T = None if self.settings.compat == "reference" else current.rows_T
+        every_TD = hidden_BLD.flatten(0, -2)
+        hidden_TD = every_TD if rows_T is None else every_TD[rows_T]
+        routing, kept_TK = self._route(hidden_TD)
+        output_TD = self.experts(hidden_TD, routing.indices_TK, routing.weights_TK.to(hidden_TD.dtype))
+        if id(self) not in current.reports:
+            current.reports[id(self)] = self._report(routing, kept_TK)
+        if rows_T is not None:
+            output_TD = torch.zeros_like(every_TD).index_copy(0, rows_T, output_TD)
+        return self._mix(hidden_BLD, output_TD.view_as(hidden_BLD))
+
+    def _route(self, hidden_TD: Tensor) -> tuple[Routing, Tensor]:
+        routing = self.router(hidden_TD)
+        check_shapes(self.router, routing, len(hidden_TD), self.router.experts)
+        if hidden_TD.device.type == "cpu" or not self._values_checked:
+            # looking at values makes an accelerator wait: once per layer there, always on the CPU
+            check_values(self.router, routing, self.router.experts)
+            self._values_checked = True
+        kept_TK = torch.ones_like(routing.indices_TK, dtype=torch.bool)
+        if self.training and self.settings.capacity_factor is not None:
+            top_k = routing.indices_TK.shape[1]
+            slots = capacity(
+                len(hidden_TD),
+                self.router.experts,
+                top_k,
+                self.settings.capacity_factor,
+                self.settings.minimum_capacity,
+            )
+            weights_TK, kept_TK = drop(
+                routing.indices_TK,
+                routing.weights_TK,
+                self.router.experts,
+                slots,
+                rescale=self.router.normalised,
+            )
+            routing = replace(routing, weights_TK=weights_TK)
+        return routing, kept_TK
+
+    def _report(self, routing: Routing, kept_TK: Tensor) -> Report:
+        coefficients = {"balance": self.settings.balance_coefficient, "z": self.settings.z_coefficient}
+        losses = {name: coefficients.get(name, 1.0) * loss for name, loss in routing.losses.items()}
+        with torch.no_grad():
+            statistics = {name: value.detach() for name, value in routing.statistics.items()}
+            statistics["load"] = torch.bincount(routing.indices_TK[kept_TK], minlength=self.router.experts)
+            statistics["tokens"] = torch.tensor(len(kept_TK), device=kept_TK.device)
+            statistics["dropped"] = (~kept_TK).sum()
+        return Report(losses, statistics)
+
+    def _mix(self, hidden_BLD: Tensor, output_BLD: Tensor) -> Tensor:
+        if self.dense is None or self.mixture is None:
+            return output_BLD
+        share_BL2 = F.softmax(self.mixture(hidden_BLD), dim=-1)
+        return share_BL2[..., :1] * output_BLD + share_BL2[..., 1:] * self.dense(hidden_BLD)

@@ -1,0 +1,144 @@
+"""What every router is: hidden states in; choices, their weights, losses and measurements out."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from mmpipe.config.base import Settings
+from mmpipe.errors import ConfigError, MmpipeError
+from mmpipe.models.moe.spec import MoESettings
+from mmpipe.objectives import routing
+from mmpipe.registry import load_object
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where tokens go. Everything is float32 but the indices."""
+
+    indices_TK: Tensor
+    """Chosen experts, the first choice first."""
+    weights_TK: Tensor
+    """How much each choice counts."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars by name; ``balance`` and ``z`` are weighed by the layer's coefficients, others count as they
+    are."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Detached measurements by name."""
+
+
+class BaseRouter(nn.Module):
+    """Base of all routers.
+
+    A subclass defines ``forward(hidden_TD) -> Routing`` and may define ``Settings`` and ``step``. It owns
+    whatever parameters it needs; ``reset_parameters`` fills them from a generator, so that each layer starts
+    differently and reproducibly.
+    """
+
+    class Settings(Settings):
+        """A router without settings of its own."""
+
+    NORMALISED: ClassVar[bool] = True
+    """Whether the weights of a token add up to one; others are on their honour."""
+
+    def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
+        super().__init__()
+        self.width = width
+        self.experts = experts
+        self.top_k = top_k
+        self.settings = settings
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the weights of a token add up to one with the settings at hand."""
+        return self.NORMALISED
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw fresh parameters."""
+        raise NotImplementedError
+
+    def forward(self, hidden_TD: Tensor) -> Routing:
+        raise NotImplementedError
+
+    def step(self, progress: float) -> None:
+        """Tell the router how far training is, 0 at the start and 1 at the end; called before every step."""
+
+
+def softmax_routing(logits_TN: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Routing:
+    """A routing with the usual losses and measurements of the softmax over ``logits_TN``."""
+    p_TN = logits_TN.softmax(1)
+    return Routing(
+        indices_TK,
+        weights_TK,
+        losses={
+            "balance": routing.load_balancing_loss(p_TN, indices_TK[:, 0]),
+            "z": routing.z_loss(logits_TN),
+        },
+        statistics={
+            "entropy": routing.entropy(p_TN.detach()),
+            "margin": routing.margin(weights_TK.detach()),
+        },
+    )
+
+
+def build(settings: MoESettings, width: int) -> BaseRouter:
+    """Make the router that ``settings`` name, for tokens of ``width``.
+
+    Raises ConfigError for a router that does not exist, is no router, or does not take the given settings.
+    """
+    where = f"router '{settings.router}'"
+    if ":" in settings.router:
+        kind = load_object(settings.router, where)
+    else:
+        kind = importlib.import_module(f"mmpipe.models.moe.routers.{settings.router}").Router
+    if not (isinstance(kind, type) and issubclass(kind, BaseRouter)):
+        raise ConfigError(f"{where} is not a subclass of mmpipe.models.moe.routers.base.BaseRouter")
+    try:
+        own = kind.Settings(**settings.router_settings)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: router_settings: {error}") from error
+    return kind(width, settings.experts, settings.top_k, own)
+
+
+class RouterError(MmpipeError):
+    """A router gave something that cannot be carried out."""
+
+
+def check_shapes(router: BaseRouter, result: Routing, tokens: int, entries: int) -> None:
+    """Raise RouterError unless the choices have the agreed shape and type."""
+    name = type(router).__module__
+    for what, tensor in (("indices", result.indices_TK), ("weights", result.weights_TK)):
+        if tensor.ndim != 2 or len(tensor) != tokens:
+            raise RouterError(f"{name}: {what} of shape {tuple(tensor.shape)} for {tokens} tokens")
+    if result.indices_TK.shape != result.weights_TK.shape:
+        raise RouterError(
+            f"{name}: indices of shape {tuple(result.indices_TK.shape)} "
+            f"with weights of shape {tuple(result.weights_TK.shape)}"
+        )
+    if result.indices_TK.dtype != torch.int64:
+        raise RouterError(f"{name}: indices of type {result.indices_TK.dtype}, expected torch.int64")
+    if not 1 <= result.indices_TK.shape[1] <= entries:
+        raise RouterError(f"{name}: {result.indices_TK.shape[1]} choices a token, with {entries} experts")
+
+
+def check_values(router: BaseRouter, result: Routing, entries: int) -> None:
+    """Raise RouterError unless indices are in range and weights finite and, if the router says so,
+    normalised."""
+    name = type(router).__module__
+    if not len(result.indices_TK):
+        return
+    low, high = int(result.indices_TK.min()), int(result.indices_TK.max())
+    if low < 0 or high >= entries:
+        raise RouterError(f"{name}: experts {low} to {high} chosen, there are 0 to {entries - 1}")
+    if not torch.isfinite(result.weights_TK).all():
+        raise RouterError(
+            f"{name}: weights that are not finite; are the hidden states or the router's weights?"
+        )
+    error = (result.weights_TK.sum(1) - 1).abs().max().item() if router.normalised else 0.0
+    if error > 1e-3:
+        raise RouterError(f"{name}: the weights of a token add up to one, here they are off by {error:.2g}")

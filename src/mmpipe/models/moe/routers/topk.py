@@ -1,0 +1,68 @@
+"""Softmax over the experts, the k most likely chosen, their probabilities rescaled to one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpipe.config import base as config
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, softmax_routing
+
+
+class Router(BaseRouter):
+    """``p = softmax(W x)``; for k > 1 the weights are ``p / sum of the chosen p``.
+
+    With one expert a token the weight is p itself: rescaled it would be the constant one, and the router
+    would learn nothing from the task.
+
+    All arithmetic is in float32. Deterministic unless ``second_choice`` says otherwise.
+    """
+
+    class Settings(config.Settings):
+        second_choice: Literal["most_likely", "gumbel", "gumbel_always"] = "most_likely"
+        """How a second expert is found: the most likely of the others; or by adding Gumbel noise to the
+        logits, in training or also in evaluation. DeepSpeed before 0.15, hence LLaVA-MoD, always samples."""
+
+    def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
+        super().__init__(width, experts, top_k, settings)
+        self.weight = nn.Parameter(torch.empty(experts, width))
+
+    @property
+    def normalised(self) -> bool:
+        return self.top_k > 1
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Uniform in +-1/sqrt(width), PyTorch's default for a linear layer."""
+        bound = self.width**-0.5
+        with torch.no_grad():
+            self.weight.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, hidden_TD: Tensor) -> Routing:
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            logits_TN = F.linear(hidden_TD.float(), self.weight.float())
+        indices_TK = self._choose(logits_TN)
+        weights_TK = logits_TN.softmax(1).gather(1, indices_TK)
+        if self.normalised:
+            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(
+                torch.finfo(weights_TK.dtype).eps
+            )
+        return softmax_routing(logits_TN, indices_TK, weights_TK)
+
+    def _choose(self, logits_TN: Tensor) -> Tensor:
+        sampling = self.settings.second_choice == "gumbel_always" or (
+            self.settings.second_choice == "gumbel" and self.training
+        )
+        if self.top_k < 2 or not sampling:
+            return logits_TN.topk(self.top_k, dim=1).indices
+        first_T1 = logits_TN.argmax(1, keepdim=True)
+        noisy_TN = logits_TN.detach() + gumbel(logits_TN)
+        others_TK = noisy_TN.scatter(1, first_T1, float("-inf")).topk(self.top_k - 1, dim=1).indices
+        return torch.cat([first_T1, others_TK], 1)
+
+
+def gumbel(like: Tensor) -> Tensor:
+    """Standard Gumbel noise of the shape of ``like``, from torch's global generator."""
+    return -torch.empty_like(like).exponential_().log()

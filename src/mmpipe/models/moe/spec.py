@@ -1,0 +1,49 @@
+"""The settings of a mixture of experts."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmpipe.config.base import Settings
+from mmpipe.models.moe.placement import Placement
+from mmpipe.models.moe.routers.names import check_name
+
+
+class MoESettings(Settings):
+    """Experts, where they stand and how tokens find them; the defaults are LLaVA-MoD's, without dropping
+    tokens."""
+
+    experts: int = Field(4, ge=2)
+    """Experts a layer; each starts as a copy of the layer's dense network."""
+    top_k: int = Field(2, ge=1)
+    """Experts a token is sent to."""
+    placement: Placement = "sparse"
+    """``sparse`` (layers 0, 2, 4, ...), ``first_half``, ``second_half``, ``dense`` (all) or a list of
+    layers."""
+    router: str = "topk"
+    """A router of ``mmpipe.models.moe.routers``, or ``package.module:Class`` of your own."""
+    router_settings: dict[str, Any] = Field(default_factory=dict)
+    """What the router's own ``Settings`` take."""
+    capacity_factor: float | None = Field(None, gt=0)
+    """In training, an expert takes at most this many times its even share of choices, the rest is dropped
+    (LLaVA-MoD: 1.5). None drops nothing, as evaluation never does."""
+    minimum_capacity: int = Field(0, ge=0)
+    """Choices an expert may take however small the batch."""
+    balance_coefficient: float = Field(0.01, ge=0)
+    """Weight of the load-balancing loss, summed over the layers."""
+    z_coefficient: float = Field(0.0, ge=0)
+    """Weight of the router z-loss, summed over the layers."""
+    residual: bool = False
+    """Mix the experts' output with that of the dense network, which stays beside them (DeepSpeed's residual
+    MoE)."""
+    compat: Literal["fixed", "reference"] = "fixed"
+    """``reference``: padding is routed and counted like any token, as in LLaVA-MoD."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MoESettings:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k is {self.top_k}, but there are only {self.experts} experts")
+        check_name(self.router)
+        return self

@@ -1,0 +1,90 @@
+"""Up-cycling keeps the function, places experts where asked, and starts routers reproducibly."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_llava import batch, llava
+from torch import nn
+
+from mmpipe.errors import ArtifactError, ConfigError
+from mmpipe.models.moe.collect import moe_layers
+from mmpipe.models.moe.spec import MoESettings
+from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "phi3"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_fresh_sparse_model_is_its_dense_parent(kind: str, residual: bool) -> None:
+    dense = llava(kind)
+    sparse = upcycle(copy.deepcopy(dense), MoESettings(residual=residual))
+    assert assert_equal_to_parent(dense, sparse, batch()) < 2e-6
+
+
+def test_a_sparse_model_that_differs_is_an_error_with_the_difference() -> None:
+    dense = llava()
+    before = logits(dense, batch())
+    sparse = upcycle(dense, MoESettings())
+    next(iter(moe_layers(sparse).values())).experts.down_proj.data[0] *= 1.5
+    with pytest.raises(ArtifactError, match=r"differs from its dense parent by 0\.\d+"):
+        assert_equal_to_parent(before, sparse, batch())
+    with pytest.raises(ArtifactError, match="single expert is weighed by its probability"):
+        assert_equal_to_parent(llava(), upcycle(llava(), MoESettings(top_k=1)), batch())
+
+
+def test_experts_are_copies_and_only_the_chosen_layers_change() -> None:
+    dense = llava("phi3", layers=5)
+    sparse = upcycle(copy.deepcopy(dense), MoESettings(experts=3, placement=(1, 4)))
+    assert list(moe_layers(sparse)) == ["language_model.layers.1.mlp", "language_model.layers.4.mlp"]
+    before, after = dense.model.language_model, sparse.model.language_model
+    for expert in range(3):
+        assert torch.equal(
+            after.layers[4].mlp.experts.gate_up_proj[expert], before.layers[4].mlp.gate_up_proj.weight
+        )
+        assert torch.equal(
+            after.layers[4].mlp.experts.down_proj[expert], before.layers[4].mlp.down_proj.weight
+        )
+    assert torch.equal(after.layers[0].mlp.gate_up_proj.weight, before.layers[0].mlp.gate_up_proj.weight)
+
+
+def test_routers_start_differently_by_layer_and_seed_and_never_by_chance() -> None:
+    def weights(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        torch.manual_seed(int(torch.randint(1000, ())))
+        model = upcycle(llava().to(dtype), MoESettings(), seed=seed)
+        return [moe.router.weight.detach() for moe in moe_layers(model).values()]
+
+    first, second = weights(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, weights(0)[0])
+    assert not torch.equal(first, weights(1)[0])
+    assert torch.equal(first.bfloat16(), weights(0, torch.bfloat16)[0])
+    bound = 32**-0.5
+    assert first.abs().max() <= bound
+    assert first.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
+
+
+def test_global_random_state_is_left_alone() -> None:
+    model = llava()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    upcycle(model, MoESettings(residual=True))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_networks_that_cannot_become_experts() -> None:
+    with pytest.raises(ConfigError, match="layer 0: a 'LlamaMLP' with biases"):
+        upcycle(llava("llama", mlp_bias=True), MoESettings())
+    with pytest.raises(ConfigError, match="already has experts"):
+        upcycle(upcycle(llava(), MoESettings()), MoESettings())
+    model = llava()
+    model.model.language_model.layers[0].mlp = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 32))
+    with pytest.raises(ConfigError, match=r"'Sequential' with linear layers .* cannot become experts"):
+        upcycle(model, MoESettings())
+
+
+def test_settings_are_noted_in_the_configuration() -> None:
+    model = upcycle(llava(), MoESettings(experts=3))
+    assert MoESettings(**model.config.mmpipe["moe"]) == MoESettings(experts=3)
