@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from mmpipe.benchmarks.records import Document, read_documents, write_records
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import ConfigError, DataError, did_you_mean
 from mmpipe.registry import modules
@@ -40,6 +41,9 @@ class Protocol:
     prompt: str = "llava"
     """The prompt layout, as the benchmark's module calls it."""
     max_new_tokens: int = 128
+    num_beams: int = 1
+    aliases: tuple[str, ...] = ()
+    """Other names it may be asked for by."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ class Benchmark(abc.ABC):
         """The reference records of the questions, in their order and without pictures."""
 
     @abc.abstractmethod
-    def parse_references(self, documents: Sequence[Any]) -> list[Record]:
+    def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         """Reference records from official files already parsed (one document a file), or from records
         themselves."""
 
@@ -213,9 +217,20 @@ class Benchmark(abc.ABC):
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
         """The verdict on every pair, and the metrics under the official scorer's names."""
 
-    @abc.abstractmethod
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
-        """Write the submission file; returns what is worth reporting about it."""
+        """Write the submission file; returns what is worth reporting about it.
+
+        Benchmarks without a server get one line a question, ``{"question_id", "prediction"}``.
+        """
+        write_records(
+            out,
+            ({"question_id": pair.reference["question_id"], "prediction": pair.text} for pair in pairs),
+        )
+        return {}
+
+    def read_references(self, paths: Sequence[Path]) -> list[Record]:
+        """Reference records from official files, or from JSON lines of records."""
+        return self.parse_references(read_documents(paths))
 
     def reference_keys(self, reference: Record) -> list[tuple[str, ...]]:
         """The keys an answer may be matched by; the first one is unique."""
@@ -236,7 +251,7 @@ class Benchmark(abc.ABC):
 
         Raises ConfigError for an unknown name.
         """
-        known = {protocol.name: protocol for protocol in self.protocols}
+        known = {name: p for p in self.protocols for name in (p.name, *p.aliases)}
         if name in known:
             return known[name]
         if name in ("", "official"):
@@ -360,16 +375,19 @@ def require(record: Record, fields: Sequence[str], where: str) -> None:
         raise DataError(f"{where}: a record lacks {', '.join(lacking)} (it has {has})")
 
 
-def records_of(documents: Sequence[Any], where: str) -> list[Record]:
-    """The records of documents that are lists of records.
+def records_of(documents: Sequence[Document], fields: Sequence[str] = ()) -> list[Record]:
+    """The records of documents that are lists of records, each with the given fields.
 
-    Raises DataError when something else than a list of objects is found.
+    Raises DataError when something else is found.
     """
-    records = []
+    records: list[Record] = []
     for document in documents:
-        if not isinstance(document, list) or not all(isinstance(record, dict) for record in document):
-            raise DataError(f"{where}: expected a list of records, found {type(document).__name__}")
-        records += document
+        if not isinstance(document.content, list) or not all(isinstance(r, dict) for r in document.content):
+            found = type(document.content).__name__
+            raise DataError(f"{document.name}: expected a list of records, found {found}")
+        for record in document.content:
+            require(record, fields, document.name)
+        records += document.content
     return records
 
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from mmpipe.benchmarks.base import (
     OPTION_LETTER,
     Benchmark,
+    Document,
     Item,
     Pair,
     Protocol,
@@ -105,15 +106,13 @@ class MMBench(Benchmark):
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        return self.parse_references([[_without_picture(row) for row in self._rows(source)]])
+        return [_clean(row, self.name) for row in self._rows(source)]
 
-    def parse_references(self, documents: Sequence[Any]) -> list[Record]:
-        records = []
-        for row in records_of(documents, self.name):
-            record = {_column(name): value for name, value in row.items()}
-            require(record, _COLUMNS, self.name)
-            records.append(_clean(record, self.name))
-        return records
+    def parse_references(self, documents: Sequence[Document]) -> list[Record]:
+        rows = [{_column(name): value for name, value in row.items()} for row in records_of(documents)]
+        for row in rows:
+            require(row, _COLUMNS, self.name)
+        return [_clean(row, self.name) for row in rows]
 
     def reference_keys(self, reference: Record) -> list[tuple[str, ...]]:
         return [(key(reference["index"]),)]
@@ -165,7 +164,10 @@ class MMBench(Benchmark):
 
     def _rows(self, source: Source) -> Iterator[Record]:
         path = source.path("questions")
-        rows = read_table(path) if path.suffix.lower() in (".tsv", ".csv") else iter(read_document(path))
+        if path.suffix.lower() in (".tsv", ".csv"):
+            rows = read_table(path)
+        else:
+            rows = iter(records_of([read_document(path)]))
         for row in rows:
             record = {_column(name): value for name, value in row.items()}
             require(record, (*_COLUMNS, "image"), str(path))
@@ -189,13 +191,9 @@ def _column(name: str) -> str:
     return name if len(name) == 1 else name.lower()
 
 
-def _without_picture(row: Record) -> Record:
-    return {name: value for name, value in row.items() if name != "image"}
-
-
 def _clean(row: Record, where: str) -> Record:
     """The row without picture, cells without value as None and the index as a number."""
-    clean = {name: None if is_missing(value) else value for name, value in _without_picture(row).items()}
+    clean = {name: None if is_missing(value) else value for name, value in row.items() if name != "image"}
     return clean | {"index": _index(row["index"], where)}
 
 

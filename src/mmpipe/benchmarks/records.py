@@ -11,12 +11,20 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmpipe.artifacts.files import atomic_open
 from mmpipe.errors import DataError
 
 Record = dict[str, Any]
+
+
+class Document(NamedTuple):
+    """A parsed file; ``name`` is for messages, and for official names that say what the file holds."""
+
+    name: str
+    content: Any
+
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a picture
 
@@ -32,32 +40,18 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or value in _NO_VALUE
 
 
-def read_document(path: Path) -> Any:
+def read_document(path: Path) -> Document:
     """Parse one file by its content: JSON, JSON lines, a table (``.tsv``, ``.csv``, ``.parquet``).
 
     JSON lines become a list, tables a list of records.
     Raises DataError when the file is missing or is none of these.
     """
-    suffix = path.suffix.lower()
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
-    if suffix == ".parquet":
-        return _parquet(path)
-    if suffix in (".tsv", ".csv"):
-        return list(read_table(path))
-    text = _text(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        lines = [line for line in text.split("\n") if line.strip()]
-        if error.msg != "Extra data" and len(lines) < 2:
-            raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: nested too deeply") from error
-    return list(_json_lines(text, path))
+    return Document(path.as_posix(), _content(path))
 
 
-def read_documents(paths: Sequence[Path]) -> list[Any]:
+def read_documents(paths: Sequence[Path]) -> list[Document]:
     """Parse every file; see ``read_document``."""
     return [read_document(path) for path in paths]
 
@@ -117,6 +111,23 @@ def write_document(path: Path, value: Any, indent: int | None = None) -> None:
     """Write one JSON document atomically, in ASCII."""
     with atomic_open(path) as file:
         file.write(json.dumps(value, indent=indent).encode("ascii"))
+
+
+def _content(path: Path) -> Any:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet(path)
+    if suffix in (".tsv", ".csv"):
+        return list(read_table(path))
+    text = _text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data" and text.count("\n", 0, -1) == 0:
+            raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply") from error
+    return list(_json_lines(text, path))
 
 
 def _text(path: Path) -> str:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import sha256, write_json
-from mmpipe.benchmarks.base import Benchmark, Record, Score, get, key
-from mmpipe.benchmarks.records import read_answers, read_document, read_documents, write_records
-from mmpipe.errors import DataError
+from mmpipe.benchmarks.base import Benchmark, Record, Score, get, key, records_of
+from mmpipe.benchmarks.records import read_answers, read_document, write_records
 
 
 def score_files(
@@ -55,7 +54,7 @@ def convert_files(benchmark: str, references: Sequence[Path], answers: Sequence[
     Raises DataError as ``score_files`` does.
     """
     task = get(benchmark)
-    pairs = task.pair(task.parse_references(read_documents(references)), read_answers(answers))
+    pairs = task.pair(task.read_references(references), read_answers(answers))
     report = task.convert(pairs, out)
     missing = sum(not pair.answered for pair in pairs)
     return {"benchmark": benchmark, "out": str(out), "n": len(pairs), "missing": missing, **report}
@@ -67,9 +66,7 @@ def read_judgements(path: Path) -> dict[str, str]:
     Raises DataError for a record without them.
     """
     replies = {}
-    for number, record in enumerate(read_document(path), start=1):
-        if not isinstance(record, dict) or "question_id" not in record or "reply" not in record:
-            raise DataError(f"{path}, record {number}: a judge's record needs 'question_id' and 'reply'")
+    for record in records_of([read_document(path)], ("question_id", "reply")):
         if record["reply"] is not None:
             replies[key(record["question_id"])] = str(record["reply"])
     return replies
@@ -79,7 +76,7 @@ def _score(
     task: Benchmark, references: Sequence[Path], answers: Sequence[Path], protocol: str, judge: Path | None
 ) -> Score:
     return task.score(
-        task.parse_references(read_documents(references)),
+        task.read_references(references),
         read_answers(answers),
         protocol,
         read_judgements(judge) if judge else None,

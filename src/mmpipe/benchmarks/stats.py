@@ -93,6 +93,7 @@ def bootstrap(
     generator = np.random.default_rng(0)
     weights = generator.multinomial(n, np.full(n, 1 / n), size=_REPLICATES)  # (replicates, units)
     with np.errstate(divide="ignore", invalid="ignore"):
-        draws = np.nan_to_num(statistic(weights @ table))
-    low, high = np.quantile(draws, [0.025, 0.975])
+        draws = statistic(weights @ table)
+    draws = draws[np.isfinite(draws)]  # a draw without any unit of some category has no score
+    low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (value, value)
     return Estimate(metric, value, float(low), float(high), n, f"bootstrap of {_REPLICATES}")

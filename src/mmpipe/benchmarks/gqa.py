@@ -1,0 +1,200 @@
+"""GQA (Hudson and Manning 2019, arXiv 1902.09506): compositional questions about scene graphs, exact match.
+
+Files are the official ``testdev_balanced_questions.json`` (``{id: question}``) and the folder ``images``. The
+prediction is the reply without periods at the end, in lower case; nothing else is normalised. Only balanced
+questions count.
+
+Validity, plausibility and grounding need files that exist for the validation split alone; consistency needs
+answers to the entailed questions. They are not part of the testdev number.
+"""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ClassVar
+
+from mmpipe.benchmarks.base import (
+    SHORT_ANSWER,
+    Benchmark,
+    Document,
+    Item,
+    Pair,
+    Protocol,
+    Question,
+    Record,
+    Source,
+    key,
+    records_of,
+    require,
+)
+from mmpipe.benchmarks.records import write_document
+from mmpipe.benchmarks.stats import Estimate, estimate_mean
+from mmpipe.errors import DataError
+
+# Operations of a question's program that are no reasoning step of their own.
+_NO_STEP = ("exist", "query: name", "choose name")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class Gqa(Benchmark):
+    """GQA's balanced test-dev split."""
+
+    name = "gqa"
+    submission = "json"
+    files: ClassVar[Mapping[str, str]] = {"questions": "testdev_balanced_questions.json", "images": "images"}
+    protocols = (
+        Protocol("gqa", "the official eval.py on LLaVA's converted answers", aliases=("llava",)),
+        Protocol(
+            "lmms", "lmms-eval: case and punctuation ignored on both sides", rule="lmms", max_new_tokens=16
+        ),
+    )
+
+    def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
+        for record in self.references(source, protocol):
+            require(record, ("question", "imageId"), f"gqa, question {record['question_id']}")
+            yield Question(
+                id=record["question_id"],
+                text=record["question"] + SHORT_ANSWER,
+                images=(source.picture(f"{record['imageId']}.jpg"),),
+            )
+
+    def references(self, source: Source, protocol: Protocol) -> list[Record]:
+        return self.read_references([source.path("questions")])
+
+    def parse_references(self, documents: Sequence[Document]) -> list[Record]:
+        """``{id: question}`` or a list of questions with their ``question_id`` or ``id``."""
+        records: list[Record] = []
+        for document in documents:
+            content = document.content
+            if isinstance(content, dict):
+                content = content.get("questions", content)
+            if isinstance(content, dict):
+                records += [{"question_id": number, **question} for number, question in content.items()]
+            else:
+                records += [
+                    _with_id(r, document.name) for r in records_of([Document(document.name, content)])
+                ]
+        for record in records:
+            require(record, ("answer",), f"gqa, question {record['question_id']}")
+        return records
+
+    def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
+        if protocol.rule == "lmms":
+            items = [_rate(pair, _lmms(pair.text), _lmms(str(pair.reference["answer"]))) for pair in pairs]
+            return items, {"exact_match": fmean(item.score for item in items)}
+        counted = [pair for pair in pairs if pair.reference.get("isBalanced", True)]
+        if not counted:
+            raise DataError("gqa: none of the questions is balanced; there is nothing to score")
+        items = [_rate(pair, predicted(pair.text), str(pair.reference["answer"])) for pair in counted]
+        return items, _report(counted, items)
+
+    def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
+        scores, units = [item.score for item in items], [item.unit for item in items]
+        if protocol.rule == "lmms":
+            return estimate_mean("exact_match", scores, units)
+        return estimate_mean("accuracy", scores, units, 100)
+
+    def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
+        """``testdev_balanced_predictions.json`` for the official eval.py; a missing answer is an empty
+        one."""
+        write_document(
+            out,
+            [{"questionId": key(p.reference["question_id"]), "prediction": predicted(p.text)} for p in pairs],
+        )
+        return {}
+
+
+def predicted(reply: str) -> str:
+    """The prediction that LLaVA's converter makes of a reply.
+
+    >>> predicted("Dark blue.")
+    'dark blue'
+    """
+    return reply.rstrip(".").lower()
+
+
+def _lmms(text: str) -> str:
+    return text.lower().translate(_NO_PUNCTUATION)
+
+
+def _with_id(record: Record, where: str) -> Record:
+    number = next((record[name] for name in ("question_id", "questionId", "id") if name in record), None)
+    if number is None:
+        raise DataError(f"{where}: a question has no 'question_id' or 'id'")
+    return {"question_id": number, **record}
+
+
+def _rate(pair: Pair, prediction: str, gold: str) -> Item:
+    reference = pair.reference
+    return Item(
+        id=reference["question_id"],
+        score=float(pair.answered and prediction == gold),
+        unit=key(reference.get("imageId", reference["question_id"])),
+        parsed=prediction if pair.answered else None,
+        answered=pair.answered,
+        facts={"gold": gold},
+    )
+
+
+def _report(pairs: Sequence[Pair], items: Sequence[Item]) -> Record:
+    """The official figures in percent, under its names."""
+    score = {id(pair): item.score for pair, item in zip(pairs, items, strict=True)}
+    structural = _means(pairs, score, lambda q: q.get("types", {}).get("structural"))
+    kinds = _means(pairs, score, lambda q: _kind(q.get("types", {}).get("structural")))
+    return {
+        "accuracy": 100 * fmean(item.score for item in items),
+        "binary": kinds.get("binary", 0.0),
+        "open": kinds.get("open", 0.0),
+        "distribution": _distribution(pairs, items),
+        "accuracyPerStructuralType": structural,
+        "accuracyPerSemanticType": _means(pairs, score, lambda q: q.get("types", {}).get("semantic")),
+        "accuracyPerSteps": _means(pairs, score, _steps),
+        "accuracyPerLength": _means(pairs, score, lambda q: len(q.get("question", "").split()) or None),
+    }
+
+
+def _kind(structural: str | None) -> str | None:
+    return None if structural is None else "open" if structural == "query" else "binary"
+
+
+def _means(pairs: Sequence[Pair], score: Mapping[int, float], label: Any) -> dict[str, float]:
+    """Mean score in percent by the label of the question; questions without label are left out."""
+    groups: dict[Any, list[float]] = {}
+    for pair in pairs:
+        name = label(pair.reference)
+        if name is not None:
+            groups.setdefault(name, []).append(score[id(pair)])
+    return {str(name): 100 * fmean(groups[name]) for name in sorted(groups)}
+
+
+def _steps(question: Record) -> int | None:
+    """Length of the question's program, naming and existence not counted."""
+    program = question.get("semantic")
+    if not program:
+        return None
+    texts = [f"{step['operation']}: {step['argument']}" for step in program]
+    return sum(not any(pattern in text for pattern in _NO_STEP) for text in texts)
+
+
+def _distribution(pairs: Sequence[Pair], items: Sequence[Item]) -> float:
+    """Chi-square between gold and predicted answers by group, weighted by the groups' sizes, over 100."""
+    gold: dict[str, Counter[str]] = {}
+    said: dict[str, Counter[str]] = {}
+    for pair, item in zip(pairs, items, strict=True):
+        group = (pair.reference.get("groups") or {}).get("global")
+        if group is not None:
+            gold.setdefault(group, Counter())[str(pair.reference["answer"])] += 1
+            said.setdefault(group, Counter())[item.parsed or ""] += 1
+    weighted = sum(
+        counts.total() * sum((said[group][answer] - n) ** 2 / n for answer, n in counts.items())
+        for group, counts in gold.items()
+    )
+    size = sum(counts.total() for counts in gold.values())
+    return weighted / size / 100 if size else 0.0
+
+
+BENCHMARK = Gqa()

@@ -1,0 +1,228 @@
+"""MME (Fu et al. 2023, arXiv 2306.13394): two yes/no questions a picture, in 14 categories.
+
+The official release is a folder a category; in some the pictures and the question files are in ``images/``
+and ``questions_answers_YN/``, in the others side by side. A question file holds two lines
+``question<TAB>Yes|No``. Both questions of a picture carry the same id (``category/[images/]file``), so
+answers are told apart by their prompt.
+
+A category scores 100 x (share of right answers) + 100 x (share of pictures with both right); perception is
+the sum of ten categories, cognition of four. The two questions of a picture are found by its id, not by their
+order in a file.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from statistics import fmean
+from typing import Any, ClassVar
+
+from mmpipe.artifacts.files import atomic_open
+from mmpipe.benchmarks.base import (
+    SHORT_ANSWER,
+    Benchmark,
+    Document,
+    Item,
+    Pair,
+    Protocol,
+    Question,
+    Record,
+    Source,
+    key,
+    records_of,
+)
+from mmpipe.benchmarks.stats import Estimate, bootstrap
+from mmpipe.benchmarks.yesno import OTHER, first_four, first_four_lmms
+from mmpipe.errors import DataError
+
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+_INSTRUCTION = "Please answer yes or no."
+_PICTURES = (".jpg", ".jpeg", ".png")
+_RULES: Mapping[str, Callable[[str], str]] = {"official": first_four, "lmms": first_four_lmms}
+
+
+class Mme(Benchmark):
+    """MME."""
+
+    name = "mme"
+    submission = "zip"
+    files: ClassVar[Mapping[str, str]] = {"questions": "MME_Benchmark_release_version"}
+    protocols = (
+        Protocol("official", "the rule of calculation.py: yes or no within the first four characters"),
+        Protocol("lmms", "lmms-eval: blanks and periods deleted, y and n accepted", rule="lmms"),
+    )
+
+    def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
+        root = source.path("questions")
+        for record in self.references(source, protocol):
+            yield Question(
+                id=record["question_id"],
+                text=_core(record["question"]) + SHORT_ANSWER,
+                images=(Source(root).inside(record["image"]),),
+                extra={"category": record["category"]},
+            )
+
+    def references(self, source: Source, protocol: Protocol) -> list[Record]:
+        return self.read_references([source.path("questions")])
+
+    def read_references(self, paths: Sequence[Path]) -> list[Record]:
+        """Besides files of records, the folder of the official release."""
+        folders = [path for path in paths if path.is_dir()]
+        records = [record for folder in folders for record in _tree(folder)]
+        files = [path for path in paths if path not in folders]
+        return records + (super().read_references(files) if files else [])
+
+    def parse_references(self, documents: Sequence[Document]) -> list[Record]:
+        return [dict(r) for r in records_of(documents, ("question_id", "category", "question", "answer"))]
+
+    def reference_keys(self, reference: Record) -> list[tuple[str, ...]]:
+        return [(key(reference["question_id"]), _core(reference["question"]))]
+
+    def answer_keys(self, answer: Record) -> list[tuple[str, ...]]:
+        return [(key(answer["question_id"]), _core(str(answer.get("prompt", ""))))]
+
+    def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
+        items = [_rate(pair, _RULES[protocol.rule]) for pair in pairs]
+        scores = _category_scores(items)
+        perception = sum(score for name, score in scores.items() if name not in COGNITION)
+        cognition = sum(score for name, score in scores.items() if name in COGNITION)
+        if protocol.rule == "lmms":
+            totals = {"mme_perception_score": perception, "mme_cognition_score": cognition}
+        else:
+            totals = {"perception": perception, "cognition": cognition}
+        return items, {**totals, "total": perception + cognition, "per_category": scores}
+
+    def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
+        """The perception score, resampled by picture; all of it where no category of perception was asked."""
+        kept = [item for item in items if item.facts["category"] not in COGNITION] or list(items)
+        names = sorted({item.facts["category"] for item in kept})
+        totals: dict[str, list[float]] = {}
+        for unit, members in _by_picture(kept).items():
+            row = totals.setdefault(unit, [0.0] * (4 * len(names)))
+            first = 4 * names.index(members[0].facts["category"])
+            right = sum(item.score for item in members)
+            for offset, count in enumerate((right, len(members), right == len(members), 1)):
+                row[first + offset] += count
+
+        def score(sums: Any) -> Any:
+            right, asked, both, pictures = (sums[..., offset::4] for offset in range(4))
+            return (100 * right / asked + 100 * both / pictures).sum(axis=-1)
+
+        scores = _category_scores(kept)
+        return bootstrap("perception", totals, score, sum(scores.values()))
+
+    def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
+        """The files that ``calculation.py`` reads, one a category, packed into a zip.
+
+        Tabs and line ends of a reply would break their lines; they become blanks and are counted.
+        """
+        files = eval_tool_files(pairs)
+        with atomic_open(out) as file:
+            file.write(_zipped(files))
+        broken = sum(pair.text != _one_cell(pair.text) for pair in pairs)
+        return {"files": sorted(files), "replies_with_tabs_or_line_ends": broken}
+
+
+def eval_tool_files(pairs: Sequence[Pair]) -> dict[str, str]:
+    """``{category: lines}`` of ``file<TAB>question<TAB>gold<TAB>reply``."""
+    lines: dict[str, list[str]] = {}
+    for pair in pairs:
+        reference = pair.reference
+        name = PurePosixPath(str(reference.get("image") or reference["question_id"])).with_suffix(".txt").name
+        cells = (name, reference["question"], reference["answer"], _one_cell(pair.text))
+        lines.setdefault(reference["category"], []).append("\t".join(cells) + "\n")
+    return {category: "".join(members) for category, members in lines.items()}
+
+
+def _one_cell(text: str) -> str:
+    return " ".join(text.replace("\t", "\n").splitlines()) if any(c in text for c in "\t\n\r") else text
+
+
+def _zipped(files: Mapping[str, str]) -> bytes:
+    """A zip whose bytes depend on the files alone."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(files):
+            info = zipfile.ZipInfo(f"{name}.txt", date_time=(1980, 1, 1, 0, 0, 0))
+            archive.writestr(info, files[name].encode("utf-8", "replace"), zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def _core(text: str) -> str:
+    """The question without instruction, by which prompts and references are matched."""
+    text = text.removesuffix(SHORT_ANSWER).strip().removesuffix(_INSTRUCTION)
+    return " ".join(text.split())
+
+
+def _tree(root: Path) -> list[Record]:
+    """The records of the official folders, categories, pictures and questions in order."""
+    records: list[Record] = []
+    for category in (*PERCEPTION, *COGNITION):
+        folder = root / category
+        if not folder.is_dir():
+            raise DataError(f"{root}: the category '{category}' has no folder; is the release unpacked here?")
+        nested = (folder / "images").is_dir()
+        for picture in sorted((folder / "images" if nested else folder).iterdir()):
+            if picture.suffix.lower() in _PICTURES:
+                lines = (folder / "questions_answers_YN" if nested else folder) / f"{picture.stem}.txt"
+                records += _questions_of(lines, category, picture.relative_to(root).as_posix())
+    return records
+
+
+def _questions_of(path: Path, category: str, picture: str) -> Iterator[Record]:
+    if not path.is_file():
+        raise DataError(f"{path}: the question file of the picture {picture} is missing")
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if line.strip():
+            question, tab, answer = line.rpartition("\t")
+            if not tab or answer.strip().lower() not in ("yes", "no"):
+                raise DataError(f"{path}: the line {line[:60]!r} is not 'question<TAB>Yes|No'")
+            yield {
+                "question_id": picture,
+                "category": category,
+                "image": picture,
+                "question": question,
+                "answer": answer.strip(),
+            }
+
+
+def _rate(pair: Pair, rule: Callable[[str], str]) -> Item:
+    reference = pair.reference
+    parsed = rule(pair.text) if pair.answered else None
+    gold = str(reference["answer"]).strip().lower()
+    return Item(
+        id=reference["question_id"],
+        score=float(parsed == gold),
+        unit=key(reference["question_id"]),
+        parsed=parsed,
+        answered=pair.answered,
+        unparsed=parsed == OTHER,
+        facts={"category": reference["category"], "question": reference["question"], "gold": gold},
+    )
+
+
+def _by_picture(items: Sequence[Item]) -> dict[str, list[Item]]:
+    pictures: dict[str, list[Item]] = {}
+    for item in items:
+        pictures.setdefault(f"{item.facts['category']}/{item.unit}", []).append(item)
+    return pictures
+
+
+def _category_scores(items: Sequence[Item]) -> dict[str, float]:
+    categories: dict[str, list[Item]] = {}
+    for item in items:
+        categories.setdefault(item.facts["category"], []).append(item)
+    return {
+        category: 100 * fmean(item.score for item in members)
+        + 100 * fmean(all(item.score for item in pair) for pair in _by_picture(members).values())
+        for category, members in categories.items()
+    }
+
+
+BENCHMARK = Mme()

@@ -1,0 +1,39 @@
+"""What a free reply to a yes/no question means, by the rules in use."""
+
+from __future__ import annotations
+
+YES, NO, OTHER = "yes", "no", "other"
+
+
+def llava_pope(reply: str) -> str:
+    """LLaVA's rule for POPE (``eval_pope.py``): "no" if the text before the first period has the word ``No``,
+    ``no`` or ``not`` (commas deleted, words parted by single blanks), else "yes", whatever it says."""
+    words = reply.split(".")[0].replace(",", "").split(" ")
+    return NO if {"No", "not", "no"}.intersection(words) else YES
+
+
+def first_four(reply: str) -> str:
+    """MME's rule (``calculation.py``): the lower-cased reply itself, or "yes" or "no" within its first four
+    characters.
+
+    >>> first_four("Not sure")
+    'no'
+    """
+    reply = reply.lower()
+    if reply in (YES, NO):
+        return reply
+    if YES in reply[:4]:
+        return YES
+    return NO if NO in reply[:4] else OTHER
+
+
+def first_four_lmms(reply: str) -> str:
+    """lmms-eval's rule for MME: blanks at the ends and periods deleted first, ``y`` and ``n`` accepted."""
+    reply = reply.lower().strip().replace(".", "")
+    return {"y": YES, "n": NO}.get(reply) or (OTHER if len(reply) == 1 else first_four(reply))
+
+
+def equal_lmms(reply: str) -> str:
+    """lmms-eval's rule for POPE: nothing but "yes" or "no", in any case."""
+    reply = reply.lower().strip()
+    return reply if reply in (YES, NO) else OTHER
