@@ -8,6 +8,7 @@ import pytest
 import torch
 from reference_tokenizers import vectors
 
+from mmpipe.data import sampler
 from mmpipe.data.sampler import BatchPlan, even_chunks, length_order, modality_length_order
 from mmpipe.errors import DataError
 
@@ -66,7 +67,8 @@ def test_a_record_without_length_is_refused() -> None:
         BatchPlan(lengths=list(map(abs, case["lengths"])), has_image=[True] * 3, micro_batch=1)
 
 
-def test_a_plan_follows_the_reference_in_its_first_epoch() -> None:
+def test_a_plan_deals_out_the_reference_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "epoch_seed", lambda seed, epoch: seed)
     (case,) = [c for c in of(MODALITY) if (c["name"], c["batch_size"], c["seed"]) == ("mixed", 2, 1)]
     plan = BatchPlan(
         lengths=[abs(length) for length in case["lengths"]],

@@ -7,6 +7,7 @@ about equally long.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -88,8 +89,7 @@ class BatchPlan:
         return self._orders[epoch]
 
     def _permutation(self, epoch: int) -> list[int]:
-        # Epoch 0 uses the seed as it is, as the reference does; the high bits keep other seeds' epochs apart.
-        generator = torch.Generator().manual_seed(self.seed + (epoch << 32))
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         chunks = self.accumulation * self.world_size
         if self.grouping == "length":
             return length_order(self.lengths, self.micro_batch, chunks, generator)
@@ -113,6 +113,11 @@ class RankBatches:
 
     def __len__(self) -> int:
         return self.steps * self.plan.accumulation
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed of its own for each epoch, hashed because torch's generator takes only the low 32 bits of one."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4])
 
 
 def length_order(

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from data_world import (
+    IMAGE_TOKENS,
+    SIDE,
+    Entry,
+    char_tokenizer,
+    data_set,
+    encoder,
+    entry,
+    mix,
+    processor,
+    said,
+)
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from mmpipe.data.dataset import Collator, Encoder, SupervisedDataset, check_supervision
+from mmpipe.data.images import open_picture
+from mmpipe.data.labels import IGNORE
+from mmpipe.data.records import Record, Turn
+from mmpipe.data.sampler import BatchPlan
+from mmpipe.data.store import RecordTable, write_records
+from mmpipe.errors import ArtifactError, DataError
+
+COLLATE = Collator(char_tokenizer().pad_token_id, (SIDE, SIDE))
+
+
+def made(tmp_path: Path, entries: list[Entry], with_encoder: Encoder | None = None) -> SupervisedDataset:
+    mix(data_set(tmp_path / "made", entries), tmp_path / "out")
+    return SupervisedDataset(tmp_path / "out" / "records.arrow", with_encoder or encoder())
+
+
+def stored(tmp_path: Path, records: list[Record], with_encoder: Encoder | None = None) -> SupervisedDataset:
+    """Without the verification of a mixture."""
+    write_records(tmp_path / "records.arrow", records)
+    return SupervisedDataset(tmp_path / "records.arrow", with_encoder or encoder())
+
+
+def record(
+    number: int, question: str = "What?", answer: str = "That.", images: tuple[str, ...] = ()
+) -> Record:
+    return Record(f"r{number}", "made", images, (Turn("user", question), Turn("assistant", answer)))
+
+
+def mixed() -> list[Entry]:
+    return [entry(0, "0.png"), entry(1), entry(2, ["1.png", "2.png"])]
+
+
+def test_a_sample_holds_tokens_labels_and_pictures(tmp_path: Path) -> None:
+    dataset = made(tmp_path, mixed())
+    sample = dataset[2]
+    assert sample["id"] == "made/r2"
+    assert sample["replaced"] == ()
+    tokenizer = char_tokenizer()
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    assert (sample["input_ids"] == image_id).sum() == 2 * IMAGE_TOKENS
+    learnt = sample["labels"][sample["labels"] != IGNORE]
+    assert tokenizer.decode(learnt) == " It is 2.</s>"
+    expected = [open_picture(tmp_path / "made/img" / name).image for name in ("1.png", "2.png")]
+    for pixels, picture in zip(sample["pixel_values"], expected, strict=True):
+        assert torch.equal(pixels, processor()(picture, return_tensors="pt")["pixel_values"][0])
+
+
+def test_a_batch_is_padded_on_the_right_and_pictures_follow_the_samples(tmp_path: Path) -> None:
+    dataset = made(tmp_path, mixed())
+    samples = [dataset[i] for i in range(3)]
+    batch = COLLATE(samples)
+    assert batch["ids"] == ["made/r0", "made/r1", "made/r2"]
+    assert batch["dummy_image"] is False
+    assert torch.equal(
+        batch["pixel_values"], torch.stack([p for sample in samples for p in sample["pixel_values"]])
+    )
+    for row, sample in enumerate(samples):
+        length = len(sample["input_ids"])
+        assert torch.equal(batch["input_ids"][row, :length], sample["input_ids"])
+        assert torch.equal(batch["labels"][row, :length], sample["labels"])
+        assert (batch["labels"][row, length:] == IGNORE).all()
+        assert (batch["input_ids"][row, length:] == COLLATE.pad_token_id).all()
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (
+            len(batch["labels"][row]) - length
+        )
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert batch[name].dtype == torch.int64  # type: ignore[literal-required]
+
+
+def test_a_batch_without_pictures_has_one_of_zeros(tmp_path: Path) -> None:
+    dataset = made(tmp_path, mixed())
+    batch = COLLATE([dataset[1], dataset[1]])
+    assert batch["dummy_image"] is True
+    assert batch["pixel_values"].shape == (1, 3, SIDE, SIDE)
+    assert not batch["pixel_values"].any()
+    assert batch["pixel_values"].dtype == dataset[0]["pixel_values"][0].dtype
+
+
+def test_the_padded_length_may_be_a_multiple(tmp_path: Path) -> None:
+    batch = Collator(0, (SIDE, SIDE), multiple_of=64)([made(tmp_path, mixed())[1]])
+    assert batch["input_ids"].shape[1] % 64 == 0
+
+
+def test_padding_with_the_end_token_masks_no_end_token(tmp_path: Path) -> None:
+    """Padding is told from the length, not from the token."""
+    dataset = made(tmp_path, [entry(0), entry(1, conversations=said("a", "a much longer answer"))])
+    batch = Collator(char_tokenizer().eos_token_id, (SIDE, SIDE))([dataset[0], dataset[1]])
+    ends = batch["input_ids"] == char_tokenizer().eos_token_id
+    assert ((batch["labels"] == char_tokenizer().eos_token_id).sum(dim=1) == 1).all()
+    assert (ends & batch["attention_mask"].bool()).sum(dim=1).tolist() == [1, 1]
+
+
+def test_a_picture_gone_since_is_replaced_by_the_next_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = made(tmp_path, [entry(i, f"{i}.png") for i in range(4)])
+    (tmp_path / "made/img/1.png").unlink()
+    (tmp_path / "made/img/3.png").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        samples = [dataset[i] for i in range(4)]
+    assert [sample["id"] for sample in samples] == ["made/r0", "made/r2", "made/r2", "made/r0"]
+    batch = COLLATE(samples)
+    assert len(batch["replaced"]) == 2
+    assert "made/r1" in batch["replaced"][0]
+    assert "1.png: the picture cannot be read" in batch["replaced"][0]
+    assert "empty file" in batch["replaced"][1]
+    assert caplog.text.count("replaced by the next record") == 2
+    assert dataset[1]["id"] == "made/r2"
+
+
+def test_a_text_too_long_for_its_pictures_is_replaced(tmp_path: Path) -> None:
+    long = entry(0, image="0.png", conversations=said("x" * 400 + "<image>", "y"))
+    dataset = made(tmp_path, [long, entry(1)], encoder(max_length=300))
+    assert dataset[0]["id"] == "made/r1"
+    assert "too long for its pictures" in dataset[0]["replaced"][0]
+
+
+def test_when_nothing_can_be_read_training_stops(tmp_path: Path) -> None:
+    dataset = stored(tmp_path, [record(i, "<image>?", images=("gone.png",)) for i in range(3)])
+    with pytest.raises(
+        DataError, match=r"none of 3 records in a row can be read; the first: made/r1: gone\.png"
+    ):
+        dataset[1]
+
+
+def test_workers_and_pickling_change_nothing(tmp_path: Path) -> None:
+    dataset = made(tmp_path, mixed() * 3)
+    plan = BatchPlan(lengths=dataset.lengths, has_image=dataset.has_image, micro_batch=2, grouping="length")
+    batches = [
+        list(DataLoader(source, batch_sampler=plan.batches(0), collate_fn=COLLATE, num_workers=workers))
+        for source, workers in ((dataset, 0), (dataset, 2), (pickle.loads(pickle.dumps(dataset)), 0))  # noqa: S301
+    ]
+    for other in batches[1:]:
+        for one, two in zip(batches[0], other, strict=True):
+            assert one["ids"] == two["ids"]
+            assert torch.equal(one["input_ids"], two["input_ids"])
+            assert torch.equal(one["pixel_values"], two["pixel_values"])
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "records.arrow").write_bytes(b"nothing")
+    for name in ("records.arrow", "absent.arrow"):
+        with pytest.raises(ArtifactError, match=name):
+            RecordTable(tmp_path / name)
+
+
+def test_equal_records_are_equal_bytes(tmp_path: Path) -> None:
+    records = [record(i, "ü" * i + "?") for i in range(2500)]
+    for name in ("a", "b"):
+        assert write_records(tmp_path / name, iter(records)) == 2500
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert list(RecordTable(tmp_path / "a")) == records
+
+
+def test_supervision_is_measured(tmp_path: Path) -> None:
+    dataset = made(tmp_path, mixed())
+    found = check_supervision(dataset)
+    samples = [dataset[i] for i in range(3)]
+    image_id = char_tokenizer().convert_tokens_to_ids("<image>")
+    assert found.samples == 3
+    assert found.supervised_tokens == sum(int((s["labels"] != IGNORE).sum()) for s in samples)
+    assert found.text_tokens == sum(int((s["input_ids"] != image_id).sum()) for s in samples)
+    assert 0.04 < found.share < 0.1
+
+
+def test_supervision_looks_at_the_whole_data_set(tmp_path: Path) -> None:
+    bad = [record(i, "no mark", images=("0.png",)) for i in range(50)]
+    dataset = stored(tmp_path, [*(record(i) for i in range(50)), *bad])
+    with pytest.raises(DataError, match=r"5 of 10 records cannot be trained on, e.g. made/r0"):
+        check_supervision(dataset, samples=10)
+
+
+def without_end() -> PreTrainedTokenizerFast:
+    description = json.loads(char_tokenizer().backend_tokenizer.to_str())
+    description["added_tokens"] = [t for t in description["added_tokens"] if t["content"] != "</s>"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(description)),
+        unk_token="<unk>",
+        name_or_path="foreign",
+    )
+
+
+def test_supervision_refuses_a_template_of_another_model(tmp_path: Path) -> None:
+    dataset = made(tmp_path, mixed(), encoder(tokenizer=without_end()))
+    with pytest.raises(DataError, match=r"'vicuna_v1' ends answers with '</s>'.*foreign"):
+        check_supervision(dataset)
+
+
+@pytest.mark.parametrize("bounds", [{"minimum": 0.5}, {"maximum": 0.01}])
+def test_supervision_out_of_bounds_names_template_tokenizer_and_record(
+    tmp_path: Path, bounds: dict[str, float]
+) -> None:
+    with pytest.raises(DataError) as error:
+        check_supervision(made(tmp_path, mixed()), **bounds)
+    message = str(error.value)
+    assert "template 'vicuna_v1'" in message
+    assert "of the text tokens are supervised, expected" in message
+    assert "made/r" in message
+
+
+def test_supervision_allows_captions_to_be_all_there_is(tmp_path: Path) -> None:
+    dataset = made(tmp_path, [entry(0, "0.png")], encoder("plain", tokenizer=char_tokenizer(bos=False)))
+    assert check_supervision(dataset).share == 1
+
+
+def test_supervision_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there are no records"):
+        check_supervision(stored(tmp_path, []))
