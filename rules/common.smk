@@ -82,7 +82,11 @@ def resources_of(hardware):
         "mem_mb": lambda wildcards: 1000 * hardware(wildcards).memory_gb,
         "runtime": lambda wildcards: hardware(wildcards).runtime_minutes,
         "gpu": (lambda wildcards: None) if gres else gpus,
-        "gres": (lambda wildcards: gpus(wildcards) and f"gpu:{gpus(wildcards)}") if gres else (lambda wildcards: None),
+        "gres": (
+            (lambda wildcards: gpus(wildcards) and f"gpu:{gpus(wildcards)}")
+            if gres
+            else (lambda wildcards: None)
+        ),
         # without this the Slurm plugin starts one copy of the job per GPU
         "tasks_per_gpu": lambda wildcards: 0 if gpus(wildcards) else None,
     }

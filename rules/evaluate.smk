@@ -44,9 +44,7 @@ rule answer_chunk:
 
 rule gather_answers:
     input:
-        chunks=lambda wildcards: PLAN.chunk_files(
-            out(wildcards), wildcards.checkpoint, wildcards.benchmark
-        ),
+        chunks=lambda wildcards: PLAN.chunk_files(out(wildcards), wildcards.checkpoint, wildcards.benchmark),
         questions="resources/{smoke}benchmarks/{benchmark}/questions.jsonl",
     output:
         "results/{smoke}{checkpoint}/eval/{benchmark}/answers.jsonl",

@@ -10,7 +10,7 @@ import fnmatch
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class StagePlan:
     parent: StagePlan | None
     where: str
     """The recipe file, for messages."""
-    answering: Hardware = Hardware()
+    answering: Hardware = field(default_factory=Hardware)
     """What answering benchmarks with this checkpoint runs on."""
 
     @property
@@ -122,11 +122,11 @@ class Plan:
         raw = self._entries(path)
         overrides: dict[str, Mapping[str, Any]] = {}
         for chosen in self.config.benchmarks:
-            for name, override in (chosen.items() if isinstance(chosen, dict) else [(chosen, {})]):
+            for name, override in chosen.items() if isinstance(chosen, dict) else [(chosen, {})]:
                 self._known(name, raw, f"{self.where}: benchmarks", "benchmark")
                 overrides[name] = override
         self.chosen_benchmarks = list(overrides)
-        entries = {}
+        entries: dict[str, BenchmarkEntry] = {}
         for name, entry in raw.items():
             where = f"{self.where}: benchmarks.{name}" if overrides.get(name) else f"{path}, entry '{name}'"
             entries[name] = validate(BenchmarkEntry, {**(entry or {}), **overrides.get(name, {})}, where)
@@ -173,9 +173,7 @@ class Plan:
             backbone = getattr(vision_language, role)
             self._known(backbone, self.backbones, f"{recipe.where}: model.{role}", "backbone")
         keeps_model = not inherited or vision_language == inherited[0].vision_language
-        kept = list(
-            itertools.takewhile(lambda stage: keeps_model and stage.name not in own, inherited)
-        )
+        kept = list(itertools.takewhile(lambda stage: keeps_model and stage.name not in own, inherited))
         repeated = inherited[len(kept) :]
         order = [stage.name for stage in repeated] + [n for n in own if n not in {s.name for s in repeated}]
         if not kept and not order:
@@ -195,7 +193,8 @@ class Plan:
                     vision_language=vision_language,
                     parent=path[-1] if path else None,
                     where=recipe.where,
-                    answering=recipe.settings.answering or (inherited[0].answering if inherited else Hardware()),
+                    answering=recipe.settings.answering
+                    or (inherited[0].answering if inherited else Hardware()),
                 ),
             ]
         return path
@@ -205,7 +204,9 @@ class Plan:
     ) -> tuple[str, Stage]:
         where = f"{recipe.where}: stages.{name}"
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _RESERVED:
-            raise ConfigError(f"{where}: a stage name holds a-z, 0-9 and '_' and is none of {sorted(_RESERVED)}")
+            raise ConfigError(
+                f"{where}: a stage name holds a-z, 0-9 and '_' and is none of {sorted(_RESERVED)}"
+            )
         own = dict(recipe.settings.stages.get(name) or {})
         kind = own.pop("kind", before.kind if before else name)
         self._known(kind, stage_kinds(), where, "stage")
@@ -232,7 +233,9 @@ class Plan:
     def _check_names(self) -> None:
         for name, recipe in self._recipes.items():
             if not _NAME.fullmatch(name):
-                raise ConfigError(f"{recipe.where}: the recipe name '{name}' may hold a-z, 0-9, '.', '_', '-' only")
+                raise ConfigError(
+                    f"{recipe.where}: the recipe name '{name}' may hold a-z, 0-9, '.', '_', '-' only"
+                )
             if name in self.benchmarks or name in _RESERVED:
                 raise ConfigError(
                     f"{recipe.where}: the recipe name '{name}' is taken (a benchmark or a folder of results/); "
@@ -302,26 +305,18 @@ class Plan:
     @cached_property
     def chosen_recipes(self) -> list[str]:
         """The checkpoints to compare, patterns (``demo-*``, ``demo@*``) expanded, in the order of the configuration."""
-        references = [
-            reference
-            for recipe in self._paths
-            for reference in (recipe, *(f"{recipe}@{stage.name}" for stage in self._paths[recipe][:-1]))
-        ]
+        last = {recipe: path[-1].name for recipe, path in self._paths.items()}
+        full = [f"{recipe}@{stage.name}" for recipe, path in self._paths.items() for stage in path]
         chosen: dict[str, None] = {}
         for pattern in self.config.recipes:
-            explicit_last = [
-                recipe for recipe in self._paths if pattern == f"{recipe}@{self._paths[recipe][-1].name}"
-            ]
-            stages_too = "@" in pattern
-            hits = explicit_last or [
-                r for r in references if fnmatch.fnmatchcase(r, pattern) and (stages_too or "@" not in r)
-            ]
-            if stages_too and not explicit_last:
-                hits += [r for r in self._paths if fnmatch.fnmatchcase(f"{r}@{self._paths[r][-1].name}", pattern)]
+            names = full if "@" in pattern else self.recipes
+            hits = fnmatch.filter(names, pattern)
             if not hits:
-                hint = did_you_mean(pattern, references)
+                hint = did_you_mean(pattern, names)
                 raise ConfigError(f"{self.where}: recipes: there is no recipe '{pattern}'{hint}")
-            chosen |= dict.fromkeys(hits)
+            for hit in hits:
+                recipe, _, stage = hit.partition("@")
+                chosen[recipe if stage == last[recipe] else hit] = None
         return list(chosen)
 
     def spec(self, stage: StagePlan) -> str:
@@ -367,7 +362,9 @@ class Plan:
 
     def mixture_inputs(self, name: str) -> list[str]:
         """Manifests of the data sets a mixture reads."""
-        return sorted({f"resources/datasets/{part.dataset}/manifest.json" for part in self.mixtures[name].parts})
+        return sorted(
+            {f"resources/datasets/{part.dataset}/manifest.json" for part in self.mixtures[name].parts}
+        )
 
     # --- benchmarks ------------------------------------------------------------------------------------------------
 
@@ -472,7 +469,9 @@ class Plan:
         """Stages that would be trained twice with the same settings on the same ancestors."""
         seen: dict[str, StagePlan] = {}
         for stage in self.stages():
-            chain = canonical_json([[s.kind, s.settings.spec(), self.spec(s) if not s.parent else ""] for s in stage.path()])
+            chain = canonical_json(
+                [[s.kind, s.settings.spec(), self.spec(s) if not s.parent else ""] for s in stage.path()]
+            )
             other = seen.setdefault(chain, stage)
             if other is not stage:
                 yield f"{stage.id} equals {other.id}: let one recipe extend the other to train it once"

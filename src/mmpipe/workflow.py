@@ -1,6 +1,7 @@
 """What the rule scripts call: each function takes Snakemake's ``snakemake`` object and does one job.
 
-An error that the user can mend is printed without a traceback, to the terminal and to the job's log, and ends the job with status 1.
+An error that the user can mend is printed without a traceback, to the terminal and to the job's log, and ends the job
+with status 1.
 """
 
 from __future__ import annotations
@@ -66,6 +67,13 @@ def job(function: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
     return run
 
 
+def _quiet_transformers() -> None:
+    """No bars for loading weights: they would stand between the lines that matter."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 def _hint(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "; the disk is full: free some space and run the same command again, nothing is lost"
@@ -85,10 +93,8 @@ def _unchanged(snakemake: Any, spec: str) -> str:
 def fetch(snakemake: Any, plan: Plan) -> None:
     """Bring a backbone or a data set onto this machine."""
     wildcards = snakemake.wildcards
-    if hasattr(wildcards, "backbone"):
-        source = plan.backbones[wildcards.backbone]
-    else:
-        source = plan.datasets[wildcards.dataset]
+    is_backbone = hasattr(wildcards, "backbone")
+    source = plan.backbones[wildcards.backbone] if is_backbone else plan.datasets[wildcards.dataset]
     spec = _unchanged(snakemake, plan.source_spec(source))
     out = Path(snakemake.output.manifest).parent
     facts = source.fetch(out)
@@ -118,6 +124,7 @@ def stage(snakemake: Any, plan: Plan) -> None:
     """Run one stage of a recipe."""
     wildcards = snakemake.wildcards
     planned = plan.stage(wildcards.recipe, wildcards.stage)
+    _quiet_transformers()
     _unchanged(snakemake, plan.spec(planned))
     planned.settings.run(
         plan.job(
@@ -160,6 +167,7 @@ def answer(snakemake: Any, plan: Plan) -> None:
     from mmpipe.models import vlm
 
     torch.set_num_threads(snakemake.threads)
+    _quiet_transformers()
     wildcards = snakemake.wildcards
     entry = plan.benchmarks[wildcards.benchmark]
     checkpoint = Path(snakemake.input.checkpoint).parent

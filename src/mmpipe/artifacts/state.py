@@ -1,7 +1,8 @@
 """The undeclared directory in which a long step keeps its progress.
 
-Snakemake deletes declared outputs when a job starts, fails or is killed, so checkpoints in progress live here. A fingerprint ties them
-to what is being made: equal means resume, different means start afresh. A lock keeps two runs of one step apart.
+Snakemake deletes declared outputs when a job starts, fails or is killed, so checkpoints in progress live here. A
+fingerprint ties them to what is being made: equal means resume, different means start afresh. A lock keeps two runs of
+one step apart.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def open_state(path: Path, fingerprint: str) -> Iterator[bool]:
                 "wait for it or stop it, then run the same command again"
             ) from None
         file.truncate(0)
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
         file.write(json.dumps(holder))
         file.flush()
         yield _resumable(path, fingerprint)

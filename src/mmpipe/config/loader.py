@@ -47,7 +47,7 @@ def read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader subclass
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
@@ -81,7 +81,7 @@ def validate(kind: type[T] | Any, value: Any, where: str) -> T:
 
 
 def _describe(kind: Any, problem: Mapping[str, Any]) -> str:
-    location = [part for part in problem["loc"]]
+    location = list(problem["loc"])
     key = ".".join(str(part) for part in location)
     match problem["type"]:
         case "extra_forbidden":
@@ -93,8 +93,9 @@ def _describe(kind: Any, problem: Mapping[str, Any]) -> str:
             return f"{key}: unknown value '{problem['input']}'" + did_you_mean(problem["input"], choices)
         case "union_tag_invalid":
             tags = [tag.strip(" '") for tag in problem["ctx"]["expected_tags"].split(",")]
-            return f"{key}: unknown {problem['ctx']['discriminator'].strip(chr(39))} '{problem['ctx']['tag']}'" + (
-                did_you_mean(str(problem["ctx"]["tag"]), tags)
+            return (
+                f"{key}: unknown {problem['ctx']['discriminator'].strip(chr(39))} '{problem['ctx']['tag']}'"
+                + (did_you_mean(str(problem["ctx"]["tag"]), tags))
             )
         case _:
             value = problem["input"]

@@ -75,10 +75,6 @@ def _read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _to_llava(name: str, single: bool) -> str:
+def _to_llava(name: str) -> str:
     module, _, parameter = name.removeprefix(_PREFIX).partition(".")
-    return (
-        f"model.mm_projector.{parameter}"
-        if single
-        else f"model.mm_projector.{_LLAVA_NAMES[module]}.{parameter}"
-    )
+    return f"model.mm_projector.{_LLAVA_NAMES[module]}.{parameter}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,10 +29,11 @@ from mmpipe.models.export import load_checkpoint
 from mmpipe.stages.base import VisionLanguage
 
 IMAGE_TOKEN = "<image>"
+Aspect = Literal["pad", "square"]
 
 
 def build(
-    backbones: dict[str, Path], settings: VisionLanguage, *, template: str, image_aspect: str, seed: int
+    backbones: Mapping[str, Path], settings: VisionLanguage, *, template: str, image_aspect: Aspect, seed: int
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Join a vision tower and a language model with a fresh projector.
 
@@ -40,18 +42,18 @@ def build(
     """
     vision_dir, language_dir = backbones["vision"], backbones["language"]
     tokenizer = _tokenizer(language_dir)
-    language = AutoModelForCausalLM.from_pretrained(language_dir, dtype=torch.float32)
-    rows = language.get_input_embeddings().weight.shape[0]
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) >= rows:
+    language: Any = AutoModelForCausalLM.from_pretrained(language_dir, dtype=torch.float32)
+    image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if image_id >= language.get_input_embeddings().weight.shape[0]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # whole multiples of 64 suit GPUs; a row more than the tokens need costs nothing
             language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    vision = _vision_tower(vision_dir)
+    vision: Any = _vision_tower(vision_dir)
     config = LlavaConfig(
         vision_config=vision.config,
         text_config=language.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=image_id,
         projector_hidden_act="gelu",
         vision_feature_select_strategy="default" if settings.feature_select == "patch" else "full",
         vision_feature_layer=settings.feature_layer,
@@ -65,7 +67,9 @@ def build(
     return model, processor
 
 
-def _assemble(config: LlavaConfig, vision: nn.Module, language: nn.Module, seed: int) -> LlavaForConditionalGeneration:
+def _assemble(
+    config: LlavaConfig, vision: nn.Module, language: nn.Module, seed: int
+) -> LlavaForConditionalGeneration:
     """Put loaded parts into an empty shell, so that nothing large is initialised in vain."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
@@ -84,9 +88,13 @@ def _vision_tower(path: Path) -> nn.Module:
     """The vision half of a CLIP or SigLIP checkpoint, or any vision model ``AutoModel`` opens."""
     config = AutoConfig.from_pretrained(path)
     config = getattr(config, "vision_config", config)
-    tower, info = AutoModel.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+    tower, info = AutoModel.from_pretrained(
+        path, config=config, dtype=torch.float32, output_loading_info=True
+    )
     if info["missing_keys"]:
-        raise ArtifactError(f"{path}: not a complete {config.model_type}; missing: {sorted(info['missing_keys'])[:5]}")
+        raise ArtifactError(
+            f"{path}: not a complete {config.model_type}; missing: {sorted(info['missing_keys'])[:5]}"
+        )
     return tower
 
 
@@ -115,10 +123,10 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def make_processor(
     tokenizer: PreTrainedTokenizerBase,
     vision_dir: Path,
-    config: LlavaConfig,
+    config: Any,
     *,
     template: str,
-    image_aspect: str,
+    image_aspect: Aspect,
 ) -> LlavaProcessor:
     """The processor that is stored with a checkpoint: tokenizer, picture preprocessing, chat template."""
     class_token = 1 if config.vision_config.model_type == "clip_vision_model" else 0
@@ -152,6 +160,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any,
     card = manifest.read(directory)
     if card["kind"] != "projector":
         model, processor = load_checkpoint(directory, dtype)
+        _check_tokenizer(directory, model, processor.tokenizer)
         return model, processor, card
     facts = card["checkpoint"]
     model, processor = build(
@@ -162,4 +171,16 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any,
         seed=0,
     )
     projector.load(model, directory / projector.FILE)
-    return model.to(dtype), processor, card
+    return model.to(dtype=dtype), processor, card  # type: ignore[call-arg]
+
+
+def _check_tokenizer(directory: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ArtifactError when the tokenizer beside a checkpoint is not the one it was trained with."""
+    image_id = tokenizer.get_vocab().get(IMAGE_TOKEN)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if image_id != model.config.image_token_id or len(tokenizer) > rows:
+        raise ArtifactError(
+            f"{directory}: the tokenizer does not belong to this checkpoint: '{IMAGE_TOKEN}' is {image_id}, the model "
+            f"expects {model.config.image_token_id}; it has {len(tokenizer)} tokens for {rows} embedding rows. "
+            "Put back the tokenizer files the checkpoint was published with"
+        )

@@ -33,7 +33,11 @@ def samples_page(prepared: Path, answers: Path, per_item: Path, page: Path, show
         for question, answer, verdict in chosen
     ]
     write_page(
-        page, "samples.html", title=f"Answers of {answers.parts[-4]} to {prepared.name}", samples=samples, total=len(rows)
+        page,
+        "samples.html",
+        title=f"Answers of {answers.parts[-4]} to {prepared.name}",
+        samples=samples,
+        total=len(rows),
     )
 
 

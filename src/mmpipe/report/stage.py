@@ -27,9 +27,15 @@ def draw_history(history: Path, figure: Path) -> None:
     steps = [row["step"] for row in rows]
     terms = [name for name in rows[0] if name not in _NOT_LOSSES] if rows else []
     # fixed ids and no date: the same history draws the same bytes
-    with mpl.rc_context({"svg.hashsalt": "mmpipe", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with mpl.rc_context(
+        {"svg.hashsalt": "mmpipe", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
         canvas, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-        panels = [(axes[0], ["loss", *(t for t in terms if len(terms) > 1)]), (axes[1], ["learning_rate"]), (axes[2], ["grad_norm"])]
+        panels = [
+            (axes[0], ["loss", *(t for t in terms if len(terms) > 1)]),
+            (axes[1], ["learning_rate"]),
+            (axes[2], ["grad_norm"]),
+        ]
         for axis, names in panels:
             for name, colour in zip(names, _COLOURS, strict=False):
                 values = [row.get(name) for row in rows]

@@ -16,20 +16,4 @@ def comparison_page(comparison: Path, page: Path) -> None:
 
 def mixture_page(report: Path, page: Path) -> None:
     """Lay out a mixture's ``report.json``."""
-    content = read_json(report)
-    sources = [
-        {
-            "name": name,
-            **{key: source[key] for key in ("found", "wanted", "kept")},
-            "dropped": sum(source["dropped"].values()),
-            "reasons": ", ".join(f"{reason}: {count}" for reason, count in source["dropped"].items()),
-        }
-        for name, source in content["sources"].items()
-    ]
-    write_page(
-        page,
-        "mixture.html",
-        title=f"Data of {report.parent.name}",
-        sources=sources,
-        notes=list(content.get("notes", {}).items()),
-    )
+    write_page(page, "mixture.html", title=f"Data of {report.parent.name}", report=read_json(report))

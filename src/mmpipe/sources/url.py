@@ -71,7 +71,9 @@ def _download(file: RemoteFile, folder: Path) -> Path:
     downloader = pooch.HTTPDownloader(progressbar=False, timeout=60)
     name = file.to.strip("/").replace("/", "_") + ".part"
     try:
-        return Path(pooch.retrieve(file.url, known_hash=known, fname=name, path=folder, downloader=downloader))
+        return Path(
+            pooch.retrieve(file.url, known_hash=known, fname=name, path=folder, downloader=downloader)
+        )
     except ValueError as error:
         raise DataError(
             f"{file.url}: the downloaded file has another sha256 than the catalogue says ({error})"
@@ -99,7 +101,9 @@ def _unpack_zip(archive: Path, target: Path) -> None:
         for member in bundle.infolist():
             path = _inside(target, member.filename)
             if (member.external_attr >> 28) == 0xA:
-                raise DataError(f"{archive}: the member '{member.filename}' is a link; the archive is not safe")
+                raise DataError(
+                    f"{archive}: the member '{member.filename}' is a link; the archive is not safe"
+                )
             if member.file_size > _MAX_RATIO * max(member.compress_size, 1024):
                 raise DataError(
                     f"{archive}: '{member.filename}' would grow from {member.compress_size} to {member.file_size} bytes"
@@ -115,6 +119,6 @@ def _unpack_zip(archive: Path, target: Path) -> None:
 def _unpack_tar(archive: Path, target: Path) -> None:
     with tarfile.open(archive) as bundle:
         try:
-            bundle.extractall(target, filter="data")  # noqa: S202 - the 'data' filter refuses unsafe members
+            bundle.extractall(target, filter="data")
         except tarfile.FilterError as error:
             raise DataError(f"{archive}: {error}; the archive is not safe") from error

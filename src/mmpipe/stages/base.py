@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mmpipe.config.base import Settings
 
@@ -139,17 +139,10 @@ class TrainStage(Stage):
     precision: Literal["float32", "bfloat16"] = "float32"
     grouping: Literal["none", "length", "modality_length"] = "none"
     """Batches of like length, or of like length and kind (with or without pictures)."""
-    supervised_share: tuple[float, float] = (0.005, 0.995)
-    """Training stops at once when the share of supervised text tokens is outside of this range."""
+    minimum_supervised: float = Field(0.001, ge=0, le=1)
+    """Training stops at once when a smaller share of the text tokens is supervised: the template does not fit."""
     llava_projector: bool = False
     """Also write the projector as ``mm_projector.bin``, under LLaVA's names."""
-
-    @model_validator(mode="after")
-    def _shares_in_order(self) -> TrainStage:
-        low, high = self.supervised_share
-        if not 0 <= low < high <= 1:
-            raise ValueError("supervised_share needs two numbers, 0 <= low < high <= 1")
-        return self
 
     def mixture(self) -> str | None:
         return self.data

@@ -13,12 +13,12 @@ from pydantic import TypeAdapter
 from mmpipe.artifacts.files import read_json, write_json
 from mmpipe.errors import MmpipeError
 from mmpipe.stages import stage_kinds
-from mmpipe.stages.base import Stage, StageJob
+from mmpipe.stages.base import StageJob, TrainStage
 
 log = logging.getLogger(__name__)
 
 
-def run(stage: Stage, job: StageJob) -> None:
+def run(stage: TrainStage, job: StageJob) -> None:
     """Do a stage's work with as many processes as the job has GPUs.
 
     Raises MmpipeError when GPUs were granted but PyTorch finds none, or when a process failed.
@@ -38,7 +38,7 @@ def run(stage: Stage, job: StageJob) -> None:
     run_processes(stage, job, job.gpus)
 
 
-def run_processes(stage: Stage, job: StageJob, processes: int) -> None:
+def run_processes(stage: TrainStage, job: StageJob, processes: int) -> None:
     """The same through torchrun on this machine."""
     description = job.state_dir / "job.json"
     write_json(
@@ -68,8 +68,9 @@ def run_processes(stage: Stage, job: StageJob, processes: int) -> None:
         )
 
 
-def read_description(path: Path) -> tuple[Stage, StageJob]:
+def read_description(path: Path) -> tuple[TrainStage, StageJob]:
     """The stage and the job that :func:`run_processes` wrote down for its processes."""
     content = read_json(path)
     stage = stage_kinds()[content["kind"]].model_validate(content["settings"])
+    assert isinstance(stage, TrainStage)
     return stage, TypeAdapter(StageJob).validate_python(content["job"])

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 _LINES = 20
 """Lines a training writes into its log."""
 
+_LEFT_OUT = {"epoch", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"}
+"""What the trainer logs that differs from run to run, or that we write under another name."""
+
 
 class Progress(TrainerCallback):
     """Writes ``history.jsonl`` (one line a step, no times: the same run writes the same bytes) and ``perf.json`` beside it."""
@@ -41,7 +44,9 @@ class Progress(TrainerCallback):
             return
         _keep_steps(self.history, self.start_step)
         if sys.stderr.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=self.start_step, desc=self.title, unit="step", leave=True)
+            self.bar = tqdm(
+                total=state.max_steps, initial=self.start_step, desc=self.title, unit="step", leave=True
+            )
 
     def on_log(
         self,
@@ -53,7 +58,7 @@ class Progress(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        known = {k: v for k, v in logs.items() if k not in ("epoch", "num_input_tokens_seen", "step")}
+        known = {k: v for k, v in logs.items() if k not in _LEFT_OUT}
         row = {"step": state.global_step, "tokens": int(state.num_input_tokens_seen), **known}
         with self.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

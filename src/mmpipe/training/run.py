@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ def work(stage: TrainStage, job: StageJob) -> None:
         max_length=stage.max_length,
     )
     dataset = SupervisedDataset(job.mixture / "records.arrow", encoder)
-    found = check_supervision(dataset, minimum=stage.supervised_share[0], maximum=stage.supervised_share[1])
+    found = check_supervision(dataset, minimum=stage.minimum_supervised)
     log.info("%d records; %.1f %% of the text tokens are supervised", len(dataset), 100 * found.share)
     trainer = make_trainer(stage, job, model, processor, dataset)
     run_trainer(trainer, job)
@@ -143,7 +142,6 @@ def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, d
         max_grad_norm=stage.max_gradient_norm,
         optim="adamw_torch",
         bf16=stage.precision == "bfloat16",
-        gradient_checkpointing=False,
         use_cpu=job.gpus == 0,
         seed=stage.seed,
         save_strategy="steps",
@@ -173,7 +171,7 @@ def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, d
         args,
         dataset,
         Collator(processor.tokenizer.pad_token_id, (size := model.config.vision_config.image_size, size)),
-        plan.batches(int(os.environ.get("RANK", "0")), start, steps),
+        plan.batches(int(os.environ.get("RANK", "0")), start, steps - start),
         learning_rates=stage.learning_rates,
         callbacks=[Progress(job.state_dir / HISTORY, f"{job.recipe} {job.stage}", start)],
     )
@@ -181,7 +179,7 @@ def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, d
 
 def run_trainer(trainer: StageTrainer, job: StageJob) -> None:
     """Train to the end, from the last complete checkpoint if there is one."""
-    found = last_checkpoint(Path(trainer.args.output_dir))
+    found = last_checkpoint(job.state_dir / "checkpoints")
     if found and found[1] >= trainer.args.max_steps:
         load_trainable(trainer.task, found[0])
         trainer.state = type(trainer.state).load_from_json(str(found[0] / "trainer_state.json"))

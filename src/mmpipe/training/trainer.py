@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mmpipe.artifacts.files import sync
 from mmpipe.errors import MmpipeError
@@ -24,9 +24,9 @@ COMPLETE = "complete"
 class StageTrainer(Trainer):
     """One optimizer loop for every stage.
 
-    ``batches`` gives the micro batches of this process as index lists, from the step to start at to the end; the order is a
-    pure function of seed, epoch and step, so that resuming has nothing to restore. Checkpoints hold what trains, the optimizer, the
-    schedule and the random state; one is complete when it carries the file ``complete``.
+    ``batches`` gives the micro batches of this process as index lists, from the step to start at to the end; the order
+    is a pure function of seed, epoch and step, so that resuming has nothing to restore. Checkpoints hold what trains,
+    the optimizer, the schedule and the random state; one is complete when it carries the file ``complete``.
     """
 
     def __init__(
@@ -40,7 +40,9 @@ class StageTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model=task, args=args, train_dataset=dataset, data_collator=collate, **kwargs)
+        self.remove_callback(PrinterCallback)
         self.task = task
+        self.dataset = dataset
         self.batches = batches
         self.learning_rates = learning_rates
         self.loss_is_scaled_for_ga = True
@@ -50,7 +52,7 @@ class StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(
-            self.train_dataset,
+            self.dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,

@@ -1,0 +1,41 @@
+# make demo    install into .venv, run the main job on the embedded default, write report.html
+# make test    install into .venv, run all tests
+# make check   what .ci/run checks besides the tests: formatting, lint, types
+PYTHON ?= python3
+VENV   ?= .venv
+CORES  ?= 2
+BIN    := $(abspath $(VENV))/bin
+# the rules call commands of the environment by name
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test check install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: envs/requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r envs/requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+demo: install
+	snakemake --cores $(CORES) results/mmbench.json all
+	snakemake --cores $(CORES) results/mmbench.json all --report report.html
+	@mmpipe show results/mmbench.json
+	@echo
+	@echo "The report:      report.html"
+	@echo "The checkpoint:  results/demo/finetune/model"
+	@echo "To go on:        source $(VENV)/bin/activate && snakemake --cores $(CORES) results/mmbench.json"
+
+test: install
+	pytest
+
+check: install
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile rules
+	snakemake --lint
+	mypy
+
+clean:
+	rm -rf results/*/ results/*.json results/*.html resources logs .snakemake report.html

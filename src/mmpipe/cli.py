@@ -1,0 +1,139 @@
+"""The command line ``mmpipe``: questions about the plan, offline scoring, and checks of the machine.
+
+Making things is Snakemake's: ``snakemake results/mmbench.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmpipe import __version__
+from mmpipe.config.loader import read_mapping
+from mmpipe.errors import MmpipeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, distil and benchmark vision-language models. Things are made with snakemake; this answers questions.",
+)
+
+ConfigFile = Annotated[
+    Path, typer.Option("--configfile", help="The main configuration file.", show_default=True)
+]
+
+
+def main() -> None:
+    """Run the command line; errors a user can mend end it with status 1 and no traceback."""
+    try:
+        app()
+    except MmpipeError as error:
+        print(f"mmpipe: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _plan(configfile: Path) -> Any:
+    from mmpipe.plan import Plan
+
+    return Plan(read_mapping(configfile), where=str(configfile))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; without it the chosen ones.")] = None,
+    configfile: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Show the stages of recipes: who owns them, what they start from, what they read."""
+    from mmpipe.report.terminal import print_plan
+
+    print_plan(_plan(configfile), recipe)
+
+
+@app.command()
+def why(
+    targets: Annotated[list[str], typer.Argument(help="Files or target rules, e.g. results/mmbench.json.")],
+    configfile: Annotated[Path | None, typer.Option("--configfile", help="As given to snakemake.")] = None,
+) -> None:
+    """Say what snakemake would run for a target and why, in words."""
+    from mmpipe.why import explain
+
+    print(explain(targets, configfile))
+
+
+@app.command()
+def smoke(
+    targets: Annotated[list[str], typer.Argument(help="Targets, e.g. results/mmbench.json.")],
+    max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each stage.")] = 2,
+    configfile: Annotated[Path | None, typer.Option("--configfile", help="As given to snakemake.")] = None,
+    cores: Annotated[str, typer.Option(help="As given to snakemake.")] = "all",
+) -> None:
+    """Try every stage on the way to a target for a moment, below results/smoke/, beside nothing real."""
+    from mmpipe.why import run_smoke
+
+    raise typer.Exit(run_smoke(targets, max_steps, configfile, cores))
+
+
+@app.command()
+def score(
+    benchmark: Annotated[str, typer.Argument(help="A benchmark, e.g. mmbench.")],
+    references: Annotated[
+        list[Path], typer.Option(help="The official file(s), or JSON lines of its records.")
+    ],
+    answers: Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")],
+    protocol: Annotated[str, typer.Option(help="The protocol; default: the official one.")] = "",
+    per_item: Annotated[Path | None, typer.Option(help="Write the verdict on every question here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the score here too.")] = None,
+) -> None:
+    """Score answers offline; prints JSON."""
+    from mmpipe.benchmarks.scoring import score_files
+
+    _print_json(score_files(benchmark, references, answers, protocol=protocol, per_item=per_item, out=out))
+
+
+@app.command()
+def convert(
+    benchmark: Annotated[str, typer.Argument(help="A benchmark, e.g. mmbench.")],
+    references: Annotated[
+        list[Path], typer.Option(help="The official file(s), or JSON lines of its records.")
+    ],
+    answers: Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")],
+    out: Annotated[Path, typer.Option(help="The submission file.")],
+) -> None:
+    """Write the file a benchmark's server accepts; prints JSON."""
+    from mmpipe.benchmarks.scoring import convert_files
+
+    _print_json(convert_files(benchmark, references, answers, out))
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
+) -> None:
+    """The JSON schema of all configuration files (config/schema.json), for editors."""
+    from mmpipe.config.schema import configuration_schema
+
+    text = json.dumps(configuration_schema(), indent=2, ensure_ascii=False) + "\n"
+    if out is None:
+        print(text, end="")
+    else:
+        out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Saying in words what Snakemake would run and why."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmpipe.errors import MmpipeError
+
+_JOB = re.compile(r"^(?:local)?(?:rule|checkpoint|Job) ?\S*: ?(?P<message>.*)$")
+_REASON = re.compile(r"^\s*[Rr]eason: (?P<reason>.*)$")
+
+
+def _command(targets: list[str], configfile: Path | None) -> list[str]:
+    config = ["--configfile", str(configfile)] if configfile else []
+    # targets first: options that take many values would swallow them
+    return [sys.executable, "-m", "snakemake", *targets, *config]
+
+
+def explain(targets: list[str], configfile: Path | None = None) -> str:
+    """The jobs a dry run lists, each with its reason in words.
+
+    Raises MmpipeError with Snakemake's own message when the plan cannot be made.
+    """
+    command = [*_command(targets, configfile), "--dry-run", "--cores", "1", "--nolock", "--nocolor"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise MmpipeError((result.stderr or result.stdout).strip().splitlines()[-1])
+    jobs = _jobs(result.stdout + result.stderr)
+    if not jobs:
+        return f"Nothing to do: {', '.join(targets)} is up to date."
+    lines = [f"{len(jobs)} job(s) would run for {', '.join(targets)}:"]
+    for message, reason in jobs:
+        lines.append(f"\n* {message}")
+        lines += [f"    {line}" for line in _in_words(reason)]
+    return "\n".join(lines)
+
+
+def _jobs(output: str) -> list[tuple[str, str]]:
+    """``(message, reason)`` of every job of a dry run."""
+    jobs, message = [], ""
+    for line in output.splitlines():
+        if found := _REASON.match(line):
+            jobs.append((message, found["reason"]))
+        elif found := _JOB.match(line):
+            message = found["message"]
+    return jobs
+
+
+def _in_words(reason: str) -> list[str]:
+    lines = []
+    for part in re.split(r"; (?=[A-Z])", reason):
+        what, _, details = part.partition(": ")
+        names = [name.strip() for name in details.split(",")]
+        match what:
+            case "Missing output files":
+                lines.append(f"{_some(names)} {'are' if len(names) > 1 else 'is'} not there")
+            case "Input files updated by another job":
+                lines.append(f"made from what will be made first: {_some(names)}")
+            case "Updated input files":
+                lines.append(f"changed since: {_some(names)}")
+            case "Set of input files has changed since last execution":
+                lines.append("it is made from other files than last time")
+            case "Params have changed since last execution":
+                lines += _changed_settings(details)
+            case "Forced execution":
+                lines.append("asked for on the command line")
+            case _:
+                lines.append(part)
+    return lines
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
+def _changed_settings(details: str) -> list[str]:
+    """Named differences between the two specs that Snakemake prints."""
+    specs = [json.loads(text) for text in _json_objects(details)]
+    if len(specs) != 2:
+        return [f"its settings changed: {details}"]
+    before, now = (_flat(spec) for spec in specs)
+    changes = [
+        f"{key}: {_shown(before, key)} -> {_shown(now, key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, ...) != now.get(key, ...)
+    ]
+    return [f"setting changed: {change}" for change in changes] or ["its settings changed"]
+
+
+def _json_objects(text: str) -> list[str]:
+    """The JSON objects that stand in a text, one after the other."""
+    decoder = json.JSONDecoder()
+    found, start = [], text.find("{")
+    while start >= 0:
+        try:
+            _, length = decoder.raw_decode(text[start:])
+        except json.JSONDecodeError:
+            start = text.find("{", start + 1)
+            continue
+        found.append(text[start : start + length])
+        start = text.find("{", start + length)
+    return found
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: item
+        for key, inner in value.items()
+        for name, item in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _shown(spec: dict[str, Any], key: str) -> str:
+    return json.dumps(spec[key]) if key in spec else "(default)"
+
+
+def run_smoke(targets: list[str], max_steps: int, configfile: Path | None, cores: str) -> int:
+    """Run the smoke variants of ``targets``; returns Snakemake's status."""
+    smoke = [target.replace("results/", "results/smoke/", 1) for target in targets]
+    for target in targets:
+        if not target.startswith("results/"):
+            raise MmpipeError(f"'{target}' is no file below results/; name one, e.g. results/mmbench.json")
+    command = [
+        *_command(smoke, configfile),
+        "--cores",
+        cores,
+        "--config",
+        f"smoke={{max_steps: {max_steps}}}",
+    ]
+    return subprocess.run(command, check=False).returncode

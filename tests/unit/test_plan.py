@@ -1,0 +1,257 @@
+"""Recipes resolved: owners, paths, specs, and every mistake named with file, key and the nearest right name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmpipe.errors import ConfigError
+from mmpipe.plan import Plan
+
+CATALOGUES = {
+    "backbones": {
+        "eye": {"source": "made", "maker": "mmpipe.world.backbones:clip_tiny"},
+        "mouth": {"source": "made", "maker": "mmpipe.world.backbones:qwen2_tiny"},
+        "ear": {"source": "path", "path": "/somewhere"},
+    },
+    "datasets": {
+        "captions": {"source": "made", "maker": "mmpipe.world.datasets:captions"},
+        "questions": {"source": "made", "maker": "mmpipe.world.datasets:mmbench"},
+    },
+    "mixtures": {"mix": {"parts": [{"dataset": "captions", "annotations": "a.json"}]}},
+    "benchmarks": {
+        "mmbench": {"task": "mmbench", "data": "questions"},
+        "mmbench_shuffled": {"task": "mmbench", "data": "questions", "control": "shuffle_images"},
+    },
+}
+MODEL = {"vision": "eye", "language": "mouth"}
+BASE = {"model": MODEL, "stages": {"pretrain": {"data": "mix"}, "finetune": {"data": "mix"}}}
+
+
+@pytest.fixture
+def project(tmp_path: Path):
+    """Make a plan of the given recipes."""
+
+    def make(files: dict[str, Any], catalogues: dict[str, Any] | None = None, **config: Any) -> Plan:
+        folder = tmp_path / "config"
+        (folder / "recipes").mkdir(parents=True, exist_ok=True)
+        for name, content in {**CATALOGUES, **(catalogues or {})}.items():
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        for name, recipe in files.items():
+            text = recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False)
+            (folder / "recipes" / f"{name}.yaml").write_text(text)
+        chosen = {"recipes": [next(iter(files))], "benchmarks": ["mmbench"], **config}
+        return Plan(chosen, tmp_path)
+
+    return make
+
+
+def ids(plan: Plan, recipe: str) -> list[str]:
+    return [stage.id for stage in plan.stages(recipe)]
+
+
+def test_a_recipe_owns_the_stages_it_declares(project):
+    plan = project(
+        {"base": BASE, "more": {"extends": "base@pretrain", "stages": {"finetune": {"data": "mix"}}}}
+    )
+    assert ids(plan, "base") == ["base@pretrain", "base@finetune"]
+    assert ids(plan, "more") == ["base@pretrain", "more@finetune"]
+
+
+def test_a_changed_stage_is_owned_with_everything_after_it(project):
+    child = {"extends": "base", "stages": {"pretrain": {"learning_rate": 0.5}}}
+    plan = project({"base": BASE, "child": child})
+    assert ids(plan, "child") == ["child@pretrain", "child@finetune"]
+    spec = json.loads(plan.spec(plan.stage("child", "pretrain")))
+    assert spec["settings"] == {"data": "mix", "learning_rate": 0.5}
+    assert json.loads(plan.spec(plan.stage("child", "finetune")))["parent"] == "child@pretrain"
+
+
+def test_another_backbone_changes_every_stage(project):
+    plan = project(
+        {"base": BASE, "other": {"extends": "base", "model": {"vision": "ear", "language": "mouth"}}}
+    )
+    assert ids(plan, "other") == ["other@pretrain", "other@finetune"]
+
+
+def test_a_matrix_makes_one_recipe_a_combination(project):
+    variant = {
+        "matrix": {"rate": [0.1, 0.2], "seed": [0, 1]},
+        "name": "v-{rate}-{seed}",
+        "extends": "base@pretrain",
+        "stages": {"finetune": {"data": "mix", "learning_rate": "{rate}", "seed": "{seed}"}},
+    }
+    plan = project({"base": BASE, "v": variant}, recipes=["v-*"])
+    assert plan.chosen_recipes == ["v-0.1-0", "v-0.1-1", "v-0.2-0", "v-0.2-1"]
+    assert plan.stage("v-0.2-1", "finetune").settings.learning_rate == 0.2
+    assert [stage.id for stage in plan.chosen_stages()].count("base@pretrain") == 1
+
+
+def test_hardware_and_descriptions_are_no_part_of_the_spec(project):
+    slow = json.loads(json.dumps(BASE)) | {"hardware": {"cpus": 8, "micro_batch": 1}, "description": "same"}
+    plan = project({"base": BASE, "slow": slow})
+    assert plan.spec(plan.stage("base", "pretrain")) == plan.spec(plan.stage("slow", "pretrain"))
+
+
+def test_defaults_written_out_do_not_change_the_spec(project):
+    explicit = json.loads(json.dumps(BASE))
+    explicit["stages"]["pretrain"] |= {"learning_rate": 1e-3, "batch_size": 256}
+    plan = project({"base": BASE, "explicit": explicit})
+    assert plan.spec(plan.stage("base", "pretrain")) == plan.spec(plan.stage("explicit", "pretrain"))
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "seed", "template", "image_aspect"])
+def test_every_setting_that_changes_the_result_is_in_the_spec(project, key):
+    other = {"learning_rate": 0.1, "seed": 3, "template": "phi3", "image_aspect": "pad"}[key]
+    changed = json.loads(json.dumps(BASE))
+    changed["stages"]["pretrain"][key] = other
+    plan = project({"base": BASE, "changed": changed})
+    assert plan.spec(plan.stage("base", "pretrain")) != plan.spec(plan.stage("changed", "pretrain"))
+
+
+def test_scientific_notation_without_a_dot_is_a_number(project):
+    text = "model: {vision: eye, language: mouth}\nstages:\n  pretrain: {data: mix, learning_rate: 2e-5}\n"
+    plan = project({"base": text})
+    assert plan.stage("base", "pretrain").settings.learning_rate == 2e-5
+
+
+def test_checkpoints_are_named_by_recipe_and_stage(project):
+    plan = project({"base": BASE}, recipes=["base@*"])
+    assert plan.checkpoint("base").name == "finetune"
+    assert plan.checkpoint("base@pretrain").name == "pretrain"
+    assert plan.chosen_recipes == ["base@pretrain", "base"]  # the last one goes by the recipe
+
+
+def test_controls_stand_beside_their_benchmark(project):
+    plan = project({"base": BASE}, benchmarks=["mmbench", "mmbench_shuffled"])
+    assert plan.controls("mmbench") == ["mmbench_shuffled"]
+    assert plan.score_files("results", "mmbench") == [
+        "results/base/eval/mmbench/score.json",
+        "results/base/eval/mmbench_shuffled/score.json",
+    ]
+
+
+def test_smoke_runs_have_a_place_and_limits_of_their_own(project):
+    plan = project({"base": BASE}, smoke={"max_steps": 3, "questions": 5})
+    job = plan.job(plan.stage("base", "finetune"), "results/smoke")
+    assert job.max_steps == 3
+    assert job.parent == Path("results/smoke/base/pretrain/model")
+    assert plan.benchmark_entry("mmbench", smoke=True).limit == 5
+    assert plan.benchmark_entry("mmbench").limit is None
+
+
+def test_equal_stages_of_two_recipes_are_pointed_out(project):
+    plan = project({"base": BASE, "twin": BASE})
+    assert any("twin@pretrain equals base@pretrain" in warning for warning in plan.warnings())
+
+
+WRONG = {
+    "unknown key": ({"base": BASE | {"stagse": {}}}, {}, ["base.yaml", "'stagse'", "did you mean 'stages'"]),
+    "unknown setting": (
+        {"base": {"model": MODEL, "stages": {"pretrain": {"data": "mix", "learnin_rate": 1}}}},
+        {},
+        ["base.yaml", "stages.pretrain", "'learnin_rate'", "did you mean 'learning_rate'"],
+    ),
+    "wrong type": (
+        {"base": {"model": MODEL, "stages": {"pretrain": {"data": "mix", "batch_size": "many"}}}},
+        {},
+        ["base.yaml", "batch_size", "integer", "'many'"],
+    ),
+    "unknown value": (
+        {"base": {"model": MODEL, "stages": {"pretrain": {"data": "mix", "schedule": "cosin"}}}},
+        {},
+        ["schedule", "'cosin'", "did you mean 'cosine'"],
+    ),
+    "unknown stage": (
+        {"base": {"model": MODEL, "stages": {"pretrian": {"data": "mix"}}}},
+        {},
+        ["base.yaml", "'pretrian'", "did you mean 'pretrain'"],
+    ),
+    "missing parent": (
+        {"base": BASE, "child": {"extends": "bsae", "stages": {"finetune": {}}}},
+        {},
+        ["child.yaml", "extends", "'bsae'", "did you mean 'base'"],
+    ),
+    "missing stage of the parent": (
+        {"base": BASE, "child": {"extends": "base@finetun"}},
+        {},
+        ["child.yaml", "'finetun'", "did you mean 'finetune'"],
+    ),
+    "cycle": (
+        {"a": {"extends": "b"}, "b": {"extends": "c"}, "c": {"extends": "a"}},
+        {},
+        ["extends", "circle", "a -> b -> c -> a"],
+    ),
+    "missing mixture": (
+        {"base": {"model": MODEL, "stages": {"pretrain": {"data": "mxi"}}}},
+        {},
+        ["base.yaml", "stages.pretrain.data", "'mxi'", "did you mean 'mix'"],
+    ),
+    "missing backbone": (
+        {"base": {"model": {"vision": "eyes", "language": "mouth"}, "stages": {"pretrain": {"data": "mix"}}}},
+        {},
+        ["model.vision", "'eyes'", "did you mean 'eye'"],
+    ),
+    "no model": ({"base": {"stages": {"pretrain": {"data": "mix"}}}}, {}, ["base.yaml", "'model'"]),
+    "name clash": ({"mmbench": BASE}, {}, ["mmbench.yaml", "taken"]),
+    "clash of two files": (
+        {"a": {**BASE, "name": "same"}, "b": {**BASE, "name": "same"}},
+        {"recipes": ["same"]},
+        ["b.yaml", "'same' already", "a.yaml"],
+    ),
+    "axis missing in the name": (
+        {"a": {**BASE, "matrix": {"seed": [1, 2]}, "name": "one"}},
+        {"recipes": ["one"]},
+        ["a.yaml", "'{seed}'"],
+    ),
+    "chosen recipe": ({"base": BASE}, {"recipes": ["bass"]}, ["recipes", "'bass'", "did you mean 'base'"]),
+    "chosen benchmark": ({"base": BASE}, {"benchmarks": ["mbench"]}, ["benchmarks", "'mbench'", "'mmbench'"]),
+    "benchmark override": (
+        {"base": BASE},
+        {"benchmarks": [{"mmbench": {"dta": "questions"}}]},
+        ["benchmarks.mmbench", "'dta'", "did you mean 'data'"],
+    ),
+    "key twice": (
+        {
+            "base": "model: {vision: eye, language: mouth}\nstages:\n  pretrain: {data: mix}\n  pretrain: {data: mix}\n"
+        },
+        {},
+        ["base.yaml, line 4", "'pretrain'", "twice"],
+    ),
+    "not YAML": ({"base": "stages: [unclosed"}, {}, ["base.yaml", "not valid YAML"]),
+    "unknown key of the configuration": (
+        {"base": BASE},
+        {"recipe": []},
+        ["'recipe'", "did you mean 'recipes'"],
+    ),
+    "default nobody knows": (
+        {"base": BASE | {"defaults": {"learning_rat": 1}}},
+        {},
+        ["defaults.learning_rat", "did you mean 'learning_rate'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_are_named(project, name):
+    recipes, config, expected = WRONG[name]
+    with pytest.raises(ConfigError) as caught:
+        project(recipes, **config).chosen_recipes  # noqa: B018
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_catalogue_mistakes_name_file_and_entry(project):
+    wrong = {"backbones": {"eye": {"source": "mad", "maker": "x:y"}}}
+    with pytest.raises(ConfigError, match=r"(?s)backbones\.yaml, entry 'eye'.*'mad'.*did you mean 'made'"):
+        project({"base": BASE}, wrong)
+
+
+def test_a_mixture_of_an_unknown_data_set_is_found(project):
+    wrong = {"mixtures": {"mix": {"parts": [{"dataset": "caption", "annotations": "a.json"}]}}}
+    with pytest.raises(ConfigError, match=r"mixture 'mix'.*'caption'.*did you mean 'captions'"):
+        project({"base": BASE}, wrong)
