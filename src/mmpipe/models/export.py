@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mmpipe.errors import ArtifactError
+from mmpipe.models.moe import stock
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
@@ -40,8 +41,12 @@ def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProces
     The same weights and configuration give the same bytes. The caller publishes the directory (see
     :func:`mmpipe.artifacts.files.staged_directory`).
     """
+    problem = stock.why_not_stock(model)
+    if problem:
+        raise ArtifactError(f"this model cannot be written as a stock checkpoint: {problem}")
+    text = stock.text_config(model) if stock.sparse_layers(model) else model.config.get_text_config()
     out.mkdir(parents=True, exist_ok=True)
-    _write_config(model, out)
+    _write_config(model, text, out)
     _write_processor(processor, out)
     save_file(_disk_tensors(model), out / WEIGHTS, metadata={"format": "pt"})
     _apply_umask(out)
@@ -70,12 +75,12 @@ def load_checkpoint(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
     _require_complete(path, info)
-    return model.eval(), processor
+    return stock.adopt(model).eval(), processor
 
 
 def _disk_tensors(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
     """The tensors to write by their names on disk, sorted; a tied output head is left out."""
-    state = model.state_dict()
+    state = dict(stock.tensors(model)) if stock.sparse_layers(model) else model.state_dict()
     if model.config.get_text_config().tie_word_embeddings:
         state.pop("lm_head.weight")
     nested = model.model.vision_tower.config.model_type in _NESTED_TOWERS
@@ -101,10 +106,10 @@ def disk_name(name: str, nested_tower: bool) -> str:
     return f"{part}.{rest}"
 
 
-def _write_config(model: LlavaForConditionalGeneration, out: Path) -> None:
+def _write_config(model: LlavaForConditionalGeneration, text: PreTrainedConfig, out: Path) -> None:
     config = model.config.to_diff_dict()
     config["architectures"] = [type(model).__name__]
-    config["text_config"] = _text_config(model.config.get_text_config(), config["text_config"])
+    config["text_config"] = _text_config(text)
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = str(model.dtype).removeprefix("torch.")
     _write_json(out / "config.json", _portable(config))
@@ -113,11 +118,12 @@ def _write_config(model: LlavaForConditionalGeneration, out: Path) -> None:
     _write_json(out / "generation_config.json", generation)
 
 
-def _text_config(text: PreTrainedConfig, config: dict[str, Any]) -> dict[str, Any]:
+def _text_config(text: PreTrainedConfig) -> dict[str, Any]:
     """The language model's configuration, complete for readers that know only one way to state a fact."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = dict(config)
+    config = text.to_diff_dict()
+    config.pop("transformers_version", None)
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
