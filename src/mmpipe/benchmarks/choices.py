@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 REFUSED = "Z"
@@ -20,6 +20,15 @@ _SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _OPTION_MARKS = (
     ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
     (":", ""), (":", ","), (":", "."), (":", ")"), (":", ")."),
+)  # fmt: skip
+_FORM_RANKS = ((6, "({})"), (5, "{}."), (4, "{}:"), (3, "{})"), (2, "{} "))
+_PHRASE_RANK, _END_RANK, _START_RANK = 7, 9, 10
+_ANSWER_PHRASES = (
+    "the answer is", "answer is",
+    *(f"{the}{which} {noun} is" for which in ("correct", "best") for noun in ("answer", "option") for the in ("the ", "")),
+    "the choice is", "choice is", "the correct choice is", "correct choice is",
+    "i choose", "i select", "i pick", "my answer is", "my choice is",
+    "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは",
 )  # fmt: skip
 _ANSWER_IS = re.compile(
     r"answer\s+is\s+\**([A-D])", re.IGNORECASE
@@ -91,3 +100,47 @@ def _only_text(reply: str, options: Mapping[str, str]) -> str | None:
         return None
     contained = [letter for letter, text in texts.items() if text in reply]
     return contained[0] if len(contained) == 1 else None
+
+
+def extract_letter_lmms(reply: str, letters: str) -> str | None:
+    """The letter that lmms-eval's general extractor finds (``tasks/_task_utils/mcq_extract.py``), None if
+    there is none.
+
+    Forms have a rank: at the beginning, at the end, after an answer phrase, ``(A)``, ``A.``, ``A:``, ``A)``,
+    followed by a blank. The highest rank wins, in it the last place, in one place the first letter of the
+    alphabet.
+    """
+    if not reply.strip():
+        return None
+    text = reply.strip()
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    text = f" {text} "
+    found = [
+        (rank, text.rfind(form.format(letter)), letter)
+        for rank, form in _FORM_RANKS
+        for letter in letters
+        if form.format(letter) in text
+    ]
+    found += [(_PHRASE_RANK, place, letter) for place, letter in _after_phrases(text, letters)]
+    bare = text.strip()
+    for letter in letters:
+        if bare.startswith(letter) and not bare[1:2].isalpha():
+            found.append((_START_RANK, 0, letter))
+        if bare.endswith(letter) and not bare[-2:-1].isalpha():
+            found.append((_END_RANK, len(text) - 1, letter))
+    if not found:
+        found = [(0, text.rfind(letter), letter) for letter in letters if letter in text]
+    return max(found, key=lambda entry: entry[:2])[2] if found else None
+
+
+def _after_phrases(text: str, letters: str) -> Iterator[tuple[int, str]]:
+    """The first place of every letter after the first place of every answer phrase."""
+    lowered = text.lower()
+    for phrase in _ANSWER_PHRASES:
+        start = lowered.find(phrase)
+        if start >= 0:
+            for letter in letters:
+                place = text.find(letter, start + len(phrase))
+                if place >= 0:
+                    yield place, letter

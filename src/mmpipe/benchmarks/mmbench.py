@@ -35,7 +35,7 @@ from mmpipe.benchmarks.base import (
 )
 from mmpipe.benchmarks.choices import infer_option, infer_option_lmms, options_block
 from mmpipe.benchmarks.pictures import decode_base64, hub_picture
-from mmpipe.benchmarks.records import is_missing, read_document, read_table
+from mmpipe.benchmarks.records import is_missing, iter_rows
 from mmpipe.benchmarks.sheets import write_sheet
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
@@ -164,11 +164,7 @@ class MMBench(Benchmark):
 
     def _rows(self, source: Source) -> Iterator[Record]:
         path = source.path("questions")
-        if path.suffix.lower() in (".tsv", ".csv"):
-            rows = read_table(path)
-        else:
-            rows = iter(records_of([read_document(path)]))
-        for row in rows:
+        for row in iter_rows(path):
             record = {_column(name): value for name, value in row.items()}
             require(record, (*_COLUMNS, "image"), str(path))
             yield record | {"index": _index(record["index"], str(path))}

@@ -80,6 +80,36 @@ def read_table(path: Path) -> Iterator[Record]:
             raise DataError(f"{path}, line {reader.line_num}: not a readable table ({error})") from error
 
 
+def iter_rows(path: Path) -> Iterator[Record]:
+    """Rows of a table with pictures, one at a time: TSV, CSV, JSON (lines), parquet, or a folder of parquet
+    files.
+
+    Raises DataError for anything else.
+    """
+    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not parts:
+        raise DataError(f"{path}: the folder holds no parquet files")
+    for part in parts:
+        if part.suffix.lower() in (".tsv", ".csv"):
+            yield from read_table(part)
+        elif part.suffix.lower() == ".parquet":
+            yield from _parquet_rows(part)
+        else:
+            content = read_document(part).content
+            if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+                raise DataError(f"{part}: expected a list of records")
+            yield from content
+
+
+def without_pictures(record: Record) -> Record:
+    """The record without values that hold the bytes of a picture."""
+    return {
+        name: value
+        for name, value in record.items()
+        if not isinstance(value, bytes) and not (isinstance(value, dict) and "bytes" in value)
+    }
+
+
 def read_answers(paths: Sequence[Path]) -> list[Record]:
     """The answers of one or more JSON-lines files, each with ``question_id`` and ``text``.
 
@@ -116,7 +146,7 @@ def write_document(path: Path, value: Any, indent: int | None = None) -> None:
 def _content(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _parquet(path)
+        return [without_pictures(row) for row in _parquet_rows(path)]
     if suffix in (".tsv", ".csv"):
         return list(read_table(path))
     text = _text(path)
@@ -148,11 +178,13 @@ def _json_lines(text: str, path: Path) -> Iterator[Any]:
             raise DataError(f"{path}, line {number}: not a JSON record ({error})") from error
 
 
-def _parquet(path: Path) -> list[Record]:
+def _parquet_rows(path: Path) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):
+                yield from batch.to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({error})") from error
