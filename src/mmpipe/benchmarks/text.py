@@ -46,7 +46,9 @@ def _contractions() -> dict[str, str]:
 CONTRACTIONS = _contractions()
 
 
-def drop_punctuation(text: str, digit_comma: re.Pattern[str] = _DIGIT_COMMA_DIGIT) -> str:
+def drop_punctuation(
+    text: str, digit_comma: re.Pattern[str] = _DIGIT_COMMA_DIGIT, period: re.Pattern[str] = _PERIOD
+) -> str:
     """Delete a mark that stands beside a blank anywhere in the text, or any mark of a text with a comma
     between digits; put a blank for the others. Then delete periods that no digit follows."""
     delete_all = digit_comma.search(text) is not None
@@ -55,7 +57,7 @@ def drop_punctuation(text: str, digit_comma: re.Pattern[str] = _DIGIT_COMMA_DIGI
         if mark in text:
             beside_blank = mark + " " in text or " " + mark in text
             out = out.replace(mark, "" if delete_all or beside_blank else " ")
-    return _PERIOD.sub("", out, count=_MOST_PERIODS)
+    return period.sub("", out, count=_MOST_PERIODS)
 
 
 def drop_articles(text: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+from mmpipe.benchmarks.text import drop_punctuation
+
+_LONE_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
+
 YES, NO, OTHER = "yes", "no", "other"
 
 
@@ -37,3 +43,15 @@ def equal_lmms(reply: str) -> str:
     """lmms-eval's rule for POPE: nothing but "yes" or "no", in any case."""
     reply = reply.lower().strip()
     return reply if reply in (YES, NO) else OTHER
+
+
+def yes_in_it(reply: str) -> str:
+    """lmms-eval's rule for HallusionBench without judge: "yes" if the reply has these letters anywhere, else
+    "no"."""
+    return YES if YES in reply.lower() else NO
+
+
+def yes_or_no_word(reply: str) -> str:
+    """VLMEvalKit's rule: one of the words "yes" and "no", but not both."""
+    words = {YES, NO}.intersection(drop_punctuation(reply.lower(), period=_LONE_PERIOD).split())
+    return words.pop() if len(words) == 1 else OTHER
