@@ -105,9 +105,10 @@ def mix(
     workers: int = 1,
     log: Callable[[str], None] = print,
     max_bad: float = 0.01,
+    published: Path | None = None,
     **part: Any,
 ) -> dict[str, Any]:
     """A mixture of one part; returns the report."""
     settings = {"dataset": "made", "annotations": "data.json", "images": "img"} | part
     spec = MixtureSpec.model_validate({"parts": [settings], "max_bad": max_bad})
-    return build_mixture(spec, {"made": data}, out, workers=workers, log=log)
+    return build_mixture(spec, {"made": data}, out, workers=workers, log=log, published=published)

@@ -16,6 +16,7 @@ from data_world import (
     encoder,
     entry,
     mix,
+    picture,
     processor,
     said,
 )
@@ -23,10 +24,17 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from mmpipe.data.dataset import Collator, Encoder, SupervisedDataset, check_supervision
+from mmpipe.data.dataset import (
+    Collator,
+    Encoder,
+    PreferenceCollator,
+    PreferenceDataset,
+    SupervisedDataset,
+    check_supervision,
+)
 from mmpipe.data.images import open_picture
 from mmpipe.data.labels import IGNORE
-from mmpipe.data.records import Record, Turn
+from mmpipe.data.records import PreferenceRecord, Record, Turn
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.store import RecordTable, write_records
 from mmpipe.errors import ArtifactError, DataError
@@ -66,8 +74,8 @@ def test_a_sample_holds_tokens_labels_and_pictures(tmp_path: Path) -> None:
     learnt = sample["labels"][sample["labels"] != IGNORE]
     assert tokenizer.decode(learnt) == " It is 2.</s>"
     expected = [open_picture(tmp_path / "made/img" / name).image for name in ("1.png", "2.png")]
-    for pixels, picture in zip(sample["pixel_values"], expected, strict=True):
-        assert torch.equal(pixels, processor()(picture, return_tensors="pt")["pixel_values"][0])
+    for pixels, image in zip(sample["pixel_values"], expected, strict=True):
+        assert torch.equal(pixels, processor()(image, return_tensors="pt")["pixel_values"][0])
 
 
 def test_a_batch_is_padded_on_the_right_and_pictures_follow_the_samples(tmp_path: Path) -> None:
@@ -160,6 +168,43 @@ def test_workers_and_pickling_change_nothing(tmp_path: Path) -> None:
             assert one["ids"] == two["ids"]
             assert torch.equal(one["input_ids"], two["input_ids"])
             assert torch.equal(one["pixel_values"], two["pixel_values"])
+
+
+def preferences(tmp_path: Path) -> PreferenceDataset:
+    def pair(number: int, image: str | None, chosen: str, rejected: str) -> PreferenceRecord:
+        question = Turn("user", "<image>\nWhat?" if image else "What?")
+        return PreferenceRecord(
+            f"p{number}", "made", (image,) if image else (), (question,), chosen, rejected
+        )
+
+    paths = [str(picture(tmp_path / f"{i}.png", seed=i)) for i in range(2)]
+    records = [pair(0, paths[0], "a cat", "a"), pair(1, None, "b", "a dog"), pair(2, paths[1], "c", "d")]
+    write_records(tmp_path / "records.arrow", records)
+    return PreferenceDataset(tmp_path / "records.arrow", encoder())
+
+
+def test_pairs_share_their_pictures(tmp_path: Path) -> None:
+    dataset = preferences(tmp_path)
+    pairs = [dataset[i] for i in range(3)]
+    batch = PreferenceCollator(char_tokenizer().pad_token_id, (SIDE, SIDE))(pairs)
+    assert batch["ids"] == ["made/p0", "made/p1", "made/p2"]
+    learnt = [char_tokenizer().decode(row[row != IGNORE]) for row in batch["labels"]]
+    assert learnt == [f" {text}</s>" for text in ("a cat", "b", "c", "a", "a dog", "d")]
+    assert torch.equal(
+        batch["pixel_values"], torch.stack([pairs[0]["pixel_values"][0], pairs[2]["pixel_values"][0]])
+    )
+    image_id = char_tokenizer().convert_tokens_to_ids("<image>")
+    assert (batch["input_ids"] == image_id).sum() == 2 * 2 * IMAGE_TOKENS
+    assert check_supervision(dataset).samples == 3
+
+
+def test_a_dataset_refuses_records_of_the_other_kind(tmp_path: Path) -> None:
+    preferences(tmp_path)
+    with pytest.raises(DataError, match="holds preferences, but the stage trains on conversations"):
+        SupervisedDataset(tmp_path / "records.arrow", encoder())
+    made(tmp_path, mixed())
+    with pytest.raises(DataError, match="holds conversations, but the stage trains on preferences"):
+        PreferenceDataset(tmp_path / "out" / "records.arrow", encoder())
 
 
 def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_world import Entry, data_set, entry, mix, picture, said
 from PIL import Image
@@ -115,7 +117,7 @@ BAD: dict[str, tuple[Entry, str, str]] = {
     ),
     "image is a number": (entry(0, image=7, conversations=said("a", "b")), "malformed pictures", "'image'"),
     "a video": (entry(0, video="a.mp4"), "video", "only pictures are supported"),
-    "not an object": (["a"], "not a record", "holds no JSON object"),  # type: ignore[dict-item]
+    "not an object": (["a"], "not a record", "expected an object with named values"),  # type: ignore[dict-item]
 }
 
 
@@ -164,7 +166,9 @@ def test_an_empty_array_is_an_error(tmp_path: Path) -> None:
         mix(data_set(tmp_path / "made", []), tmp_path / "out", max_bad=1)
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/etc/passwd", "\\\\host\\x.png"])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "a/../../secret.png", "/etc/passwd", "\x00/etc/passwd", "\\\\host\\x.png"]
+)
 def test_a_picture_name_that_leads_out_of_the_folder_is_an_error(name: str, tmp_path: Path) -> None:
     """Not one bad record among others: nobody writes this by accident."""
     data = data_set(tmp_path / "made", [entry(0, name)])
@@ -313,6 +317,77 @@ def test_preferences_are_verified_and_kept(tmp_path: Path) -> None:
         "empty answer": 1,
         "equal answers": 1,
     }
+
+
+def pixels(path: Path, seed: int) -> bytes:
+    return picture(path / f"{seed}.png", seed=seed).read_bytes()
+
+
+def test_pictures_inside_parquet_are_written_out_once(tmp_path: Path) -> None:
+    first, second = pixels(tmp_path, 1), pixels(tmp_path, 2)
+    rows = [
+        {"question": "What?", "chosen": "a", "rejected": "b", "image": {"bytes": first, "path": "x.jpg"}},
+        {"question": "Who?", "chosen": "a", "rejected": "b", "image": {"bytes": first, "path": None}},
+        {"question": "Why?", "chosen": "a", "rejected": "b", "image": {"bytes": second, "path": None}},
+        {"question": "Bad?", "chosen": "a", "rejected": "b", "image": {"bytes": b"GIF89a", "path": None}},
+        {"question": "None?", "chosen": "a", "rejected": "b", "image": None},
+        {"question": " ", "chosen": "a", "rejected": "b", "image": {"bytes": first, "path": None}},
+        {"question": "Same?", "chosen": "a", "rejected": None, "image": {"bytes": first, "path": None}},
+    ]
+    data = data_set(tmp_path / "made", [], pictures=0)
+    for shard in (rows[:3], rows[3:]):
+        pq.write_table(pa.Table.from_pylist(shard), data / f"RLAIF_{len(shard)}.parquet")
+    settings = {"format": "rlaif_v", "annotations": "RLAIF_*.parquet", "images": ".", "max_bad": 0.9}
+    report = mix(data, tmp_path / "stage", published=tmp_path / "final", **settings)
+    records = kept(tmp_path / "stage")
+    assert [record.id for record in records] == ["RLAIF_3-0", "RLAIF_3-1", "RLAIF_3-2"]
+    assert [turn.text for turn in records[0].prompt] == ["<image>\nWhat?"]
+    files = [Path(record.images[0]) for record in records]
+    assert files[0] == files[1] != files[2]
+    assert all(file.is_relative_to(tmp_path / "final/images") for file in files)
+    (tmp_path / "stage").rename(tmp_path / "final")
+    assert [file.read_bytes() for file in files] == [first, first, second]
+    assert {reason: facts["count"] for reason, facts in report["parts"][0]["dropped"].items()} == {
+        "corrupt picture": 1,
+        "empty question": 1,
+        "image marks and pictures differ": 1,
+        "malformed turn": 1,
+    }
+
+
+def test_messages_with_parts_are_read(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "That."}]},
+            ],
+            "images": ["0.png"],
+        },
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+        {"text": "x"},
+    ]
+    data = data_set(tmp_path / "made", [])
+    (data / "data.json").write_text("\n".join(map(json.dumps, rows)))
+    report = mix(data, tmp_path / "out", format="messages", max_bad=0.5)
+    first, second = kept(tmp_path / "out")
+    assert [turn.text for turn in first.turns] == ["Be brief.", "<image>What?", "That."]
+    assert [turn.text for turn in second.turns] == ["a", "b"]
+    assert set(report["parts"][0]["dropped"]) == {"malformed turn", "no conversation"}
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", [])
+    (data / "data.json").write_bytes(b"PAR1 and nothing else PAR1")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        mix(data, tmp_path / "out", format="messages")
+
+
+def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file matches `annotations: "):
+        mix(data_set(tmp_path / "made", good(1)), tmp_path / "out", annotations="*.parquet")
 
 
 def test_an_unknown_format_is_named_with_the_nearest(tmp_path: Path) -> None:

@@ -6,17 +6,18 @@ Shapes: T tokens of a sample, B samples and N pictures of a batch, H x W pixels 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch.utils.data import Dataset
 
 from mmpipe.data.images import open_picture
 from mmpipe.data.labels import IGNORE, Encoded, encode
-from mmpipe.data.records import BadRecord, Record, check_marks
+from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks
 from mmpipe.data.store import RecordTable
 from mmpipe.data.templates import Template
 from mmpipe.errors import DataError
@@ -26,22 +27,48 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S")
+
+_KINDS = {Record: "conversations", PreferenceRecord: "preferences"}
+
 MAX_REPLACEMENTS = 32
 """So many records in a row that cannot be read mean that something else is wrong."""
 
 
-class Sample(TypedDict):
-    """One record, ready to be put into a batch."""
+class Tokens(TypedDict):
+    """A conversation in tokens."""
 
-    id: str
     input_ids: torch.Tensor
     """[T] int64; every picture takes as many positions as it has image tokens."""
     labels: torch.Tensor
     """[T] int64; -100 where nothing is supervised."""
+
+
+class Sample(Tokens):
+    """One record, ready to be put into a batch."""
+
+    id: str
     pixel_values: list[torch.Tensor]
     """Each [3, H, W] float32, in the order of the marks."""
     replaced: tuple[str, ...]
     """Why this record stands in for others: one line for each that could not be read."""
+
+
+class Pair(TypedDict):
+    """One preference record: two conversations about the same pictures."""
+
+    id: str
+    chosen: Tokens
+    rejected: Tokens
+    pixel_values: list[torch.Tensor]
+    """Each [3, H, W] float32, in the order of the marks, once for both conversations."""
+    replaced: tuple[str, ...]
+    """As in Sample."""
+
+
+def as_tensors(encoded: Encoded) -> Tokens:
+    """The same as tensors."""
+    return Tokens(input_ids=torch.tensor(encoded.input_ids), labels=torch.tensor(encoded.labels))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +102,7 @@ class Encoder:
         return list(self.image_processor(images, return_tensors="pt")["pixel_values"])
 
 
-class SupervisedDataset(Dataset[Sample]):
+class RecordDataset(Dataset[S], Generic[S], ABC):
     """The records of a mixture as samples.
 
     A record that cannot be read although the mixture was verified (a picture gone since, a text too long for
@@ -83,9 +110,23 @@ class SupervisedDataset(Dataset[Sample]):
     in ``replaced`` and a warning is logged. Nothing is replaced silently or at random.
     """
 
+    kind: type[AnyRecord]
+    """What the file must hold."""
+
     def __init__(self, records: Path, encoder: Encoder) -> None:
         self.records = RecordTable(records)
         self.encoder = encoder
+        if len(self) and not isinstance(self.records[0], self.kind):
+            raise DataError(
+                f"{records} holds {_KINDS[type(self.records[0])]}, but the stage trains on {_KINDS[self.kind]}; "
+                "choose another mixture for it"
+            )
+
+    @abstractmethod
+    def sample(
+        self, id: str, encoded: Sequence[Encoded], pictures: list[torch.Tensor], replaced: tuple[str, ...]
+    ) -> S:
+        """Put together what was read of one record; ``encoded`` has an entry for each conversation."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -100,34 +141,48 @@ class SupervisedDataset(Dataset[Sample]):
         """Whether each record has pictures."""
         return self.records.has_image
 
-    def record(self, index: int) -> Record:
-        """The record itself. Raises DataError if the file holds pairs of answers instead."""
-        record = self.records[index]
-        if not isinstance(record, Record):
-            raise DataError(f"{self.records.path} holds preferences; this stage trains on single answers")
-        return record
-
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> S:
         faults: list[str] = []
         for step in range(min(len(self), MAX_REPLACEMENTS)):
-            record = self.record((index + step) % len(self))
+            record = self.records[(index + step) % len(self)]
+            name = f"{record.source}/{record.id}"
             try:
-                encoded = self.encoder.text(record)
+                encoded = [self.encoder.text(conversation) for conversation in record.conversations]
                 pictures = self.encoder.pictures(record.images)
             except DataError as error:
-                faults.append(f"{record.source}/{record.id}: {error}")
+                faults.append(f"{name}: {error}")
                 log.warning("replaced by the next record: %s", faults[-1])
                 continue
-            return Sample(
-                id=f"{record.source}/{record.id}",
-                input_ids=torch.tensor(encoded.input_ids),
-                labels=torch.tensor(encoded.labels),
-                pixel_values=pictures,
-                replaced=tuple(faults),
-            )
+            return self.sample(name, encoded, pictures, tuple(faults))
         raise DataError(
             f"{self.records.path}: none of {len(faults)} records in a row can be read; the first: {faults[0]}"
         )
+
+
+class SupervisedDataset(RecordDataset[Sample]):
+    """Conversations whose answers are learnt."""
+
+    kind = Record
+
+    def sample(
+        self, id: str, encoded: Sequence[Encoded], pictures: list[torch.Tensor], replaced: tuple[str, ...]
+    ) -> Sample:
+        """See RecordDataset."""
+        (one,) = encoded
+        return Sample(id=id, **as_tensors(one), pixel_values=pictures, replaced=replaced)
+
+
+class PreferenceDataset(RecordDataset[Pair]):
+    """Conversations with a chosen and a rejected last answer."""
+
+    kind = PreferenceRecord
+
+    def sample(
+        self, id: str, encoded: Sequence[Encoded], pictures: list[torch.Tensor], replaced: tuple[str, ...]
+    ) -> Pair:
+        """See RecordDataset."""
+        chosen, rejected = map(as_tensors, encoded)
+        return Pair(id=id, chosen=chosen, rejected=rejected, pixel_values=pictures, replaced=replaced)
 
 
 class Batch(TypedDict):
@@ -149,8 +204,8 @@ class Batch(TypedDict):
 
 
 @dataclass(frozen=True)
-class Collator:
-    """Pads samples to a batch."""
+class Padding:
+    """How rows of different lengths become a batch."""
 
     pad_token_id: int
     picture_size: tuple[int, int]
@@ -158,17 +213,18 @@ class Collator:
     multiple_of: int = 1
     """The padded length is a multiple of this."""
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        shape = (len(samples), -(-longest // self.multiple_of) * self.multiple_of)
+    def batch(self, rows: Sequence[Tokens], samples: Sequence[Sample | Pair]) -> Batch:
+        """A batch of ``rows`` with the pictures of ``samples``."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = (len(rows), -(-longest // self.multiple_of) * self.multiple_of)
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORE)
         attention_mask = torch.zeros(shape, dtype=torch.long)
-        for row, sample in enumerate(samples):
-            length = len(sample["input_ids"])
-            input_ids[row, :length] = sample["input_ids"]
-            labels[row, :length] = sample["labels"]
-            attention_mask[row, :length] = 1
+        for number, row in enumerate(rows):
+            length = len(row["input_ids"])
+            input_ids[number, :length] = row["input_ids"]
+            labels[number, :length] = row["labels"]
+            attention_mask[number, :length] = 1
         pictures = [picture for sample in samples for picture in sample["pixel_values"]]
         return Batch(
             ids=[sample["id"] for sample in samples],
@@ -179,6 +235,25 @@ class Collator:
             dummy_image=not pictures,
             replaced=[fault for sample in samples for fault in sample["replaced"]],
         )
+
+
+class Collator(Padding):
+    """Pads samples to a batch."""
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        return self.batch(samples, samples)
+
+
+class PreferenceCollator(Padding):
+    """Pads pairs to a batch of 2 B rows: B chosen answers, then the B rejected ones in the same order.
+
+    ``ids`` has B entries and ``pixel_values`` each picture once; the features of all pictures, repeated as a
+    whole, are those of the 2 B rows.
+    """
+
+    def __call__(self, samples: Sequence[Pair]) -> Batch:
+        rows = [pair["chosen"] for pair in samples] + [pair["rejected"] for pair in samples]
+        return self.batch(rows, samples)
 
 
 @dataclass(frozen=True)
@@ -199,7 +274,7 @@ class Supervision:
 
 
 def check_supervision(
-    dataset: SupervisedDataset,
+    dataset: RecordDataset[Any],
     samples: int = 256,
     minimum: float = 0.001,
     maximum: float | None = None,
@@ -224,17 +299,18 @@ def check_supervision(
     text_tokens = supervised_tokens = 0
     faults: list[str] = []
     for index in looked_at:
-        record = dataset.record(index)
+        record = dataset.records[index]
         where = f"{record.source}/{record.id}"
         try:
-            encoded = encoder.text(record)
+            conversations = [encoder.text(conversation) for conversation in record.conversations]
         except BadRecord as error:
             faults.append(f"{where}: {error}")
             continue
-        if not encoded.supervised:
+        if not all(encoded.supervised for encoded in conversations):
             faults.append(f"{where}: no token is supervised")
-        text_tokens += sum(token != image_id for token in encoded.input_ids)
-        supervised_tokens += encoded.supervised
+        for encoded in conversations:
+            text_tokens += sum(token != image_id for token in encoded.input_ids)
+            supervised_tokens += encoded.supervised
     found = Supervision(count, text_tokens, supervised_tokens, len(faults))
     how = f"with the template '{encoder.template.name}' and the tokenizer {encoder.tokenizer.name_or_path}"
     if len(faults) > max_bad * count:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from mmpipe import registry
 from mmpipe.artifacts.files import write_json
 from mmpipe.data import formats
 from mmpipe.data.formats.base import Draft, Format
-from mmpipe.data.pictures import Found, PictureFolders
+from mmpipe.data.pictures import EmbeddedPictures, Found, PictureFinder
 from mmpipe.data.records import IMAGE_MARK, AnyRecord, BadRecord, check_record, length_in_words
 from mmpipe.data.spec import MixtureSpec, PartSpec
 from mmpipe.data.store import write_records
@@ -34,19 +33,27 @@ Log = Callable[[str], None]
 
 
 def build_mixture(
-    spec: MixtureSpec, datasets: Mapping[str, Path], out: Path, *, workers: int = 1, log: Log = print
+    spec: MixtureSpec,
+    datasets: Mapping[str, Path],
+    out: Path,
+    *,
+    workers: int = 1,
+    log: Log = print,
+    published: Path | None = None,
 ) -> dict[str, Any]:
     """Write ``records.arrow`` and ``report.json`` into ``out`` and return the report.
 
     ``datasets`` gives the directory of each data set by name. Pictures are decoded by ``workers`` threads;
-    the result does not depend on their number. Each dropped record is a line of ``log``.
+    the result does not depend on their number. Each dropped record is a line of ``log``. Pictures that
+    annotations contain are written to ``out/images``; ``published`` is where ``out`` will be, if not there.
 
     Raises DataError when a file or folder cannot be read, when a picture's name leads out of its folder, or
     when more than ``spec.max_bad`` of the records of a part are bad; the message lists the reasons.
     """
     out.mkdir(parents=True, exist_ok=True)
     ids = _Ids()
-    parts = [_Part(part, datasets[part.dataset], spec.seed, ids, log) for part in spec.parts]
+    embedded = EmbeddedPictures(out / "images", (published or out) / "images")
+    parts = [_Part(part, datasets[part.dataset], spec.seed, ids, embedded, log) for part in spec.parts]
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         write_records(out / RECORDS, (record for part in parts for record in part.records(pool)))
     report = _report(spec, parts)
@@ -103,7 +110,15 @@ class _Ids:
 class _Part:
     """One part of a mixture and all that is counted about it."""
 
-    def __init__(self, spec: PartSpec, directory: Path, seed: int, ids: _Ids, log: Log) -> None:
+    def __init__(
+        self,
+        spec: PartSpec,
+        directory: Path,
+        seed: int,
+        ids: _Ids,
+        embedded: EmbeddedPictures,
+        log: Log,
+    ) -> None:
         self.spec = spec
         self.found = 0
         self.wanted = 0
@@ -115,8 +130,9 @@ class _Part:
         self.sides: Counter[int] = Counter()
         self._seed = seed
         self._ids = ids
+        self._embedded = embedded
         self._log = log
-        self._files = [directory / name for name in spec.annotations]
+        self._files = [path for name in spec.annotations for path in _files(directory, name)]
         self._format = _format(spec.format)
         self._folders = [directory / name for name in spec.images]
 
@@ -128,15 +144,14 @@ class _Part:
     def records(self, pool: Executor) -> Iterator[AnyRecord]:
         """The good records, in order."""
         self._log(f"{self.name}: reading")
-        folders = PictureFolders(self._folders)
-        drafts = self._chosen()
+        pictures = PictureFinder(self._folders, self._embedded)
+        drafts = map(pictures.unpacked, self._chosen())
         while block := list(islice(drafts, _BLOCK)):
-            names = (name for draft in block if draft.record for name in draft.record.images)
-            folders.prepare(names, pool)
+            pictures.prepare((name for draft in block if draft.record for name in draft.record.images), pool)
             for draft in block:
                 self.wanted += 1
                 try:
-                    record = self._verified(draft, folders)
+                    record = self._verified(draft, pictures)
                 except BadRecord as fault:
                     self.dropped.add(fault.reason, f"{draft.id}: {fault.detail}")
                     self._log(f"dropped {self.spec.dataset}/{draft.id}: {fault}")
@@ -174,7 +189,7 @@ class _Part:
             if position in chosen:
                 yield draft
 
-    def _verified(self, draft: Draft, folders: PictureFolders) -> AnyRecord:
+    def _verified(self, draft: Draft, finder: PictureFinder) -> AnyRecord:
         """The record as it will be trained on. Raises BadRecord."""
         if draft.record is None:
             raise cast(BadRecord, draft.fault)
@@ -182,10 +197,10 @@ class _Part:
             self.notes.add(note, draft.id)
         record = draft.record.with_questions(self._question)
         check_record(record)
-        pictures = [folders[name] for name in record.images]
+        pictures = [finder[name] for name in record.images]
         for picture in pictures:
             self._look_at(picture)
-        record = replace(record, images=tuple(_from_here(picture) for picture in pictures))
+        record = replace(record, images=tuple(picture.name for picture in pictures))
         record, oddity = self._ids.distinct(record)
         if oddity:
             self.notes.add(oddity, draft.id)
@@ -200,7 +215,7 @@ class _Part:
         side = max(picture.inspection.width, picture.inspection.height)
         self.sides[next((bound for bound in _SIDES if side <= bound), side)] += 1
         for note in picture.inspection.notes:
-            self.notes.add(note, str(picture.path))
+            self.notes.add(note, picture.name)
 
     def _count(self, record: AnyRecord) -> None:
         self.kept += 1
@@ -245,10 +260,14 @@ def _format(name: str) -> Format:
     return cast(Format, found[name])
 
 
-def _from_here(picture: Found) -> str:
-    """The path as records carry it: relative to the working directory if it is below it."""
-    path = cast(Path, picture.path)
-    return Path(os.path.relpath(path)).as_posix() if path.is_relative_to(Path.cwd()) else path.as_posix()
+def _files(directory: Path, name: str) -> list[Path]:
+    """The annotation files that ``name`` stands for: one, or all that match it if it is a pattern."""
+    if not any(sign in name for sign in "*?["):
+        return [directory / name]
+    found = sorted(directory.glob(name))
+    if not found:
+        raise DataError(f"{directory}: no file matches `annotations: {name}`")
+    return found
 
 
 def _histogram(counts: Counter[int]) -> dict[str, int]:

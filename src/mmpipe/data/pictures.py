@@ -2,44 +2,88 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from PIL import Image, UnidentifiedImageError
+
+from mmpipe.data.formats.base import Draft
 from mmpipe.data.images import Inspection, inspect_picture
 from mmpipe.data.records import BadRecord
 from mmpipe.errors import DataError
 
+_EMBEDDED = "\x00"
+"""Begins the names of pictures that were written out; no name in annotations may hold it."""
+
 
 class Found(NamedTuple):
-    """A picture that a record names: where it is, and what is to be said about it."""
+    """A picture that a record names."""
 
-    path: Path | None
-    """None if none of the folders has it."""
+    name: str
+    """Its path as records carry it: relative to the working directory if below it; empty if not found."""
     inspection: Inspection
 
 
-class PictureFolders:
-    """Folders that picture names are relative to, searched in order."""
+class EmbeddedPictures:
+    """Pictures that annotations contain, written out as files named after their content, equal ones once.
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    They are written into ``folder``, which will later be found at ``published``.
+    """
+
+    def __init__(self, folder: Path, published: Path) -> None:
+        self.folder = folder
+        self.published = published
+
+    def keep(self, content: bytes) -> str:
+        """Write one picture; returns its name relative to the folder."""
+        digest = hashlib.sha256(content).hexdigest()[:32]
+        name = f"{digest[:2]}/{digest}{_suffix(content)}"
+        path = self.folder / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return name
+
+
+class PictureFinder:
+    """The pictures of one part: in folders that names are relative to, searched in order, or embedded."""
+
+    def __init__(self, folders: Sequence[Path], embedded: EmbeddedPictures) -> None:
         self._folders = folders
+        self._embedded = embedded
         self._found: dict[str, Found] = {}
         for folder in folders:
             _check_readable(folder)
 
+    def unpacked(self, draft: Draft) -> Draft:
+        """The draft with its embedded pictures written out, and their names in its record.
+
+        Raises DataError for a name that leads out of the folders.
+        """
+        if draft.record is None:
+            return draft
+        if not draft.embedded:
+            for name in draft.record.images:
+                _check_inside(name)
+            return draft
+        names = tuple(_EMBEDDED + self._embedded.keep(content) for content in draft.embedded)
+        return replace(draft, record=replace(draft.record, images=names), embedded=())
+
     def prepare(self, names: Iterable[str], pool: Executor) -> None:
         """Find and decode the pictures that have not been asked for yet."""
         new = [name for name in dict.fromkeys(names) if name not in self._found]
-        for name in new:
-            _check_inside(name)
         self._found.update(zip(new, pool.map(self._find, new), strict=True))
 
     def __getitem__(self, name: str) -> Found:
         """A prepared picture. Raises BadRecord if it is missing or cannot be trained on."""
         found = self._found[name]
-        if found.path is None:
+        if not found.name:
             folders = " or ".join(str(folder) for folder in self._folders)
             raise BadRecord("missing picture", f"there is no {name} in {folders}")
         if found.inspection.fault:
@@ -47,6 +91,10 @@ class PictureFolders:
         return found
 
     def _find(self, name: str) -> Found:
+        if name.startswith(_EMBEDDED):
+            inner = name.removeprefix(_EMBEDDED)
+            inspection = inspect_picture(self._embedded.folder / inner)
+            return Found(_from_here(self._embedded.published / inner), inspection)
         for folder in self._folders:
             path = folder / name
             try:
@@ -54,8 +102,19 @@ class PictureFolders:
             except OSError as error:
                 raise DataError(f"{path}: cannot be looked at ({error.strerror})") from error
             if there:
-                return Found(path, inspect_picture(path))
-        return Found(None, Inspection())
+                return Found(_from_here(path), inspect_picture(path))
+        return Found("", Inspection())
+
+
+def _suffix(content: bytes) -> str:
+    try:
+        return f".{Image.open(io.BytesIO(content)).format}".lower()
+    except UnidentifiedImageError:
+        return ".unknown"
+
+
+def _from_here(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else path.as_posix()
 
 
 def _check_readable(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What all formats share."""
+"""What all formats share: the rows of a file, and the pieces records are made of."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from mmpipe.data.json_stream import read_values
-from mmpipe.data.records import BadRecord, PreferenceRecord, Record, Role, Turn
+from mmpipe.data.records import AnyRecord, BadRecord, Role, Turn
+from mmpipe.errors import DataError
+
+Row = Mapping[str, Any]
 
 ROLE_NAMES: Mapping[str, Role] = {
     "human": "user",
@@ -24,7 +30,7 @@ class Draft:
     """A record as it was found, or why none could be made of it."""
 
     id: str
-    record: Record | PreferenceRecord | None = None
+    record: AnyRecord | None = None
     fault: BadRecord | None = None
     notes: tuple[str, ...] = ()
     """What was put right in reading."""
@@ -40,39 +46,81 @@ class Format(Protocol):
         ...
 
 
-def drafts(
-    path: Path, make: Callable[[str, Mapping[str, Any], list[str]], Record | PreferenceRecord]
-) -> Iterator[Draft]:
-    """Drafts of the objects in a JSON or JSON-lines file.
+def drafts(path: Path, make: Callable[[str, Row], Draft]) -> Iterator[Draft]:
+    """What ``make(id, row)`` makes of each row of a JSON, JSON-lines or Parquet file.
 
-    ``make(id, entry, notes)`` returns the record or raises BadRecord, and appends to ``notes`` what it put
-    right. An entry without an id is called after the file and its number in it.
+    ``make`` may raise BadRecord. A row without an id is called after the file and its number in it.
     """
-    for number, (line, entry) in enumerate(read_values(path)):
+    for number, (place, row) in enumerate(_rows(path)):
         record_id = f"{path.stem}-{number}"
-        notes: list[str] = []
         try:
-            if not isinstance(entry, dict):
-                raise BadRecord("not a record", f"line {line} holds no JSON object")
-            record_id = str(entry["id"]) if entry.get("id") not in (None, "") else record_id
-            yield Draft(record_id, make(record_id, entry, notes), notes=tuple(notes))
+            if not isinstance(row, dict):
+                raise BadRecord("not a record", "expected an object with named values")
+            if row.get("id") not in (None, ""):
+                record_id = str(row["id"])
+            yield make(record_id, row)
         except BadRecord as fault:
-            yield Draft(record_id, fault=BadRecord(fault.reason, f"{fault.detail} ({path}, line {line})"))
+            yield Draft(record_id, fault=BadRecord(fault.reason, f"{fault.detail} ({path}, {place})"))
 
 
-def image_names(entry: Mapping[str, Any], key: str = "image") -> tuple[str, ...]:
-    """File names of pictures under ``key``: a name, a list of names, or nothing."""
-    value = entry.get(key)
-    names = [] if value in (None, "") else [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, each with its place; the content decides how it is read, not the name."""
+    if _is_parquet(path):
+        yield from ((f"row {number}", row) for number, row in enumerate(_parquet_rows(path), start=1))
+    else:
+        yield from ((f"line {line}", value) for line, value in read_values(path))
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PAR1"
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({error}); fetch it again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The pictures of a row: names of files, or placeholders and the content itself."""
+
+    names: tuple[str, ...]
+    embedded: tuple[bytes, ...] = ()
+
+
+def read_pictures(row: Row, key: str) -> Pictures:
+    """What stands under ``key``: nothing, one picture or a list of them.
+
+    A picture is a file name or, as ``datasets`` writes it, ``{"bytes", "path"}``.
+    """
+    value = row.get(key)
+    if value in (None, ""):
+        return Pictures(())
+    values = value if isinstance(value, list) else [value]
+    contents = [one.get("bytes") if isinstance(one, dict) else None for one in values]
+    embedded = tuple(content for content in contents if isinstance(content, bytes))
+    if embedded and len(embedded) == len(values):
+        return Pictures(("embedded",) * len(embedded), embedded)
+    names = [one.get("path") if isinstance(one, dict) else one for one in values]
+    files = tuple(name for name in names if isinstance(name, str) and name)
+    if embedded or len(files) < len(values):
         raise BadRecord("malformed pictures", f"'{key}' is neither a file name nor a list of file names")
-    return tuple(names)
+    return Pictures(files)
 
 
-def read_turns(
-    conversation: Any, notes: list[str], role: str = "from", text: str = "value"
-) -> tuple[Turn, ...]:
-    """Turns from a list of ``{role: ..., text: ...}``; an answer before the first question is left out."""
+def read_turns(conversation: Any, role: str, text: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """Turns from a list of ``{role: ..., text: ...}``, and notes.
+
+    An answer before the first question is left out, as LLaVA does.
+    """
     if not isinstance(conversation, list) or not conversation:
         raise BadRecord("no conversation", "the conversation is missing or empty")
     turns: list[Turn] = []
@@ -84,6 +132,5 @@ def read_turns(
             raise BadRecord("unknown role", f"turn {position + 1} is spoken by {speaker!r}")
         turns.append(Turn(ROLE_NAMES[speaker], message[text]))
     if len(turns) > 1 and turns[0].role == "assistant":
-        notes.append("answer before the first question left out")
-        return tuple(turns[1:])
-    return tuple(turns)
+        return tuple(turns[1:]), ("answer before the first question left out",)
+    return tuple(turns), ()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from mmpipe.data.formats.base import Draft, drafts, image_names, read_turns
+from mmpipe.data.formats.base import Draft, Row, drafts, read_pictures, read_turns
 from mmpipe.data.records import BadRecord, Record
 
 
 def read(path: Path, source: str) -> Iterator[Draft]:
     """The records of one file, in its order."""
 
-    def make(record_id: str, entry: Mapping[str, Any], notes: list[str]) -> Record:
-        if entry.get("video"):
+    def make(record_id: str, row: Row) -> Draft:
+        if row.get("video"):
             raise BadRecord("video", "the record is about a video; only pictures are supported")
-        return Record(record_id, source, image_names(entry), read_turns(entry.get("conversations"), notes))
+        pictures = read_pictures(row, "image")
+        turns, notes = read_turns(row.get("conversations"), "from", "value")
+        record = Record(record_id, source, pictures.names, turns)
+        return Draft(record_id, record, notes=notes, embedded=pictures.embedded)
 
     return drafts(path, make)

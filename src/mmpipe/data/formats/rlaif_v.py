@@ -1,0 +1,33 @@
+"""RLAIF-V's format: rows of ``question``, ``chosen``, ``rejected`` and the picture in ``image``.
+
+The columns are those of the Hugging Face data set ``openbmb/RLAIF-V-Dataset``, which is Parquet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmpipe.data.formats.base import Draft, Row, drafts, read_pictures
+from mmpipe.data.records import IMAGE_MARK, BadRecord, PreferenceRecord, Turn
+
+
+def read(path: Path, source: str) -> Iterator[Draft]:
+    """The records of one file, in its order."""
+
+    def make(record_id: str, row: Row) -> Draft:
+        question, chosen, rejected = (_text(row, name) for name in ("question", "chosen", "rejected"))
+        if not question.strip():
+            raise BadRecord("empty question", "'question' has no text")
+        pictures = read_pictures(row, "image")
+        prompt = Turn("user", f"{IMAGE_MARK}\n{question}")
+        record = PreferenceRecord(record_id, source, pictures.names, (prompt,), chosen, rejected)
+        return Draft(record_id, record, embedded=pictures.embedded)
+
+    return drafts(path, make)
+
+
+def _text(row: Row, name: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise BadRecord("malformed turn", f"there is no text under '{name}'")
+    return row[name]
