@@ -1,0 +1,127 @@
+"""The gate before publication: a fresh process with nothing but transformers must compute what our model
+computed.
+
+What was written is read by another process that never imports this package, with stock classes and without
+network; its logits and greedy answers are compared with those of the model in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmpipe.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+_READER = Path(__file__).with_name("stock_reader.py")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a checkpoint must reproduce: samples (one row each, no padding), their logits and greedy
+    continuations."""
+
+    samples: list[dict[str, Tensor]]
+    logits: list[Tensor]
+    tokens: list[Tensor]
+    max_new_tokens: int
+    device: str
+
+
+@torch.no_grad()
+def reference(
+    model: LlavaForConditionalGeneration, samples: Sequence[Mapping[str, Tensor]], *, max_new_tokens: int = 16
+) -> Reference:
+    """Run ``model`` on ``samples`` in evaluation mode and float32, and leave it as it was."""
+    was_training = model.training
+    run: Any = model.eval()
+    with _widened(model):
+        here = [{name: value.to(model.device) for name, value in sample.items()} for sample in samples]
+        logits = [run(**sample, use_cache=False).logits.cpu() for sample in here]
+        tokens = [
+            run.generate(**sample, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1).cpu()
+            for sample in here
+        ]
+    model.train(was_training)
+    stored = [{name: value.cpu() for name, value in sample.items()} for sample in samples]
+    return Reference(stored, logits, tokens, max_new_tokens, str(model.device))
+
+
+@contextmanager
+def _widened(model: torch.nn.Module) -> Iterator[None]:
+    """Parameters in float32 for a while. That is exact, and so is the way back; buffers keep their own
+    precision."""
+    dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
+
+
+def gate(path: Path, expected: Reference, *, tolerance: float = 1e-5, timeout: float = 3600) -> float:
+    """Read the checkpoint ``path`` in a fresh process and compare; returns the largest difference of logits.
+
+    Differences are relative to the largest logit when that is above one.
+
+    Raises ArtifactError when stock transformers cannot read the directory, when tensors are missing or left
+    over, when logits differ by more than ``tolerance`` or an answer is another one.
+    """
+    with tempfile.TemporaryDirectory(prefix="mmpipe-gate-") as folder:
+        given, got = Path(folder, "given.safetensors"), Path(folder, "got.safetensors")
+        save_file(
+            {
+                f"{i}.{name}": v.contiguous()
+                for i, sample in enumerate(expected.samples)
+                for name, v in sample.items()
+            },
+            given,
+        )
+        command = [sys.executable, "-P", str(_READER), str(path), str(given), str(got)]
+        command += [str(expected.max_new_tokens), expected.device]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ArtifactError(
+                f"{path}: reading it with transformers took more than {timeout:.0f} s"
+            ) from error
+        if done.returncode:
+            raise ArtifactError(f"{path}: stock transformers cannot use it:\n{done.stderr.strip()[-2000:]}")
+        read = load_file(got)
+    return _compare(path, expected, read, tolerance)
+
+
+def _compare(path: Path, expected: Reference, read: Mapping[str, Tensor], tolerance: float) -> float:
+    worst = 0.0
+    for i, (logits, tokens) in enumerate(zip(expected.logits, expected.tokens, strict=True)):
+        difference = ((read[f"{i}.logits"] - logits).abs().max() / logits.abs().max().clamp_min(1)).item()
+        if not difference <= tolerance:
+            raise ArtifactError(
+                f"{path}: read by stock transformers, the logits of sample {i} differ by {difference:.3g}, "
+                f"more than {tolerance:g}"
+            )
+        if not torch.equal(read[f"{i}.tokens"], tokens):
+            raise ArtifactError(
+                f"{path}: read by stock transformers, sample {i} is answered {read[f'{i}.tokens'][0].tolist()}, "
+                f"here {tokens[0].tolist()}"
+            )
+        worst = max(worst, difference)
+    return worst
