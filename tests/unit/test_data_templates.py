@@ -279,6 +279,11 @@ def test_another_image_token_moves_the_spans() -> None:
     assert learnt == ["a", "c"]
 
 
+def test_an_image_token_in_the_text_is_not_taken_for_a_picture() -> None:
+    with pytest.raises(BadRecord, match="the text itself contains"):
+        encoded("<image>a<|im_start|>", (7, 8), image_token="<|im_start|>")
+
+
 def test_text_is_cut_from_the_right() -> None:
     tokens, learnt = encoded("<image>abcdef", (7, 13), max_length=5)
     assert tokens == ["<s>", "<image>", "<image>", "a", "b"]

@@ -82,6 +82,7 @@ def encode(
     image_id = single_token(tokenizer, image_token)
     if image_id is None:
         raise DataError(f"{_name(tokenizer)} has no token '{image_token}'; add it before encoding")
+    marks = rendered.text.count(IMAGE_MARK)
     rendered = rendered.with_image_token(image_token)
     bos = tokenizer.bos_token
     tokens = tokenizer(
@@ -91,6 +92,8 @@ def encode(
         truncation=False,
         verbose=False,
     )
+    if tokens["input_ids"].count(image_id) != marks:
+        raise BadRecord("image token in the text", f"the text itself contains '{image_token}'")
     from_text = [sequence is not None for sequence in tokens.sequence_ids(0)]
     supervised = _inside(rendered.spans, [start for start, _ in tokens["offset_mapping"]], from_text)
 

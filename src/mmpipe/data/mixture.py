@@ -158,6 +158,7 @@ class _Part:
                     continue
                 self._count(record)
                 yield record
+            self._log(f"{self.name}: {self.wanted} records so far, {self.bad} bad")
         self._log(f"{self.name}: kept {self.kept} of {self.wanted}")
 
     def _found(self) -> Iterator[Draft]:

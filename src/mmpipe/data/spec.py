@@ -22,7 +22,11 @@ def _listed(value: object) -> object:
 
 
 InnerPath = Annotated[str, AfterValidator(_inside)]
-InnerPaths = Annotated[tuple[InnerPath, ...], BeforeValidator(_listed), Field(min_length=1)]
+InnerPaths = Annotated[
+    tuple[InnerPath, ...],
+    Field(min_length=1),
+    BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
+]
 
 
 class PartSpec(Settings):
@@ -31,7 +35,7 @@ class PartSpec(Settings):
     dataset: str
     """A name in the catalogue of data sets; it becomes the ``source`` of the records."""
     annotations: InnerPaths
-    """The file or files that hold the records, relative to the data set's directory, read in this order."""
+    """Files that hold the records, relative to the data set's directory, in this order; ``*.json`` is a pattern."""
     images: InnerPaths = (".",)
     """The folder or folders that picture names are relative to; the first that holds a picture gives it."""
     format: str = "llava"
