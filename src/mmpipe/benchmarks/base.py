@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.records import Document, read_documents, write_records
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import ConfigError, DataError, did_you_mean
@@ -42,6 +43,8 @@ class Protocol:
     """The prompt layout, as the benchmark's module calls it."""
     max_new_tokens: int = 128
     num_beams: int = 1
+    judged: bool = False
+    """Whether the rule needs the replies of a judge model."""
     aliases: tuple[str, ...] = ()
     """Other names it may be asked for by."""
 
@@ -71,12 +74,18 @@ class Pair:
 
     reference: Record
     answer: Record | None
-    judgement: str | None = None
-    """What the judge model replied about this answer, for benchmarks that need one."""
+    judgement: Record | None = None
+    """The judge model's record about this answer, for benchmarks that need one."""
 
     @property
     def text(self) -> str:
         return self.answer["text"] if self.answer else ""
+
+    @property
+    def verdict(self) -> str | None:
+        """What the judge replied; None where it did not."""
+        reply = (self.judgement or {}).get("reply")
+        return None if reply is None else str(reply)
 
     @property
     def answered(self) -> bool:
@@ -192,8 +201,6 @@ class Benchmark(abc.ABC):
     otherwise."""
     submission: ClassVar[str] = "jsonl"
     """Extension of the file that the benchmark's server or official scorer accepts."""
-    judged: ClassVar[bool] = False
-    """Whether the official score needs the replies of a judge model."""
 
     # ---- what subclasses write
 
@@ -275,7 +282,7 @@ class Benchmark(abc.ABC):
         references: Sequence[Record],
         answers: Sequence[Record],
         protocol: str = "",
-        judgements: Mapping[str, str] | None = None,
+        judgements: Mapping[str, Record] | None = None,
     ) -> Score:
         """Score answers against references.
 
@@ -283,6 +290,12 @@ class Benchmark(abc.ABC):
         Raises DataError for answers that are given twice or belong to no question.
         """
         chosen = self.protocol(protocol)
+        if chosen.judged and judgements is None:
+            unjudged = [p.name for p in self.protocols if not p.judged]
+            others = f"; without judge: protocol {' or '.join(unjudged)}" if unjudged else ""
+            raise DataError(
+                f"{self.name}: the protocol '{chosen.name}' needs the replies of a judge model{others}"
+            )
         pairs = self.pair(references, answers, judgements)
         items, metrics = self.rate(pairs, chosen)
         return Score(self.name, chosen.name, metrics, items, self.estimate(items, metrics, chosen))
@@ -291,11 +304,11 @@ class Benchmark(abc.ABC):
         self,
         references: Sequence[Record],
         answers: Sequence[Record],
-        judgements: Mapping[str, str] | None = None,
+        judgements: Mapping[str, Record] | None = None,
     ) -> list[Pair]:
         """Every reference with its answer, in the order of the references.
 
-        ``judgements`` are the judge's replies by question id.
+        ``judgements`` are the judge's records by question id.
         Raises DataError for references or answers given twice and for answers that belong to no question.
         """
         if not references:
@@ -325,6 +338,10 @@ class Benchmark(abc.ABC):
             Pair(reference, found.get(place), replies.get(self.judgement_key(reference)))
             for place, reference in enumerate(references)
         ]
+
+    def judge_request(self, pair: Pair) -> JudgeRequest | None:
+        """What to ask the judge about an answer; None where the rule decides without one."""
+        return None
 
     def judgement_key(self, reference: Record) -> str:
         """The question id that the judge's replies are filed under."""

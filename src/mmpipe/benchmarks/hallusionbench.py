@@ -44,11 +44,12 @@ class HallusionBench(Benchmark):
 
     name = "hallusionbench"
     submission = "json"
-    judged = True
     files: ClassVar[Mapping[str, str]] = {"questions": "HallusionBench.json", "images": "hallusion_bench"}
     protocols = (
-        Protocol("hallusionbench", "all rows, judged", rule="judge"),
-        Protocol("lmms", "the rows with a picture, judged", rule="judge_images", aliases=("libmoe",)),
+        Protocol("hallusionbench", "all rows, judged", rule="judge", judged=True),
+        Protocol(
+            "lmms", "the rows with a picture, judged", rule="judge_images", judged=True, aliases=("libmoe",)
+        ),
         Protocol(
             "intern", "lmms-eval's rule without judge: a reply with 'yes' in it is a yes", rule="intern"
         ),
@@ -120,7 +121,7 @@ class HallusionBench(Benchmark):
         )
         return {}
 
-    def judge_request(self, pair: Pair) -> JudgeRequest:
+    def judge_request(self, pair: Pair) -> JudgeRequest | None:
         """Ask whether the reply agrees with the reference answer."""
         reference = pair.reference
         return JudgeRequest(
@@ -156,7 +157,7 @@ def _has_picture(record: Record) -> bool:
 def _rate(pair: Pair, rule: str) -> Item:
     reference = pair.reference
     unseen = reference["category"] == "VS" and str(reference["figure_id"]) == "0"
-    unparsed = False
+    parsed: str | None
     if rule in _RULES:
         if "gt_answer" not in reference:
             raise DataError(
@@ -166,11 +167,9 @@ def _rate(pair: Pair, rule: str) -> Item:
         right = parsed == ("yes" if str(reference["gt_answer"]) == "1" else "no")
         unparsed = parsed == OTHER
     else:
-        parsed = _UNCLEAR if pair.judgement is None else verdict(pair.judgement)
+        parsed = None if pair.verdict is None else verdict(pair.verdict)
         right = parsed == _RIGHT or (unseen and parsed == _UNCLEAR)
-        unparsed = pair.judgement is None
-    if rule not in _RULES and pair.judgement is None:
-        right = False
+        unparsed = parsed is None
     names = [str(reference[name]) for name in _FIELDS[:5]]
     return Item(
         id=reference["key"],

@@ -60,16 +60,13 @@ def convert_files(benchmark: str, references: Sequence[Path], answers: Sequence[
     return {"benchmark": benchmark, "out": str(out), "n": len(pairs), "missing": missing, **report}
 
 
-def read_judgements(path: Path) -> dict[str, str]:
-    """The judge's replies by question id, from JSON lines with ``question_id`` and ``reply``.
+def read_judgements(path: Path) -> dict[str, Record]:
+    """The judge's records by question id, from JSON lines with ``question_id`` and ``reply``.
 
-    Raises DataError for a record without them.
+    Of several about one question the last one counts. Raises DataError for a record without these fields.
     """
-    replies = {}
-    for record in records_of([read_document(path)], ("question_id", "reply")):
-        if record["reply"] is not None:
-            replies[key(record["question_id"])] = str(record["reply"])
-    return replies
+    records = records_of([read_document(path)], ("question_id", "reply"))
+    return {key(record["question_id"]): record for record in records}
 
 
 def _score(

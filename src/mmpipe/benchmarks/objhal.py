@@ -1,0 +1,368 @@
+"""Object HalBench (RLHF-V, Yu et al. 2023, arXiv 2312.00849): which objects of a description are not in the
+picture.
+
+Files are RLHF-V's ``obj_halbench_300_with_image.jsonl`` (pictures in base64), its ``synonyms_refine.txt`` (a
+line a COCO class: the class and its synonyms, comma-separated), and the annotations of COCO 2014
+(``instances_*.json`` and ``captions_*.json`` in one folder), from which the objects of a picture are taken:
+those annotated, and those its five captions mention.
+
+A judge lists the objects of a reply; replies of at most three words have none. Mentions are mapped to COCO
+classes (CHAIR, Rohrbach et al. 2018, arXiv 1809.02156). The published rates are ``CHAIRs_refine`` (responses
+with a hallucinated object among those that mention any) and ``CHAIRi`` (hallucinated mentions among all). The
+published scripts lemmatise with spaCy's transformer model; where the judge's record brings its lemmas
+(``extracted_objects``) they are used, otherwise nouns are singularised by rules against the synonym table,
+which is enough to find its words. The protocol ``chair`` reads the reply itself in that way and needs no
+judge.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mmpipe.benchmarks.base import (
+    Benchmark,
+    Document,
+    Item,
+    Pair,
+    Protocol,
+    Question,
+    Record,
+    Source,
+    key,
+    records_of,
+    require,
+)
+from mmpipe.benchmarks.judging import JudgeRequest
+from mmpipe.benchmarks.pictures import decode_base64
+from mmpipe.benchmarks.records import iter_rows, read_document, write_records
+from mmpipe.benchmarks.stats import Estimate, bootstrap
+from mmpipe.errors import DataError
+
+_SHORT = 3
+_FIELDS = ("image_id", "question")
+_WORD = re.compile(r"[^\W\d_]+(?:'[a-z]+)?")
+
+# Two words that count as one, besides the two-word synonyms; and what young and grown animals are called.
+_PAIRS = {"home plate": "home plate", "train track": "train track", "passenger jet": "jet", "passenger train": "train",
+          "bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}  # fmt: skip
+_AGES = ("baby", "adult")
+_ANIMALS = (
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "animal",
+    "cub",
+)
+_IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "people", "knives": "knife", "mice": "mouse",
+              "geese": "goose", "wolves": "wolf", "calves": "calf", "loaves": "loaf", "shelves": "shelf",
+              "policemen": "policeman", "firemen": "fireman", "fishermen": "fisherman", "oxen": "ox"}  # fmt: skip
+
+
+class Words:
+    """The synonym table: every word's COCO class, and the pairs of words that count as one."""
+
+    def __init__(self, classes: Mapping[str, str | None]) -> None:
+        self.classes = {word: name for word, name in classes.items() if name}
+
+    @cached_property
+    def pairs(self) -> dict[str, str]:
+        """Two words -> the word they count as."""
+        own = {word: word for word in self.classes if len(word.split()) == 2}
+        ages = {f"{age} {animal}": animal for age in _AGES for animal in _ANIMALS}
+        return own | ages | _PAIRS
+
+    def singular(self, word: str) -> str:
+        """The word's singular, if that is a word of the table; otherwise the word."""
+        candidates = (word, _IRREGULAR.get(word), word.removesuffix("s"), word.removesuffix("es"))
+        more = (
+            word.removesuffix("ies") + "y",
+            word.removesuffix("ves") + "fe",
+            word.removesuffix("ves") + "f",
+        )
+        known = self.classes.keys() | {part for pair in self.pairs for part in pair.split()}
+        return next((c for c in (*candidates, *more) if c in known), word)
+
+    def in_text(self, text: str) -> list[str]:
+        """The words of the table in a text, pairs first, in order and each once."""
+        tokens = [self.singular(word) for word in _WORD.findall(text.lower())]
+        found, place = [], 0
+        while place < len(tokens):
+            pair = self.pairs.get(" ".join(tokens[place : place + 2]))
+            found.append(pair or tokens[place])
+            place += 2 if pair else 1
+        return [word for word in dict.fromkeys(found) if word in self.classes]
+
+    def of_objects(self, objects: Iterable[str]) -> list[str]:
+        """The lemmas of the objects that a judge listed, each once; two-word hits stand for the whole
+        phrase."""
+        lemmas: list[str] = []
+        for name in objects:
+            tokens = [self.singular(word) for word in _WORD.findall(name.lower())]
+            lemmas += double_words(tokens, self.pairs) or [" ".join(tokens)]
+        return list(dict.fromkeys(lemmas))
+
+
+def double_words(tokens: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
+    """What the pairs of neighbouring tokens count as."""
+    hits, place = [], 0
+    while place < len(tokens) - 1:
+        hit = pairs.get(f"{tokens[place]} {tokens[place + 1]}")
+        if hit:
+            hits.append(hit)
+        place += 2 if hit else 1
+    return hits
+
+
+class ObjHal(Benchmark):
+    """Object HalBench."""
+
+    name = "objhal"
+    files: ClassVar[Mapping[str, str]] = {
+        "questions": "obj_halbench_300_with_image.jsonl",
+        "synonyms": "synonyms_refine.txt",
+        "annotations": "annotations",
+    }
+    protocols = (
+        Protocol(
+            "objhal", "a judge lists the objects; three beams, as RLAIF-V", rule="judge", max_new_tokens=1024,
+            num_beams=3, judged=True, aliases=("rlaifv",),
+        ),
+        Protocol("greedy", "the same with greedy decoding", rule="judge", max_new_tokens=1024, judged=True),
+        Protocol("chair", "objects read from the reply itself, no judge", rule="chair", max_new_tokens=1024),
+    )  # fmt: skip
+
+    def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
+        for place, row in enumerate(iter_rows(source.path("questions"))):
+            require(row, (*_FIELDS, "image"), f"objhal, row {place}")
+            yield Question(
+                id=place,
+                text=str(row["question"]),
+                images=(decode_base64(str(row["image"]), f"objhal, row {place}"),),
+                extra={"image_id": row["image_id"]},
+            )
+
+    def references(self, source: Source, protocol: Protocol) -> list[Record]:
+        words = Words(_read_synonyms(source.path("synonyms")))
+        rows = [{name: row[name] for name in _FIELDS} for row in iter_rows(source.path("questions"))]
+        objects = _coco_objects(source.path("annotations"), {key(row["image_id"]) for row in rows}, words)
+        return [
+            {"question_id": i, **row, "gt_objects": objects[key(row["image_id"])], "synonyms": words.classes}
+            for i, row in enumerate(rows)
+        ]
+
+    def parse_references(self, documents: Sequence[Document]) -> list[Record]:
+        """Records with ``gt_objects``; the synonym table in each, as a document ``{"synonyms"}``, or as its
+        own."""
+        synonyms: dict[str, str | None] = {}
+        records: list[Record] = []
+        for document in documents:
+            content = document.content
+            if isinstance(content, dict):
+                synonyms |= content.get("synonyms", {} if "questions" in content else content)
+                content = content.get("questions", [])
+            records += records_of([Document(document.name, content)], ("image_id", "gt_objects"))
+        table = {"synonyms": synonyms} if synonyms else {}
+        return [{"question_id": place, **record, **table} for place, record in enumerate(records)]
+
+    def reference_keys(self, reference: Record) -> list[tuple[str, ...]]:
+        return [(key(reference["question_id"]),), ("image", key(reference["image_id"]))]
+
+    def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
+        tables: dict[int, Words] = {}
+        items = []
+        for pair in pairs:
+            require(pair.reference, ("synonyms",), "objhal (give the synonym table with the references)")
+            table = pair.reference["synonyms"]
+            words = tables.setdefault(id(table), Words(table))
+            items.append(_rate(pair, words, protocol.rule))
+        return items, _chair(items)
+
+    def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
+        totals = {
+            item.unit: [float(item.facts["hallucinated_response"]), float(bool(item.facts["coco_mentions"]))]
+            for item in items
+        }
+        value = metrics["response_hallucination_rate_percent"]
+        return bootstrap(
+            "response_hallucination_rate_percent", totals, lambda t: 100 * t[..., 0] / t[..., 1], value
+        )
+
+    def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
+        """The answer file of the published scripts, in question order."""
+        write_records(
+            out,
+            (
+                {
+                    "question_id": pair.reference["question_id"],
+                    "image_id": pair.reference["image_id"],
+                    "question": pair.reference.get("question", ""),
+                    "answer": pair.text,
+                }
+                for pair in pairs
+            ),
+        )
+        return {}
+
+    def judge_request(self, pair: Pair) -> JudgeRequest | None:
+        """Ask for the objects of a reply of more than three words."""
+        text = cleaned(pair.text)
+        if len(text.split()) <= _SHORT:
+            return None
+        return JudgeRequest(
+            key=self.judgement_key(pair.reference),
+            instruction=(
+                "You list objects. From the description of a picture, list the visible physical objects that it says "
+                "are there. Leave out abstract things, colours, places, and objects said to be absent. Reply with a "
+                'JSON list of nouns and nothing else, e.g. ["dog", "traffic light"]; if there are none, with [].'
+            ),
+            candidate=text,
+        )
+
+
+def cleaned(reply: str) -> str:
+    """The reply without the role name that some models repeat."""
+    return reply.replace("Assistant:", "").strip()
+
+
+def listed_objects(reply: str) -> list[str] | None:
+    """The objects in a judge's reply: the reply, or its last line, as a JSON list of texts; None if it is
+    none."""
+    for text in (reply, reply.split("\n")[-1] if '["' in reply else reply):
+        try:
+            found = json.loads(text)
+        except ValueError:
+            continue
+        return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
+    return None
+
+
+def _rate(pair: Pair, words: Words, rule: str) -> Item:
+    reference = pair.reference
+    text = cleaned(pair.text)
+    lemmas: list[str] | None
+    if not pair.answered or len(text.split()) <= _SHORT:
+        lemmas = []
+    elif rule == "chair":
+        lemmas = words.in_text(text)
+    else:
+        lemmas = _judged(pair, words)
+    mentions = _mentions(lemmas or [], words)
+    gold = set(reference["gt_objects"])
+    hallucinated = [word for word, name in mentions if name not in gold]
+    return Item(
+        id=reference["question_id"],
+        score=float(pair.answered and lemmas is not None and not hallucinated),
+        unit=key(reference["question_id"]),
+        parsed=None if lemmas is None else ", ".join(lemmas),
+        answered=pair.answered,
+        unparsed=lemmas is None,
+        facts={
+            "image_id": reference["image_id"],
+            "coco_mentions": [list(mention) for mention in mentions],
+            "hallucinated": hallucinated,
+            "hallucinated_response": int(bool(hallucinated)),
+            "recalled": len({name for _, name in mentions} & gold),
+            "gt_objects": len(gold),
+            "words": len(text.split()),
+        },
+    )
+
+
+def _judged(pair: Pair, words: Words) -> list[str] | None:
+    given = (pair.judgement or {}).get("extracted_objects")
+    if given is not None:
+        return list(given)
+    objects = listed_objects(pair.verdict) if pair.verdict is not None else None
+    return None if objects is None else words.of_objects(objects)
+
+
+def _mentions(lemmas: Sequence[str], words: Words) -> list[tuple[str, str]]:
+    """Words with their COCO classes; the seat of a toilet is no chair."""
+    kept = [word for word in lemmas if not (word == "seat" and "toilet" in lemmas)]
+    return [(word, words.classes[word]) for word in kept if word in words.classes]
+
+
+def _chair(items: Sequence[Item]) -> Record:
+    responses = sum(item.facts["hallucinated_response"] for item in items)
+    naming = sum(bool(item.facts["coco_mentions"]) for item in items)
+    mentions = sum(len(item.facts["coco_mentions"]) for item in items)
+    wrong = sum(len(item.facts["hallucinated"]) for item in items)
+    gold = sum(item.facts["gt_objects"] for item in items)
+    recalled = sum(item.facts["recalled"] for item in items)
+    refine, share = _ratio(responses, naming), _ratio(wrong, mentions)
+    return {
+        "CHAIRs_all_responses": _ratio(responses, len(items)),
+        "CHAIRs_refine": refine,
+        "CHAIRi": share,
+        "object_recall": _ratio(recalled, gold),
+        "response_hallucination_rate_percent": 100 * refine,
+        "mention_hallucination_rate_percent": 100 * share,
+        "response_correct_percent": 100 * (1 - refine),
+        "object_correct_percent": 100 * (1 - share),
+        "n_responses": len(items),
+        "n_responses_with_coco_mention": naming,
+        "coco_word_count": recalled,
+        "gt_word_count": gold,
+        "avg_word_len": _ratio(sum(item.facts["words"] for item in items), len(items)),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    """0 where there is nothing to divide by; the published scripts stop there."""
+    return part / whole if whole else 0.0
+
+
+def _read_synonyms(path: Path) -> dict[str, str]:
+    table: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        words = [word.strip() for word in line.split(",") if word.strip()]
+        table |= dict.fromkeys(words, words[0]) if words else {}
+    if not table:
+        raise DataError(f"{path}: the synonym table is empty")
+    return table
+
+
+def _coco_objects(folder: Path, wanted: set[str], words: Words) -> dict[str, list[str]]:
+    """The classes in each wanted picture: those annotated and those its captions mention.
+
+    Raises DataError for a picture that has no annotation.
+    """
+    found: dict[str, set[str]] = {image: set() for image in wanted}
+    seen: set[str] = set()
+    for path in sorted(folder.glob("instances_*.json")):
+        content = read_document(path).content
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        for entry in _annotations(content, wanted):
+            found[key(entry["image_id"])].add(
+                words.classes.get(names[entry["category_id"]], names[entry["category_id"]])
+            )
+            seen.add(key(entry["image_id"]))
+    for path in sorted(folder.glob("captions_*.json")):
+        for entry in _annotations(read_document(path).content, wanted):
+            found[key(entry["image_id"])].update(
+                words.classes[word] for word in words.in_text(entry["caption"])
+            )
+            seen.add(key(entry["image_id"]))
+    if wanted - seen:
+        some = ", ".join(sorted(wanted - seen)[:5])
+        raise DataError(f"{folder}: {len(wanted - seen)} pictures have no COCO annotation, e.g. {some}")
+    return {image: sorted(objects) for image, objects in found.items()}
+
+
+def _annotations(content: Any, wanted: set[str]) -> Iterator[Record]:
+    return (entry for entry in content["annotations"] if key(entry["image_id"]) in wanted)
+
+
+BENCHMARK = ObjHal()
