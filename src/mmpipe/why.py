@@ -53,10 +53,13 @@ def _jobs(output: str) -> list[tuple[str, str]]:
 
 def _in_words(reason: str) -> list[str]:
     lines = []
-    for part in re.split(r"; (?=[A-Z])", reason):
+    parts = re.split(r"; (?=[A-Z])", reason)
+    for part in parts:
         what, _, details = part.partition(": ")
         names = [name.strip() for name in details.split(",")]
         match what:
+            case "Missing output files" if len(parts) > 1:
+                continue  # the other reason tells more; temporary files are always missing
             case "Missing output files":
                 lines.append(f"{_some(names)} {'are' if len(names) > 1 else 'is'} not there")
             case "Input files updated by another job":

@@ -115,7 +115,9 @@ def mix(snakemake: Any, plan: Plan) -> None:
     inputs = manifest.input_hashes([path / manifest.NAME for path in datasets.values()])
     out = Path(snakemake.output.manifest).parent
     with staged_directory(out) as stage:
-        report = build_mixture(mixture, datasets, stage, workers=snakemake.threads, log=log.info)
+        report = build_mixture(
+            mixture, datasets, stage, workers=snakemake.threads, log=log.info, published=out
+        )
         manifest.write(stage, kind="mixture", spec=spec, inputs=inputs, records=report["kept"])
 
 

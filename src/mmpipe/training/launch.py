@@ -41,14 +41,7 @@ def run(stage: TrainStage, job: StageJob) -> None:
 def run_processes(stage: TrainStage, job: StageJob, processes: int) -> None:
     """The same through torchrun on this machine."""
     description = job.state_dir / "job.json"
-    write_json(
-        description,
-        {
-            "kind": type(stage).__module__.rpartition(".")[2],
-            "settings": stage.model_dump(mode="json"),
-            "job": TypeAdapter(StageJob).dump_python(job, mode="json"),
-        },
-    )
+    write_description(description, stage, job)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"),
         f"--nproc-per-node={processes}",
@@ -68,8 +61,20 @@ def run_processes(stage: TrainStage, job: StageJob, processes: int) -> None:
         )
 
 
+def write_description(path: Path, stage: TrainStage, job: StageJob) -> None:
+    """Write down a stage and its job for other processes."""
+    write_json(
+        path,
+        {
+            "kind": type(stage).__module__.rpartition(".")[2],
+            "settings": stage.model_dump(mode="json"),
+            "job": TypeAdapter(StageJob).dump_python(job, mode="json"),
+        },
+    )
+
+
 def read_description(path: Path) -> tuple[TrainStage, StageJob]:
-    """The stage and the job that :func:`run_processes` wrote down for its processes."""
+    """The stage and the job that :func:`write_description` wrote down."""
     content = read_json(path)
     stage = stage_kinds()[content["kind"]].model_validate(content["settings"])
     assert isinstance(stage, TrainStage)

@@ -83,16 +83,12 @@ class StageTrainer(Trainer):
         return loss * world
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        steps = max(1, self.state.global_step - self._logged_step)
-        if self._sums:
-            for name, total in self._sums.items():
-                gathered = self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
-                logs[name] = gathered.item() / steps
-            self._sums = {}
-        self._logged_step = self.state.global_step
+        # every step is logged, so the sums are those of one step
+        for name, total in self._sums.items():
+            gathered = self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
+            logs[name] = gathered.item()
+        self._sums = {}
         super().log(logs, start_time)
-
-    _logged_step = 0
 
     # --- optimizer --------------------------------------------------------------------------------------------------
 

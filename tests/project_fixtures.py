@@ -1,0 +1,120 @@
+"""A copy of the project with a demo so small that the whole workflow runs in half a minute."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+PARTS = ("Snakefile", "rules", "workflow", "profiles", "config", "envs", "src", "local", "gpu", "slurm")
+
+
+class Project:
+    """A working copy in which Snakemake runs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def snakemake(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake here; output and errors in one text."""
+        command = [sys.executable, "-m", "snakemake", "--nocolor", *arguments]
+        if "--profile" not in arguments:
+            command += ["--cores", "2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTHONPATH", None)
+        result = subprocess.run(
+            command,
+            cwd=self.root,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        if check:
+            assert result.returncode == 0, result.stdout
+        return result
+
+    def planned(self, *targets: str) -> Counter[str]:
+        """How many jobs of each rule a dry run lists."""
+        output = self.snakemake("-n", *targets).stdout
+        table = re.search(r"job\s+count\n[-\s]+\n(.*?)\ntotal", output, re.S)
+        if not table:
+            assert "Nothing to be done" in output, output
+            return Counter()
+        return Counter({name: int(count) for name, count in (line.split() for line in table[1].splitlines())})
+
+    def edit(self, file: str, change: Any) -> None:
+        """Load a YAML file, let ``change`` alter it, write it back."""
+        path = self.root / file
+        content = yaml.safe_load(path.read_text())
+        change(content)
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def copy(self, target: Path) -> Project:
+        """The same state of affairs elsewhere, time stamps and Snakemake's memory included."""
+        shutil.copytree(self.root, target, symlinks=True)
+        return Project(target)
+
+
+def shrink(project: Project) -> None:
+    """Cut the demo down to a few records and steps."""
+
+    def small_recipe(recipe: dict[str, Any]) -> None:
+        for stage in recipe["stages"].values():
+            stage |= {"max_steps": 3, "batch_size": 8}
+        recipe["hardware"]["checkpoint_every"] = 1
+
+    def small_data(catalogue: dict[str, Any]) -> None:
+        catalogue["shapes-captions"]["options"] = {"records": 24}
+        catalogue["shapes-conversations"]["options"] = {"records": 24}
+        catalogue["digits"]["options"] = {"records": 8}
+        catalogue["shapes-mmbench"]["options"] = {"questions": 6}
+
+    def small_backbones(catalogue: dict[str, Any]) -> None:
+        catalogue["clip-tiny"]["options"] = {"hidden_size": 32, "layers": 2, "training_steps": 2}
+        catalogue["qwen2-tiny"]["options"] = {"hidden_size": 32, "layers": 2}
+
+    project.edit("config/recipes/demo.yaml", small_recipe)
+    project.edit("config/datasets.yaml", small_data)
+    project.edit("config/backbones.yaml", small_backbones)
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The shrunken project before anything ran. Not to be changed: copy it."""
+    root = tmp_path_factory.mktemp("fresh") / "project"
+    root.mkdir()
+    for part in PARTS:
+        source = REPOSITORY / part
+        if source.is_symlink():
+            (root / part).symlink_to(os.readlink(source))
+        elif source.is_dir():
+            shutil.copytree(source, root / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy2(source, root / part)
+    project = Project(root)
+    shrink(project)
+    return project
+
+
+@pytest.fixture(scope="session")
+def finished(fresh: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The shrunken project after the whole demo ran. Not to be changed: copy it."""
+    project = fresh.copy(tmp_path_factory.mktemp("finished") / "project")
+    project.snakemake("results/mmbench.json", "all")
+    return project
+
+
+@pytest.fixture
+def project(finished: Project, tmp_path: Path) -> Project:
+    """A finished project of the test's own."""
+    return finished.copy(tmp_path / "project")
