@@ -282,7 +282,7 @@ class Benchmark(abc.ABC):
         references: Sequence[Record],
         answers: Sequence[Record],
         protocol: str = "",
-        judgements: Mapping[str, Record] | None = None,
+        judgements: Sequence[Record] | None = None,
     ) -> Score:
         """Score answers against references.
 
@@ -304,11 +304,11 @@ class Benchmark(abc.ABC):
         self,
         references: Sequence[Record],
         answers: Sequence[Record],
-        judgements: Mapping[str, Record] | None = None,
+        judgements: Sequence[Record] | None = None,
     ) -> list[Pair]:
         """Every reference with its answer, in the order of the references.
 
-        ``judgements`` are the judge's records by question id.
+        ``judgements`` are the judge's records; of several about one question the last one counts.
         Raises DataError for references or answers given twice and for answers that belong to no question.
         """
         if not references:
@@ -317,7 +317,7 @@ class Benchmark(abc.ABC):
         found: dict[int, Record] = {}
         unknown, twice = [], []
         for answer in answers:
-            place = next((index[k] for k in self.answer_keys(answer) if index.get(k, -1) >= 0), None)
+            place = self._place(answer, index)
             if place is None:
                 unknown.append(answer["question_id"])
             elif place in found:
@@ -333,11 +333,21 @@ class Benchmark(abc.ABC):
             raise DataError(f"{self.name}: answers to questions that do not exist: {_some(unknown)}")
         if twice:
             raise DataError(f"{self.name}: more than one answer to: {_some(twice)}; keep one of each")
-        replies = judgements or {}
+        judged = {}
+        for record in judgements or ():
+            place = self._place(record, index)
+            if place is None:
+                raise DataError(
+                    f"{self.name}: the judge's replies hold an unknown question: {record['question_id']}"
+                )
+            judged[place] = record
         return [
-            Pair(reference, found.get(place), replies.get(self.judgement_key(reference)))
-            for place, reference in enumerate(references)
+            Pair(reference, found.get(place), judged.get(place)) for place, reference in enumerate(references)
         ]
+
+    def _place(self, answer: Record, index: Mapping[tuple[str, ...], int]) -> int | None:
+        """Where the reference of an answer stands."""
+        return next((index[k] for k in self.answer_keys(answer) if index.get(k, -1) >= 0), None)
 
     def judge_request(self, pair: Pair) -> JudgeRequest | None:
         """What to ask the judge about an answer; None where the rule decides without one."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import sha256, write_json
-from mmpipe.benchmarks.base import Benchmark, Record, Score, get, key, records_of
+from mmpipe.benchmarks.base import Benchmark, Record, Score, get, records_of
 from mmpipe.benchmarks.records import read_answers, read_document, write_records
 
 
@@ -60,13 +60,12 @@ def convert_files(benchmark: str, references: Sequence[Path], answers: Sequence[
     return {"benchmark": benchmark, "out": str(out), "n": len(pairs), "missing": missing, **report}
 
 
-def read_judgements(path: Path) -> dict[str, Record]:
-    """The judge's records by question id, from JSON lines with ``question_id`` and ``reply``.
+def read_judgements(path: Path) -> list[Record]:
+    """The judge's records from JSON lines with ``question_id`` and ``reply``.
 
-    Of several about one question the last one counts. Raises DataError for a record without these fields.
+    Raises DataError for a record without these fields.
     """
-    records = records_of([read_document(path)], ("question_id", "reply"))
-    return {key(record["question_id"]): record for record in records}
+    return records_of([read_document(path)], ("question_id", "reply"))
 
 
 def _score(

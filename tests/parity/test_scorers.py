@@ -1,0 +1,286 @@
+"""Every scorer against numbers that public code gave for the same synthetic replies (fixtures/vectors/benchmarks)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmpipe.benchmarks.base import Document, Score, get
+
+VECTORS = Path(__file__).parent.parent / "fixtures" / "vectors" / "benchmarks"
+
+# benchmark -> the protocol that repeats each recorded run; "" is the benchmark's own scorer
+RUNS = {
+    "ai2d": {"": "", "vlmevalkit_exact_matching": "vlmevalkit"},
+    "chartqa": {"": "", "qwen_vl_swapped_arguments": "qwen"},
+    "gqa": {"": ""},
+    "hallusionbench": {"": "", "lmms_eval_intern_rule": "intern"},
+    "mathvista": {
+        "": "",
+        "lmms_eval_0.7.2_precision_as_float": "libmoe",
+        "lmms_eval_0.7.2_precision_int": "lmms",
+        "vlmevalkit_prefetch_only": "vlmevalkit",
+    },
+    "mmbench": {"": "", "lmms_eval_0.7.2_static": "lmms"},
+    "mme": {"": "", "lmms_eval_0.7.2": "lmms"},
+    "mmhal": {"": ""},
+    "mmmu": {"": ""},
+    "mmstar": {"": "", "lmms_eval_0.7.2": "lmms", "libmoe_vendored_lmms_eval": "libmoe"},
+    "objhal": {"": ""},
+    "pope": {"": "", "lmms_eval": "lmms"},
+    "scienceqa": {"": "", "lmms_eval_0.7.2": "lmms", "libmoe_vendored_lmms_eval": "libmoe"},
+    "textvqa": {"": "", "lmms_eval_0.7.2": "lmms", "official_vqa_scorer": "vqa"},
+    "vizwiz": {"": "", "vizwiz_api_on_raw_text": "raw", "lmms_eval_0.7.2": "lmms", "m4c_both_sides": "m4c"},
+    "vqav2": {"": "", "official_on_raw_text": "raw", "lmms_eval": "lmms"},
+}
+# what a run recorded besides metrics
+NOT_METRICS = {"printed_line", "n"}
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((VECTORS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def references(name: str, vector: dict[str, Any]) -> list[dict[str, Any]]:
+    content = vector["references"]
+    if "synonyms" in vector:
+        content = {"questions": content, "synonyms": vector["synonyms"]}
+    return get(name).parse_references([Document(f"{name}.json", content)])
+
+
+def assert_close(expected: Any, found: Any, where: str) -> None:
+    if isinstance(expected, dict):
+        for name, value in expected.items():
+            if name not in NOT_METRICS:
+                assert name in found, f"{where}/{name}"
+                assert_close(value, found[name], f"{where}/{name}")
+    elif isinstance(expected, str):
+        assert found == expected, where
+    else:
+        assert found == pytest.approx(expected, abs=1e-6), where
+
+
+def verdict(item: dict[str, Any]) -> float | None:
+    """A recorded item as a score between 0 and 1; None where the run recorded no verdict."""
+    if "accuracy_percent" in item:
+        return item["accuracy_percent"] / 100
+    value = item.get("correct", item.get("score"))
+    return None if value is None else float(value)
+
+
+@pytest.mark.parametrize(("name", "variant"), [(name, run) for name, runs in RUNS.items() for run in runs])
+def test_scorer_repeats_the_public_code(name, variant):
+    vector = load(name)
+    expected = vector["expected"]
+    if variant:
+        expected = next(v["expected"] for v in vector["expected_variants"] if v["name"] == variant)
+    asked = references(name, vector)
+    if name == "scienceqa" and variant:  # these runs never saw the question that has no answer
+        asked = [r for r in asked if r["question_id"] in {a["question_id"] for a in vector["answers"]}]
+    score = get(name).score(asked, vector["answers"], RUNS[name][variant], vector.get("judge_replies"))
+    assert_close(expected["metrics"], score.metrics, name)
+    items = expected.get("per_item", [])
+    if items and name not in ("mmhal", "objhal"):
+        assert len(items) == len(score.items)
+        for recorded, item in zip(items, score.items, strict=True):
+            wanted = verdict(recorded)
+            assert wanted is None or item.score == pytest.approx(wanted, abs=1e-4), recorded
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_references_survive_being_written_and_read(name):
+    once = references(name, load(name))
+    again = get(name).parse_references([Document("references.jsonl", json.loads(json.dumps(once)))])
+    assert again == once
+
+
+def test_mmhal_ratings():
+    vector = load("mmhal")
+    score = get("mmhal").score(references("mmhal", vector), vector["answers"], "", vector["judge_replies"])
+    assert [i.facts["rating"] for i in score.items] == [i["score"] for i in vector["expected"]["per_item"]]
+
+
+def objhal(**changes: Any) -> tuple[dict[str, Any], Score]:
+    vector = load("objhal")
+    replies = [{**reply, **changes} for reply in vector["judge_replies"]]
+    return vector, get("objhal").score(references("objhal", vector), vector["answers"], "", replies)
+
+
+def test_objhal_mentions():
+    vector, score = objhal()
+    for recorded, item in zip(vector["expected"]["per_item"], score.items, strict=True):
+        assert item.facts["coco_mentions"] == recorded["coco_mentions"]
+        assert item.facts["hallucinated"] == recorded["hallucinated"]
+        assert item.facts["hallucinated_response"] == recorded["hallucinated_response"]
+
+
+def test_objhal_rules_find_the_lemmas_that_spacy_finds():
+    vector, score = objhal(extracted_objects=None)
+    assert_close(vector["expected"]["metrics"], score.metrics, "objhal")
+
+
+def test_objhal_object_lists():
+    from mmpipe.benchmarks.objhal import listed_objects
+
+    for item in load("objhal")["parse_object_list_items"]:
+        parsed = item.get("parsed")
+        names = isinstance(parsed, list) and all(isinstance(name, str) for name in parsed)
+        assert listed_objects(item["reply"]) == (parsed if names else None), item
+
+
+def test_objhal_two_word_objects():
+    from mmpipe.benchmarks.objhal import Words, double_words
+
+    vector = load("objhal")
+    words = Words({**vector["synonyms"], "cell phone": "cell phone"})
+    for item in vector["double_word_items"]:
+        assert double_words(item["tokens"], words.pairs) == item["double_words"], item
+
+
+def test_chair_counts_every_mention():
+    """LLaVA-MoD's counting keeps repeated words; ours takes lists as they are given."""
+    vector = load("_llava_mod_chair")
+    synonyms = {"man": "person", "puppy": "dog", "kitten": "cat", "sofa": "couch", "bicycle": "bicycle"}
+    synonyms |= {"car": "car", "truck": "truck"}
+    captions = vector["inputs"]["captions"]
+    asked = [
+        {"image_id": c["image_id"], "gt_objects": vector["inputs"]["gt_objects"][str(c["image_id"])]}
+        for c in captions
+    ]
+    score = get("objhal").score(
+        get("objhal").parse_references([Document("x", {"questions": asked, "synonyms": synonyms})]),
+        [{"question_id": i, "text": c["caption"]} for i, c in enumerate(captions)],
+        "",
+        [{"question_id": i, "reply": "", "extracted_objects": c["objs"]} for i, c in enumerate(captions)],
+    )
+    expected = vector["expected"]["overall"]
+    assert score.metrics["CHAIRs_refine"] == pytest.approx(expected["CHAIRs_refine"])
+    assert score.metrics["CHAIRi"] == pytest.approx(expected["CHAIRi"])
+    assert score.metrics["object_recall"] == pytest.approx(expected["obj_rec"])
+    assert score.metrics["coco_word_count"] == expected["coco_word_count"]
+
+
+def test_option_extraction():
+    from mmpipe.benchmarks.choices import infer_option, infer_option_lmms
+
+    for item in load("mmbench")["option_extraction_items"]:
+        assert infer_option(item["text"], item["choices"]) == item["vlmevalkit_can_infer"], item
+        assert infer_option_lmms(item["text"], item["choices"]) == item["lmms_eval_can_infer"], item
+
+
+def test_answer_normaliser():
+    from mmpipe.benchmarks.text import evalai_normal
+
+    rows = load("_llava_scorers")["answer_processor"]
+    rows += load("_llava_mod_scorers")["expected"]["evalai_answer_processor"].items()
+    for text, normal in rows:
+        assert evalai_normal(text) == normal, text
+
+
+def test_soft_accuracy():
+    from mmpipe.benchmarks.text import evalai_normal, soft_accuracy
+
+    for case in load("_llava_scorers")["textvqa_soft"]:
+        if "score" in case and len(case["gt"]) == 10:
+            gold = [evalai_normal(text) for text in case["gt"]]
+            assert soft_accuracy(evalai_normal(case["pred"]), gold) == pytest.approx(case["score"])
+
+
+def test_question_of_a_textvqa_prompt():
+    from mmpipe.benchmarks.textvqa import question_of_prompt
+
+    rows = [*load("_llava_scorers")["textvqa_prompt_processor"]]
+    rows += load("_llava_mod_scorers")["expected"]["textvqa_prompt_processor"].items()
+    for prompt, question in rows:
+        wanted = None if str(question).endswith("Error") else question
+        assert question_of_prompt(prompt) == wanted, prompt
+
+
+def test_pope_words():
+    from mmpipe.benchmarks.yesno import llava_pope
+
+    for reply, label in load("_llava_scorers")["pope_text_to_label"]:
+        assert llava_pope(reply) == label, reply
+
+
+def test_mme_first_four_characters():
+    from mmpipe.benchmarks.yesno import first_four
+
+    for reply, label in load("_llava_scorers")["mme_calculation"]["parse"].items():
+        assert first_four(reply.rstrip("\n")) == label, reply
+
+
+def test_scienceqa_result_file(tmp_path):
+    vector = load("_llava_scorers")["sqa"]
+    task = get("scienceqa")
+    asked = task.parse_references(
+        [
+            Document("problems.json", vector["problems"]),
+            Document("splits", {"test": list(vector["problems"])}),
+        ]
+    )
+    task.convert(task.pair(asked, vector["predictions"]), tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text()) == vector["output_result"]
+
+
+SUBMISSIONS = {
+    "vizwiz": lambda vector: vector["submission"],
+    "vqav2": lambda vector: vector["submission"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(SUBMISSIONS))
+def test_submission_list(name, tmp_path):
+    vector, task = load(name), get(name)
+    task.convert(task.pair(references(name, vector), vector["answers"]), tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == SUBMISSIONS[name](vector)
+
+
+def test_mmbench_submission_sheet(tmp_path):
+    from openpyxl import load_workbook
+
+    vector, task = load("mmbench"), get("mmbench")
+    task.convert(task.pair(references("mmbench", vector), vector["answers"]), tmp_path / "out.xlsx")
+    header, *rows = load_workbook(tmp_path / "out.xlsx")["Sheet1"].iter_rows(values_only=True)
+    assert list(header) == vector["expected"]["submission_columns"]
+    assert [dict(zip(header, row, strict=True)) for row in rows] == [
+        {**row, "prediction": row["prediction"] or None} for row in vector["expected"]["submission_rows"]
+    ]
+
+
+def test_mme_files_of_the_official_tool():
+    from mmpipe.benchmarks.mme import eval_tool_files
+
+    vector, task = load("mme"), get("mme")
+    pairs = task.pair(references("mme", vector), vector["answers"])
+    assert eval_tool_files(pairs) == vector["expected"]["eval_tool_files"]
+
+
+def test_prompts():
+    """The prompt layouts that lmms-eval and MMMU use, text for text."""
+    from mmpipe.benchmarks import mathvista, mmbench, mmmu, scienceqa, textvqa
+
+    layouts = {"format-prompt": "format"}
+    makers = {
+        ("mathvista", ""): lambda doc, v: mathvista.prompt(doc, layouts.get(v, v)),
+        ("mmmu", "mmmu_val"): lambda doc, v: mmmu._prompt(doc, "lmms")[0].replace("<image>", "<image 1>"),
+        ("mmmu", "official llava1.5 config"): lambda doc, v: mmmu._prompt(doc, "llava")[0].replace(
+            "<image>", "<image 1>"
+        ),
+        ("mmbench", ""): lambda doc, v: mmbench._prompt(
+            "lmms", doc["question"], doc["hint"].replace("nan", ""), mmbench._options(doc)
+        )[0],
+        ("scienceqa", ""): lambda doc, v: scienceqa._prompt(doc, "lmms"),
+        ("textvqa", ""): lambda doc, v: textvqa._prompt(doc, "lmms") if v == "ocr=False" else None,
+    }
+    seen = 0
+    for item in load("_prompts")["items"]:
+        maker = makers.get((item["benchmark"], item["task"])) or makers.get((item["benchmark"], ""))
+        text = maker(item["doc"], item["variant"]) if maker else None
+        if text is not None:
+            assert text == item["prompt"], item["benchmark"]
+            seen += 1
+    assert seen >= 24
