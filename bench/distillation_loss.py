@@ -1,15 +1,17 @@
 """Memory and time of the distillation loss: ours, chunked over response positions, against the naive style.
 
-Naive is how LLaVA-MoD computes it: both heads on all positions, float32 softmax and log-softmax, their product, a mask for
-infinite entries, then the mask of the response. Both variants run forward and backward from the same hidden states.
+Naive is how LLaVA-MoD computes it: both heads on all positions, float32 softmax and log-softmax, their
+product, a mask for infinite entries, then the mask of the response. Both variants run forward and backward
+from the same hidden states.
 
-    python bench/distillation_loss.py                # the target: 2048 positions, a quarter supervised, V = 151,936
-    python bench/distillation_loss.py --quick        # 256 positions, V = 20,000
-    python bench/distillation_loss.py --dtype bfloat16
+    python bench/distillation_loss.py                # the target: 2048 positions, a quarter supervised, V =
+    151,936 python bench/distillation_loss.py --quick        # 256 positions, V = 20,000 python
+    bench/distillation_loss.py --dtype bfloat16
 
-Peak memory is the high-water mark of the resident set above its level before the pass, in a fresh process for each
-variant (Linux; on a GPU: the allocator's). The gradients of hidden states and head are part of it.
-Time is the median of interleaved repetitions.
+Peak memory is the high-water mark of the resident set above its level before the pass, in a fresh process for
+each variant (Linux; on a GPU: the allocator's). The gradients of hidden states and head are part of it. Time
+is the median of interleaved repetitions; on a CPU it is processor time, which other work on the machine
+changes least.
 """
 
 from __future__ import annotations
@@ -88,11 +90,12 @@ def run(name: str, given: dict[str, Tensor]) -> float:
     """Seconds of one forward and backward pass."""
     for tensor in given.values():
         tensor.grad = None
-    start = time.perf_counter()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    start = clock()
     VARIANTS[name](given).backward()
     if given["labels_BL"].is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak(name: str, options: argparse.Namespace) -> float:
