@@ -14,9 +14,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from mmpipe.errors import ArtifactError
 from mmpipe.models.export import load_checkpoint, save_checkpoint
+from mmpipe.models.gate import gate, reference
 from mmpipe.models.moe.collect import collect_losses, moe_layers
 from mmpipe.models.moe.layer import MoELayer
+from mmpipe.models.moe.registered import SparseLlava
 from mmpipe.models.moe.spec import MoESettings
+from mmpipe.models.moe.stock import why_not_stock
 from mmpipe.models.moe.upcycle import logits, upcycle
 
 
@@ -124,11 +127,31 @@ def test_sliding_windows_and_scaled_rope_are_carried_over(tmp_path: Path) -> Non
         ({"residual": True}, "mixes its experts with a dense network"),
     ],
 )
-def test_what_no_stock_class_computes(settings: dict, message: str, tmp_path: Path) -> None:
-    model = upcycle(llava(), MoESettings(**settings))
-    with pytest.raises(ArtifactError, match=message):
-        save_checkpoint(model, processor(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_what_no_stock_class_computes_is_a_class_of_ours(
+    settings: dict, message: str, tmp_path: Path
+) -> None:
+    model = trained("qwen2", **settings)
+    assert message in (why_not_stock(model) or "")
+    save_checkpoint(model, processor(), tmp_path / "a")
+    again, its_processor = load_checkpoint(tmp_path / "a")
+    assert type(again) is SparseLlava
+    for (name, tensor), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    if "residual" in settings:
+        torch.testing.assert_close(logits(again, batch()), logits(model, batch()), atol=1e-5, rtol=1e-5)
+    auto = AutoModelForImageTextToText.from_pretrained(tmp_path / "a")
+    assert type(auto) is SparseLlava
+
+    save_checkpoint(again, its_processor, tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_plain_transformers_refuses_what_it_cannot_compute(tmp_path: Path) -> None:
+    model = trained("qwen2", residual=True)
+    save_checkpoint(model, processor(), tmp_path)
+    with pytest.raises(ArtifactError, match="mmpipe_llava"):
+        gate(tmp_path, reference(model, [batch(rows=1, padded=0)], max_new_tokens=1))
 
 
 def test_attention_without_a_counterpart_is_refused(tmp_path: Path) -> None:

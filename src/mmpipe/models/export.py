@@ -22,14 +22,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from mmpipe.errors import ArtifactError
 from mmpipe.models.moe import stock
+from mmpipe.models.moe.registered import SparseLlava, SparseLlavaConfig
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
+    from transformers import LlavaProcessor, PreTrainedConfig
 
 WEIGHTS = "model.safetensors"
+_STOCK, _OURS = LlavaConfig.model_type, SparseLlavaConfig.model_type
+_CLASSES = {_STOCK: LlavaForConditionalGeneration, _OURS: SparseLlava}
 
 # Towers whose version 4 classes hold their body in an attribute ``vision_model``; none written since does.
 _NESTED_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
@@ -38,17 +42,20 @@ _NESTED_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
 def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
     """Write model and processor into the directory ``out`` in the layout described above.
 
+    A sparse model is written as a stock one when there is a class for it, and under the model type
+    ``mmpipe_llava`` otherwise (see :mod:`mmpipe.models.moe.registered`;
+    :func:`mmpipe.models.moe.stock.why_not_stock` gives the reason).
+
     The same weights and configuration give the same bytes. The caller publishes the directory (see
     :func:`mmpipe.artifacts.files.staged_directory`).
     """
-    problem = stock.why_not_stock(model)
-    if problem:
-        raise ArtifactError(f"this model cannot be written as a stock checkpoint: {problem}")
-    text = stock.text_config(model) if stock.sparse_layers(model) else model.config.get_text_config()
+    is_sparse, is_stock = bool(stock.sparse_layers(model)), stock.why_not_stock(model) is None
+    text = stock.text_config(model) if is_sparse and is_stock else model.config.get_text_config()
     out.mkdir(parents=True, exist_ok=True)
-    _write_config(model, text, out)
+    _write_config(model, text, out, is_stock)
     _write_processor(processor, out)
-    save_file(_disk_tensors(model), out / WEIGHTS, metadata={"format": "pt"})
+    named = dict(stock.tensors(model) if is_sparse and is_stock else model.state_dict())
+    save_file(_disk_tensors(model, named, is_stock), out / WEIGHTS, metadata={"format": "pt"})
     _apply_umask(out)
 
 
@@ -62,11 +69,10 @@ def load_checkpoint(
     Raises ArtifactError when the directory is not a LLaVA checkpoint, or naming the tensors on which its
     configuration and its weights do not agree.
     """
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoProcessor
 
     path = Path(path)
-    _require_llava(path)
-    load: Any = LlavaForConditionalGeneration.from_pretrained
+    load: Any = _model_class(path).from_pretrained
     try:
         model, info = load(
             path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
@@ -78,13 +84,14 @@ def load_checkpoint(
     return stock.adopt(model).eval(), processor
 
 
-def _disk_tensors(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+def _disk_tensors(
+    model: LlavaForConditionalGeneration, state: dict[str, torch.Tensor], is_stock: bool
+) -> dict[str, torch.Tensor]:
     """The tensors to write by their names on disk, sorted; a tied output head is left out."""
-    state = dict(stock.tensors(model)) if stock.sparse_layers(model) else model.state_dict()
     if model.config.get_text_config().tie_word_embeddings:
         state.pop("lm_head.weight")
     nested = model.model.vision_tower.config.model_type in _NESTED_TOWERS
-    named = {disk_name(name, nested): tensor for name, tensor in state.items()}
+    named = {disk_name(name, nested) if is_stock else name: tensor for name, tensor in state.items()}
     return {name: named[name].detach().to("cpu", copy=True).contiguous() for name in sorted(named)}
 
 
@@ -106,9 +113,12 @@ def disk_name(name: str, nested_tower: bool) -> str:
     return f"{part}.{rest}"
 
 
-def _write_config(model: LlavaForConditionalGeneration, text: PreTrainedConfig, out: Path) -> None:
+def _write_config(
+    model: LlavaForConditionalGeneration, text: PreTrainedConfig, out: Path, is_stock: bool
+) -> None:
     config = model.config.to_diff_dict()
-    config["architectures"] = [type(model).__name__]
+    config["model_type"] = _STOCK if is_stock else _OURS
+    config["architectures"] = [_CLASSES[config["model_type"]].__name__]
     config["text_config"] = _text_config(text)
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -176,7 +186,8 @@ def _apply_umask(out: Path) -> None:
             file.chmod(0o666 & ~umask)
 
 
-def _require_llava(path: Path) -> None:
+def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:
+    """The class of a checkpoint directory; ArtifactError when it is none of ours."""
     for name in ("config.json", WEIGHTS):
         if not (path / name).is_file() and not (path / f"{name}.index.json").is_file():
             raise ArtifactError(f"{path}: not a checkpoint: {name} is missing")
@@ -184,8 +195,9 @@ def _require_llava(path: Path) -> None:
         kind = _read_json(path / "config.json").get("model_type")
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{path}/config.json is not JSON: {error}") from error
-    if kind != "llava":
-        raise ArtifactError(f"{path}: holds a '{kind}' model, expected a 'llava' one")
+    if kind not in _CLASSES:
+        raise ArtifactError(f"{path}: holds a '{kind}' model, expected one of {sorted(_CLASSES)}")
+    return _CLASSES[kind]
 
 
 def _require_complete(path: Path, info: dict[str, Any]) -> None:

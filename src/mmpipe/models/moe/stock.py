@@ -176,7 +176,7 @@ def adopt(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration
     """
     text = model.model.language_model
     blocks = {i: layer.mlp for i, layer in enumerate(text.layers) if hasattr(layer.mlp, "experts")}
-    if not blocks:
+    if not blocks or sparse_layers(model):
         return model
     noted = getattr(model.config, "mmpipe", {}).get("moe")
     problem = next(filter(None, (_why_not_ours(block, text.config) for block in blocks.values())), None)

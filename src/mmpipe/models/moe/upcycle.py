@@ -45,7 +45,7 @@ def upcycle(
         for index in layer_indices(settings.placement, len(text.layers)):
             layer = text.layers[index]
             generator = layer_generator(seed, index)
-            layer.mlp = _sparse(layer.mlp, text.config.hidden_act, settings, index, generator)
+            layer.mlp = _sparse(layer.mlp, text.config.hidden_act, settings, f"layer {index}", generator)
     install(model, settings)
     return model
 
@@ -107,19 +107,26 @@ def _top_1(model: nn.Module) -> bool:
     return any(isinstance(module, MoELayer) and module.router.top_k == 1 for module in model.modules())
 
 
+def empty_layer(dense: nn.Module, activation: str, settings: MoESettings, where: str) -> MoELayer:
+    """A MoE layer of the size, dtype and device of a dense network; nothing in it has a value yet."""
+    gate_up_FD, down_DF = swiglu_weights(dense, where)
+    width, inner = down_DF.shape
+    experts = SwiGLUExperts(ExpertsConfig(settings.experts, width, inner, activation))
+    layer = MoELayer(experts, build(settings, width), settings, dense if settings.residual else None)
+    return layer.to(device=gate_up_FD.device, dtype=gate_up_FD.dtype).train(dense.training)
+
+
 def _sparse(
-    dense: nn.Module, activation: str, settings: MoESettings, index: int, generator: torch.Generator
+    dense: nn.Module, activation: str, settings: MoESettings, where: str, generator: torch.Generator
 ) -> MoELayer:
-    gate_up_FD, down_DF = swiglu_weights(dense, f"layer {index}")
-    experts = empty_experts(down_DF.shape, activation, settings)
-    router = build(settings, down_DF.shape[0])
-    layer = MoELayer(experts, router, settings, copy.deepcopy(dense) if settings.residual else None)
-    layer.to(device=down_DF.device, dtype=down_DF.dtype)
+    layer = empty_layer(dense, activation, settings, where)
+    gate_up_FD, down_DF = swiglu_weights(dense, where)
+    experts: Any = layer.experts
     with torch.no_grad():
         experts.gate_up_proj.copy_(gate_up_FD.expand_as(experts.gate_up_proj))
         experts.down_proj.copy_(down_DF.expand_as(experts.down_proj))
         _draw(layer, generator)
-    return layer.train(dense.training)
+    return layer
 
 
 def _draw(layer: MoELayer, generator: torch.Generator) -> None:
@@ -131,12 +138,6 @@ def _draw(layer: MoELayer, generator: torch.Generator) -> None:
         bound = layer.router.width**-0.5
         for parameter in layer.mixture.parameters():
             parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-
-
-def empty_experts(down_shape: torch.Size, activation: str, settings: MoESettings) -> SwiGLUExperts:
-    """Experts for a dense network whose down projection has this shape."""
-    width, inner = down_shape
-    return SwiGLUExperts(ExpertsConfig(settings.experts, width, inner, activation))
 
 
 def swiglu_weights(mlp: nn.Module, where: str) -> tuple[Tensor, Tensor]:
