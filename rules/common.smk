@@ -71,6 +71,22 @@ def checkpoint_inputs(wildcards):
     return {"checkpoint": str(manifest), "weights": ancient(str(manifest.parent / stage.weights))}
 
 
+def asked_annotation(wildcards):
+    """The annotation a stage asked for."""
+    return PLAN.annotations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
+
+
+def annotation_inputs(wildcards):
+    """The checkpoint that annotates and the mixture it reads."""
+    stage = PLAN.checkpoint(wildcards.annotator)
+    manifest = stage.manifest(out(wildcards))
+    return {
+        "checkpoint": str(manifest),
+        "weights": ancient(str(manifest.parent / stage.weights)),
+        "mixture": f"resources/mixtures/{wildcards.mixture}/manifest.json",
+    }
+
+
 def resources_of(hardware):
     """The resources of a job. ``hardware(wildcards)`` tells what it needs; keys that do not apply vanish."""
     gres = PLAN.config.gpu_request == "gres"

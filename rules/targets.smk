@@ -3,6 +3,8 @@ localrules:
     all,
     pretrained,
     finetuned,
+    distilled,
+    preferred,
     answers,
     scores,
     submissions,
@@ -15,9 +17,10 @@ def trained(kind):
 
 
 rule all:
-    """Everything: comparisons, submissions, and what the report shows."""
+    """Everything: checkpoints, comparisons, submissions, and what the report shows."""
     default_target: True
     input:
+        [str(stage.manifest()) for stage in PLAN.chosen_stages()],
         [f"results/{benchmark}.json" for benchmark in PLAN.chosen_benchmarks],
         PLAN.submissions(),
         PLAN.report_items(),
@@ -33,6 +36,19 @@ rule finetuned:
     """Fine-tuned models."""
     input:
         trained("finetune"),
+
+
+rule distilled:
+    """Students distilled from a teacher, dense and sparse."""
+    input:
+        trained("distill_dense"),
+        trained("distill_sparse"),
+
+
+rule preferred:
+    """Preference-tuned models."""
+    input:
+        trained("prefer"),
 
 
 rule answers:

@@ -30,3 +30,51 @@ use rule pretrain as finetune with:
         history="results/{smoke}{recipe}/{stage}/report/history.jsonl",
     wildcard_constraints:
         stage=stages_of("finetune"),
+
+
+use rule finetune as distill_dense with:
+    wildcard_constraints:
+        stage=stages_of("distill_dense"),
+
+
+use rule finetune as distill_sparse with:
+    wildcard_constraints:
+        stage=stages_of("distill_sparse"),
+
+
+use rule finetune as prefer with:
+    wildcard_constraints:
+        stage=stages_of("prefer"),
+
+
+use rule pretrain as upcycle with:
+    output:
+        weights="results/{smoke}{recipe}/{stage}/model/model.safetensors",
+        manifest="results/{smoke}{recipe}/{stage}/model/manifest.json",
+    wildcard_constraints:
+        stage=stages_of("upcycle"),
+    message:
+        "Up-cycling {wildcards.recipe}: {wildcards.stage}"
+
+
+# What a teacher or a reference model says about a mixture, written down once for any number of students.
+rule annotate:
+    input:
+        unpack(annotation_inputs),
+    output:
+        rows="resources/{smoke}teacher/{annotator}/{mixture}/{key}/annotations.arrow",
+        manifest="resources/{smoke}teacher/{annotator}/{mixture}/{key}/manifest.json",
+    log:
+        "logs/{smoke}teacher/{annotator}/{mixture}-{key}.log",
+    wildcard_constraints:
+        annotator=r"[^/]+@[a-z0-9_]+",
+        key="[0-9a-f]{12}",
+    threads: lambda wildcards: PLAN.checkpoint(wildcards.annotator).answering.cpus
+    resources:
+        **resources_of(lambda wildcards: PLAN.checkpoint(wildcards.annotator).answering),
+    params:
+        spec=lambda wildcards: PLAN.annotation_spec(asked_annotation(wildcards)),
+    message:
+        "{wildcards.annotator} writes down what it says about {wildcards.mixture}"
+    script:
+        "../workflow/scripts/annotate.py"

@@ -7,6 +7,7 @@ that can be wrong in the configuration is found here, before any job starts.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from mmpipe.errors import ConfigError, did_you_mean
 from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 from mmpipe.stages import stage_kinds
-from mmpipe.stages.base import Hardware, Stage, StageJob, VisionLanguage
+from mmpipe.stages.base import Annotation, Hardware, Stage, StageJob, VisionLanguage
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _RESERVED = {"smoke", "eval", "submit", "report", "leaderboard"}
@@ -244,7 +245,7 @@ class Plan:
 
     def _check_references(self) -> None:
         for stage in self.stages():
-            for role, reference in stage.settings.references().items():
+            for role, reference in _all_references(stage.settings).items():
                 other = self.checkpoint(reference, f"{stage.where}: stages.{stage.name}.{role}")
                 self._check_no_circle(stage, other, role)
         self.chosen_recipes  # noqa: B018 - an unknown name in the configuration is found here
@@ -259,7 +260,7 @@ class Plan:
             seen.add(current.id)
             if current.id == stage.id:
                 raise ConfigError(f"{stage.where}: stages.{stage.name}.{role} depends on this stage itself")
-            needed = [self.checkpoint(name, "") for name in current.settings.references().values()]
+            needed = [self.checkpoint(name, "") for name in _all_references(current.settings).values()]
             waiting += [*needed, *([current.parent] if current.parent else [])]
 
     # --- what the rules ask ---------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ class Plan:
             "parent": stage.parent.id if stage.parent else None,
             "model": stage.vision_language.model_dump(mode="json", exclude_defaults=True),
         }
-        references = {role: self.checkpoint(ref).id for role, ref in stage.settings.references().items()}
+        references = {role: self.checkpoint(ref).id for role, ref in _all_references(stage.settings).items()}
         if references:
             content["references"] = references
         return canonical_json(content)
@@ -347,7 +348,38 @@ class Plan:
             inputs["mixture"] = Path("resources/mixtures", mixture, "manifest.json")
         for role, reference in stage.settings.references().items():
             inputs[role] = self.checkpoint(reference).manifest(out)
+        for role, annotation in stage.settings.annotations().items():
+            inputs[f"{role}_annotations"] = self.annotation_directory(annotation, out) / "manifest.json"
         return inputs
+
+    # --- annotations -----------------------------------------------------------------------------------------------
+
+    def annotation_spec(self, annotation: Annotation) -> str:
+        """What determines annotations, the manifests of checkpoint and mixture apart."""
+        return canonical_json(
+            {
+                "checkpoint": self.checkpoint(annotation.checkpoint).id,
+                "mixture": annotation.mixture,
+                "settings": dict(annotation.settings),
+            }
+        )
+
+    def annotation_directory(self, annotation: Annotation, out: str = "results") -> Path:
+        """Where annotations are published; students that ask for the same share them."""
+        key = hashlib.sha256(self.annotation_spec(annotation).encode()).hexdigest()[:12]
+        return Path(
+            _resources(out), "teacher", self.checkpoint(annotation.checkpoint).id, annotation.mixture, key
+        )
+
+    @cached_property
+    def annotations(self) -> dict[str, Annotation]:
+        """Every annotation some stage asks for, by ``checkpoint/mixture/key``."""
+        root = Path("resources/teacher")
+        return {
+            self.annotation_directory(annotation).relative_to(root).as_posix(): annotation
+            for stage in self.stages()
+            for annotation in stage.settings.annotations().values()
+        }
 
     # --- data ------------------------------------------------------------------------------------------------------
 
@@ -459,6 +491,7 @@ class Plan:
             backbones={role: inputs[role].parent for role in ("vision", "language")},
             parent=inputs["parent"].parent if "parent" in inputs else None,
             references={role: inputs[role].parent for role in stage.settings.references()},
+            annotations={role: inputs[f"{role}_annotations"].parent for role in stage.settings.annotations()},
             mixture=inputs["mixture"].parent if "mixture" in inputs else None,
             manifests=tuple(inputs.values()),
             max_steps=self.config.smoke.max_steps if out.endswith("/smoke") else None,
@@ -481,6 +514,16 @@ class Plan:
 class _NamedRecipe:
     settings: Recipe
     where: str
+
+
+def _all_references(stage: Stage) -> dict[str, str]:
+    """Every other checkpoint a stage needs, directly or through annotations."""
+    return stage.references() | {role: wanted.checkpoint for role, wanted in stage.annotations().items()}
+
+
+def _resources(out: str) -> str:
+    """The folder of made things beside ``results`` or ``results/smoke``."""
+    return out.replace("results", "resources", 1)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

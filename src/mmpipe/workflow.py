@@ -140,6 +140,37 @@ def stage(snakemake: Any, plan: Plan) -> None:
 
 
 @job
+def annotate(snakemake: Any, plan: Plan) -> None:
+    """Let a checkpoint write down what it says about a mixture."""
+    import torch
+
+    from mmpipe.training.annotations import annotate
+
+    torch.set_num_threads(snakemake.threads)
+    _quiet_transformers()
+    wildcards = snakemake.wildcards
+    wanted = plan.annotations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
+    spec = _unchanged(snakemake, plan.annotation_spec(wanted))
+    annotate(
+        Path(snakemake.input.checkpoint).parent,
+        Path(snakemake.input.mixture).parent,
+        spec,
+        dict(wanted.settings),
+        Path(snakemake.output.manifest).parent,
+        device=_device(snakemake),
+        batch_size=8,
+        report=lambda batches, total: _with_progress(batches, total, f"{wildcards.annotator} annotates"),
+    )
+
+
+def _device(snakemake: Any) -> str:
+    """Where a model runs that answers or annotates."""
+    import torch
+
+    return "cuda" if int(snakemake.resources.get("gpu", 0)) and torch.cuda.is_available() else "cpu"
+
+
+@job
 def prepare_benchmark(snakemake: Any, plan: Plan) -> None:
     """Turn a benchmark's official files into questions, references and pictures."""
     from mmpipe.benchmarks.prepare import prepare
@@ -180,13 +211,13 @@ def answer(snakemake: Any, plan: Plan) -> None:
     inputs = manifest.input_hashes([checkpoint / manifest.NAME, prepared / manifest.NAME])
     state = out.parent.parent / "state" / wildcards.chunk
     with open_state(state, manifest.fingerprint(wildcards.chunk, inputs)):
-        device = "cuda" if int(snakemake.resources.get("gpu", 0)) and torch.cuda.is_available() else "cpu"
+        device = _device(snakemake)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model, processor, card = vlm.load(checkpoint, dtype)
         answerer = Answerer(
             model.to(device),
             processor,
-            get_template(card["checkpoint"]["template"]),
+            get_template(card["checkpoint"]["template"], processor.tokenizer),
             model_id=wildcards.checkpoint,
         )
         max_new_tokens = entry.max_new_tokens or get(entry.task).protocol(entry.protocol).max_new_tokens
@@ -205,10 +236,10 @@ def answer(snakemake: Any, plan: Plan) -> None:
     shutil.rmtree(state)
 
 
-def _with_progress(answers: Iterator[dict[str, Any]], total: int, title: str) -> Iterator[dict[str, Any]]:
+def _with_progress(things: Iterator[Any], total: int, title: str) -> Iterator[Any]:
     from tqdm import tqdm
 
-    return iter(tqdm(answers, total=total, desc=title, unit="answer", disable=not sys.stderr.isatty()))
+    return iter(tqdm(things, total=total, desc=title, disable=not sys.stderr.isatty()))
 
 
 @job

@@ -195,7 +195,7 @@ def test_a_diverging_loss_names_the_records(job):
 
 
 def test_a_template_that_supervises_nothing_stops_the_stage(job):
-    with pytest.raises(DataError, match="'qwen'.*of the text tokens are supervised"):
+    with pytest.raises(DataError, match=r"'qwen'.*of the text tokens are supervised"):
         finetune(minimum_supervised=0.99).run(job("run"))
 
 

@@ -19,7 +19,7 @@ def digest(directory: Path) -> dict[str, str]:
     return {
         path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != "perf.json"
+        if path.is_file() and path.suffix != ".lock" and path.name != "perf.json"
     }
 
 

@@ -44,26 +44,27 @@ class Tokens(TypedDict):
     """[T] int64; -100 where nothing is supervised."""
 
 
-class Sample(Tokens):
-    """One record, ready to be put into a batch."""
+class Facts(TypedDict):
+    """What is known of a record beside its text."""
 
     id: str
+    index: int
+    """The record's place in the mixture."""
     pixel_values: list[torch.Tensor]
     """Each [3, H, W] float32, in the order of the marks."""
     replaced: tuple[str, ...]
     """Why this record stands in for others: one line for each that could not be read."""
 
 
-class Pair(TypedDict):
-    """One preference record: two conversations about the same pictures."""
+class Sample(Tokens, Facts):
+    """One record, ready to be put into a batch."""
 
-    id: str
+
+class Pair(Facts):
+    """One preference record: two conversations about the same pictures, which are given once."""
+
     chosen: Tokens
     rejected: Tokens
-    pixel_values: list[torch.Tensor]
-    """Each [3, H, W] float32, in the order of the marks, once for both conversations."""
-    replaced: tuple[str, ...]
-    """As in Sample."""
 
 
 def as_tensors(encoded: Encoded) -> Tokens:
@@ -123,9 +124,7 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
             )
 
     @abstractmethod
-    def sample(
-        self, id: str, encoded: Sequence[Encoded], pictures: list[torch.Tensor], replaced: tuple[str, ...]
-    ) -> S:
+    def sample(self, encoded: Sequence[Encoded], facts: Facts) -> S:
         """Put together what was read of one record; ``encoded`` has an entry for each conversation."""
 
     def __len__(self) -> int:
@@ -144,7 +143,8 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
     def __getitem__(self, index: int) -> S:
         faults: list[str] = []
         for step in range(min(len(self), MAX_REPLACEMENTS)):
-            record = self.records[(index + step) % len(self)]
+            place = (index + step) % len(self)
+            record = self.records[place]
             name = f"{record.source}/{record.id}"
             try:
                 encoded = [self.encoder.text(conversation) for conversation in record.conversations]
@@ -153,7 +153,9 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
                 faults.append(f"{name}: {error}")
                 log.warning("replaced by the next record: %s", faults[-1])
                 continue
-            return self.sample(name, encoded, pictures, tuple(faults))
+            return self.sample(
+                encoded, Facts(id=name, index=place, pixel_values=pictures, replaced=tuple(faults))
+            )
         raise DataError(
             f"{self.records.path}: none of {len(faults)} records in a row can be read; the first: {faults[0]}"
         )
@@ -164,12 +166,10 @@ class SupervisedDataset(RecordDataset[Sample]):
 
     kind = Record
 
-    def sample(
-        self, id: str, encoded: Sequence[Encoded], pictures: list[torch.Tensor], replaced: tuple[str, ...]
-    ) -> Sample:
+    def sample(self, encoded: Sequence[Encoded], facts: Facts) -> Sample:
         """See RecordDataset."""
         (one,) = encoded
-        return Sample(id=id, **as_tensors(one), pixel_values=pictures, replaced=replaced)
+        return Sample(**as_tensors(one), **facts)
 
 
 class PreferenceDataset(RecordDataset[Pair]):
@@ -177,18 +177,18 @@ class PreferenceDataset(RecordDataset[Pair]):
 
     kind = PreferenceRecord
 
-    def sample(
-        self, id: str, encoded: Sequence[Encoded], pictures: list[torch.Tensor], replaced: tuple[str, ...]
-    ) -> Pair:
+    def sample(self, encoded: Sequence[Encoded], facts: Facts) -> Pair:
         """See RecordDataset."""
         chosen, rejected = map(as_tensors, encoded)
-        return Pair(id=id, chosen=chosen, rejected=rejected, pixel_values=pictures, replaced=replaced)
+        return Pair(chosen=chosen, rejected=rejected, **facts)
 
 
 class Batch(TypedDict):
     """What a model is fed."""
 
     ids: list[str]
+    indices: list[int]
+    """The records' places in the mixture."""
     input_ids: torch.Tensor
     """[B, T] int64, padded on the right."""
     attention_mask: torch.Tensor
@@ -228,6 +228,7 @@ class Padding:
         pictures = [picture for sample in samples for picture in sample["pixel_values"]]
         return Batch(
             ids=[sample["id"] for sample in samples],
+            indices=[sample["index"] for sample in samples],
             input_ids=input_ids,
             attention_mask=attention_mask,
             labels=labels,

@@ -58,6 +58,8 @@ def distillation_loss(
     labels_BL: Tensor,
     *,
     attention_mask_BL: Tensor | None = None,
+    teacher_labels_BM: Tensor | None = None,
+    teacher_attention_mask_BM: Tensor | None = None,
     divergence: DivergenceName = "forward_kl",
     temperature: float = 1.0,
     tokens: Tokens = "response",
@@ -69,7 +71,8 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Divergence of the student from a teacher that ran on the same tokens; returns ``(loss, metrics)``.
 
-    Both heads are applied to the chosen positions only, a few at a time. ``vocabulary`` is the number of
+    A teacher that gives a picture another number of tokens has labels and a mask of its own; its chosen
+    positions stand for the same text, in the same order. Both heads are applied to the chosen positions only, a few at a time. ``vocabulary`` is the number of
     leading rows the two heads share (see :mod:`mmpipe.objectives.vocabulary`); by default both must have the
     same number. ``normaliser`` defaults to the number of distilled positions. Without any, the loss is zero
     with zero gradients.
@@ -92,7 +95,10 @@ def distillation_loss(
     rows_R = select_rows(labels_BL, attention_mask_BL, tokens, compat)
     student_RD = student_hidden_BLD.flatten(0, 1)[rows_R]
     student_SD = _leading(student_head_VD, shared)
-    teacher_RE = teacher_hidden_BLE.detach().flatten(0, 1)[rows_R].to(teacher_head_UE.dtype)
+    teacher_rows_R = rows_R
+    if teacher_labels_BM is not None:
+        teacher_rows_R = select_rows(teacher_labels_BM, teacher_attention_mask_BM, tokens, compat)
+    teacher_RE = teacher_hidden_BLE.detach().flatten(0, 1)[teacher_rows_R].to(teacher_head_UE.dtype)
     teacher_SE = _leading(teacher_head_UE.detach(), shared)
 
     def run(guard: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

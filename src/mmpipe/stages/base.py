@@ -70,6 +70,8 @@ class StageJob:
     """The checkpoint this stage starts from; None for the first stage."""
     references: Mapping[str, Path] = field(default_factory=dict)
     """Other checkpoints by their role (``teacher``)."""
+    annotations: Mapping[str, Path] = field(default_factory=dict)
+    """What other checkpoints wrote down about the mixture, by role."""
     mixture: Path | None = None
     manifests: tuple[Path, ...] = ()
     """Manifests of all inputs."""
@@ -78,6 +80,15 @@ class StageJob:
     max_steps: int | None = None
     """Smoke runs stop here."""
     log: Path | None = None
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What a checkpoint is to write down about a mixture before a stage can run."""
+
+    checkpoint: str
+    mixture: str
+    settings: Mapping[str, Any]
 
 
 class Stage(Settings):
@@ -98,6 +109,10 @@ class Stage(Settings):
 
     def references(self) -> dict[str, str]:
         """Other checkpoints this stage reads: role -> ``recipe`` or ``recipe@stage``."""
+        return {}
+
+    def annotations(self) -> dict[str, Annotation]:
+        """What other checkpoints must write down first, by role."""
         return {}
 
     def spec(self) -> dict[str, Any]:
@@ -147,7 +162,28 @@ class TrainStage(Stage):
     def mixture(self) -> str | None:
         return self.data
 
-    def objective(self, job: StageJob) -> Any:
+    def annotation(self, checkpoint: str, settings: Mapping[str, Any]) -> Annotation:
+        """A request for annotations of this stage's mixture, encoded as this stage encodes it."""
+        encoding = {
+            "template": self.template,
+            "max_length": self.max_length,
+            "image_aspect": self.image_aspect,
+        }
+        return Annotation(checkpoint, self.data, {**settings, **encoding})
+
+    def dataset(self, records: Path, encoder: Any) -> Any:
+        """The samples of a mixture's records."""
+        from mmpipe.data.dataset import SupervisedDataset
+
+        return SupervisedDataset(records, encoder)
+
+    def collator(self, pad_token_id: int, picture_size: tuple[int, int]) -> Any:
+        """What puts samples into a batch."""
+        from mmpipe.data.dataset import Collator
+
+        return Collator(pad_token_id, picture_size)
+
+    def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
         """What is optimised (:class:`mmpipe.training.objective.Objective`)."""
         from mmpipe.training.objective import LanguageModelling
 

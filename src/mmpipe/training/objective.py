@@ -1,77 +1,103 @@
 """What a stage optimises, as the trainer sees it.
 
-An objective turns a batch into a loss and the terms to log. Token-wise terms are summed and divided by the number of supervised
-tokens in the *global* batch, so that the loss does not depend on how the batch is cut over steps and devices.
+An objective turns a batch into a loss and the terms to log. Token-wise terms are summed and divided by the number of
+supervised tokens in the *global* batch, so that the loss does not depend on how the batch is cut over steps and devices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mmpipe.models.moe.collect import collect_losses
 from mmpipe.objectives.language_modelling import language_modelling_loss
 
 Batch = dict[str, Any]
+Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Normaliser:
     """How one micro batch's share of the global batch is weighed."""
 
-    items: Tensor
-    """Supervised items of the global batch (scalar): the divisor of item-wise sums."""
+    counts: Mapping[str, Tensor]
+    """What :meth:`Objective.counts` counts, over the global batch: divisors of sums."""
     micro_batches: int
     """Micro batches of the global batch over all devices: the divisor of terms that are means already."""
 
 
 class Objective(Protocol):
-    """An objective; ``metrics`` are detached and sum to the global value over the micro batches."""
+    """An objective; ``metrics`` are detached and add up to the global value over the micro batches."""
 
-    def items(self, batch: Batch) -> int:
-        """Number of supervised items of a micro batch."""
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """What the terms of a micro batch are divided by, once summed over the global batch."""
         ...
 
-    def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
         """Loss (scalar with gradient) and metrics of a micro batch."""
         ...
 
 
 class LanguageModelling:
-    """Cross entropy of the supervised tokens."""
+    """Cross entropy of the supervised tokens, and the router losses of a sparse model."""
 
-    def items(self, batch: Batch) -> int:
-        return int((batch["labels"][:, 1:] != -100).sum())
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"response": response_tokens(batch)}
 
-    def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
         hidden_BLD = hidden_states(model, batch)
         loss = language_modelling_loss(
-            hidden_BLD, model.lm_head.weight, batch["labels"], normaliser=normaliser.items
+            hidden_BLD, model.lm_head.weight, batch["labels"], normaliser=normaliser.counts["response"]
         )
-        return loss, {"cross_entropy": loss.detach()}
+        auxiliary, parts = router_losses(model, normaliser)
+        return loss + auxiliary, {"cross_entropy": loss.detach(), **parts}
+
+
+def response_tokens(batch: Batch) -> int:
+    """Tokens of a micro batch that are supervised; the first position has nothing that predicts it."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def router_losses(model: nn.Module, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
+    """The router losses of the last forward pass, and their parts; zero and nothing for a dense model."""
+    total, parts = collect_losses(model)
+    return total / normaliser.micro_batches, {
+        f"router_{name}": value / normaliser.micro_batches for name, value in parts.items()
+    }
+
+
+def picture_features(model: Any, batch: Batch) -> Tensor:
+    """The projected features of all pictures of a batch, ``[picture tokens, width]``, in order.
+
+    The vision tower and the projector run for every batch, one without pictures has one of zeros: devices that wait for
+    each other's gradients must see the same parameters used in every step.
+    """
+    output = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
+    return torch.cat(list(output.pooler_output))
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
-    """Run the vision-language model without its head; returns hidden states ``[batch, length, width]``.
+    """Run the vision-language model without its head; returns hidden states ``[rows, length, width]``.
 
-    The vision tower and the projector always run, also for a batch without pictures: devices that wait for each other's gradients
-    must see the same parameters used in every step.
+    A batch of preference pairs has each picture once and two rows for it: the features are repeated as a whole.
     """
     body = model.model
-    if not batch["dummy_image"]:
-        return body(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            pixel_values=batch["pixel_values"],
-            use_cache=False,
-        ).last_hidden_state
-    features = body.get_image_features(pixel_values=batch["pixel_values"], return_dict=True).pooler_output
-    nothing = 0.0 * torch.stack(list(features)).sum()
-    embeddings = body.get_input_embeddings()(batch["input_ids"]) + nothing
+    features_FD = picture_features(model, batch)
+    embeddings_BLD = body.get_input_embeddings()(batch["input_ids"])
+    if batch["dummy_image"]:
+        embeddings_BLD = embeddings_BLD + 0.0 * features_FD.sum()
+    else:
+        mask_BL1 = (batch["input_ids"] == model.config.image_token_id).unsqueeze(-1)
+        repeats = int(mask_BL1.sum()) // len(features_FD)
+        embeddings_BLD = embeddings_BLD.masked_scatter(
+            mask_BL1, features_FD.to(embeddings_BLD.dtype).repeat(repeats, 1)
+        )
     return body(
-        inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False
+        inputs_embeds=embeddings_BLD, attention_mask=batch["attention_mask"], use_cache=False
     ).last_hidden_state
 
 
@@ -90,5 +116,5 @@ class Task(nn.Module):
         """The model's configuration, where the trainer looks for it."""
         return self.model.config
 
-    def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
         return self.objective(self.model, batch, normaliser)

@@ -12,19 +12,19 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import read_json, staged_directory, sync, write_json
+from mmpipe.artifacts.files import read_json, sync, write_json
 from mmpipe.artifacts.state import open_state
-from mmpipe.data.dataset import Collator, Encoder, SupervisedDataset, check_supervision
+from mmpipe.data.dataset import Encoder, check_supervision
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ConfigError, MmpipeError
-from mmpipe.models import projector, vlm
-from mmpipe.models.export import save_checkpoint
+from mmpipe.models import vlm
 from mmpipe.models.trainable import select
 from mmpipe.stages.base import StageJob, TrainStage
 from mmpipe.training import launch
 from mmpipe.training.objective import Task
 from mmpipe.training.progress import Progress
+from mmpipe.training.publish import publish
 from mmpipe.training.trainer import StageTrainer, last_checkpoint, load_trainable, warmup_steps
 
 log = logging.getLogger(__name__)
@@ -51,20 +51,20 @@ def work(stage: TrainStage, job: StageJob) -> None:
     if job.mixture is None:
         raise ConfigError(f"{job.recipe}: {job.stage}: the stage needs 'data', a mixture to train on")
     encoder = Encoder(
-        template=get_template(stage.template),
+        template=get_template(stage.template, processor.tokenizer),
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
         image_token=vlm.IMAGE_TOKEN,
         image_tokens_per_picture=model.config.image_seq_length,
         max_length=stage.max_length,
     )
-    dataset = SupervisedDataset(job.mixture / "records.arrow", encoder)
+    dataset = stage.dataset(job.mixture / "records.arrow", encoder)
     found = check_supervision(dataset, minimum=stage.minimum_supervised)
     log.info("%d records; %.1f %% of the text tokens are supervised", len(dataset), 100 * found.share)
     trainer = make_trainer(stage, job, model, processor, dataset)
     run_trainer(trainer, job)
     if trainer.is_world_process_zero():
-        publish(stage, job, model, processor, trainer)
+        finish(stage, job, model, processor, trainer)
 
 
 def starting_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
@@ -126,6 +126,7 @@ def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, d
         seed=stage.seed,
     )
     steps = job.max_steps or stage.max_steps or max(1, round(stage.epochs * plan.steps_per_epoch))
+    size = model.config.vision_config.image_size
     checkpoints = job.state_dir / "checkpoints"
     found = last_checkpoint(checkpoints)
     args = TrainingArguments(
@@ -167,10 +168,10 @@ def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, d
         steps, stage.batch_size, world, split.accumulation, split.micro, start,
     )  # fmt: skip
     return StageTrainer(
-        Task(model, stage.objective(job)),
+        Task(model, stage.objective(job, model, processor)),
         args,
         dataset,
-        Collator(processor.tokenizer.pad_token_id, (size := model.config.vision_config.image_size, size)),
+        stage.collator(processor.tokenizer.pad_token_id, (size, size)),
         plan.batches(int(os.environ.get("RANK", "0")), start, steps - start),
         learning_rates=stage.learning_rates,
         callbacks=[Progress(job.state_dir / HISTORY, f"{job.recipe} {job.stage}", start)],
@@ -187,8 +188,8 @@ def run_trainer(trainer: StageTrainer, job: StageJob) -> None:
     trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
 
 
-def publish(stage: TrainStage, job: StageJob, model: Any, processor: Any, trainer: StageTrainer) -> None:
-    """Write the checkpoint, its manifest last, and what the report shows of the training."""
+def finish(stage: TrainStage, job: StageJob, model: Any, processor: Any, trainer: StageTrainer) -> None:
+    """Publish the trained checkpoint, and what the report shows of the training."""
     job.report_dir.mkdir(parents=True, exist_ok=True)
     history = job.report_dir / HISTORY
     shutil.copyfile(job.state_dir / HISTORY, history)
@@ -196,28 +197,19 @@ def publish(stage: TrainStage, job: StageJob, model: Any, processor: Any, traine
     perf = job.state_dir / "perf.json"
     if perf.is_file():
         write_json(job.report_dir / "perf.json", read_json(perf))
-    facts: dict[str, Any] = {
-        "template": stage.template,
-        "image_aspect": stage.image_aspect,
-        "backbones": {role: path.as_posix() for role, path in job.backbones.items()},
-    }
-    with staged_directory(job.model_dir) as out:
-        if stage.PUBLISHES == "model":
-            save_checkpoint(model, processor, out)
-        projector.save(model, out / projector.FILE)
-        if stage.llava_projector:
-            projector.save_llava_bin(model, out / "mm_projector.bin")
-        manifest.write(
-            out,
-            kind=stage.PUBLISHES,
-            spec=job.spec,
-            inputs=manifest.input_hashes(list(job.manifests)),
-            recipe=job.recipe,
-            stage=job.stage,
-            seed=stage.seed,
-            steps=trainer.state.global_step,
-            tokens_seen=int(trainer.state.num_input_tokens_seen),
-            smoke=job.max_steps is not None,
-            checkpoint=facts,
-        )
-    log.info("published %s", job.model_dir)
+    if trainer.replaced:
+        log.warning("%d records could not be read and were replaced by others", trainer.replaced)
+    publish(
+        stage,
+        job,
+        model,
+        processor,
+        facts={
+            "template": stage.template,
+            "image_aspect": stage.image_aspect,
+            "backbones": {role: path.as_posix() for role, path in job.backbones.items()},
+        },
+        llava_projector=stage.llava_projector,
+        steps=trainer.state.global_step,
+        tokens_seen=int(trainer.state.num_input_tokens_seen),
+    )

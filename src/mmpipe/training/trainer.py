@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from mmpipe.artifacts.files import sync
 from mmpipe.errors import MmpipeError
 from mmpipe.models.trainable import learning_rate_groups
 from mmpipe.training.objective import Batch, Normaliser, Task
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "trainable.safetensors"
 COMPLETE = "complete"
@@ -47,6 +50,7 @@ class StageTrainer(Trainer):
         self.learning_rates = learning_rates
         self.loss_is_scaled_for_ga = True
         self._sums: dict[str, Tensor] = {}
+        self.replaced = 0
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -60,9 +64,15 @@ class StageTrainer(Trainer):
             persistent_workers=self.args.dataloader_num_workers > 0,
         )
 
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        count = torch.tensor(sum(self.task.objective.items(batch) for batch in batch_samples), device=device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+    def _get_num_items_in_batch(  # type: ignore[override]
+        self, batch_samples: list[Batch], device: torch.device
+    ) -> dict[str, Tensor]:
+        counted = [self.task.objective.counts(batch) for batch in batch_samples]
+        totals = {name: torch.tensor(sum(c[name] for c in counted), device=device) for name in counted[0]}
+        if self.args.world_size > 1:
+            totals = {name: self.accelerator.gather(count).sum() for name, count in totals.items()}
+        # a batch without supervised tokens contributes nothing, and not NaN
+        return {name: count.clamp_min(1) for name, count in totals.items()}
 
     # --- loss -------------------------------------------------------------------------------------------------------
 
@@ -71,6 +81,9 @@ class StageTrainer(Trainer):
     ) -> Any:
         world = self.args.world_size
         normaliser = Normaliser(num_items_in_batch, self.current_gradient_accumulation_steps * world)
+        for fault in inputs["replaced"]:
+            log.warning("a record was replaced: %s", fault)
+        self.replaced += len(inputs["replaced"])
         loss, metrics = model(inputs, normaliser)
         if not torch.isfinite(loss):
             raise MmpipeError(

@@ -1,0 +1,38 @@
+"""Made inputs to compare two models by: the same every time, for a model of any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PROMPT_TOKENS = 48
+
+
+def probe(model: Any, rows: int = 2) -> dict[str, Tensor]:
+    """Made prompts with a picture each, the same every time; ``rows`` of different length."""
+    generator = torch.Generator().manual_seed(0)
+    size = model.config.vision_config.image_size
+    ids = torch.randint(0, model.config.image_token_id, (rows, _PROMPT_TOKENS), generator=generator)
+    pictures = torch.full((rows, model.config.image_seq_length), model.config.image_token_id)
+    mask = torch.ones(rows, _PROMPT_TOKENS + pictures.shape[1], dtype=torch.long)
+    mask[1:, -_PROMPT_TOKENS // 3 :] = 0
+    return {
+        "input_ids": torch.cat([pictures, ids], dim=1),
+        "attention_mask": mask,
+        "pixel_values": torch.randn(rows, 3, size, size, generator=generator),
+    }
+
+
+def probe_rows(model: Any) -> list[dict[str, Tensor]]:
+    """The same prompts one by one, without padding."""
+    batch = probe(model)
+    return [
+        {
+            "input_ids": batch["input_ids"][row : row + 1, mask],
+            "attention_mask": batch["attention_mask"][row : row + 1, mask],
+            "pixel_values": batch["pixel_values"][row : row + 1],
+        }
+        for row, mask in enumerate(batch["attention_mask"].bool())
+    ]

@@ -1,0 +1,66 @@
+"""Dense-to-dense mimic distillation: the dense student learns the teacher's distribution."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mmpipe.config.base import Settings
+from mmpipe.stages.base import Annotation, StageJob, TrainStage
+
+
+class WrittenTeacherSettings(Settings):
+    """Let the teacher write down its distribution once, for any number of students, instead of running in every step."""
+
+    kind: Literal["top_k", "sampled"] = "top_k"
+    """The k most likely tokens (biased: says little about the rest), or k drawn ones (unbiased, noisier)."""
+    k: int = Field(64, ge=1)
+    """Tokens kept for every response position."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+class DistillDense(TrainStage):
+    """Defaults are LLaVA-MoD's ``dense2dense_distillation.sh``: forward KL on the response, nothing else."""
+
+    teacher: str
+    """The checkpoint to learn from: ``recipe`` or ``recipe@stage``."""
+    loss_type: Literal["only_kd", "kd_lm"] = "only_kd"
+    """``kd_lm`` adds the cross entropy of the answers, with weight 1."""
+    tokens: Literal["response", "all"] = "response"
+    """Positions to distil: those that predict the answer, or all that predict a real token."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    temperature: float = Field(1.0, gt=0)
+    jsd_weight: float = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of ``jsd``."""
+    teacher_cache: WrittenTeacherSettings | None = None
+    tail: Literal["bucket", "renormalise", "drop"] = "bucket"
+    """What becomes of the probability that the cached most likely tokens do not cover."""
+    compat: Literal["fixed", "reference"] = "fixed"
+    """``reference``: as the published code computes it (positions one too late, means per micro batch, router losses
+    twice)."""
+
+    def references(self) -> dict[str, str]:
+        return {} if self.teacher_cache else {"teacher": self.teacher}
+
+    def annotations(self) -> dict[str, Annotation]:
+        if self.teacher_cache is None:
+            return {}
+        settings = self.teacher_cache.model_dump(mode="json")
+        if self.teacher_cache.kind == "top_k":
+            del settings["seed"]
+        return {"teacher": self.annotation(self.teacher, settings)}
+
+    def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
+        from mmpipe.training.annotations import Annotations
+        from mmpipe.training.distillation import Distillation, LiveTeacher, WrittenTeacher
+
+        if self.teacher_cache:
+            return Distillation(
+                self, WrittenTeacher(Annotations(job.annotations["teacher"]), model, processor)
+            )
+        return Distillation(self, LiveTeacher(job.references["teacher"], model, processor))
+
+
+STAGE = DistillDense

@@ -1,0 +1,48 @@
+"""Preference distillation: the student learns which of two answers a reference would rather give."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mmpipe.stages.base import Annotation, StageJob, TrainStage
+
+
+class Prefer(TrainStage):
+    """Defaults are LLaVA-MoD's ``preference_distillation.sh``: ``kto_pair``, beta 0.1, learning rate 2e-6."""
+
+    reference: str
+    """The checkpoint whose log-probabilities are the yardstick: the dense teacher, or the student itself before."""
+    loss_type: Literal["kto_pair", "sigmoid", "hinge", "ipo"] = "kto_pair"
+    beta: float = Field(0.1, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """For ``sigmoid`` only: the share of pairs assumed to be labelled the wrong way round."""
+    learning_rate: float = Field(2e-6, gt=0)
+    trainable: tuple[str, ...] = ("language_model.layers.*.mlp.*", "multi_modal_projector.*")
+    compat: Literal["fixed", "reference"] = "fixed"
+    """``reference``: the batch means of ``kto_pair`` carry gradients, as in the published code."""
+
+    def annotations(self) -> dict[str, Annotation]:
+        return {"reference": self.annotation(self.reference, {"kind": "log_probabilities"})}
+
+    def dataset(self, records: Any, encoder: Any) -> Any:
+        from mmpipe.data.dataset import PreferenceDataset
+
+        return PreferenceDataset(records, encoder)
+
+    def collator(self, pad_token_id: int, picture_size: tuple[int, int]) -> Any:
+        from mmpipe.data.dataset import PreferenceCollator
+
+        return PreferenceCollator(pad_token_id, picture_size)
+
+    def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
+        from mmpipe.training.annotations import Annotations
+        from mmpipe.training.preference import Preference
+
+        written = Annotations(job.annotations["reference"])
+        written.require_tokenizer(processor.tokenizer)
+        return Preference(self, written)
+
+
+STAGE = Prefer

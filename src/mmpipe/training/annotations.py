@@ -1,0 +1,186 @@
+"""What a frozen model says about a mixture, written down once: log-probabilities of pairs, or likely tokens.
+
+Kinds:
+
+* ``log_probabilities``  of a preference pair's chosen and rejected answer (sums over the response, natural logarithm);
+* ``top_k``              the k most likely tokens at every response position with their log-probabilities (softmax over the
+                         full vocabulary, so that what they do not cover is known: the residual mass);
+* ``sampled``            k tokens drawn with replacement from the same distribution: an unbiased estimate of the
+                         divergence, which ``top_k`` is not.
+
+One row a record, in the mixture's order. Ids are stored as int32 and log-probabilities as float32: 8 k bytes a position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mmpipe.artifacts import manifest
+from mmpipe.artifacts.files import canonical_json, staged_directory
+from mmpipe.data.dataset import Collator, Encoder, PreferenceCollator, PreferenceDataset, SupervisedDataset
+from mmpipe.data.templates import get_template
+from mmpipe.errors import ArtifactError
+from mmpipe.models import vlm
+from mmpipe.objectives import positions
+from mmpipe.objectives.preference import response_log_probabilities
+from mmpipe.training.objective import Batch, hidden_states
+
+log = logging.getLogger(__name__)
+
+FILE = "annotations.arrow"
+_ROWS = 512
+_PAIRS = pa.schema([("chosen", pa.float64()), ("rejected", pa.float64())])
+_TOKENS = pa.schema([("ids", pa.list_(pa.int32())), ("log_probabilities", pa.list_(pa.float32()))])
+
+
+def annotate(
+    checkpoint: Path,
+    mixture: Path,
+    spec: str,
+    settings: dict[str, Any],
+    out: Path,
+    *,
+    device: str,
+    batch_size: int,
+    report: Callable[[Iterator[Any], int], Iterator[Any]],
+) -> None:
+    """Let the model of ``checkpoint`` annotate every record of ``mixture`` and publish the result in ``out``."""
+    model, processor, _ = vlm.load(checkpoint, torch.bfloat16 if device == "cuda" else torch.float32)
+    model.to(device).requires_grad_(False).eval()
+    encoder = Encoder(
+        template=get_template(settings["template"], processor.tokenizer),
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        image_token=vlm.IMAGE_TOKEN,
+        image_tokens_per_picture=model.config.image_seq_length,
+        max_length=settings["max_length"],
+    )
+    pairs = settings["kind"] == "log_probabilities"
+    dataset = (PreferenceDataset if pairs else SupervisedDataset)(mixture / "records.arrow", encoder)
+    size = model.config.vision_config.image_size
+    collate = (PreferenceCollator if pairs else Collator)(processor.tokenizer.pad_token_id, (size, size))
+    read = _pair_rows if pairs else _token_rows
+    inputs = manifest.input_hashes([checkpoint / manifest.NAME, mixture / manifest.NAME])
+    with staged_directory(out) as stage:
+        with (
+            pa.OSFile(str(stage / FILE), "wb") as file,
+            pa.ipc.new_stream(file, _PAIRS if pairs else _TOKENS) as sink,
+        ):
+            starts = range(0, len(dataset), batch_size)
+            for start in report(iter(starts), len(starts)):
+                samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+                batch = {
+                    name: value.to(device) if isinstance(value, Tensor) else value
+                    for name, value in collate(samples).items()  # type: ignore[arg-type]
+                }
+                sink.write_batch(pa.RecordBatch.from_pylist(read(model, batch, settings), schema=sink.schema))
+        manifest.write(
+            stage,
+            kind="annotations",
+            spec=spec,
+            inputs=inputs,
+            records=len(dataset),
+            settings=settings,
+            vocabulary=len(model.get_output_embeddings().weight),
+            tokenizer=tokenizer_hash(processor.tokenizer),
+        )
+
+
+@torch.no_grad()
+def _pair_rows(model: Any, batch: Batch, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    hidden_BLD = hidden_states(model, batch)
+    sums_B, _ = response_log_probabilities(hidden_BLD, model.lm_head.weight, batch["labels"])
+    _require_finite(sums_B, batch)
+    chosen, rejected = sums_B.double().cpu().chunk(2)
+    return [{"chosen": c, "rejected": r} for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def _token_rows(model: Any, batch: Batch, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    rows_R, _ = positions.response(batch["labels"])
+    hidden_RD = hidden_states(model, batch).flatten(0, 1)[rows_R]
+    kept = [
+        _likely(model, hidden_RD[i : i + _ROWS], settings, batch) for i in range(0, len(hidden_RD), _ROWS)
+    ]
+    ids_RK = torch.cat([ids for ids, _ in kept]).cpu()
+    log_RK = torch.cat([values for _, values in kept]).cpu()
+    owner_R = (rows_R // batch["labels"].shape[1]).cpu()
+    return [
+        {
+            "ids": ids_RK[owner_R == row].flatten().tolist(),
+            "log_probabilities": log_RK[owner_R == row].flatten().tolist(),
+        }
+        for row in range(len(batch["ids"]))
+    ]
+
+
+def _likely(model: Any, hidden_CD: Tensor, settings: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
+    log_CV = model.lm_head(hidden_CD).float().log_softmax(1)
+    _require_finite(log_CV, batch)
+    k = min(settings["k"], log_CV.shape[1])
+    if settings["kind"] == "top_k":
+        values_CK, ids_CK = log_CV.topk(k, dim=1)
+        return ids_CK, values_CK
+    # the draw depends on the records alone, not on what was drawn before
+    seed = hashlib.sha256(canonical_json([settings["seed"], batch["indices"]]).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(seed[:7]))
+    ids_CK = log_CV.exp().cpu().multinomial(k, replacement=True, generator=generator).to(log_CV.device)
+    return ids_CK, log_CV.gather(1, ids_CK)
+
+
+def _require_finite(values: Tensor, batch: Batch) -> None:
+    if not torch.isfinite(values).all():
+        raise ArtifactError(
+            f"the annotating model gives numbers that are not finite for the records {', '.join(batch['ids'])}; "
+            "its weights are damaged, or too large for their precision"
+        )
+
+
+class Annotations:
+    """Published annotations, memory mapped, by a record's place in the mixture."""
+
+    def __init__(self, directory: Path) -> None:
+        import datasets
+
+        card = manifest.read(directory)
+        self.directory = directory
+        self.settings: dict[str, Any] = card["settings"]
+        self.vocabulary: int = card["vocabulary"]
+        self._tokenizer: str = card["tokenizer"]
+        self._rows = datasets.Dataset.from_file(str(directory / FILE))
+
+    def require_tokenizer(self, tokenizer: Any) -> None:
+        """Raise ArtifactError unless the annotating model had the same tokens under the same ids."""
+        if tokenizer_hash(tokenizer) != self._tokenizer:
+            raise ArtifactError(
+                f"{self.directory}: written by a model with another tokenizer than the student's; "
+                "take a teacher with the student's tokenizer"
+            )
+
+    def log_probabilities(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of the chosen and of the rejected answers, ``[B]`` float64 each."""
+        rows = self._rows[list(indices)]
+        return torch.tensor(rows["chosen"], dtype=torch.float64), torch.tensor(
+            rows["rejected"], dtype=torch.float64
+        )
+
+    def tokens(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Token ids and log-probabilities ``[R, K]`` of the response positions of the records, in order."""
+        rows = self._rows[list(indices)]
+        ids = [token for row in rows["ids"] for token in row]
+        values = [value for row in rows["log_probabilities"] for value in row]
+        k = min(self.settings["k"], self.vocabulary)
+        return torch.tensor(ids, dtype=torch.long).view(-1, k), torch.tensor(values).view(-1, k)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of a tokenizer's tokens and ids."""
+    return hashlib.sha256(canonical_json(tokenizer.get_vocab()).encode()).hexdigest()

@@ -1,0 +1,60 @@
+"""Publishing a stage's checkpoint: files first, manifest last, nothing half-written."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmpipe.artifacts import manifest
+from mmpipe.artifacts.files import staged_directory
+from mmpipe.models import gate, projector
+from mmpipe.models.export import save_checkpoint
+from mmpipe.models.moe.collect import moe_layers
+from mmpipe.models.probe import probe_rows
+
+if TYPE_CHECKING:
+    from mmpipe.stages.base import Stage, StageJob
+
+log = logging.getLogger(__name__)
+
+
+def publish(
+    stage: Stage,
+    job: StageJob,
+    model: Any,
+    processor: Any,
+    *,
+    facts: dict[str, Any],
+    llava_projector: bool = False,
+    **statements: Any,
+) -> None:
+    """Write model or projector, let a fresh process read a sparse model back, then publish with a manifest.
+
+    ``facts`` says how the checkpoint is to be used (template, pictures, backbones); ``statements`` are further entries of
+    the manifest. Raises ArtifactError when stock transformers computes something else from the files.
+    """
+    model.eval()
+    with staged_directory(job.model_dir) as out:
+        if stage.PUBLISHES == "model":
+            save_checkpoint(model, processor, out)
+            if moe_layers(model):
+                difference = gate.gate(out, gate.reference(model.to("cpu", torch.float32), probe_rows(model)))
+                log.info("read back by stock transformers: largest difference of logits %.3g", difference)
+        projector.save(model, out / projector.FILE)
+        if llava_projector:
+            projector.save_llava_bin(model, out / "mm_projector.bin")
+        manifest.write(
+            out,
+            kind=stage.PUBLISHES,
+            spec=job.spec,
+            inputs=manifest.input_hashes(list(job.manifests)),
+            recipe=job.recipe,
+            stage=job.stage,
+            seed=stage.seed,
+            smoke=job.max_steps is not None,
+            checkpoint=facts,
+            **statements,
+        )
+    log.info("published %s", job.model_dir)

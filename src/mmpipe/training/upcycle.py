@@ -1,0 +1,36 @@
+"""Running the up-cycling stage."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmpipe.errors import ConfigError
+from mmpipe.models import vlm
+from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
+from mmpipe.models.probe import probe
+from mmpipe.training.publish import publish
+
+if TYPE_CHECKING:
+    from mmpipe.stages.base import StageJob
+    from mmpipe.stages.upcycle import Upcycle
+
+log = logging.getLogger(__name__)
+
+
+def upcycle_stage(stage: Upcycle, job: StageJob) -> None:
+    """Up-cycle the parent's checkpoint, prove that nothing changed, and publish it."""
+    if job.parent is None:
+        raise ConfigError(
+            f"{job.recipe}: {job.stage}: there is no model to up-cycle; put a training stage before it"
+        )
+    torch.set_num_threads(job.threads)
+    model, processor, card = vlm.load(job.parent)
+    batch = probe(model)
+    before = logits(model, batch)
+    upcycle(model, stage.moe, seed=stage.seed)
+    difference = assert_equal_to_parent(before, model, batch, stage.tolerance)
+    log.info("the sparse model equals its dense parent: largest difference of logits %.3g", difference)
+    publish(stage, job, model, processor, facts=card["checkpoint"])
