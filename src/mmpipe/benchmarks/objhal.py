@@ -83,6 +83,11 @@ class Words:
         ages = {f"{age} {animal}": animal for age in _AGES for animal in _ANIMALS}
         return own | ages | _PAIRS
 
+    @cached_property
+    def _single(self) -> frozenset[str]:
+        """The words of the table and the parts of its pairs."""
+        return frozenset(self.classes) | {part for pair in self.pairs for part in pair.split()}
+
     def singular(self, word: str) -> str:
         """The word's singular, if that is a word of the table; otherwise the word."""
         candidates = (word, _IRREGULAR.get(word), word.removesuffix("s"), word.removesuffix("es"))
@@ -91,8 +96,7 @@ class Words:
             word.removesuffix("ves") + "fe",
             word.removesuffix("ves") + "f",
         )
-        known = self.classes.keys() | {part for pair in self.pairs for part in pair.split()}
-        return next((c for c in (*candidates, *more) if c in known), word)
+        return next((c for c in (*candidates, *more) if c in self._single), word)
 
     def in_text(self, text: str) -> list[str]:
         """The words of the table in a text, pairs first, in order and each once."""

@@ -28,7 +28,6 @@ from mmpipe.benchmarks.base import (
     Source,
     key,
     records_of,
-    require,
 )
 from mmpipe.benchmarks.records import read_document, write_records
 from mmpipe.benchmarks.stats import Estimate, bootstrap, estimate_mean
@@ -129,12 +128,12 @@ class Pope(Benchmark):
 def _categories(document: Document) -> dict[str, list[Record]]:
     if isinstance(document.content, dict):
         return {
-            category: records_of([Document(f"{document.name}: {category}", records)])
+            category: records_of([Document(f"{document.name}: {category}", records)], ("question_id",))
             for category, records in document.content.items()
         }
     found: dict[str, list[Record]] = {}
     stem = PurePosixPath(document.name).stem
-    for record in records_of([document]):
+    for record in records_of([document], ("question_id",)):
         category = record.get("category") or next((name for name in _FIRST_ID if stem.endswith(name)), None)
         if category is None:
             raise DataError(
@@ -181,7 +180,6 @@ def _numbered_as(questions: Sequence[Record], by_category: Mapping[str, Sequence
 
 
 def _reference(record: Record, category: str, number: Any) -> Record:
-    require(record, ("question_id",), f"pope, {category}")
     label = str(record.get("label", record.get("answer", ""))).strip().lower()
     if label not in (YES, NO):
         raise DataError(

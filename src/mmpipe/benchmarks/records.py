@@ -150,6 +150,8 @@ def _content(path: Path) -> Any:
     if suffix in (".tsv", ".csv"):
         return list(read_table(path))
     text = _text(path)
+    if suffix == ".jsonl":
+        return list(_json_lines(text, path))
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -52,7 +52,10 @@ class VqaV2(Benchmark):
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         split = Path(source.files["images"]).name
-        for record in records_of([_list(read_document(source.path("questions")), "questions")]):
+        for record in records_of(
+            [_list(read_document(source.path("questions")), "questions")],
+            ("question_id", "image_id", "question"),
+        ):
             yield Question(
                 id=record["question_id"],
                 text=record["question"] + SHORT_ANSWER,
