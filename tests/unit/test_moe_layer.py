@@ -29,7 +29,7 @@ class Fixed(BaseRouter):
     def reset_parameters(self, generator: torch.Generator) -> None:
         pass
 
-    def forward(self, hidden_TD: Tensor) -> Routing:
+    def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         return self.result
 
     def step(self, progress: float) -> None:

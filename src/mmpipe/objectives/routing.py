@@ -10,15 +10,30 @@ import torch
 from torch import Tensor
 
 
-def load_balancing_loss(p_TN: Tensor, first_T: Tensor) -> Tensor:
+def load_balancing_loss(p_TN: Tensor, first_T: Tensor, sequence_T: Tensor | None = None) -> Tensor:
     """N * sum_e mean_t(p_te) * mean_t(first_t = e): 1 for uniform use, N when all tokens take one expert.
 
     Counts the first choice only, before any is dropped (Switch Transformer, eq. 4-6; as in DeepSpeed and
     LLaVA-MoD, where the losses of the layers are summed). The gradient flows through the probabilities.
+
+    ``sequence_T`` gives the sequence (or picture) of each token: the loss is then taken of each one and
+    averaged (LibMoE), which asks for balance within every sequence.
     """
     experts = p_TN.shape[1]
+    if sequence_T is not None:
+        return _balance_of_each(p_TN, first_T, sequence_T)
     share_N = torch.bincount(first_T, minlength=experts).to(p_TN.dtype) / max(1, len(first_T))
     return experts * (mean_over_tokens(p_TN) * share_N).sum()
+
+
+def _balance_of_each(p_TN: Tensor, first_T: Tensor, sequence_T: Tensor) -> Tensor:
+    experts = p_TN.shape[1]
+    _, of_T, tokens_S = sequence_T.unique(return_inverse=True, return_counts=True)
+    empty_SN = p_TN.new_zeros(len(tokens_S), experts)
+    chosen_TN = torch.nn.functional.one_hot(first_T, experts).to(p_TN.dtype)
+    p_SN = empty_SN.index_add(0, of_T, p_TN) / tokens_S[:, None]
+    share_SN = empty_SN.index_add(0, of_T, chosen_TN) / tokens_S[:, None]
+    return experts * mean_over_tokens((p_SN * share_SN).sum(1))
 
 
 def all_choices_balancing_loss(p_TN: Tensor, indices_TK: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""SwiGLU experts as two fused tensors, computed by transformers' expert backends."""
+"""Experts as fused tensors, computed by transformers' expert backends."""
 
 from __future__ import annotations
 
@@ -51,27 +51,59 @@ class SwiGLUExperts(nn.Module):
         return loop(self, hidden_TD, indices_TK, weights_TK)
 
 
-def loop(self: SwiGLUExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+@use_experts_implementation(has_gate=False, has_bias=True)
+class MLPExperts(nn.Module):
+    """N networks ``down(act(up(x)))`` with biases, as vision towers and projectors have them.
+
+    ``up_proj`` is ``[N, F, D]``, ``down_proj`` ``[N, D, F]``, with ``up_proj_bias`` and ``down_proj_bias``.
+    """
+
+    def __init__(self, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.num_experts = config.experts
+        self.act_fn = ACT2FN[config.activation]
+        self.up_proj = nn.Parameter(torch.empty(config.experts, config.inner, config.width))
+        self.up_proj_bias = nn.Parameter(torch.empty(config.experts, config.inner))
+        self.down_proj = nn.Parameter(torch.empty(config.experts, config.width, config.inner))
+        self.down_proj_bias = nn.Parameter(torch.empty(config.experts, config.width))
+
+    def forward(self, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Weighted sum of each token's chosen experts, ``[T, D]``; see :class:`SwiGLUExperts`."""
+        return loop(self, hidden_TD, indices_TK, weights_TK)
+
+
+def _network(experts: SwiGLUExperts | MLPExperts, i: int, x: Tensor) -> Tensor:
+    if isinstance(experts, MLPExperts):
+        inner = experts.act_fn(F.linear(x, experts.up_proj[i], experts.up_proj_bias[i]))
+        return F.linear(inner, experts.down_proj[i], experts.down_proj_bias[i])
+    gate, up = F.linear(x, experts.gate_up_proj[i]).chunk(2, dim=-1)
+    return F.linear(experts.act_fn(gate) * up, experts.down_proj[i])
+
+
+def loop(
+    self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
     """Compute expert by expert."""
     output_TD = torch.zeros_like(hidden_TD)
     for expert in range(self.num_experts):
         tokens, choice = torch.where(indices_TK == expert)
-        gate, up = F.linear(hidden_TD[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
-        result = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+        result = _network(self, expert, hidden_TD[tokens])
         output_TD = output_TD.index_add(
             0, tokens, (result * weights_TK[tokens, choice, None]).to(output_TD.dtype)
         )
     return output_TD
 
 
-def automatic(self: SwiGLUExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def automatic(
+    self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
     """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not
     aligned)."""
     backend = ALL_EXPERTS_FUNCTIONS["grouped_mm"] if _groups(self) and len(hidden_TD) else loop
     return backend(self, hidden_TD, indices_TK, weights_TK)
 
 
-def _groups(experts: SwiGLUExperts) -> bool:
+def _groups(experts: SwiGLUExperts | MLPExperts) -> bool:
     weight_NDF = experts.down_proj
     size = weight_NDF.element_size()
     aligned = all(n * size % _GROUP_ALIGNMENT == 0 for n in weight_NDF.shape[1:])

@@ -50,16 +50,26 @@ class MoELayer(nn.Module):
         rows_T = None if self.settings.compat == "reference" else current.rows_T
         every_TD = hidden_BLD.flatten(0, -2)
         hidden_TD = every_TD if rows_T is None else every_TD[rows_T]
-        routing, kept_TK = self._route(hidden_TD)
+        routing, kept_TK = self._route(hidden_TD, self._sequences(hidden_BLD, rows_T))
         output_TD = self.experts(hidden_TD, routing.indices_TK, routing.weights_TK.to(hidden_TD.dtype))
+        if routing.addition_TD is not None:
+            output_TD = output_TD + routing.addition_TD.to(output_TD.dtype)
         if id(self) not in current.reports:
             current.reports[id(self)] = self._report(routing, kept_TK)
         if rows_T is not None:
             output_TD = torch.zeros_like(every_TD).index_copy(0, rows_T, output_TD)
         return self._mix(hidden_BLD, output_TD.view_as(hidden_BLD))
 
-    def _route(self, hidden_TD: Tensor) -> tuple[Routing, Tensor]:
-        routing = self.router(hidden_TD)
+    def _sequences(self, hidden_BLD: Tensor, rows_T: Tensor | None) -> Tensor | None:
+        if self.settings.balance_within == "batch":
+            return None
+        length = hidden_BLD.shape[-2]
+        if rows_T is None:
+            rows_T = torch.arange(hidden_BLD.shape[:-1].numel(), device=hidden_BLD.device)
+        return rows_T // length
+
+    def _route(self, hidden_TD: Tensor, sequence_T: Tensor | None) -> tuple[Routing, Tensor]:
+        routing = self.router(hidden_TD, sequence_T)
         check_shapes(self.router, routing, len(hidden_TD), self.router.experts)
         if hidden_TD.device.type == "cpu" or not self._values_checked:
             # looking at values makes an accelerator wait: once per layer there, always on the CPU

@@ -33,6 +33,8 @@ class MoESettings(Settings):
     """Choices an expert may take however small the batch."""
     balance_coefficient: float = Field(0.01, ge=0)
     """Weight of the load-balancing loss, summed over the layers."""
+    balance_within: Literal["batch", "sequence"] = "batch"
+    """Ask for balance over all tokens of a batch, or within every sequence (LibMoE)."""
     z_coefficient: float = Field(0.0, ge=0)
     """Weight of the router z-loss, summed over the layers."""
     residual: bool = False

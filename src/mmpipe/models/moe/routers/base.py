@@ -30,14 +30,17 @@ class Routing:
     are."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Detached measurements by name."""
+    addition_TD: Tensor | None = None
+    """What the router itself adds to the output."""
 
 
 class BaseRouter(nn.Module):
     """Base of all routers.
 
-    A subclass defines ``forward(hidden_TD) -> Routing`` and may define ``Settings`` and ``step``. It owns
-    whatever parameters it needs; ``reset_parameters`` fills them from a generator, so that each layer starts
-    differently and reproducibly.
+    A subclass defines ``forward(hidden_TD, sequence_T) -> Routing``, where ``sequence_T``, if given, tells
+    the sequence of each token for losses taken per sequence, and may define ``Settings`` and ``step``. It
+    owns whatever parameters it needs; ``reset_parameters`` fills them from a generator, so that each layer
+    starts differently and reproducibly.
     """
 
     class Settings(Settings):
@@ -62,21 +65,32 @@ class BaseRouter(nn.Module):
         """Draw fresh parameters."""
         raise NotImplementedError
 
-    def forward(self, hidden_TD: Tensor) -> Routing:
+    def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         raise NotImplementedError
 
     def step(self, progress: float) -> None:
         """Tell the router how far training is, 0 at the start and 1 at the end; called before every step."""
 
 
-def softmax_routing(logits_TN: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Routing:
-    """A routing with the usual losses and measurements of the softmax over ``logits_TN``."""
-    p_TN = logits_TN.softmax(1)
+def rescaled(weights_TK: Tensor) -> Tensor:
+    """Weights that add up to one."""
+    return weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).eps)
+
+
+def routed(
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    *,
+    p_TN: Tensor,
+    logits_TN: Tensor,
+    sequence_T: Tensor | None = None,
+) -> Routing:
+    """A routing with the usual losses and measurements of the probabilities ``p_TN``."""
     return Routing(
         indices_TK,
         weights_TK,
         losses={
-            "balance": routing.load_balancing_loss(p_TN, indices_TK[:, 0]),
+            "balance": routing.load_balancing_loss(p_TN, indices_TK[:, 0], sequence_T),
             "z": routing.z_loss(logits_TN),
         },
         statistics={

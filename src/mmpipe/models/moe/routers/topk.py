@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpipe.config import base as config
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, softmax_routing
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, rescaled, routed
 
 
 class Router(BaseRouter):
@@ -40,16 +40,15 @@ class Router(BaseRouter):
         with torch.no_grad():
             self.weight.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, hidden_TD: Tensor) -> Routing:
+    def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         with torch.autocast(hidden_TD.device.type, enabled=False):
             logits_TN = F.linear(hidden_TD.float(), self.weight.float())
         indices_TK = self._choose(logits_TN)
-        weights_TK = logits_TN.softmax(1).gather(1, indices_TK)
+        p_TN = logits_TN.softmax(1)
+        weights_TK = p_TN.gather(1, indices_TK)
         if self.normalised:
-            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(
-                torch.finfo(weights_TK.dtype).eps
-            )
-        return softmax_routing(logits_TN, indices_TK, weights_TK)
+            weights_TK = rescaled(weights_TK)
+        return routed(indices_TK, weights_TK, p_TN=p_TN, logits_TN=logits_TN, sequence_T=sequence_T)
 
     def _choose(self, logits_TN: Tensor) -> Tensor:
         sampling = self.settings.second_choice == "gumbel_always" or (
