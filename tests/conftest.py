@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from mmpipe.stages.base import StageJob, VisionLanguage
 
 pytest_plugins = ["project_fixtures"]
 
 # the tests' models are so small that threads only get in each other's way
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def make_one_sided(path: Path) -> None:
+    """Let every pair prefer "Yes": even a model that sees nothing can learn that."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    for column, answer in (("chosen", "Yes"), ("rejected", "No")):
+        place = table.column_names.index(column)
+        table = table.set_column(place, column, [[answer] * len(table)])
+    pq.write_table(table, path)
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mmpipe.data.spec import MixtureSpec, PartSpec
     from mmpipe.world.backbones import clip_tiny, qwen2_tiny
     from mmpipe.world.datasets import conversations
+    from mmpipe.world.falsehoods import preferences
 
     root = tmp_path_factory.mktemp("world")
     backbones = root / "resources/backbones"
@@ -35,13 +52,50 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = root / "resources/datasets/shapes"
     conversations(shapes, seed=5, records=60)
     manifest.write(shapes, kind="source", spec="{}", inputs={})
-    mixture = root / "resources/mixtures/mix"
-    spec = MixtureSpec(parts=[PartSpec(dataset="shapes", annotations="llava_v1_5_mix665k.json", images=".")])
+    pairs = root / "resources/datasets/pairs"
+    pairs.mkdir(parents=True)
+    preferences(pairs, seed=5, pairs=24, shards=1)
+    make_one_sided(pairs / "RLAIF-V-Dataset_000.parquet")
+    manifest.write(pairs, kind="source", spec="{}", inputs={})
+    parts = {
+        "mix": PartSpec(dataset="shapes", annotations="llava_v1_5_mix665k.json", images="."),
+        "pairs": PartSpec(dataset="pairs", annotations="*.parquet", format="rlaif_v"),
+    }
     here = Path.cwd()
     os.chdir(root)  # records name pictures relative to the working directory
     try:
-        build_mixture(spec, {"shapes": Path("resources/datasets/shapes")}, mixture, log=lambda line: None)
-        manifest.write(mixture, kind="mixture", spec="{}", inputs={})
+        for name, part in parts.items():
+            out = Path("resources/mixtures", name)
+            datasets = {part.dataset: Path("resources/datasets", part.dataset)}
+            build_mixture(MixtureSpec(parts=[part]), datasets, out, log=lambda line: None, published=out)
+            manifest.write(out, kind="mixture", spec="{}", inputs={})
     finally:
         os.chdir(here)
     return root
+
+
+@pytest.fixture
+def job(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageJob]:
+    """Make a job that publishes below the test's own directory."""
+    monkeypatch.chdir(world)
+
+    def make(name: str = "run", **changes: Any) -> StageJob:
+        backbones = {role: Path("resources/backbones", f"{role}-tiny") for role in ("clip", "qwen2")}
+        facts: dict[str, Any] = {
+            "recipe": "test",
+            "stage": name,
+            "spec": json.dumps(
+                {"stage": "finetune", "model": {"vision": "clip-tiny", "language": "qwen2-tiny"}}
+            ),
+            "model_dir": tmp_path / name / "model",
+            "state_dir": tmp_path / name / "state",
+            "report_dir": tmp_path / name / "report",
+            "vision_language": VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
+            "backbones": {"vision": backbones["clip"], "language": backbones["qwen2"]},
+            "parent": None,
+            "mixture": Path("resources/mixtures/mix"),
+            "manifests": tuple(path / "manifest.json" for path in backbones.values()),
+        }
+        return StageJob(**{**facts, **changes})
+
+    return make

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mmpipe.artifacts.files import read_jsonl, sha256
 from mmpipe.errors import ArtifactError, ConfigError, DataError, MmpipeError
-from mmpipe.stages.base import StageJob, VisionLanguage
+from mmpipe.stages.base import StageJob
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.pretrain import Pretrain
 from mmpipe.training import launch
@@ -43,33 +43,6 @@ def finetune(**changes: Any) -> Finetune:
         "hardware": {"checkpoint_every": 2},
     }
     return Finetune(**{**settings, **changes})
-
-
-@pytest.fixture
-def job(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Make a job that publishes below the test's own directory."""
-    monkeypatch.chdir(world)
-
-    def make(name: str = "run", **changes: Any) -> StageJob:
-        backbones = {role: Path("resources/backbones", f"{role}-tiny") for role in ("clip", "qwen2")}
-        facts: dict[str, Any] = {
-            "recipe": "test",
-            "stage": name,
-            "spec": json.dumps(
-                {"stage": "finetune", "model": {"vision": "clip-tiny", "language": "qwen2-tiny"}}
-            ),
-            "model_dir": tmp_path / name / "model",
-            "state_dir": tmp_path / name / "state",
-            "report_dir": tmp_path / name / "report",
-            "vision_language": VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
-            "backbones": {"vision": backbones["clip"], "language": backbones["qwen2"]},
-            "parent": None,
-            "mixture": Path("resources/mixtures/mix"),
-            "manifests": tuple(path / "manifest.json" for path in backbones.values()),
-        }
-        return StageJob(**{**facts, **changes})
-
-    return make
 
 
 def hashes(directory: Path) -> dict[str, str]:

@@ -67,12 +67,12 @@ def annotate(
     dataset = (PreferenceDataset if pairs else SupervisedDataset)(mixture / "records.arrow", encoder)
     size = model.config.vision_config.image_size
     collate = (PreferenceCollator if pairs else Collator)(processor.tokenizer.pad_token_id, (size, size))
-    read = _pair_rows if pairs else _token_rows
+    read, schema = (_pair_rows, _PAIRS) if pairs else (_token_rows, _TOKENS)
     inputs = manifest.input_hashes([checkpoint / manifest.NAME, mixture / manifest.NAME])
     with staged_directory(out) as stage:
         with (
             pa.OSFile(str(stage / FILE), "wb") as file,
-            pa.ipc.new_stream(file, _PAIRS if pairs else _TOKENS) as sink,
+            pa.ipc.new_stream(file, schema) as sink,
         ):
             starts = range(0, len(dataset), batch_size)
             for start in report(iter(starts), len(starts)):
@@ -81,7 +81,7 @@ def annotate(
                     name: value.to(device) if isinstance(value, Tensor) else value
                     for name, value in collate(samples).items()  # type: ignore[arg-type]
                 }
-                sink.write_batch(pa.RecordBatch.from_pylist(read(model, batch, settings), schema=sink.schema))
+                sink.write_batch(pa.RecordBatch.from_pylist(read(model, batch, settings), schema=schema))
         manifest.write(
             stage,
             kind="annotations",

@@ -1,0 +1,242 @@
+"""Distillation, up-cycling and preference as stages: what learns, what stays, what is published."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmpipe.artifacts.files import read_jsonl
+from mmpipe.errors import ArtifactError, ConfigError, DataError
+from mmpipe.models import vlm
+from mmpipe.models.moe.collect import moe_layers
+from mmpipe.stages.base import StageJob
+from mmpipe.stages.distill_dense import DistillDense
+from mmpipe.stages.distill_sparse import DistillSparse
+from mmpipe.stages.finetune import Finetune
+from mmpipe.stages.prefer import Prefer
+from mmpipe.stages.upcycle import Upcycle
+from mmpipe.training.annotations import Annotations, annotate
+from mmpipe.training.distillation import resized_pictures
+
+COMMON = {"template": "qwen", "batch_size": 8, "max_steps": 4, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def dense(job) -> StageJob:
+    """A dense checkpoint, trained a little."""
+    made = job("dense")
+    Finetune(data="mix", **COMMON).run(made)
+    return made
+
+
+@pytest.fixture
+def sparse(job, dense) -> StageJob:
+    """Its up-cycled child."""
+    made = job("sparse", parent=dense.model_dir)
+    Upcycle().run(made)
+    return made
+
+
+def distill(kind: type[DistillDense], job: StageJob, teacher: Path, **changes: Any) -> list[dict[str, Any]]:
+    """Run a distillation stage; returns its history."""
+    stage = kind(**{"data": "mix", "teacher": "teacher", **COMMON, **changes})
+    stage.run(replace(job, references={"teacher": teacher}))
+    return read_jsonl(job.report_dir / "history.jsonl")
+
+
+def written(tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any]) -> Path:
+    out = tmp_path / f"annotations-{settings['kind']}-{mixture}"
+    settings = {"template": "qwen", "max_length": 2048, "image_aspect": "pad", **settings}
+    annotate(
+        teacher,
+        Path("resources/mixtures", mixture),
+        "{}",
+        settings,
+        out,
+        device="cpu",
+        batch_size=4,
+        report=lambda batches, total: batches,
+    )
+    return out
+
+
+def test_upcycling_publishes_a_stock_checkpoint_equal_to_its_parent(dense, sparse):
+    config = json.loads((sparse.model_dir / "config.json").read_text())
+    assert config["text_config"]["model_type"] == "qwen2_moe"
+    assert config["text_config"]["mlp_only_layers"] == [1]
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForImageTextToText as Auto\n"
+        "a, b = (Auto.from_pretrained(p) for p in sys.argv[1:])\n"
+        "ids = torch.arange(5, 25)[None]\n"
+        "print((a(input_ids=ids).logits - b(input_ids=ids).logits).abs().max().item())\n"
+    )
+    command = [sys.executable, "-c", code, str(dense.model_dir), str(sparse.model_dir)]
+    difference = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert difference < 1e-5
+
+
+def test_upcycling_fails_when_the_models_differ(job, dense):
+    made = job("wrong", parent=dense.model_dir)
+    with pytest.raises(ArtifactError, match="differs from its dense parent"):
+        Upcycle(moe={"top_k": 1}).run(made)
+    assert not (made.model_dir / "manifest.json").exists()
+
+
+def test_upcycling_needs_a_dense_parent(job, sparse):
+    with pytest.raises(ConfigError, match="put a training stage before it"):
+        Upcycle().run(job("first"))
+    with pytest.raises(ConfigError, match="already has experts"):
+        Upcycle().run(job("again", parent=sparse.model_dir))
+
+
+def test_the_dense_student_comes_closer_to_its_teacher(job, dense):
+    history = distill(DistillDense, job("student"), dense.model_dir, max_steps=12)
+    assert history[-1]["kl"] < 0.8 * history[0]["kl"]
+    assert history[0]["loss"] == pytest.approx(history[0]["kl"], rel=1e-5)
+    assert "cross_entropy" not in history[0]
+
+
+def test_a_student_that_is_its_teacher_has_no_divergence(job, dense):
+    history = distill(DistillDense, job("same", parent=dense.model_dir), dense.model_dir, max_steps=1)
+    assert history[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert history[0]["teacher_entropy"] > 0
+
+
+def test_the_loss_types_are_sums_of_their_parts(job, dense, sparse):
+    history = distill(
+        DistillSparse, job("student", parent=sparse.model_dir), dense.model_dir, loss_type="kd_lm"
+    )
+    for row in history:
+        parts = row["kl"] + row["cross_entropy"] + row["router_balance"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_experts_and_routers_learn_while_attention_stays(job, dense, sparse):
+    made = job("student", parent=sparse.model_dir)
+    distill(DistillSparse, made, dense.model_dir)
+    before, after = (load_file(d.model_dir / "model.safetensors") for d in (sparse, made))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(".mlp.gate.weight" in name for name in changed)
+    assert any(".experts.0.down_proj" in name for name in changed)
+    assert any(name.startswith("multi_modal_projector") for name in changed)
+    assert not [n for n in changed if ".self_attn." in n or "embed" in n or "norm" in n or "vision" in n]
+
+
+def test_a_trained_sparse_student_answers_the_same_in_stock_transformers(job, dense, sparse):
+    made = job("student", parent=sparse.model_dir)
+    distill(DistillSparse, made, dense.model_dir)  # publishing is gated by a fresh process
+    model, _, card = vlm.load(made.model_dir)
+    assert list(moe_layers(model)) == ["language_model.layers.0.mlp"]
+    assert card["kind"] == "model"
+
+
+def test_the_loss_does_not_depend_on_how_the_batch_is_cut(job, dense):
+    whole = distill(DistillDense, job("whole"), dense.model_dir, loss_type="kd_lm")
+    cut = distill(DistillDense, job("cut"), dense.model_dir, loss_type="kd_lm", hardware={"micro_batch": 2})
+    assert [row["loss"] for row in whole] == pytest.approx([row["loss"] for row in cut], rel=1e-5)
+
+
+def test_a_teacher_that_wrote_down_everything_equals_the_live_one(job, dense, tmp_path):
+    rows = len(load_file(dense.model_dir / "model.safetensors")["language_model.model.embed_tokens.weight"])
+    live = distill(DistillDense, job("live"), dense.model_dir)
+    notes = written(tmp_path, dense.model_dir, "mix", {"kind": "top_k", "k": rows})
+    cached = distill(
+        DistillDense,
+        job("cached", annotations={"teacher": notes}),
+        dense.model_dir,
+        teacher_cache={"k": rows},
+    )
+    assert [r["kl"] for r in cached] == pytest.approx([r["kl"] for r in live], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled"])
+def test_a_student_learns_from_a_few_written_tokens(job, dense, tmp_path, kind):
+    notes = written(tmp_path, dense.model_dir, "mix", {"kind": kind, "k": 8, "seed": 0})
+    made = job("cached", annotations={"teacher": notes})
+    history = distill(DistillDense, made, dense.model_dir, teacher_cache={"kind": kind, "k": 8}, max_steps=10)
+    assert history[-1]["kl"] < history[0]["kl"]
+
+
+def test_annotations_do_not_depend_on_the_batch(dense, tmp_path):
+    a = Annotations(written(tmp_path / "a", dense.model_dir, "pairs", {"kind": "log_probabilities"}))
+    b = Annotations(written(tmp_path / "b", dense.model_dir, "pairs", {"kind": "log_probabilities"}))
+    torch.testing.assert_close(a.log_probabilities([3, 1]), b.log_probabilities([3, 1]))
+    assert a.log_probabilities([0])[0] < 0
+
+
+@pytest.mark.parametrize("loss_type", ["kto_pair", "sigmoid", "hinge", "ipo"])
+def test_preferences_are_learnt_relative_to_the_reference(job, dense, tmp_path, loss_type):
+    notes = written(tmp_path, dense.model_dir, "pairs", {"kind": "log_probabilities"})
+    made = job(
+        "preferred",
+        parent=dense.model_dir,
+        mixture=Path("resources/mixtures/pairs"),
+        annotations={"reference": notes},
+    )
+    settings = {**COMMON, "data": "pairs", "reference": "dense", "loss_type": loss_type, "max_steps": 6}
+    Prefer(**settings).run(made)
+    history = read_jsonl(made.report_dir / "history.jsonl")
+    assert history[0]["rewards_margin"] == pytest.approx(0, abs=1e-4)
+    assert history[-1]["rewards_margin"] > 0
+    assert history[-1]["rewards_accuracy"] > 0.5
+
+
+def test_preferring_needs_pairs(job, dense, tmp_path):
+    notes = written(tmp_path, dense.model_dir, "pairs", {"kind": "log_probabilities"})
+    made = job("wrong", parent=dense.model_dir, annotations={"reference": notes})
+    with pytest.raises(DataError, match="holds conversations, but the stage trains on preferences"):
+        Prefer(**COMMON, data="mix", reference="dense").run(made)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(job, dense):
+    tokenizer = dense.model_dir / "tokenizer.json"
+    text = tokenizer.read_text()
+    tokenizer.write_text(text.replace('<|im_start|>', '<|im_other|>'))
+    with pytest.raises(ConfigError, match="do not share a vocabulary"):
+        distill(DistillDense, job("student"), dense.model_dir)
+
+
+def test_a_teacher_of_another_image_size_is_refused(job, dense):
+    for name in ("preprocessor_config.json",):
+        path = dense.model_dir / name
+        content = json.loads(path.read_text())
+        content["size"] = (
+            {"height": 64, "width": 64} if "height" in content["size"] else {"shortest_edge": 64}
+        )
+        path.write_text(json.dumps(content))
+    with pytest.raises((ConfigError, ArtifactError), match=r"other pictures|bytes"):
+        distill(DistillDense, job("student"), dense.model_dir)
+
+
+def test_pictures_can_take_another_number_of_tokens():
+    batch = {
+        "input_ids": torch.tensor([[9, 9, 1, 2, 9, 9, 3], [9, 9, 1, 2, 0, 0, 0]]),
+        "labels": torch.tensor(
+            [[-100, -100, -100, 2, -100, -100, 3], [-100, -100, -100, 2, -100, -100, -100]]
+        ),
+        "attention_mask": torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]]),
+    }
+    seen = resized_pictures(batch, 9, 2, 3)
+    assert seen["input_ids"].tolist() == [[9, 9, 9, 1, 2, 9, 9, 9, 3], [9, 9, 9, 1, 2, 0, 0, 0, 0]]
+    assert seen["attention_mask"].sum(1).tolist() == [9, 5]
+    assert (seen["labels"] != -100).sum() == (batch["labels"] != -100).sum()
+    back = resized_pictures(seen, 9, 3, 2)
+    assert back["input_ids"].tolist() == batch["input_ids"].tolist()
+
+
+def test_a_single_token_picture_can_be_resized():
+    batch = {
+        "input_ids": torch.tensor([[9, 1, 9]]),
+        "labels": torch.tensor([[-100, 1, -100]]),
+        "attention_mask": torch.ones(1, 3),
+    }
+    assert resized_pictures(batch, 9, 1, 2)["input_ids"].tolist() == [[9, 9, 1, 9, 9]]
