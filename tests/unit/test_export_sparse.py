@@ -18,6 +18,7 @@ from mmpipe.models.gate import gate, reference
 from mmpipe.models.moe.collect import collect_losses, moe_layers
 from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.registered import SparseLlava
+from mmpipe.models.moe.routers.names import known
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.stock import why_not_stock
 from mmpipe.models.moe.upcycle import logits, upcycle
@@ -145,6 +146,21 @@ def test_what_no_stock_class_computes_is_a_class_of_ours(
     save_checkpoint(again, its_processor, tmp_path / "b")
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("router", [name for name in known() if name != "topk"])
+def test_every_router_is_stored_with_its_model(router: str, tmp_path: Path) -> None:
+    model = trained("qwen2", router=router).eval()
+    save_checkpoint(model, processor(), tmp_path)
+    again, _ = load_checkpoint(tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(logits(again, batch()), logits(model, batch()), atol=1e-5, rtol=1e-5)
+    loss = again.train()(**batch(), use_cache=False).logits.square().mean() + collect_losses(again)[0]
+    loss.backward()
+    for name, moe in moe_layers(again).items():
+        for part, parameter in moe.router.named_parameters():
+            assert parameter.grad is not None, f"{name}.{part}"
+            assert torch.isfinite(parameter.grad).all(), f"{name}.{part}"
 
 
 def test_plain_transformers_refuses_what_it_cannot_compute(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -70,6 +71,21 @@ class BaseRouter(nn.Module):
 
     def step(self, progress: float) -> None:
         """Tell the router how far training is, 0 at the start and 1 at the end; called before every step."""
+
+
+def linear_float(hidden_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """A linear map in float32, also where autocast would choose less: routing is decided by small
+    differences."""
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        bias_N = None if bias_N is None else bias_N.float()
+        return F.linear(hidden_TD.float(), weight_ND.float(), bias_N)
+
+
+def uniform_(router: nn.Module, bound: float, generator: torch.Generator) -> None:
+    """Fill all parameters uniformly in +-bound."""
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.uniform_(-bound, bound, generator=generator)
 
 
 def rescaled(weights_TK: Tensor) -> Tensor:

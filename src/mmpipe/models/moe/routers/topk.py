@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpipe.config import base as config
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, rescaled, routed
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed, uniform_
 
 
 class Router(BaseRouter):
@@ -36,13 +35,10 @@ class Router(BaseRouter):
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Uniform in +-1/sqrt(width), PyTorch's default for a linear layer."""
-        bound = self.width**-0.5
-        with torch.no_grad():
-            self.weight.uniform_(-bound, bound, generator=generator)
+        uniform_(self, self.width**-0.5, generator)
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            logits_TN = F.linear(hidden_TD.float(), self.weight.float())
+        logits_TN = linear_float(hidden_TD, self.weight)
         indices_TK = self._choose(logits_TN)
         p_TN = logits_TN.softmax(1)
         weights_TK = p_TN.gather(1, indices_TK)

@@ -1,0 +1,50 @@
+"""MoE++: besides experts that compute, some that cost nothing (Jin et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed, uniform_
+
+
+class Router(BaseRouter):
+    """Softmax top-k over the N experts, one that gives zero, and one that gives ``a_1 x + a_2 c``.
+
+    ``a = softmax(V x)``, ``c`` is learned. Weights of the chosen are rescaled to one; what goes to the zero
+    expert is left out. As in LibMoE's code there is no copy expert and no residual of the scores.
+    """
+
+    NORMALISED: ClassVar[bool] = False
+
+    def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
+        super().__init__(width, experts, top_k, settings)
+        self.weight = nn.Parameter(torch.empty(experts + 2, width))
+        self.mixture = nn.Parameter(torch.empty(2, width))
+        self.constant = nn.Parameter(torch.empty(width))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        uniform_(self, self.width**-0.5, generator)
+        with torch.no_grad():
+            self.constant.normal_(std=0.002, generator=generator)
+
+    def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
+        logits_TM = linear_float(hidden_TD, self.weight)
+        p_TM = logits_TM.softmax(1)
+        best_TK, choice_TK = p_TM.topk(self.top_k, dim=1)
+        weights_TK = rescaled(best_TK)
+        result = routed(choice_TK, weights_TK, p_TN=p_TM, logits_TN=logits_TM, sequence_T=sequence_T)
+        computes_TK = choice_TK < self.experts
+        share_T2 = F.softmax(linear_float(hidden_TD, self.mixture), dim=1)
+        constant_TD = share_T2[:, :1] * hidden_TD.float() + share_T2[:, 1:] * self.constant.float()
+        weight_T1 = (weights_TK * (choice_TK == self.experts + 1)).sum(1, keepdim=True)
+        return Routing(
+            torch.where(computes_TK, choice_TK, 0),
+            weights_TK * computes_TK,
+            result.losses,
+            result.statistics | {"free": (~computes_TK).float().mean()},
+            addition_TD=weight_T1 * constant_TD,
+        )

@@ -1,0 +1,14 @@
+"""Cosine scores with lengths moved away from zero, which keeps gradients of short vectors bounded."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mmpipe.models.moe.routers import cosine
+
+
+class Router(cosine.Router):
+    """The cosine router with a perturbation of 0.1, as in LibMoE's Perturbed Cosine-R."""
+
+    class Settings(cosine.Router.Settings):
+        perturbation: float = Field(0.1, ge=0)

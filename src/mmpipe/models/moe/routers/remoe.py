@@ -1,0 +1,36 @@
+"""ReLU routing: an expert counts by how far its score is above zero."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, routed, uniform_
+
+
+class Router(BaseRouter):
+    """``s = relu(W x)``, the k largest, weights ``s / (sum of the chosen s + 1e-6)``.
+
+    The form LibMoE ships. The published ReMoE (Wang et al. 2024) has no k: it takes every expert above zero
+    and steers their number by an adaptive L1 term. A token with no score above zero passes through the
+    residual stream only.
+    """
+
+    NORMALISED: ClassVar[bool] = False
+
+    def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
+        super().__init__(width, experts, top_k, settings)
+        self.weight = nn.Parameter(torch.empty(experts, width))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        uniform_(self, self.width**-0.5, generator)
+
+    def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
+        logits_TN = linear_float(hidden_TD, self.weight)
+        best_TK, indices_TK = logits_TN.relu().topk(self.top_k, dim=1)
+        weights_TK = best_TK / (best_TK.sum(1, keepdim=True) + 1e-6)
+        return routed(
+            indices_TK, weights_TK, p_TN=logits_TN.softmax(1), logits_TN=logits_TN, sequence_T=sequence_T
+        )

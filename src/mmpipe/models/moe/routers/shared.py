@@ -1,0 +1,49 @@
+"""A shared expert: the last expert sees every token, the others compete for what is left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmpipe.config import base as config
+from mmpipe.errors import ConfigError
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed, uniform_
+
+
+class Router(BaseRouter):
+    """Half the weight for the last expert, half for the k - 1 best of the others.
+
+    With ``softmax`` scores that is LibMoE's SharedE-V2, with ``sigmoid`` its SharedE-V3. ``top_k`` counts the
+    shared expert. Losses and measurements are those of the routed experts.
+    """
+
+    class Settings(config.Settings):
+        scores: Literal["softmax", "sigmoid"] = "softmax"
+
+    def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
+        super().__init__(width, experts, top_k, settings)
+        if top_k < 2:
+            raise ConfigError("router 'shared': top_k counts the shared expert and must be 2 or more")
+        self.weight = nn.Parameter(torch.empty(experts - 1, width))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        uniform_(self, self.width**-0.5, generator)
+
+    def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
+        logits_TN = linear_float(hidden_TD, self.weight)
+        p_TN = logits_TN.softmax(1)
+        scores_TN = p_TN if self.settings.scores == "softmax" else logits_TN.sigmoid()
+        best_TK, indices_TK = scores_TN.topk(self.top_k - 1, dim=1)
+        of_routed = routed(
+            indices_TK, rescaled(best_TK), p_TN=p_TN, logits_TN=logits_TN, sequence_T=sequence_T
+        )
+        shared_T1 = torch.full_like(indices_TK[:, :1], self.experts - 1)
+        half_T1 = torch.full_like(best_TK[:, :1], 0.5)
+        return replace(
+            of_routed,
+            indices_TK=torch.cat([indices_TK, shared_T1], 1),
+            weights_TK=torch.cat([0.5 * of_routed.weights_TK, half_T1], 1),
+        )
