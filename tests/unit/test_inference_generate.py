@@ -134,7 +134,9 @@ def test_answer_record_is_llava_s_and_deterministic(checkpoint, questions):
 def test_generation_stops_at_the_end_token(checkpoint, questions):
     model, processor = checkpoint
     answerer = Answerer(model, processor, get_template("qwen"))
-    reply = answerer._greedy(answerer._families([Row(questions[0], answerer._encode(questions[0]))]), 12)[0]
+    reply = answerer._greedy(answerer._families([Row(questions[0], answerer._encode(questions[0]))]), 12, 4)[
+        0
+    ]
     assert (reply.ended, len(reply.ids)) == (False, 12)
     answerer.stop_ids = frozenset({reply.ids[4]})
     cut = texts(answerer, questions[:1])[0]
@@ -147,6 +149,26 @@ def test_stop_text_that_is_no_token_cuts_the_answer(checkpoint, questions):
     assert not plain._stops_by_token
     newline = processor.tokenizer("a\nb", add_special_tokens=False)["input_ids"]
     assert [plain._stopped(newline[:n]) for n in (1, 2)] == [False, True]
+
+
+def test_stop_text_works_in_every_way_of_generating(checkpoint, questions):
+    """The reply is cut where the stop text begins, whichever engine runs."""
+    answerer = Answerer(*checkpoint, get_template("qwen"))
+    free = texts(answerer, questions[:4])[0]["text"]
+    cut_at = free[3:5]
+
+    class Stopping:
+        stop = cut_at
+
+        def prompt(self, turns):
+            return get_template("qwen").prompt(turns)
+
+    for settings in ({}, {"share_prefix": False}, {"batch_size": 2}):
+        stopping = Answerer(*checkpoint, Stopping())
+        assert not stopping._stops_by_token
+        found = texts(stopping, questions[:4], **settings)[0]
+        assert found["text"] == free[: free.index(cut_at)].strip()
+        assert found["metadata"]["ended"]
 
 
 def test_marks_and_pictures_must_agree(checkpoint, questions):
@@ -170,16 +192,15 @@ def test_beams_are_searched(checkpoint, questions, one_by_one):
     assert any(beams[i]["text"] != one_by_one[i]["text"] for i in beams)
 
 
-def test_batches_keep_families_together_and_split_large_ones(checkpoint, questions):
+def test_batches_keep_families_together(checkpoint, questions):
     answerer = Answerer(*checkpoint, get_template("qwen"))
     families = answerer._families([Row(q, answerer._encode(q)) for q in questions])
-    for size in (1, 3, 4, 100):
-        batches = list(_batches(families, size))
-        assert all(sum(len(f.rows) for f in batch) <= size for batch in batches)
-        assert sorted(str(r.question.id) for b in batches for f in b for r in f.rows) == sorted(
-            str(q.id) for q in questions
-        )
     assert sorted(len(f.rows) for f in families) == [1, 1, 1, 4, 5, 5]
+    for size in (1, 4, 9, 100):
+        batches = list(_batches(families, size))
+        assert all(len(batch) == 1 or sum(len(f.rows) for f in batch) <= size for batch in batches)
+        asked = [str(r.question.id) for b in batches for f in b for r in f.rows]
+        assert sorted(asked) == sorted(str(q.id) for q in questions)
 
 
 def test_common_beginning_leaves_every_row_a_token():

@@ -8,6 +8,7 @@ positions and mask, so an answer does not depend on its neighbours.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class Answerer:
             replies = (
                 self._generate(asked, max_new_tokens, num_beams)
                 if plain
-                else self._greedy(batch, max_new_tokens)
+                else self._greedy(batch, max_new_tokens, batch_size)
             )
             for row, reply in zip(asked, replies, strict=True):
                 yield self._record(row.question, reply)
@@ -140,7 +141,10 @@ class Answerer:
         for row in rows:
             opening = row.ids[: self._after_pictures(row)]
             together.setdefault((row.question.images, opening) if opening else len(together), []).append(row)
-        return [Family(tuple(members), _common(members)) for members in together.values()]
+        return [
+            Family(tuple(sorted(members, key=lambda row: len(row.ids))), _common(members))
+            for members in together.values()
+        ]
 
     def _after_pictures(self, row: Row) -> int:
         """How many tokens there are up to the end of the last picture."""
@@ -149,9 +153,8 @@ class Answerer:
     # ---- running the model
 
     @torch.inference_mode()
-    def _greedy(self, families: Sequence[Family], max_new_tokens: int) -> list[Reply]:
-        """Greedy decoding of a batch of families, one reply a row."""
-        device = self.model.device
+    def _greedy(self, families: Sequence[Family], max_new_tokens: int, batch_size: int) -> list[Reply]:
+        """Greedy decoding of families, one reply a row, at most ``batch_size`` rows at a time."""
         beginnings = [family.rows[0].ids[: family.shared] for family in families]
         ids, mask = self._pad(beginnings)
         out = self.model(
@@ -162,12 +165,16 @@ class Answerer:
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = out.past_key_values
-        owner = torch.tensor([i for i, family in enumerate(families) for _ in family.rows], device=device)
-        cache.batch_select_indices(owner)
-        ids, own_mask = self._pad([row.ids[family.shared :] for family in families for row in family.rows])
-        mask = torch.cat([mask[owner], own_mask], dim=1)
-        return self._decode(ids, mask, cache, max_new_tokens)
+        rows = [(owner, row) for owner, family in enumerate(families) for row in family.rows]
+        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        replies: list[Reply] = []
+        for number, part in enumerate(parts, start=1):
+            cache = out.past_key_values if number == len(parts) else copy.deepcopy(out.past_key_values)
+            owners = torch.tensor([owner for owner, _ in part], device=self.model.device)
+            cache.batch_select_indices(owners)
+            ids, own_mask = self._pad([row.ids[families[owner].shared :] for owner, row in part])
+            replies += self._decode(ids, torch.cat([mask[owners], own_mask], dim=1), cache, max_new_tokens)
+        return replies
 
     def _decode(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, max_new_tokens: int) -> list[Reply]:
         """Continue rows ``ids`` (B, S) on ``cache``; ``mask`` (B, P + S) covers what is cached and
@@ -201,11 +208,12 @@ class Answerer:
         """The same through ``model.generate``, which also searches with beams."""
         ids, mask = self._pad([row.ids for row in rows])
         pixels = self._pixels([row.question for row in rows])
-        stop = (
-            {}
-            if self._stops_by_token
-            else {"stop_strings": [self.template.stop], "tokenizer": self.tokenizer}
-        )
+        width = ids.shape[1]
+
+        def stopped(sequences: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            rows = [self._stopped(row) for row in sequences[:, width:].tolist()]
+            return torch.tensor(rows, device=sequences.device)
+
         out = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -215,10 +223,10 @@ class Answerer:
             num_beams=num_beams,
             eos_token_id=sorted(self.stop_ids),
             pad_token_id=self.pad_id,
-            **stop,
+            **({} if self._stops_by_token else {"stopping_criteria": [stopped]}),
         )
         replies = []
-        for tokens in out[:, ids.shape[1] :].tolist():
+        for tokens in out[:, width:].tolist():
             kept: list[int] = []
             for token in tokens:
                 kept.append(token)
@@ -271,17 +279,9 @@ class Answerer:
 
 
 def _batches(families: Sequence[Family], batch_size: int) -> Iterator[list[Family]]:
-    """Families by length, so many together that a batch has at most ``batch_size`` rows; larger ones are
-    split."""
-    parts: list[Family] = []
-    for family in families:
-        count = -(-len(family.rows) // batch_size)
-        rows = sorted(family.rows, key=lambda row: len(row.ids))
-        size = -(-len(rows) // count)
-        parts += [Family(tuple(rows[i : i + size]), family.shared) for i in range(0, len(rows), size)]
-    parts.sort(key=lambda family: (family.longest, family.shared))
+    """Families by length, so many together that they have at most ``batch_size`` rows; a larger one is alone."""
     batch: list[Family] = []
-    for family in parts:
+    for family in sorted(families, key=lambda family: (family.longest, family.shared)):
         if batch and sum(len(member.rows) for member in batch) + len(family.rows) > batch_size:
             yield batch
             batch = []
