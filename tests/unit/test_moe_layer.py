@@ -89,6 +89,22 @@ def test_double_precision_and_odd_sizes_take_the_loop() -> None:
     torch.testing.assert_close(odd(x, indices, weights), loop(odd, x, indices, weights))
 
 
+def test_autocast_computes_experts_in_its_dtype() -> None:
+    moe = layer()
+    x = torch.randn(2, 5, 16)
+    exact = moe(x)
+    moe.forward_pass = ForwardPass.of_mask(torch.tensor([[1] * 5, [0] + [1] * 4]), 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = moe(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float()[0], exact[0], atol=0.05, rtol=0.05)
+    output.sum().backward()
+    for parameter in moe.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.any()
+
+
 def test_padding_is_neither_routed_nor_counted() -> None:
     moe = layer()
     x = torch.randn(2, 6, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,17 +98,36 @@ def loop(
 def automatic(
     self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not
-    aligned)."""
-    backend = ALL_EXPERTS_FUNCTIONS["grouped_mm"] if _groups(self) and len(hidden_TD) else loop
-    return backend(self, hidden_TD, indices_TK, weights_TK)
+    """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not aligned).
+
+    Autocast does not know grouped products, which would then run in the weights' float32. So its dtype is
+    taken here, for input, weights and output, as it is for a linear layer.
+    """
+    dtype = _autocast_dtype(hidden_TD.device) or self.down_proj.dtype
+    if not (_groups(self, dtype) and len(hidden_TD)):
+        return loop(self, hidden_TD, indices_TK, weights_TK)
+    experts: Any = self if dtype == self.down_proj.dtype else _Cast(self, dtype)
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_TD.to(dtype), indices_TK, weights_TK.to(dtype))
 
 
-def _groups(experts: SwiGLUExperts | MLPExperts) -> bool:
-    weight_NDF = experts.down_proj
-    size = weight_NDF.element_size()
-    aligned = all(n * size % _GROUP_ALIGNMENT == 0 for n in weight_NDF.shape[1:])
-    return aligned and weight_NDF.dtype != torch.float64
+class _Cast:
+    """Experts seen through another dtype; gradients reach the tensors themselves."""
+
+    def __init__(self, experts: nn.Module, dtype: torch.dtype) -> None:
+        self._experts, self._dtype = experts, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._experts, name)
+        return value.to(self._dtype) if isinstance(value, Tensor) else value
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _groups(experts: SwiGLUExperts | MLPExperts, dtype: torch.dtype) -> bool:
+    aligned = all(n * dtype.itemsize % _GROUP_ALIGNMENT == 0 for n in experts.down_proj.shape[1:])
+    return aligned and dtype != torch.float64
 
 
 ALL_EXPERTS_FUNCTIONS.register(AUTOMATIC, automatic)

@@ -57,7 +57,7 @@ class MoELayer(nn.Module):
         if id(self) not in current.reports:
             current.reports[id(self)] = self._report(routing, kept_TK)
         if rows_T is not None:
-            output_TD = torch.zeros_like(every_TD).index_copy(0, rows_T, output_TD)
+            output_TD = output_TD.new_zeros(every_TD.shape).index_copy(0, rows_T, output_TD)
         return self._mix(hidden_BLD, output_TD.view_as(hidden_BLD))
 
     def _sequences(self, hidden_BLD: Tensor, rows_T: Tensor | None) -> Tensor | None:
