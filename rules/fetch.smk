@@ -1,4 +1,5 @@
-# Bringing backbones and data sets onto this machine; these jobs need the network, so they run where Snakemake runs.
+# Bringing backbones and data sets onto this machine; these jobs need the network, so they run where Snakemake runs. They have
+# patience of their own, so Snakemake need not try again.
 localrules:
     fetch_backbone,
     fetch_dataset,
@@ -9,7 +10,6 @@ rule fetch_backbone:
         manifest="resources/backbones/{backbone}/manifest.json",
     log:
         "logs/fetch/backbone-{backbone}.log",
-    retries: 2
     resources:
         **light(memory_gb=4, minutes=240),
     params:
@@ -21,11 +21,12 @@ rule fetch_backbone:
 
 
 rule fetch_dataset:
+    input:
+        lambda wildcards: PLAN.source_inputs(wildcards.dataset),
     output:
         manifest="resources/datasets/{dataset}/manifest.json",
     log:
         "logs/fetch/dataset-{dataset}.log",
-    retries: 2
     resources:
         **light(memory_gb=4, minutes=600),
     params:

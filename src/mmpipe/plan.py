@@ -83,6 +83,7 @@ class Plan:
         folder = root / "config"
         self.backbones = self._sources(folder / "backbones.yaml")
         self.datasets = self._sources(folder / "datasets.yaml")
+        self._check_sources(folder)
         self.mixtures: dict[str, MixtureSpec] = {
             name: validate(MixtureSpec, entry, f"{folder / 'mixtures.yaml'}, mixture '{name}'")
             for name, entry in self._entries(folder / "mixtures.yaml").items()
@@ -112,6 +113,24 @@ class Plan:
             name: validate(kind, entry, f"{path}, entry '{name}'")
             for name, entry in self._entries(path).items()
         }
+
+    def _check_sources(self, folder: Path) -> None:
+        """Data sets may be joined from others, not in a circle; backbones may not."""
+        for name, backbone in self.backbones.items():
+            if backbone.needs():
+                where = f"{folder / 'backbones.yaml'}, entry '{name}'"
+                raise ConfigError(f"{where}: only data sets can be of the source '{backbone.kind}'")
+        for name in self.datasets:
+            waiting, below = list(self.datasets[name].needs()), set()
+            while waiting:
+                need = waiting.pop()
+                where = f"{folder / 'datasets.yaml'}, entry '{name}'"
+                self._known(need, self.datasets, where, "data set")
+                if need == name:
+                    raise ConfigError(f"{where}: the data set is joined from itself")
+                if need not in below:
+                    below.add(need)
+                    waiting += self.datasets[need].needs()
 
     def _check_mixtures(self, path: Path) -> None:
         for name, mixture in self.mixtures.items():
@@ -388,9 +407,13 @@ class Plan:
         """What determines the content of a backbone or data set."""
         return canonical_json(source.spec())
 
+    def source_inputs(self, dataset: str) -> list[str]:
+        """Manifests of the data sets that a data set is joined from."""
+        return [f"resources/datasets/{need}/manifest.json" for need in self.datasets[dataset].needs()]
+
     def mixture_spec(self, name: str) -> str:
         """What determines the content of a mixture, its data sets' manifests apart."""
-        return canonical_json(self.mixtures[name].model_dump(mode="json", exclude_defaults=True))
+        return canonical_json(self.mixtures[name].spec())
 
     def mixture_inputs(self, name: str) -> list[str]:
         """Manifests of the data sets a mixture reads."""

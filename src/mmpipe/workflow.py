@@ -92,16 +92,16 @@ def _unchanged(snakemake: Any, spec: str) -> str:
 @job
 def fetch(snakemake: Any, plan: Plan) -> None:
     """Bring a backbone or a data set onto this machine."""
-    wildcards = snakemake.wildcards
-    is_backbone = hasattr(wildcards, "backbone")
-    source = plan.backbones[wildcards.backbone] if is_backbone else plan.datasets[wildcards.dataset]
+    from mmpipe.fetching.lock import locked
+
+    catalogue, name = next(iter(snakemake.wildcards.items()))
+    kind = f"{catalogue}s"
+    source = getattr(plan, kind)[name]
     spec = _unchanged(snakemake, plan.source_spec(source))
     out = Path(snakemake.output.manifest).parent
-    facts = source.fetch(out)
-    if facts.get("path"):
-        manifest.write(out, kind="source", spec=spec, inputs={}, hash_files=False, **facts)
-    else:
-        manifest.write(out, kind="source", spec=spec, inputs={}, **facts)
+    needed = [Path("resources/datasets", need, manifest.NAME) for need in source.needs()]
+    facts = source.fetch(out, locked(kind, name))
+    manifest.write(out, kind="source", spec=spec, inputs=manifest.input_hashes(needed), **facts)
 
 
 @job

@@ -64,14 +64,15 @@ def write(
     spec: str,
     inputs: Mapping[str, str],
     hash_files: bool = True,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
     """Write ``manifest.json`` for all files below ``directory`` and return it.
 
     ``facts`` are further deterministic statements (seed, steps, tokens seen, counts). ``hash_files=False`` records sizes
-    alone, for trees that are not ours to read in full.
+    alone, for trees that are not ours to read in full. ``files`` is the list itself, where the caller knows it.
     """
-    files = {
+    listed = files if files is not None else {
         path.relative_to(directory).as_posix(): {"size": path.stat().st_size}
         | ({"sha256": sha256(path)} if hash_files else {})
         for path in sorted(directory.rglob("*"))
@@ -85,7 +86,7 @@ def write(
         **facts,
         "mmpipe": __version__,
         "libraries": library_versions(),
-        "files": files,
+        "files": dict(listed),
     }
     write_json(directory / NAME, manifest)
     return manifest

@@ -234,6 +234,7 @@ class _Part:
             "dataset": self.spec.dataset,
             "annotations": list(self.spec.annotations),
             "take": self.spec.take,
+            **({"expected": self.spec.expected} if self.spec.expected else {}),
             "found": self.found,
             "wanted": self.wanted,
             "kept": self.kept,

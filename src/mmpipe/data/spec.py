@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -46,6 +46,8 @@ class PartSpec(Settings):
     """True keeps only records with pictures, False only those without."""
     suffix: str = ""
     """Appended to every question, e.g. the instruction to answer with a single word."""
+    expected: Annotated[int, Field(gt=0)] | None = None
+    """How many records the publishers or a paper name; the report sets it beside what was found."""
     image_position: Literal["keep", "first"] = "keep"
     """``first`` moves the pictures of a question to its head, as LLaVA does; ``keep`` leaves them."""
 
@@ -53,8 +55,18 @@ class PartSpec(Settings):
 class MixtureSpec(Settings):
     """What a training set is made of. The order of training is the sampler's, not that of the parts."""
 
+    description: str = ""
+    """What it is, in one line."""
     parts: Annotated[tuple[PartSpec, ...], Field(min_length=1)]
     seed: int = 0
     """Decides which records ``take`` chooses."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The largest share of bad records that any part may have."""
+
+    def spec(self) -> dict[str, Any]:
+        """What determines the records; what is merely said about them does not."""
+        return self.model_dump(
+            mode="json",
+            exclude_defaults=True,
+            exclude={"description": True, "parts": {"__all__": {"expected"}}},
+        )

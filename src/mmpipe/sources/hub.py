@@ -2,51 +2,165 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import logging
+import os
+import re
+import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
 from mmpipe.errors import DataError
-from mmpipe.sources.base import Source
+from mmpipe.sources.base import Desk, Downloaded, check_online
+
+log = logging.getLogger(__name__)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_PASSING = {408, 429, 500, 502, 503, 504}
+ATTEMPTS = 5
+PAUSE = 2.0
+"""Seconds before the second attempt; doubled each time."""
 
 
-class Hub(Source):
-    """Download a repository of the hub at a pinned revision.
+class _Interrupted(Exception):
+    """A fetch that may succeed when tried again."""
 
-    The token comes from the environment (``HF_TOKEN`` or a login), never from a file of the project.
+
+class Hub(Downloaded):
+    """Download a repository of the hub, or some of its files, at one commit.
+
+    ``HF_TOKEN`` (or a login), ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` come from the environment, never from a file of the
+    project. Every file is compared with the hash that the hub names for it.
     """
 
     source: Literal["hub"] = "hub"
     repo: str
     """``owner/name``."""
-    revision: str
-    """A commit hash; a branch name would change under the results."""
+    revision: str = "main"
+    """A commit hash. A branch is allowed: the commit it stood at is kept in the manifest and, by ``mmpipe data --lock``,
+    in the lock, from which later fetches take it."""
     repo_type: Literal["model", "dataset"] = "model"
-    include: list[str] = []
+    include: tuple[str, ...] = ()
     """File patterns to download; empty for all."""
-    exclude: list[str] = []
+    exclude: tuple[str, ...] = ()
     """File patterns to leave out."""
 
-    def fetch(self, out: Path) -> dict[str, Any]:
-        from huggingface_hub import snapshot_download
+    def bring(self, desk: Desk) -> dict[str, Any]:
+        check_online(self.repo)
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
+            try:
+                return self._attempt(desk)
+            except _Interrupted as fault:
+                log.warning("%s: %s", self.repo, fault)
+                last = fault
+        raise DataError(
+            f"{self.repo}: the hub did not give it in {ATTEMPTS} attempts ({last}); run the same command again later, "
+            "set HF_ENDPOINT to a mirror, or name a copy on disk with 'source: path'"
+        )
+
+    def _attempt(self, desk: Desk) -> dict[str, Any]:
+        """Download what is missing and prove it. Raises _Interrupted, or DataError for what no patience mends."""
+        import httpx2
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            snapshot_download(
-                self.repo,
-                revision=self.revision,
-                repo_type=self.repo_type,
-                allow_patterns=self.include or None,
-                ignore_patterns=self.exclude or None,
-                local_dir=out,
-            )
-        except LocalEntryNotFoundError as error:
-            raise DataError(
-                f"{out}: {self.repo} is not on this machine and the hub cannot be reached ({error}); "
-                "run this rule on a machine with network, or use 'source: path'"
-            ) from error
+            commit = self._download(desk)
         except HfHubHTTPError as error:
+            if error.response.status_code in _PASSING:
+                raise _Interrupted(str(error)) from error
             raise DataError(
-                f"{out}: the hub refused {self.repo} at revision {self.revision} ({error}); "
-                "check the names, and HF_TOKEN if the repository is gated"
+                f"{desk.offered.name}: the hub refused {self.repo} at revision {self._revision(desk)} "
+                f"({str(error).splitlines()[0]}); check the names, and HF_TOKEN if the repository asks for consent"
             ) from error
-        return {"repo": self.repo, "revision": self.revision}
+        except (LocalEntryNotFoundError, httpx2.TransportError) as error:
+            raise _Interrupted(str(error).splitlines()[0]) from error
+        shutil.rmtree(desk.files / ".cache", ignore_errors=True)
+        return {"commit": commit}
+
+    def _revision(self, desk: Desk) -> str:
+        """The commit of the catalogue, else of the lock, else the branch."""
+        return self.revision if _COMMIT.fullmatch(self.revision) else desk.locked.get("commit", self.revision)
+
+    def _download(self, desk: Desk) -> str:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.hf_api import RepoFile
+        from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
+
+        from mmpipe.fetching.space import check_space
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        endpoint = os.environ.get("HF_ENDPOINT")
+        api = HfApi(endpoint=endpoint)
+        where: dict[str, Any] = {"repo_id": self.repo, "repo_type": self.repo_type}
+        # Resolved here once: snapshot_download, when the hub fails it, takes a half-filled folder for a branch's snapshot.
+        commit = str(api.repo_info(**where, revision=self._revision(desk)).sha)
+        listed = {
+            entry.path: entry
+            for entry in api.list_repo_tree(**where, revision=commit, recursive=True)
+            if isinstance(entry, RepoFile)
+        }
+        unpacked = [name for contents in desk.done["unpacked"].values() for name in contents["archives"]]
+        names = list(
+            filter_repo_objects(
+                listed,
+                allow_patterns=list(self.include) or None,
+                ignore_patterns=[*self.exclude, *map(glob.escape, unpacked)],
+            )
+        )
+        if not names and not unpacked:
+            raise DataError(
+                f"{desk.offered.name}: no file of {self.repo} matches include {list(self.include)}; it has, among others, "
+                f"{', '.join(sorted(listed)[:10]) or 'none'}"
+            )
+        missing = [name for name in names if not (desk.files / name).is_file()]
+        check_space(desk.files, sum(listed[name].size for name in missing), self.repo)
+        log.info("downloading %d files of %s at %s", len(missing), self.repo, commit)
+        snapshot_download(
+            self.repo,
+            repo_type=self.repo_type,
+            revision=commit,
+            allow_patterns=list(self.include) or None,
+            ignore_patterns=[*self.exclude, *map(glob.escape, unpacked)],
+            local_dir=desk.files,
+            endpoint=endpoint,
+        )
+        _prove(desk, [listed[name] for name in names])
+        return commit
+
+
+def _prove(desk: Desk, files: list[Any]) -> None:
+    """Compare every file with the hub's listing. Wrong ones go; raises _Interrupted if there were any."""
+    wrong = []
+    for file in files:
+        path = desk.files / file.path
+        if file.path in desk.done["downloads"]:
+            continue
+        facts = _facts(path) if path.is_file() else None
+        if (
+            facts
+            and facts["size"] == file.size
+            and facts["lfs" if file.lfs else "git"] == (file.lfs.sha256 if file.lfs else file.blob_id)
+        ):
+            desk.done["downloads"][file.path] = {"size": facts["size"], "sha256": facts["lfs"]}
+        else:
+            path.unlink(missing_ok=True)
+            wrong.append(file.path)
+    desk.save()
+    if wrong:
+        raise _Interrupted(f"{', '.join(wrong[:5])}: not what the hub lists")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Size, sha256 (by which large files are listed) and git's hash of a blob (by which small ones are)."""
+    size = path.stat().st_size
+    digests = {"lfs": hashlib.sha256(), "git": hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)}
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            for digest in digests.values():
+                digest.update(chunk)
+    return {"size": size, **{name: digest.hexdigest() for name, digest in digests.items()}}

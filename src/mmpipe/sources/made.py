@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ class Made(Source):
     version: int = 1
     """Raise it when the maker's code changes what it makes."""
 
-    def fetch(self, out: Path) -> dict[str, Any]:
+    def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         make = load_object(self.maker, f"maker of {out}")
         with staged_directory(out) as stage:
             make(stage, seed=self.seed, **self.options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +18,14 @@ class Local(Source):
     path: Path
     """The directory (its entries are linked) or the single file to adopt; ``~`` and ``$VARIABLES`` are expanded."""
 
-    def fetch(self, out: Path) -> dict[str, Any]:
+    def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        from mmpipe.fetching.space import clear_directory
+
         origin = Path(os.path.expandvars(self.path)).expanduser().resolve()
         if not origin.exists():
             raise DataError(f"{out}: the path {self.path} does not exist; correct it in the catalogue")
         out.mkdir(parents=True, exist_ok=True)
-        for link in out.iterdir():
-            if link.is_symlink():
-                link.unlink()
+        clear_directory(out)
         try:
             entries = sorted(origin.iterdir()) if origin.is_dir() else [origin]
         except PermissionError as error:
@@ -32,4 +33,5 @@ class Local(Source):
         for entry in entries:
             if entry.name != "manifest.json":
                 (out / entry.name).symlink_to(entry)
-        return {"path": origin.as_posix()}
+        # its size only: a person's own tree is not ours to read in full
+        return {"path": origin.as_posix(), "hash_files": False}

@@ -1,0 +1,53 @@
+"""The lock: what the first fetch of each entry saw, so that later fetches elsewhere get the same or stop.
+
+``config/lock.json`` is written by ``mmpipe data --lock`` from the manifests on this machine and belongs under version
+control. It pins what a catalogue leaves open: branches of hub repositories, and files whose hash nobody publishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmpipe.artifacts.files import read_json, write_json
+from mmpipe.artifacts.manifest import NAME
+
+LOCK = Path("config/lock.json")
+
+
+def locked(kind: str, name: str, path: Path = LOCK) -> dict[str, Any]:
+    """What the lock says about an entry (``kind``: ``backbones`` or ``datasets``); empty when it says nothing."""
+    found: dict[str, Any] = read_json(path).get(kind, {}).get(name, {}) if path.is_file() else {}
+    return found
+
+
+def write_lock(names: Mapping[str, Mapping[str, Any]], path: Path = LOCK) -> list[str]:
+    """Add every entry that is fetched here and not locked yet; entries of the catalogue that are gone go.
+
+    ``names`` gives the catalogue's entries by kind. Returns the entries added.
+    """
+    old = read_json(path) if path.is_file() else {}
+    lock: dict[str, dict[str, Any]] = {}
+    added = []
+    for kind, entries in names.items():
+        lock[kind] = {name: pins for name, pins in old.get(kind, {}).items() if name in entries}
+        for name in sorted(set(entries) - set(lock[kind])):
+            manifest = Path("resources", kind, name, NAME)
+            if pins := _pins(manifest):
+                lock[kind][name] = pins
+                added.append(f"{kind}/{name}")
+        lock[kind] = dict(sorted(lock[kind].items()))
+    write_json(path, lock)
+    return added
+
+
+def _pins(manifest: Path) -> dict[str, Any]:
+    """What pins the content that a manifest describes: a commit, which says it all, or the hashes of all downloads."""
+    facts = read_json(manifest) if manifest.is_file() else {}
+    if "commit" in facts:
+        return {"commit": facts["commit"]}
+    if "unpacked" not in facts:
+        return {}  # made, linked or adopted: nothing was downloaded
+    archives = [contents["archives"] for contents in facts["unpacked"].values()]
+    return {"downloads": {name: pin for files in (facts["files"], *archives) for name, pin in files.items()}}

@@ -1,0 +1,105 @@
+"""Entries on Google Drive."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmpipe.errors import DataError
+from mmpipe.sources.base import Desk, Downloaded, WantedFile, check_online
+
+if TYPE_CHECKING:
+    from mmpipe.fetching.http import Expected
+
+DriveId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{10,}$")]
+
+
+class DriveFile(WantedFile):
+    """One file on Google Drive."""
+
+    id: DriveId
+    """What stands behind ``/file/d/`` in its address."""
+
+
+class Drive(Downloaded):
+    """Download files, or a whole folder, that are shared on Google Drive; needs the extra ``drive``.
+
+    Drive refuses a large file for a while when many people fetched it. Files that a person fetched with a browser and put
+    into ``resources/manual/<entry>/`` are taken from there.
+    """
+
+    source: Literal["drive"] = "drive"
+    files: tuple[DriveFile, ...] = ()
+    folder: DriveId | None = None
+    """What stands behind ``/folders/`` in the address of a folder."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Drive:
+        if bool(self.files) == bool(self.folder):
+            raise ValueError("give either 'files' or 'folder'")
+        return self
+
+    def bring(self, desk: Desk) -> dict[str, Any]:
+        for file in self.files:
+            desk.place(file, partial(_download, file.id, desk))
+        if self.folder:
+            _download_folder(self.folder, desk)
+        return {}
+
+
+def _download(file_id: str, desk: Desk, target: Path, expected: Expected) -> None:
+    address = f"https://drive.google.com/file/d/{file_id}/view"
+    with _gdown(address, desk) as gdown:
+        gdown.download(
+            id=file_id,
+            output=str(target),
+            resume=True,
+            use_cookies=False,
+            timeout=60,
+            retries=5,
+            quiet=not sys.stderr.isatty(),
+        )
+    for abandoned in target.parent.glob(f"{target.name}*.part"):
+        abandoned.unlink()
+
+
+def _download_folder(folder_id: str, desk: Desk) -> None:
+    address = f"https://drive.google.com/drive/folders/{folder_id}"
+    with _gdown(address, desk) as gdown:
+        gdown.download_folder(
+            id=folder_id,
+            output=str(desk.files),
+            resume=True,
+            use_cookies=False,
+            timeout=60,
+            retries=5,
+            quiet=not sys.stderr.isatty(),
+        )
+    found = sorted(path for path in desk.files.rglob("*") if path.is_file() and path.suffix != ".part")
+    if not found:
+        raise DataError(f"{address}: the folder is empty")
+    for path in found:
+        desk.prove(WantedFile(to=path.relative_to(desk.files).as_posix()))
+
+
+@contextmanager
+def _gdown(address: str, desk: Desk) -> Iterator[ModuleType]:
+    """The library, with its errors said for people."""
+    check_online(address)
+    instead = f"or fetch it with a browser from {address} and put it into {desk.offered}/"
+    try:
+        gdown = importlib.import_module("gdown")
+    except ModuleNotFoundError as error:
+        raise DataError(f"Google Drive needs an extra: pip install 'mmpipe[drive]'; {instead}") from error
+    try:
+        yield gdown
+    except (gdown.exceptions.DownloadError, OSError) as error:
+        raise DataError(f"{address}: Google Drive did not give it ({error}); try later, {instead}") from error

@@ -1,0 +1,119 @@
+"""A file server on this machine that can be told to fail in every way servers do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = Callable[["Request"], None]
+
+
+class Request(BaseHTTPRequestHandler):
+    """One request, with helpers to answer it."""
+
+    protocol_version = "HTTP/1.1"
+    server: FaultyServer  # type: ignore[assignment]
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path, dict(self.headers)))
+        answers = self.server.answers.get(self.path, [])
+        answer = answers.pop(0) if len(answers) > 1 else (answers[0] if answers else status(404))
+        answer(self)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments: Any) -> None:
+        """Quiet."""
+
+    def send(self, code: int, body: bytes = b"", length: int | None = None, **headers: str) -> None:
+        """Send a whole answer; ``length`` lies about how long it is."""
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        if length is not None:
+            self.close_connection = True
+
+
+class FaultyServer(ThreadingHTTPServer):
+    """Answers each path by its list of answers, the last one again and again."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Request)
+        self.answers: dict[str, list[Answer]] = {}
+        self.seen: list[tuple[str, dict[str, str]]] = []
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+    def serve(self, path: str, *answers: Answer) -> str:
+        """Set the answers of a path; returns its URL."""
+        self.answers[path] = list(answers)
+        return self.url(path)
+
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.seen]
+
+
+@contextmanager
+def running() -> Iterator[FaultyServer]:
+    server = FaultyServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def content(body: bytes, etag: str = '"one"', ranges: bool = True, **headers: str) -> Answer:
+    """The file as an honest server gives it, parts of it where they are asked for."""
+
+    def answer(request: Request) -> None:
+        wanted = request.headers.get("Range")
+        same = request.headers.get("If-Range", etag) == etag
+        tags = {"ETag": etag, **headers} if etag else headers
+        if not (wanted and ranges and same):
+            return request.send(200, body, **tags)
+        first = int(wanted.removeprefix("bytes=").partition("-")[0])
+        if first >= len(body):
+            return request.send(416, Content_Range=f"bytes */{len(body)}")
+        place = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        return request.send(206, body[first:], Content_Range=place, **tags)
+
+    return answer
+
+
+def status(code: int, **headers: str) -> Answer:
+    return lambda request: request.send(code, b"no", **headers)
+
+
+def redirect(to: str) -> Answer:
+    return lambda request: request.send(302, Location=to)
+
+
+def truncated(body: bytes, after: int, etag: str = '"one"') -> Answer:
+    """Promises all of the file and hangs up after some bytes."""
+    return lambda request: request.send(200, body[:after], length=len(body), ETag=etag)
+
+
+def stalled(body: bytes, after: int, seconds: float, etag: str = '"one"') -> Answer:
+    """Promises all of the file, sends some bytes and says nothing more."""
+
+    def answer(request: Request) -> None:
+        request.send(200, body[:after], length=len(body), ETag=etag)
+        request.wfile.flush()
+        time.sleep(seconds)
+
+    return answer

@@ -1,0 +1,192 @@
+"""Downloads from a server that fails in every way servers do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import faulty_server as server
+import pytest
+from faulty_server import FaultyServer
+
+from mmpipe.errors import DataError
+from mmpipe.fetching import space
+from mmpipe.fetching.http import Expected, Patience, download
+
+BODY = bytes(range(256)) * 1000
+DIGEST = hashlib.sha256(BODY).hexdigest()
+QUICK = Patience(connect=2, read=0.3, attempts=3, pause=0.01, longest_pause=0.05)
+
+
+@pytest.fixture
+def host() -> Iterator[FaultyServer]:
+    with server.running() as running:
+        yield running
+
+
+def fetch(urls: str | list[str], target: Path, **expected: object) -> dict[str, object]:
+    urls = [urls] if isinstance(urls, str) else urls
+    return download(urls, target, Expected(**expected), QUICK)  # type: ignore[arg-type]
+
+
+def alone(target: Path) -> bool:
+    """Whether nothing but the file is left, whole."""
+    return target.read_bytes() == BODY and [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def nothing(folder: Path) -> bool:
+    return not list(folder.iterdir())
+
+
+def test_gives_the_file_with_its_size_and_hash(host: FaultyServer, tmp_path: Path) -> None:
+    facts = fetch(host.serve("/a", server.content(BODY)), tmp_path / "a", sha256=DIGEST, size=len(BODY))
+    assert facts == {"size": len(BODY), "sha256": DIGEST}
+    assert alone(tmp_path / "a")
+
+
+def test_follows_redirects(host: FaultyServer, tmp_path: Path) -> None:
+    host.serve("/b", server.content(BODY))
+    fetch(host.serve("/a", server.redirect("/b")), tmp_path / "a")
+    assert alone(tmp_path / "a")
+
+
+@pytest.mark.parametrize("code", [408, 429, 500, 502, 503, 504])
+def test_tries_again_after_a_passing_refusal(host: FaultyServer, tmp_path: Path, code: int) -> None:
+    url = host.serve("/a", server.status(code, Retry_After="0"), server.status(code), server.content(BODY))
+    fetch(url, tmp_path / "a")
+    assert alone(tmp_path / "a")
+    assert len(host.seen) == 3
+
+
+def test_gives_up_on_a_server_that_refuses_for_ever(host: FaultyServer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"/a: the server answered 429.*3 times in a row"):
+        fetch(host.serve("/a", server.status(429)), tmp_path / "a")
+    assert len(host.seen) == QUICK.attempts
+    assert nothing(tmp_path)
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 410])
+def test_does_not_insist_on_what_is_refused_for_good(host: FaultyServer, tmp_path: Path, code: int) -> None:
+    with pytest.raises(DataError, match=f"the server answered {code}"):
+        fetch(host.serve("/a", server.status(code)), tmp_path / "a")
+    assert len(host.seen) == 1
+
+
+def test_goes_on_where_the_connection_ended(host: FaultyServer, tmp_path: Path) -> None:
+    url = host.serve("/a", server.truncated(BODY, 200_000), server.content(BODY))
+    fetch(url, tmp_path / "a")
+    assert alone(tmp_path / "a")
+    assert host.seen[1][1]["Range"] == "bytes=196608-"
+    assert host.seen[1][1]["If-Range"] == '"one"'
+
+
+def test_goes_on_after_a_stall(host: FaultyServer, tmp_path: Path) -> None:
+    url = host.serve("/a", server.stalled(BODY, 200_000, seconds=1.0), server.content(BODY))
+    fetch(url, tmp_path / "a")
+    assert alone(tmp_path / "a")
+    assert host.seen[1][1]["Range"] == "bytes=196608-"
+
+
+def test_goes_on_in_a_later_call(host: FaultyServer, tmp_path: Path) -> None:
+    (tmp_path / "a.part").write_bytes(BODY[:5000])
+    note = {"url": host.url("/a"), "validator": '"one"', "total": len(BODY)}
+    (tmp_path / "a.part.json").write_text(json.dumps(note))
+    fetch(host.serve("/a", server.content(BODY)), tmp_path / "a")
+    assert alone(tmp_path / "a")
+    assert host.seen[0][1]["Range"] == "bytes=5000-"
+
+
+def test_starts_again_when_the_file_changed_meanwhile(host: FaultyServer, tmp_path: Path) -> None:
+    old = server.truncated(b"x" * len(BODY), 200_000, etag='"old"')
+    fetch(host.serve("/a", old, server.content(BODY, etag='"new"')), tmp_path / "a")
+    assert alone(tmp_path / "a")
+
+
+def test_starts_again_when_nothing_tells_the_versions_apart(host: FaultyServer, tmp_path: Path) -> None:
+    fetch(
+        host.serve("/a", server.truncated(b"x" * len(BODY), 200_000, etag=""), server.content(BODY)),
+        tmp_path / "a",
+    )
+    assert alone(tmp_path / "a")
+    assert "Range" not in host.seen[1][1]
+
+
+def test_starts_again_when_the_server_cannot_go_on(host: FaultyServer, tmp_path: Path) -> None:
+    url = host.serve("/a", server.truncated(BODY, 200_000), server.content(BODY, ranges=False))
+    fetch(url, tmp_path / "a")
+    assert alone(tmp_path / "a")
+
+
+def test_starts_again_when_more_is_here_than_there(host: FaultyServer, tmp_path: Path) -> None:
+    (tmp_path / "a.part").write_bytes(BODY + b"more")
+    (tmp_path / "a.part.json").write_text(
+        json.dumps({"url": host.url("/a"), "validator": '"one"', "total": 1})
+    )
+    fetch(host.serve("/a", server.content(BODY)), tmp_path / "a")
+    assert alone(tmp_path / "a")
+
+
+def test_a_part_without_its_note_is_not_trusted(host: FaultyServer, tmp_path: Path) -> None:
+    (tmp_path / "a.part").write_bytes(b"of another file")
+    fetch(host.serve("/a", server.content(BODY)), tmp_path / "a")
+    assert alone(tmp_path / "a")
+
+
+def test_refuses_another_content_than_expected(host: FaultyServer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"sha256 {DIGEST}, but the catalogue says {'0' * 64}"):
+        fetch(host.serve("/a", server.content(BODY)), tmp_path / "a", sha256="0" * 64)
+    assert nothing(tmp_path)
+
+
+def test_refuses_another_size_before_the_first_byte(host: FaultyServer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="256000 bytes, but the catalogue says 5"):
+        fetch(host.serve("/a", server.content(BODY)), tmp_path / "a", size=5)
+    assert nothing(tmp_path)
+
+
+def test_a_damaged_part_does_not_survive_its_hash(host: FaultyServer, tmp_path: Path) -> None:
+    """A part that is wrong inside is found by the hash; the next call starts from nothing and succeeds."""
+    (tmp_path / "a.part").write_bytes(b"?" * 5000)
+    note = {"url": host.url("/a"), "validator": '"one"', "total": len(BODY)}
+    (tmp_path / "a.part.json").write_text(json.dumps(note))
+    url = host.serve("/a", server.content(BODY))
+    with pytest.raises(DataError, match="sha256"):
+        fetch(url, tmp_path / "a", sha256=DIGEST)
+    assert nothing(tmp_path)
+    fetch(url, tmp_path / "a", sha256=DIGEST)
+    assert alone(tmp_path / "a")
+
+
+def test_takes_the_mirror_that_has_the_right_file(host: FaultyServer, tmp_path: Path) -> None:
+    urls = [
+        host.serve("/gone", server.status(404)),
+        host.serve("/wrong", server.content(b"another file")),
+        host.serve("/right", server.content(BODY)),
+    ]
+    fetch(urls, tmp_path / "a", sha256=DIGEST)
+    assert alone(tmp_path / "a")
+    assert host.paths() == ["/gone", "/wrong", "/right"]
+
+
+def test_names_every_mirror_that_failed(host: FaultyServer, tmp_path: Path) -> None:
+    urls = [host.serve("/gone", server.status(404)), host.serve("/wrong", server.content(b"another"))]
+    with pytest.raises(DataError, match=r"/gone: .*404.*; .*/wrong: .*sha256"):
+        fetch(urls, tmp_path / "a", sha256=DIGEST)
+
+
+def test_says_that_nobody_answers(tmp_path: Path) -> None:
+    with server.running() as gone:
+        url = gone.url("/a")
+    with pytest.raises(DataError, match="the connection failed .*refused"):
+        fetch(url, tmp_path / "a")
+
+
+def test_looks_at_the_disk_before_filling_it(
+    host: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space, "_MARGIN", 10**18)
+    with pytest.raises(DataError, match=r"/a: needs 256.0 kB below .*GB are free"):
+        fetch(host.serve("/a", server.content(BODY)), tmp_path / "a")
+    assert nothing(tmp_path)
