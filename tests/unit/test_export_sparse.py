@@ -148,6 +148,17 @@ def test_what_no_stock_class_computes_is_a_class_of_ours(
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
+def test_experts_in_tower_and_projector_are_stored(tmp_path: Path) -> None:
+    model = llava(hidden_size=48)
+    for part in ("vision_tower", "multi_modal_projector"):
+        upcycle(model, MoESettings(experts=3, placement="dense"), part=part)
+    assert "experts in the multi_modal_projector and the vision_tower" in (why_not_stock(model) or "")
+    save_checkpoint(model, processor(), tmp_path)
+    again, _ = load_checkpoint(tmp_path)
+    assert list(moe_layers(again)) == list(moe_layers(model))
+    torch.testing.assert_close(logits(again, batch()), logits(model, batch()), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("router", [name for name in known() if name != "topk"])
 def test_every_router_is_stored_with_its_model(router: str, tmp_path: Path) -> None:
     model = trained("qwen2", router=router).eval()

@@ -10,9 +10,9 @@ from tiny_llava import batch, llava
 from torch import nn
 
 from mmpipe.errors import ArtifactError, ConfigError
-from mmpipe.models.moe.collect import moe_layers
+from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_layers
 from mmpipe.models.moe.spec import MoESettings
-from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
+from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, noted_settings, upcycle
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "phi3"])
@@ -75,7 +75,7 @@ def test_global_random_state_is_left_alone() -> None:
 
 
 def test_networks_that_cannot_become_experts() -> None:
-    with pytest.raises(ConfigError, match="layer 0: a 'LlamaMLP' with biases"):
+    with pytest.raises(ConfigError, match=r"layer 0: a 'LlamaMLP' with linear layers \(gate_proj with bias"):
         upcycle(llava("llama", mlp_bias=True), MoESettings())
     with pytest.raises(ConfigError, match="already has experts"):
         upcycle(upcycle(llava(), MoESettings()), MoESettings())
@@ -87,4 +87,34 @@ def test_networks_that_cannot_become_experts() -> None:
 
 def test_settings_are_noted_in_the_configuration() -> None:
     model = upcycle(llava(), MoESettings(experts=3))
-    assert MoESettings(**model.config.mmpipe["moe"]) == MoESettings(experts=3)
+    assert noted_settings(model) == {"language_model": MoESettings(experts=3)}
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_towers_and_projectors_get_experts_too(tower: str) -> None:
+    dense = llava(tower=tower, hidden_size=48)
+    sparse = copy.deepcopy(dense)
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        upcycle(sparse, MoESettings(placement="dense", balance_within="sequence"), part=part)
+    assert list(moe_layers(sparse)) == [
+        "vision_tower.encoder.layers.0.mlp",
+        "multi_modal_projector",
+        *(f"language_model.layers.{i}.mlp" for i in range(4)),
+    ], "the tower's last layer is not projected, so experts there would be idle"
+    rows = batch()
+    assert assert_equal_to_parent(dense, sparse, rows) < 5e-6
+
+    loss = sparse.train()(**rows, use_cache=False).logits.square().mean()
+    (loss + collect_losses(sparse)[0]).backward()
+    statistics = collect_statistics(sparse)
+    tokens = 5 if tower == "clip" else 4
+    assert statistics["vision_tower.encoder.layers.0.mlp"]["tokens"].item() == 3 * tokens
+    assert statistics["multi_modal_projector"]["tokens"].item() == 3 * 4
+    for moe in moe_layers(sparse).values():
+        assert moe.router.weight.grad.any()
+
+
+def test_the_reference_gives_experts_to_the_idle_layer() -> None:
+    settings = MoESettings(placement="dense", compat="reference")
+    model = upcycle(llava(), settings, part="vision_tower")
+    assert list(moe_layers(model)) == [f"vision_tower.encoder.layers.{i}.mlp" for i in range(2)]

@@ -24,6 +24,8 @@ class ExpertsConfig:
     width: int
     inner: int
     activation: str = "silu"
+    output: int | None = None
+    """Output width, when it is not ``width`` (a projector's)."""
     _experts_implementation: str = AUTOMATIC
     """``mmpipe_automatic``, ``eager`` or any name transformers knows (``grouped_mm``, ``batched_mm``,
     ...)."""
@@ -65,8 +67,9 @@ class MLPExperts(nn.Module):
         self.act_fn = ACT2FN[config.activation]
         self.up_proj = nn.Parameter(torch.empty(config.experts, config.inner, config.width))
         self.up_proj_bias = nn.Parameter(torch.empty(config.experts, config.inner))
-        self.down_proj = nn.Parameter(torch.empty(config.experts, config.width, config.inner))
-        self.down_proj_bias = nn.Parameter(torch.empty(config.experts, config.width))
+        output = config.output or config.width
+        self.down_proj = nn.Parameter(torch.empty(config.experts, output, config.inner))
+        self.down_proj_bias = nn.Parameter(torch.empty(config.experts, output))
 
     def forward(self, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of each token's chosen experts, ``[T, D]``; see :class:`SwiGLUExperts`."""
@@ -85,7 +88,7 @@ def loop(
     self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """Compute expert by expert."""
-    output_TD = torch.zeros_like(hidden_TD)
+    output_TD = hidden_TD.new_zeros(len(hidden_TD), self.down_proj.shape[1])
     for expert in range(self.num_experts):
         tokens, choice = torch.where(indices_TK == expert)
         result = _network(self, expert, hidden_TD[tokens])
@@ -98,13 +101,14 @@ def loop(
 def automatic(
     self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not aligned).
+    """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not aligned,
+    other width at the output).
 
     Autocast does not know grouped products, which would then run in the weights' float32. So its dtype is
     taken here, for input, weights and output, as it is for a linear layer.
     """
     dtype = _autocast_dtype(hidden_TD.device) or self.down_proj.dtype
-    if not (_groups(self, dtype) and len(hidden_TD)):
+    if not (_groups(self, dtype) and len(hidden_TD) and self.down_proj.shape[1] == hidden_TD.shape[1]):
         return loop(self, hidden_TD, indices_TK, weights_TK)
     experts: Any = self if dtype == self.down_proj.dtype else _Cast(self, dtype)
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_TD.to(dtype), indices_TK, weights_TK.to(dtype))

@@ -56,6 +56,19 @@ class ForwardPass:
         return cls() if bool(real_T.all()) else cls(real_T.nonzero().squeeze(1))
 
 
+class TakesForwardPass(nn.Module):
+    """A module that reads and reports to the current forward pass."""
+
+    forward_pass: ForwardPass | None = None
+
+    def take_forward_pass(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> HookResult:
+        """Pre-hook of the attention of the same decoder layer, which runs before this module."""
+        self.forward_pass = kwargs.pop(KEYWORD, None)
+        return args, kwargs
+
+
 HookResult = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -69,12 +82,21 @@ def begin(text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return args, kwargs | {KEYWORD: current}
 
 
+def begin_unmasked(root: nn.Module, args: tuple[Any, ...]) -> None:
+    """Pre-hook of a part without padding (tower, projector): one forward pass for all of its layers."""
+    current = ForwardPass()
+    root.moe_forward_pass = current  # type: ignore[assignment]
+    for module in root.modules():
+        if isinstance(module, TakesForwardPass):
+            module.forward_pass = current
+
+
 def discard(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
     """Pre-hook of the attention in a dense layer: the forward pass goes no further."""
     return args, {key: value for key, value in kwargs.items() if key != KEYWORD}
 
 
 def latest(model: nn.Module) -> list[ForwardPass]:
-    """The last forward pass of every text model in ``model``."""
+    """The last forward pass of every part of ``model`` that has experts."""
     passes = (getattr(module, "moe_forward_pass", None) for module in model.modules())
     return [found for found in passes if isinstance(found, ForwardPass)]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpipe.models.moe.capacity import capacity, drop
-from mmpipe.models.moe.forward_pass import KEYWORD, ForwardPass, HookResult, Report
+from mmpipe.models.moe.forward_pass import ForwardPass, Report, TakesForwardPass
 from mmpipe.models.moe.routers.base import BaseRouter, Routing, check_shapes, check_values
 from mmpipe.models.moe.spec import MoESettings
 
 
-class MoELayer(nn.Module):
+class MoELayer(TakesForwardPass):
     """``y = sum over the chosen experts of weight * expert(x)`` for every token that counts.
 
     Padding is neither routed nor counted; its output is zero. In evaluation every choice is carried out and
@@ -35,15 +34,7 @@ class MoELayer(nn.Module):
         self.settings = settings
         self.dense = dense
         self.mixture = nn.Linear(router.width, 2) if dense is not None else None
-        self.forward_pass: ForwardPass | None = None
         self._values_checked = False
-
-    def take_forward_pass(
-        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> HookResult:
-        """Pre-hook of the attention of the same decoder layer, which runs before this layer."""
-        self.forward_pass = kwargs.pop(KEYWORD, None)
-        return args, kwargs
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         current = self.forward_pass or ForwardPass()
@@ -57,8 +48,10 @@ class MoELayer(nn.Module):
         if id(self) not in current.reports:
             current.reports[id(self)] = self._report(routing, kept_TK)
         if rows_T is not None:
-            output_TD = output_TD.new_zeros(every_TD.shape).index_copy(0, rows_T, output_TD)
-        return self._mix(hidden_BLD, output_TD.view_as(hidden_BLD))
+            output_TD = output_TD.new_zeros(len(every_TD), output_TD.shape[1]).index_copy(
+                0, rows_T, output_TD
+            )
+        return self._mix(hidden_BLD, output_TD.view(*hidden_BLD.shape[:-1], -1))
 
     def _sequences(self, hidden_BLD: Tensor, rows_T: Tensor | None) -> Tensor | None:
         if self.settings.balance_within == "batch":

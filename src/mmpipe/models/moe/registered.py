@@ -16,9 +16,8 @@ from transformers import (
     LlavaProcessor,
 )
 
-from mmpipe.models.moe.placement import layer_indices
-from mmpipe.models.moe.spec import MoESettings
-from mmpipe.models.moe.upcycle import empty_layer, install
+from mmpipe.models.moe.sites import chosen_sites
+from mmpipe.models.moe.upcycle import empty_layer, install, noted_settings
 
 
 class SparseLlavaConfig(LlavaConfig):
@@ -28,18 +27,17 @@ class SparseLlavaConfig(LlavaConfig):
 
 
 class SparseLlava(LlavaForConditionalGeneration):
-    """LLaVA with experts in its language model, as ``config.mmpipe["moe"]`` says."""
+    """LLaVA with experts in the parts that ``config.mmpipe["moe"]`` names."""
 
     config: SparseLlavaConfig
     config_class = SparseLlavaConfig
 
     def __init__(self, config: SparseLlavaConfig) -> None:
         super().__init__(config)
-        settings, text = MoESettings(**config.mmpipe["moe"]), self.model.language_model
-        for index in layer_indices(settings.placement, len(text.layers)):
-            layer = text.layers[index]
-            layer.mlp = empty_layer(layer.mlp, text.config.hidden_act, settings, f"layer {index}")
-        install(self, settings)
+        for part, settings in noted_settings(self).items():
+            for site in chosen_sites(self, part, settings):
+                site.put(empty_layer(site, settings))
+            install(self, part, settings)
 
 
 AutoConfig.register(SparseLlavaConfig.model_type, SparseLlavaConfig)

@@ -10,6 +10,9 @@ from mmpipe.config.base import Settings
 from mmpipe.models.moe.placement import Placement
 from mmpipe.models.moe.routers.names import check_name
 
+Part = Literal["language_model", "vision_tower", "multi_modal_projector"]
+"""The parts of a vision-language model that can have experts."""
+
 
 class MoESettings(Settings):
     """Experts, where they stand and how tokens find them; the defaults are LLaVA-MoD's, without dropping

@@ -24,7 +24,7 @@ from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.routers import topk
 from mmpipe.models.moe.routers.base import build
 from mmpipe.models.moe.spec import MoESettings
-from mmpipe.models.moe.upcycle import install
+from mmpipe.models.moe.upcycle import install, noted_settings
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedConfig
@@ -98,6 +98,9 @@ def sparse_layers(model: LlavaForConditionalGeneration) -> dict[int, MoELayer]:
 
 def why_not_stock(model: LlavaForConditionalGeneration) -> str | None:
     """What keeps a sparse model from being a stock one; None when nothing does."""
+    elsewhere = sorted(set(noted_settings(model)) - {"language_model"})
+    if elsewhere:
+        return f"there are experts in the {' and the '.join(elsewhere)}, where no stock class has any"
     for index, layer in sparse_layers(model).items():
         if not isinstance(layer.router, topk.Router):
             return f"layer {index} has the router '{layer.settings.router}', which no stock class has"
@@ -178,24 +181,20 @@ def adopt(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration
     blocks = {i: layer.mlp for i, layer in enumerate(text.layers) if hasattr(layer.mlp, "experts")}
     if not blocks or sparse_layers(model):
         return model
-    noted = getattr(model.config, "mmpipe", {}).get("moe")
+    noted = noted_settings(model).get("language_model")
     problem = next(filter(None, (_why_not_ours(block, text.config) for block in blocks.values())), None)
     if problem:
         if noted:
             raise ArtifactError(f"the checkpoint was written as up-cycled experts, but {problem}")
         return model
-    settings = (
-        MoESettings(**noted)
-        if noted
-        else MoESettings(
-            experts=next(iter(blocks.values())).experts.num_experts,
-            top_k=text.config.num_experts_per_tok,
-            placement=tuple(blocks),
-        )
+    settings = noted or MoESettings(
+        experts=next(iter(blocks.values())).experts.num_experts,
+        top_k=text.config.num_experts_per_tok,
+        placement=tuple(blocks),
     )
     for index, block in blocks.items():
         text.layers[index].mlp = _adopted(block, settings, text.config.hidden_act)
-    install(model, settings)
+    install(model, "language_model", settings)
     return model
 
 

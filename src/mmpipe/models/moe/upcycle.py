@@ -10,60 +10,72 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mmpipe.errors import ArtifactError, ConfigError
-from mmpipe.models.moe.experts import ExpertsConfig, SwiGLUExperts
-from mmpipe.models.moe.forward_pass import begin, discard
+from mmpipe.models.moe.forward_pass import begin, begin_unmasked, discard
 from mmpipe.models.moe.layer import MoELayer
-from mmpipe.models.moe.placement import layer_indices
 from mmpipe.models.moe.routers.base import build
-from mmpipe.models.moe.spec import MoESettings
+from mmpipe.models.moe.sites import Site, chosen_sites, read
+from mmpipe.models.moe.spec import MoESettings, Part
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 
 def upcycle(
-    model: LlavaForConditionalGeneration, settings: MoESettings, *, seed: int = 0
+    model: LlavaForConditionalGeneration,
+    settings: MoESettings,
+    *,
+    seed: int = 0,
+    part: Part = "language_model",
 ) -> LlavaForConditionalGeneration:
-    """Put experts into the chosen layers of ``model``'s language model, in place; returns it.
+    """Put experts into the chosen layers of a part of ``model``, in place; returns it.
 
     Router (and residual mixture) of each layer are drawn from a generator of their own, a function of
-    ``seed`` and the layer. Everything else, the dtype and the device stay as they are.
+    ``seed``, the part and the layer. Everything else, the dtype and the device stay as they are. One part
+    after the other can be up-cycled.
 
-    Raises ConfigError for layers the model does not have, networks that are no plain SwiGLU, a model that
+    Raises ConfigError for layers the part does not have, networks that cannot become experts, a part that
     already has experts, or settings the router does not take.
     """
-    if any(isinstance(module, MoELayer) for module in model.modules()):
-        raise ConfigError("this model already has experts; up-cycling starts from a dense one")
-    text = model.model.language_model
+    root = getattr(model.model, part)
+    if any(isinstance(module, MoELayer) for module in root.modules()):
+        raise ConfigError(f"the {part} already has experts; up-cycling starts from a dense one")
     with torch.random.fork_rng(devices=[]):
-        for index in layer_indices(settings.placement, len(text.layers)):
-            layer = text.layers[index]
-            generator = layer_generator(seed, index)
-            layer.mlp = _sparse(layer.mlp, text.config.hidden_act, settings, f"layer {index}", generator)
-    install(model, settings)
+        for site in chosen_sites(model, part, settings):
+            site.put(_sparse(site, settings, _generator(seed, part, site.name)))
+    install(model, part, settings)
     return model
 
 
-def install(model: LlavaForConditionalGeneration, settings: MoESettings) -> None:
-    """Connect the MoE layers that stand in a model with its attention mask, and note the settings in its
+def install(model: LlavaForConditionalGeneration, part: Part, settings: MoESettings) -> None:
+    """Connect the MoE layers that stand in a part with its forward passes, and note the settings in the
     config."""
-    text = model.model.language_model
-    text.register_forward_pre_hook(begin, with_kwargs=True)
-    for layer in text.layers:
-        hook = layer.mlp.take_forward_pass if isinstance(layer.mlp, MoELayer) else discard
-        layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
-    model.config.mmpipe = {"moe": settings.model_dump(mode="json")}
+    root = getattr(model.model, part)
+    if part == "language_model":
+        root.register_forward_pre_hook(begin, with_kwargs=True)
+        for layer in root.layers:
+            hook = layer.mlp.take_forward_pass if isinstance(layer.mlp, MoELayer) else discard
+            layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+    else:
+        root.register_forward_pre_hook(begin_unmasked)
+    noted = noted_settings(model) | {part: settings}
+    model.config.mmpipe = {"moe": {name: its.model_dump(mode="json") for name, its in sorted(noted.items())}}
 
 
-def layer_generator(seed: int, layer: int) -> torch.Generator:
+def noted_settings(model: LlavaForConditionalGeneration) -> dict[Part, MoESettings]:
+    """The settings of each part with experts, as the model's configuration notes them."""
+    noted = getattr(model.config, "mmpipe", {}).get("moe", {})
+    return {part: MoESettings(**settings) for part, settings in noted.items()}
+
+
+def _generator(seed: int, part: Part, site: str) -> torch.Generator:
     """The random numbers of one layer: far apart for neighbouring seeds and layers."""
-    digest = hashlib.sha256(f"router {seed} {layer}".encode()).digest()
+    digest = hashlib.sha256(f"{seed} {part} {site}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
@@ -107,24 +119,24 @@ def _top_1(model: nn.Module) -> bool:
     return any(isinstance(module, MoELayer) and module.router.top_k == 1 for module in model.modules())
 
 
-def empty_layer(dense: nn.Module, activation: str, settings: MoESettings, where: str) -> MoELayer:
-    """A MoE layer of the size, dtype and device of a dense network; nothing in it has a value yet."""
-    gate_up_FD, down_DF = swiglu_weights(dense, where)
-    width, inner = down_DF.shape
-    experts = SwiGLUExperts(ExpertsConfig(settings.experts, width, inner, activation))
-    layer = MoELayer(experts, build(settings, width), settings, dense if settings.residual else None)
-    return layer.to(device=gate_up_FD.device, dtype=gate_up_FD.dtype).train(dense.training)
+def empty_layer(site: Site, settings: MoESettings) -> MoELayer:
+    """A MoE layer of the size, dtype and device of the dense network at ``site``; nothing in it has a value
+    yet."""
+    network = site.network
+    dense = read(network, site.name)
+    experts = dense.experts(settings.experts, site.activation)
+    router = build(settings, dense.width)
+    layer = MoELayer(experts, router, settings, network if settings.residual else None)
+    like = dense.tensors["down_proj"]
+    return layer.to(device=like.device, dtype=like.dtype).train(network.training)
 
 
-def _sparse(
-    dense: nn.Module, activation: str, settings: MoESettings, where: str, generator: torch.Generator
-) -> MoELayer:
-    layer = empty_layer(dense, activation, settings, where)
-    gate_up_FD, down_DF = swiglu_weights(dense, where)
-    experts: Any = layer.experts
+def _sparse(site: Site, settings: MoESettings, generator: torch.Generator) -> MoELayer:
+    layer = empty_layer(site, settings)
     with torch.no_grad():
-        experts.gate_up_proj.copy_(gate_up_FD.expand_as(experts.gate_up_proj))
-        experts.down_proj.copy_(down_DF.expand_as(experts.down_proj))
+        for name, tensor in read(site.network, site.name).tensors.items():
+            expert = layer.experts.get_parameter(name)
+            expert.copy_(tensor.expand_as(expert))
         _draw(layer, generator)
     return layer
 
@@ -138,25 +150,3 @@ def _draw(layer: MoELayer, generator: torch.Generator) -> None:
         bound = layer.router.width**-0.5
         for parameter in layer.mixture.parameters():
             parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-
-
-def swiglu_weights(mlp: nn.Module, where: str) -> tuple[Tensor, Tensor]:
-    """Gate over up projection ``[2F, D]`` and down projection ``[D, F]`` of a SwiGLU network, fused or not.
-
-    Raises ConfigError when it is something else.
-    """
-    linear: dict[str, Any] = {
-        name: child for name, child in mlp.named_children() if isinstance(child, nn.Linear)
-    }
-    if set(linear) == {"gate_proj", "up_proj", "down_proj"}:
-        gate_up = torch.cat([linear["gate_proj"].weight.detach(), linear["up_proj"].weight.detach()])
-    elif set(linear) == {"gate_up_proj", "down_proj"}:
-        gate_up = linear["gate_up_proj"].weight.detach()
-    else:
-        raise ConfigError(
-            f"{where}: a '{type(mlp).__name__}' with linear layers {sorted(linear)} cannot become experts; "
-            "known are SwiGLU networks (gate_proj, up_proj, down_proj, or gate_up_proj, down_proj)"
-        )
-    if any(layer.bias is not None for layer in linear.values()):
-        raise ConfigError(f"{where}: a '{type(mlp).__name__}' with biases cannot become experts")
-    return gate_up, linear["down_proj"].weight.detach()
