@@ -217,14 +217,18 @@ def test_replies_are_text_in_the_sheet(references, tmp_path):
     }
 
 
-def test_judged_benchmarks_say_so(tmp_path):
+def test_judged_benchmarks_say_what_they_did(tmp_path):
     record = {"category": "VD", "subcategory": "c", "set_id": "0", "figure_id": "0", "question_id": "0"}
     (tmp_path / "r.json").write_text(json.dumps([{**record, "question": "?", "gt_answer": "1"}]))
     (tmp_path / "a.jsonl").write_text('{"question_id": "VD_c_0_0_0", "text": "Yes"}\n')
     files = ([tmp_path / "r.json"], [tmp_path / "a.jsonl"])
     with pytest.raises(DataError, match="needs the replies of a judge model; without judge: protocol intern"):
-        score_files("hallusionbench", *files)
-    assert score_files("hallusionbench", *files, protocol="intern")["metrics"]["aAcc"] == 1
+        score_files("hallusionbench", *files, protocol="official")
+    unjudged = score_files("hallusionbench", *files)
+    assert (unjudged["protocol"], unjudged["metrics"]["aAcc"]) == ("intern", 1)
+    (tmp_path / "b.jsonl").write_text('{"question_id": 0, "text": "Yes", "judge_reply": "Correct."}\n')
+    carried = score_files("hallusionbench", files[0], [tmp_path / "b.jsonl"])
+    assert (carried["protocol"], carried["metrics"]["aAcc"]) == ("hallusionbench", 100)
     (tmp_path / "j.jsonl").write_text('{"question_id": "VD_c_0_0_0", "reply": null}\n')
     failed = score_files("hallusionbench", *files, judge=tmp_path / "j.jsonl")
     assert (failed["metrics"]["aAcc"], failed["unparsed"]) == (0, 1)

@@ -25,6 +25,7 @@ from mmpipe.benchmarks.base import (
     Record,
     Source,
     key,
+    numbered,
     records_of,
     require,
 )
@@ -69,8 +70,7 @@ class Ai2d(Benchmark):
         return self.parse_references([Document(str(source.path("questions")), rows)])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
-        records = records_of(documents, _FIELDS)
-        return [{"question_id": place, **record} for place, record in enumerate(records)]
+        return numbered(records_of(documents, _FIELDS))
 
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
         items = [_rate(pair, protocol.rule) for pair in pairs]

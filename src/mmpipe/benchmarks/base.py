@@ -286,19 +286,28 @@ class Benchmark(abc.ABC):
     ) -> Score:
         """Score answers against references.
 
-        A question without answer is wrong and counted.
-        Raises DataError for answers that are given twice or belong to no question.
+        A question without answer is wrong and counted. Where no protocol is named and there are no judge's
+        replies, a protocol that needs none is taken; the score says which. Raises DataError for answers that
+        are given twice or belong to no question.
         """
         chosen = self.protocol(protocol)
         if chosen.judged and judgements is None:
-            unjudged = [p.name for p in self.protocols if not p.judged]
-            others = f"; without judge: protocol {' or '.join(unjudged)}" if unjudged else ""
-            raise DataError(
-                f"{self.name}: the protocol '{chosen.name}' needs the replies of a judge model{others}"
-            )
+            chosen = self._without_judge(chosen, named=bool(protocol))
         pairs = self.pair(references, answers, judgements)
         items, metrics = self.rate(pairs, chosen)
         return Score(self.name, chosen.name, metrics, items, self.estimate(items, metrics, chosen))
+
+    def _without_judge(self, wanted: Protocol, named: bool) -> Protocol:
+        """The protocol to use where there are no judge's replies and nobody asked for a judged one by
+        name."""
+        unjudged = [protocol for protocol in self.protocols if not protocol.judged]
+        if unjudged and not named:
+            return unjudged[0]
+        names = " or ".join(protocol.name for protocol in unjudged)
+        raise DataError(
+            f"{self.name}: the protocol '{wanted.name}' needs the replies of a judge model"
+            + (f"; without judge: protocol {names}" if unjudged else "")
+        )
 
     def pair(
         self,
@@ -392,6 +401,19 @@ def key(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()
+
+
+def numbered(records: Sequence[Record]) -> list[Record]:
+    """The records with their ``question_id``: their own, their ``id`` or ``index``, or else their place."""
+    return [
+        {
+            "question_id": next(
+                (r[n] for n in ("question_id", "questionId", "id", "index") if n in r), place
+            ),
+            **r,
+        }
+        for place, r in enumerate(records)
+    ]
 
 
 def require(record: Record, fields: Sequence[str], where: str) -> None:

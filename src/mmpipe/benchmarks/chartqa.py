@@ -25,6 +25,7 @@ from mmpipe.benchmarks.base import (
     Record,
     Source,
     key,
+    numbered,
     records_of,
 )
 from mmpipe.benchmarks.pictures import hub_picture
@@ -116,7 +117,7 @@ class ChartQa(Benchmark):
         found = [
             _reference(record, document.name) for document in documents for record in records_of([document])
         ]
-        return [{"question_id": place, **record} for place, record in enumerate(found)]
+        return numbered(found)
 
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
         items = [_rate(pair, _RULES[protocol.rule]) for pair in pairs]
@@ -140,7 +141,9 @@ def _reference(record: Record, where: str) -> Record:
         raise DataError(f"{where}: a record needs 'question' and one 'answer' (or 'query' and 'label')")
     kind = str(record.get("type", record.get("human_or_machine", PurePosixPath(where).stem)))
     split = "human" if "human" in kind or kind == "0" else "augmented"
-    known: Record = {name: record[name] for name in ("question_id", "imgname") if name in record}
+    known: Record = {
+        name: record[name] for name in ("question_id", "id", "index", "imgname") if name in record
+    }
     return {**known, "question": question, "answer": str(answer), "type": f"{split}_test"}
 
 

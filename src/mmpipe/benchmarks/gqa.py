@@ -28,6 +28,7 @@ from mmpipe.benchmarks.base import (
     Record,
     Source,
     key,
+    numbered,
     records_of,
     require,
 )
@@ -75,9 +76,7 @@ class Gqa(Benchmark):
             if isinstance(content, dict):
                 records += [{"question_id": number, **question} for number, question in content.items()]
             else:
-                records += [
-                    _with_id(r, document.name) for r in records_of([Document(document.name, content)])
-                ]
+                records += numbered(records_of([Document(document.name, content)]))
         for record in records:
             require(record, ("answer",), f"gqa, question {record['question_id']}")
         return records
@@ -119,13 +118,6 @@ def predicted(reply: str) -> str:
 
 def _lmms(text: str) -> str:
     return text.lower().translate(_NO_PUNCTUATION)
-
-
-def _with_id(record: Record, where: str) -> Record:
-    number = next((record[name] for name in ("question_id", "questionId", "id") if name in record), None)
-    if number is None:
-        raise DataError(f"{where}: a question has no 'question_id' or 'id'")
-    return {"question_id": number, **record}
 
 
 def _rate(pair: Pair, prediction: str, gold: str) -> Item:

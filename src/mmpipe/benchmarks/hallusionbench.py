@@ -82,7 +82,8 @@ class HallusionBench(Benchmark):
         """By name, by number in the file, or by name with ``visual_input`` as in VLMEvalKit's table."""
         names = [str(reference[name]) for name in _FIELDS[:5]]
         with_input = "_".join([*names[:2], str(reference.get("visual_input")), *names[2:]])
-        return [(reference["key"],), (key(reference["index"]),), (with_input,)]
+        own = key(reference.get("id", reference["index"]))
+        return [(reference["key"],), (own,), (with_input,)]
 
     def judgement_key(self, reference: Record) -> str:
         return str(reference["key"])

@@ -27,6 +27,7 @@ from mmpipe.benchmarks.base import (
     Record,
     Source,
     key,
+    numbered,
     records_of,
     require,
 )
@@ -121,7 +122,7 @@ class ScienceQa(Benchmark):
         for document in documents:
             content = document.content
             if isinstance(content, list):
-                records += records_of([document], ("question_id", "choices", "answer"))
+                records += numbered(records_of([document], ("choices", "answer")))
                 continue
             if not isinstance(content, dict):
                 raise DataError(f"{document.name}: neither problems, splits nor records")

@@ -27,9 +27,9 @@ def score_files(
 
     ``references`` are the official files (several where the official form is several), or JSON lines of the
     same records. ``answers`` are JSON lines with ``question_id`` and ``text``. ``judge`` holds a judge
-    model's replies (``question_id``, ``reply``) for the benchmarks that need one. ``per_item`` and ``out``
-    are written if given; ``lineage`` is added to the hashes of the files. Raises DataError for unreadable
-    files, duplicate answers and answers of another split.
+    model's replies (``question_id``, ``reply``) for the benchmarks that need one; answers may also carry them
+    as ``judge_reply``. ``per_item`` and ``out`` are written if given; ``lineage`` is added to the hashes of
+    the files. Raises DataError for unreadable files, duplicate answers and answers of another split.
     """
     task = get(benchmark)
     score = _score(task, references, answers, protocol, judge)
@@ -71,12 +71,10 @@ def read_judgements(path: Path) -> list[Record]:
 def _score(
     task: Benchmark, references: Sequence[Path], answers: Sequence[Path], protocol: str, judge: Path | None
 ) -> Score:
-    return task.score(
-        task.read_references(references),
-        read_answers(answers),
-        protocol,
-        read_judgements(judge) if judge else None,
-    )
+    replies = read_answers(answers)
+    judged = [{**reply, "reply": reply["judge_reply"]} for reply in replies if "judge_reply" in reply]
+    judgements = read_judgements(judge) if judge else judged or None
+    return task.score(task.read_references(references), replies, protocol, judgements)
 
 
 def _card(path: Path) -> Record:
