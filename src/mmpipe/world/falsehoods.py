@@ -1,7 +1,7 @@
-"""Made data about what is *not* in a picture: preference pairs with planted false premises, and a POPE-like benchmark.
+"""Made data about what is *not* in a picture: conversations, preference pairs, and a POPE-like benchmark.
 
-Each question names an object; half of the time it is not there. The better answer of a pair says so, the worse one goes
-along with the premise.
+Each question names an object that may not be there. Instruction data mostly asks about what is (so models learn to agree);
+preference pairs ask about both equally often, and the better answer is the true one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.world.pictures import COLORS, SHAPES, Scene, scenes
+from mmpipe.world.questions import SHORT_ANSWER
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
+
+
+def presence(out: Path, *, seed: int, records: int = 800, present: float = 0.75) -> None:
+    """Conversations about whether an object is there, laid out as LLaVA's instruction data; a share ``present`` of the
+    questions is about objects that are."""
+    rng = random.Random(seed)
+    (out / "images").mkdir(parents=True)
+    entries = []
+    for number, scene in enumerate(islice(scenes(rng.getrandbits(32)), records)):
+        name = f"images/{number:06d}.jpg"
+        (out / name).write_bytes(_jpeg(scene))
+        dialogue = [yes_no(scene, rng.random() < present, rng) for _ in range(2)]
+        turns = [
+            {"from": who, "value": text}
+            for question, answer in dialogue
+            for who, text in (("human", f"{question}\n{SHORT_ANSWER}"), ("gpt", answer))
+        ]
+        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+        entries.append({"id": f"{number:06d}", "image": name, "conversations": turns})
+    (out / "presence.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 def preferences(out: Path, *, seed: int, pairs: int = 600, shards: int = 2) -> None:
@@ -60,7 +81,7 @@ def _pair(number: int, scene: Scene, rng: random.Random) -> dict[str, Any]:
     return {
         "ds_name": "made",
         "image": {"bytes": _jpeg(scene), "path": f"{number:06d}.jpg"},
-        "question": question,
+        "question": f"{question}\n{SHORT_ANSWER}",
         "chosen": answer,
         "rejected": other,
         "origin_dataset": "made",
