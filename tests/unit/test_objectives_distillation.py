@@ -17,6 +17,7 @@ from mmpipe.objectives.distillation import (
     jsd,
     sampled_distillation_loss,
 )
+from mmpipe.objectives.teacher import draws, most_likely
 from mmpipe.objectives.vocabulary import shared_rows
 
 LABELS = torch.tensor([[-100, -100, 3, 4, 8, -100], [-100, 7, -100, -100, -100, -100]])
@@ -204,6 +205,28 @@ def test_draws_with_weights_equal_repeated_draws(pair: dict) -> None:
         *student, merged, log_p.gather(1, merged), torch.tensor([[0.75, 0.25]]).expand(4, 2)
     )
     torch.testing.assert_close(one, other)
+
+
+def test_what_a_teacher_leaves_behind(pair: dict) -> None:
+    log_p = log_probabilities(pair)[0].detach()
+    teacher = pair["teacher_hidden_BLE"], pair["teacher_head_UE"], LABELS
+    ids, values = most_likely(*teacher, 3)
+    expected = log_p.topk(3)
+    assert torch.equal(ids, expected.indices)
+    torch.testing.assert_close(values, expected.values.float())
+    fewer, _ = most_likely(*teacher, 3, vocabulary=4)
+    assert fewer.max() < 4
+
+    ids, values = draws(*teacher, 20_000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(values, log_p.gather(1, ids).float())
+    shares = torch.stack([torch.bincount(row, minlength=9) for row in ids]) / 20_000
+    torch.testing.assert_close(shares.double(), log_p.exp(), atol=0.02, rtol=0)
+
+    with pytest.raises(ConfigError, match="10 tokens a position of 9"):
+        most_likely(*teacher, 10)
+    pair["teacher_head_UE"][0, 0] = math.nan
+    with pytest.raises(ArtifactError, match="not finite"):
+        most_likely(*teacher, 3)
 
 
 def test_shared_vocabulary_ignores_padding_rows_only() -> None:
