@@ -222,7 +222,7 @@ def test_what_a_teacher_leaves_behind(pair: dict) -> None:
     shares = torch.stack([torch.bincount(row, minlength=9) for row in ids]) / 20_000
     torch.testing.assert_close(shares.double(), log_p.exp(), atol=0.02, rtol=0)
 
-    with pytest.raises(ConfigError, match="10 tokens a position of 9"):
+    with pytest.raises(ConfigError, match="10 tokens a position, of a vocabulary of 9"):
         most_likely(*teacher, 10)
     pair["teacher_head_UE"][0, 0] = math.nan
     with pytest.raises(ArtifactError, match="not finite"):

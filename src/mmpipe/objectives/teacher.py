@@ -21,6 +21,8 @@ def most_likely(
     hidden_BLE: Tensor, head_UE: Tensor, labels_BL: Tensor, k: int, *, vocabulary: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k most likely tokens of each row: ids (int64) and log-probabilities (float32), both ``[R, K]``."""
+    if not 0 < k <= (vocabulary or len(head_UE)):
+        raise ConfigError(f"{k} tokens a position, of a vocabulary of {vocabulary or len(head_UE)}")
     return _rows(
         hidden_BLE, head_UE, labels_BL, k, vocabulary, lambda log_p_CV: log_p_CV.topk(k, dim=1).indices
     )
@@ -56,10 +58,8 @@ def _rows(
     choose: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     shared = len(head_UE) if vocabulary is None else vocabulary
-    if not 0 < k <= shared <= len(head_UE):
-        raise ConfigError(
-            f"{k} tokens a position of {shared} shared rows do not fit a head of {len(head_UE)} rows"
-        )
+    if not 0 < shared <= len(head_UE):
+        raise ConfigError(f"{shared} shared rows do not fit a head of {len(head_UE)}")
     rows_R, _ = positions.response(labels_BL)
     hidden_RE = hidden_BLE.flatten(0, 1)[rows_R].to(head_UE.dtype)
     ids_RK = torch.empty(len(rows_R), k, dtype=torch.int64, device=hidden_RE.device)
