@@ -1,0 +1,3 @@
+from mmpipe.workflow import annotate
+
+annotate(snakemake)  # noqa: F821 - provided by Snakemake
