@@ -16,7 +16,7 @@ from mmpipe import registry
 from mmpipe.benchmarks.base import Question, get, names
 from mmpipe.benchmarks.compare import compare
 from mmpipe.benchmarks.prepare import prepare, read_questions, shuffle_images
-from mmpipe.benchmarks.scoring import convert_files, score_files
+from mmpipe.benchmarks.scoring import convert_files, describe, score_files
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.benchmarks.stats import bootstrap, estimate_mean, wilson
 from mmpipe.errors import ConfigError, DataError
@@ -82,6 +82,30 @@ def test_every_benchmark_is_described():
         assert len(known) == len(set(known)), name
         assert all(p.about for p in task.protocols)
         assert task.protocol() is task.protocol("official") is task.protocols[0]
+
+
+def test_the_list_of_benchmarks_is_json():
+    rows = json.loads(json.dumps(describe()))
+    assert [row["benchmark"] for row in rows] == names()
+    assert all(row["about"] and row["files"] and row["protocols"] for row in rows)
+
+
+def test_pope_numbers_are_unique_across_categories(tmp_path):
+    label = {"image": "a.jpg", "text": "?", "label": "yes"}
+    for category in ("adversarial", "popular", "random"):
+        (tmp_path / f"coco_pope_{category}.json").write_text(
+            "".join(json.dumps({**label, "question_id": n}) + "\n" for n in (1, 2))
+        )
+    asked = get("pope").read_references(sorted(tmp_path.glob("*.json")))
+    assert [r["question_id"] for r in asked] == [1, 2, 20_000_001, 20_000_002, 10_000_001, 10_000_002]
+    by_category = [{"question_id": 2, "category": r["category"], "text": "Yes"} for r in asked[1::2]]
+    assert get("pope").score(asked, by_category).as_json()["missing"] == 3
+
+
+def test_mme_needs_prompts():
+    asked = [{"question_id": "count/1.jpg", "category": "count", "question": "One?", "answer": "Yes"}]
+    with pytest.raises(DataError, match="has no 'prompt'"):
+        get("mme").score(asked, [{"question_id": "count/1.jpg", "text": "Yes"}])
 
 
 def test_unknown_names_are_answered_with_the_nearest():

@@ -85,7 +85,12 @@ class Mme(Benchmark):
         return [(key(reference["question_id"]), _core(reference["question"]))]
 
     def answer_keys(self, answer: Record) -> list[tuple[str, ...]]:
-        return [(key(answer["question_id"]), _core(str(answer.get("prompt", ""))))]
+        if "prompt" not in answer:
+            raise DataError(
+                f"mme: the answer to {answer['question_id']} has no 'prompt'; both questions of a picture have "
+                "one id, the prompt tells them apart"
+            )
+        return [(key(answer["question_id"]), _core(str(answer["prompt"])))]
 
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
         items = [_rate(pair, _RULES[protocol.rule]) for pair in pairs]

@@ -82,7 +82,7 @@ class Pope(Benchmark):
         return _numbered(by_category)
 
     def reference_keys(self, reference: Record) -> list[tuple[str, ...]]:
-        return [(key(reference["question_id"]),), (reference["category"], key(reference["question_id"]))]
+        return [(key(reference["question_id"]),), (reference["category"], key(reference["label_id"]))]
 
     def answer_keys(self, answer: Record) -> list[tuple[str, ...]]:
         number = key(answer["question_id"])
@@ -156,9 +156,11 @@ def _numbered(by_category: Mapping[str, Sequence[Record]]) -> list[Record]:
     ]
 
 
-def _moved(number: Any, category: str) -> int:
-    number, first = int(number), _FIRST_ID.get(category, 0)
-    return number if number > first else number + first
+def _moved(number: Any, category: str) -> int | str:
+    if category not in _FIRST_ID or not key(number).isdecimal():
+        return f"{category}/{number}"
+    first = _FIRST_ID[category]
+    return int(key(number)) + (first if int(key(number)) <= first else 0)
 
 
 def _numbered_as(questions: Sequence[Record], by_category: Mapping[str, Sequence[Record]]) -> list[Record]:
@@ -187,6 +189,7 @@ def _reference(record: Record, category: str, number: Any) -> Record:
         )
     return {
         "question_id": number,
+        "label_id": record.get("label_id", record["question_id"]),
         "category": category,
         "image": record.get("image", record.get("image_source")),
         "text": record.get("text", record.get("question", "")),

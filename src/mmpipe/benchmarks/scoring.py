@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import sha256, write_json
-from mmpipe.benchmarks.base import Benchmark, Record, Score, get, records_of
+from mmpipe.benchmarks.base import Benchmark, Record, Score, get, names, records_of
 from mmpipe.benchmarks.records import read_answers, read_document, write_records
 
 
@@ -58,6 +58,23 @@ def convert_files(benchmark: str, references: Sequence[Path], answers: Sequence[
     report = task.convert(pairs, out)
     missing = sum(not pair.answered for pair in pairs)
     return {"benchmark": benchmark, "out": str(out), "n": len(pairs), "missing": missing, **report}
+
+
+def describe() -> list[Record]:
+    """Every benchmark with its protocols, for lists and documentation."""
+    return [
+        {
+            "benchmark": name,
+            "about": (type(get(name)).__doc__ or "").strip(),
+            "files": dict(get(name).files),
+            "submission": get(name).submission,
+            "protocols": [
+                {"name": p.name, "about": p.about, "judged": p.judged, "max_new_tokens": p.max_new_tokens}
+                for p in get(name).protocols
+            ],
+        }
+        for name in names()
+    ]
 
 
 def read_judgements(path: Path) -> list[Record]:
