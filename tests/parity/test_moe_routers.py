@@ -213,6 +213,15 @@ def test_fixed_cosine_does_not_collapse_to_equal_weights() -> None:
     assert 3 * margins["reference"] < margins["fixed"]
 
 
+def test_free_experts_are_no_load() -> None:
+    vector, layer = make(next(case for case in CASES if case.router == "moepp"))
+    layer(torch.tensor(vector["inputs"]["x"]))
+    statistics = layer.forward_pass.reports[id(layer)].statistics
+    chosen = torch.tensor(vector["expected"]["topk_indices"]).flatten()
+    assert statistics["load"].tolist() == torch.bincount(chosen, minlength=8)[:6].tolist()
+    assert statistics["free"].item() == pytest.approx((chosen >= 6).float().mean().item())
+
+
 def test_hyper_router_grows_its_choices_in_training_only() -> None:
     router = build(MoESettings(experts=4, top_k=3, router="hyper"), 8).train()
     router.reset_parameters(torch.Generator().manual_seed(0))

@@ -93,7 +93,9 @@ class MoELayer(TakesForwardPass):
         losses = {name: coefficients.get(name, 1.0) * loss for name, loss in routing.losses.items()}
         with torch.no_grad():
             statistics = {name: value.detach() for name, value in routing.statistics.items()}
-            statistics["load"] = torch.bincount(routing.indices_TK[kept_TK], minlength=self.router.experts)
+            # dropped choices and those that do nothing (a null or free expert) have weight zero
+            carried_out = routing.indices_TK[routing.weights_TK != 0]
+            statistics["load"] = torch.bincount(carried_out, minlength=self.router.experts)
             statistics["tokens"] = torch.tensor(len(kept_TK), device=kept_TK.device)
             statistics["dropped"] = (~kept_TK).sum()
         return Report(losses, statistics)
