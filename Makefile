@@ -1,5 +1,6 @@
 # make demo    install into .venv, run the main job on the embedded default, write report.html
-# make test    install into .venv, run all tests
+# make test    install into .venv, run the tests
+# make test-slow   run the tests that take long (a real Slurm among them)
 # make check   what .ci/run checks besides the tests: formatting, lint, types
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +9,7 @@ BIN    := $(abspath $(VENV))/bin
 # the rules call commands of the environment by name
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-slow check install clean
 
 install: $(VENV)/.installed
 
@@ -28,7 +29,10 @@ demo: install
 	@echo "To go on:        source $(VENV)/bin/activate && snakemake --cores $(CORES) results/mmbench.json"
 
 test: install
-	pytest
+	pytest -m "not slow"
+
+test-slow: install
+	pytest -m slow
 
 check: install
 	ruff check .

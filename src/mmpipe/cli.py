@@ -66,6 +66,16 @@ def plan(
 
 
 @app.command()
+def show(
+    comparison: Annotated[Path, typer.Argument(help="A comparison, e.g. results/mmbench.json.")],
+) -> None:
+    """Show a comparison as a table."""
+    from mmpipe.report.terminal import print_comparison
+
+    print_comparison(comparison)
+
+
+@app.command()
 def why(
     targets: Annotated[list[str], typer.Argument(help="Files or target rules, e.g. results/mmbench.json.")],
     configfile: Annotated[Path | None, typer.Option("--configfile", help="As given to snakemake.")] = None,

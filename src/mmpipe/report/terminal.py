@@ -1,13 +1,17 @@
-"""The plan as a tree in the terminal."""
+"""The plan as a tree and comparisons as tables, in the terminal."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from rich.tree import Tree
 
+from mmpipe.artifacts.files import read_json
+from mmpipe.errors import ArtifactError
 from mmpipe.plan import Plan
 
 
@@ -32,3 +36,27 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
         console.print(tree)
     for warning in plan.warnings():
         console.print(f"[yellow]{escape(warning)}[/]")
+
+
+def print_comparison(path: Path) -> None:
+    """Print ``results/{benchmark}.json``: a row a checkpoint, controls marked.
+
+    Raises ArtifactError when the file is not there.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path}: not there; make it: snakemake --cores 2 {path}")
+    content = read_json(path)
+    table = Table(title=f"{content['benchmark']}, protocol {content['protocol']}")
+    table.add_column("checkpoint")
+    for name in (str(content["metric"]), "95 % interval", "questions"):
+        table.add_column(name, justify="right")
+    for row in content["rows"]:
+        low, high = row["ci95"]
+        table.add_row(
+            escape(row["checkpoint"]),
+            f"{row['score']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            str(row["units"]),
+            style="dim" if row["control"] else None,
+        )
+    Console().print(table)
