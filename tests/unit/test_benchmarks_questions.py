@@ -412,6 +412,18 @@ def test_wrong_files_are_named(name, fault, tmp_path):
     assert len(str(error.value)) > 20
 
 
+@pytest.mark.parametrize(
+    ("name", "where"), [("ai2d", "data"), ("mmmu", "."), ("mme", "MME_Benchmark_release_version")]
+)
+def test_folders_are_references_too(name, where, tmp_path):
+    LAYOUTS[name][0](tmp_path)
+    task = get(name)
+    asked = task.references(task.source(tmp_path), task.protocol())
+    assert task.read_references([tmp_path / where]) == asked
+    (tmp_path / "none.jsonl").write_text("")
+    assert score_files(name, [tmp_path / where], [tmp_path / "none.jsonl"])["missing"] == len(asked)
+
+
 def test_every_protocol_of_every_benchmark_asks(tmp_path):
     for name, (make, _) in LAYOUTS.items():
         (tmp_path / name).mkdir()

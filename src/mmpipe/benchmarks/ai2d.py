@@ -31,7 +31,7 @@ from mmpipe.benchmarks.base import (
 )
 from mmpipe.benchmarks.choices import LETTERS, infer_option, options_block
 from mmpipe.benchmarks.pictures import hub_picture
-from mmpipe.benchmarks.records import iter_rows, without_pictures
+from mmpipe.benchmarks.records import iter_rows
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 
@@ -66,8 +66,7 @@ class Ai2d(Benchmark):
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        rows = [without_pictures(row) for row in iter_rows(source.path("questions"))]
-        return self.parse_references([Document(str(source.path("questions")), rows)])
+        return self.read_references([source.path("questions")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         return numbered(records_of(documents, _FIELDS))

@@ -29,7 +29,7 @@ from mmpipe.benchmarks.base import (
     records_of,
 )
 from mmpipe.benchmarks.pictures import hub_picture
-from mmpipe.benchmarks.records import iter_rows, read_document, without_pictures
+from mmpipe.benchmarks.records import iter_rows, read_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 
@@ -110,8 +110,7 @@ class ChartQa(Benchmark):
             return self.parse_references(
                 [read_document(source.path(role)) for role in ("human", "augmented")]
             )
-        rows = [without_pictures(row) for row in iter_rows(source.path("parquet"))]
-        return self.parse_references([Document(str(source.path("parquet")), rows)])
+        return self.read_references([source.path("parquet")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         found = [

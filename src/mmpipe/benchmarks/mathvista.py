@@ -34,7 +34,7 @@ from mmpipe.benchmarks.base import (
 from mmpipe.benchmarks.choices import LETTERS, infer_option, options_block
 from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.pictures import hub_picture
-from mmpipe.benchmarks.records import iter_rows, read_document, without_pictures
+from mmpipe.benchmarks.records import iter_rows, read_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 
 _FIELDS = ("pid", "question_type", "answer_type", "answer")
@@ -88,8 +88,7 @@ class MathVista(Benchmark):
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
         if source.has("questions"):
             return self.parse_references([read_document(source.path("questions"))])
-        rows = [without_pictures(row) for row in iter_rows(source.path("parquet"))]
-        return self.parse_references([Document(str(source.path("parquet")), rows)])
+        return self.read_references([source.path("parquet")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         """Records, or the official ``{pid: record}``."""

@@ -36,7 +36,7 @@ from mmpipe.benchmarks.base import (
 )
 from mmpipe.benchmarks.choices import LETTERS, options_block
 from mmpipe.benchmarks.pictures import hub_picture
-from mmpipe.benchmarks.records import iter_rows, without_pictures, write_document
+from mmpipe.benchmarks.records import iter_rows, read_document, without_pictures, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 
@@ -90,8 +90,17 @@ class Mmmu(Benchmark):
             yield Question(id=row["id"], text=text, images=pictures)
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        rows = [without_pictures(row) for row in _rows(source.path("questions"))]
-        return self.parse_references([Document(str(source.path("questions")), rows)])
+        return self.read_references([source.path("questions")])
+
+    def read_references(self, paths: Sequence[Path]) -> list[Record]:
+        """Besides files of records, the folder of the subjects."""
+        documents = [
+            Document(str(path), [without_pictures(row) for row in _rows(path)])
+            if path.is_dir()
+            else read_document(path)
+            for path in paths
+        ]
+        return self.parse_references(documents)
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         """Records, or the official ``answer_dict_val.json`` (``{id: {question_type, ground_truth}}``)."""

@@ -29,7 +29,7 @@ from mmpipe.benchmarks.base import (
 )
 from mmpipe.benchmarks.choices import extract_letter_lmms
 from mmpipe.benchmarks.pictures import hub_picture
-from mmpipe.benchmarks.records import iter_rows, without_pictures
+from mmpipe.benchmarks.records import iter_rows
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 
 _FIELDS = ("index", "question", "answer", "category", "l2_category")
@@ -66,8 +66,7 @@ class MmStar(Benchmark):
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        rows = [without_pictures(row) for row in iter_rows(source.path("questions"))]
-        return self.parse_references([Document(str(source.path("questions")), rows)])
+        return self.read_references([source.path("questions")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         return [{"question_id": record["index"], **record} for record in records_of(documents, _FIELDS)]

@@ -41,12 +41,13 @@ def is_missing(value: Any) -> bool:
 
 
 def read_document(path: Path) -> Document:
-    """Parse one file by its content: JSON, JSON lines, a table (``.tsv``, ``.csv``, ``.parquet``).
+    """Parse one file by its content: JSON, JSON lines, a table (``.tsv``, ``.csv``, ``.parquet``,
+    a folder of parquet files).
 
     JSON lines become a list, tables a list of records.
     Raises DataError when the file is missing or is none of these.
     """
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: there is no such file")
     return Document(path.as_posix(), _content(path))
 
@@ -145,8 +146,8 @@ def write_document(path: Path, value: Any, indent: int | None = None) -> None:
 
 def _content(path: Path) -> Any:
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return [without_pictures(row) for row in _parquet_rows(path)]
+    if path.is_dir() or suffix == ".parquet":
+        return [without_pictures(row) for row in iter_rows(path)]
     if suffix in (".tsv", ".csv"):
         return list(read_table(path))
     text = _text(path)
@@ -167,6 +168,8 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _json_lines(text: str, path: Path) -> Iterator[Any]:

@@ -95,4 +95,5 @@ def _score(
 
 
 def _card(path: Path) -> Record:
-    return {"path": path.as_posix(), "sha256": sha256(path)}
+    card = {"path": path.as_posix()}
+    return card | {"sha256": sha256(path)} if path.is_file() else card
