@@ -155,7 +155,7 @@ def test_a_teacher_that_wrote_down_everything_equals_the_live_one(job, dense, tm
         dense.model_dir,
         teacher_cache={"k": rows},
     )
-    assert [r["kl"] for r in cached] == pytest.approx([r["kl"] for r in live], rel=1e-4, abs=1e-6)
+    assert [r["kl"] for r in cached] == pytest.approx([r["kl"] for r in live], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled"])

@@ -31,12 +31,12 @@ from mmpipe.errors import ArtifactError
 from mmpipe.models import vlm
 from mmpipe.objectives import positions
 from mmpipe.objectives.preference import response_log_probabilities
+from mmpipe.objectives.teacher import draws, most_likely
 from mmpipe.training.objective import Batch, hidden_states
 
 log = logging.getLogger(__name__)
 
 FILE = "annotations.arrow"
-_ROWS = 512
 _PAIRS = pa.schema([("chosen", pa.float64()), ("rejected", pa.float64())])
 _TOKENS = pa.schema([("ids", pa.list_(pa.int32())), ("log_probabilities", pa.list_(pa.float32()))])
 
@@ -105,14 +105,17 @@ def _pair_rows(model: Any, batch: Batch, settings: dict[str, Any]) -> list[dict[
 
 @torch.no_grad()
 def _token_rows(model: Any, batch: Batch, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    hidden_BLD, head_VD = hidden_states(model, batch), model.lm_head.weight
+    k = min(settings["k"], len(head_VD))
+    if settings["kind"] == "top_k":
+        ids_RK, log_RK = most_likely(hidden_BLD, head_VD, batch["labels"], k)
+    else:
+        ids_RK, log_RK = draws(
+            hidden_BLD, head_VD, batch["labels"], k, generator=_generator(hidden_BLD.device, settings, batch)
+        )
     rows_R, _ = positions.response(batch["labels"])
-    hidden_RD = hidden_states(model, batch).flatten(0, 1)[rows_R]
-    kept = [
-        _likely(model, hidden_RD[i : i + _ROWS], settings, batch) for i in range(0, len(hidden_RD), _ROWS)
-    ]
-    ids_RK = torch.cat([ids for ids, _ in kept]).cpu()
-    log_RK = torch.cat([values for _, values in kept]).cpu()
     owner_R = (rows_R // batch["labels"].shape[1]).cpu()
+    ids_RK, log_RK = ids_RK.cpu(), log_RK.cpu()
     return [
         {
             "ids": ids_RK[owner_R == row].flatten().tolist(),
@@ -122,18 +125,10 @@ def _token_rows(model: Any, batch: Batch, settings: dict[str, Any]) -> list[dict
     ]
 
 
-def _likely(model: Any, hidden_CD: Tensor, settings: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
-    log_CV = model.lm_head(hidden_CD).float().log_softmax(1)
-    _require_finite(log_CV, batch)
-    k = min(settings["k"], log_CV.shape[1])
-    if settings["kind"] == "top_k":
-        values_CK, ids_CK = log_CV.topk(k, dim=1)
-        return ids_CK, values_CK
-    # the draw depends on the records alone, not on what was drawn before
+def _generator(device: torch.device, settings: dict[str, Any], batch: Batch) -> torch.Generator:
+    """Draws depend on the records alone, not on what was drawn before."""
     seed = hashlib.sha256(canonical_json([settings["seed"], batch["indices"]]).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(seed[:7]))
-    ids_CK = log_CV.exp().cpu().multinomial(k, replacement=True, generator=generator).to(log_CV.device)
-    return ids_CK, log_CV.gather(1, ids_CK)
+    return torch.Generator(device).manual_seed(int.from_bytes(seed[:7]))
 
 
 def _require_finite(values: Tensor, batch: Batch) -> None:
