@@ -43,11 +43,13 @@ class Contents:
     size: int = 0
 
 
-def unpack(pieces: Sequence[Path], target: Path) -> Contents:
+def unpack(pieces: Sequence[Path], target: Path, flat: bool = False) -> Contents:
     """Unpack a zip or tar archive, whole or in ``pieces`` that follow each other, into ``target``.
 
     Members appear in ``target`` only after all of them were read; what is there already stays, files of the same name are
-    replaced. Raises DamagedArchive or, for an archive that is not safe, DataError.
+    replaced. ``flat`` drops the folders inside the archive (``unzip -j``).
+
+    Raises DamagedArchive or, for an archive that is not safe, DataError.
     """
     name = str(pieces[0])
     stage = target.with_name(f".{target.name or 'root'}.unpacking")
@@ -62,6 +64,8 @@ def unpack(pieces: Sequence[Path], target: Path) -> Contents:
                 raise DamagedArchive(f"{name}: a web page, not an archive; the server did not give the file")
             kind = _unpack_zip if start in _ZIP else _unpack_tar
             contents = kind(file, stage, name, sum(piece.stat().st_size for piece in pieces))
+        if flat:
+            _flatten(stage, name)
         _merge(stage, target)
         return contents
     except _DAMAGE as error:
@@ -131,6 +135,16 @@ def _check_growth(size: int, packed: int, target: Path, name: str) -> None:
     if size > max(_MAX_RATIO * packed, _MODEST):
         raise DataError(f"{name}: {packed} bytes would grow to {size}; the archive is not safe")
     check_space(target, size, name)
+
+
+def _flatten(stage: Path, name: str) -> None:
+    """Move every file to the top; the empty folders go. Raises DataError when two have the same name."""
+    for path in [path for path in stage.rglob("*") if path.is_file() and path.parent != stage]:
+        if (stage / path.name).exists():
+            raise DataError(f"{name}: two members are called '{path.name}'; it cannot be unpacked flat")
+        path.rename(stage / path.name)
+    for folder in [path for path in stage.iterdir() if path.is_dir()]:
+        shutil.rmtree(folder)
 
 
 def _merge(source: Path, target: Path) -> None:

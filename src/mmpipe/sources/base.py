@@ -86,6 +86,8 @@ class Downloaded(Source):
     unpack: dict[InnerPath, InnerPath] = {}
     """Archives to unpack and the folder for each, in this order (``images.zip: images``). A name may be a pattern
     (``images.zip.part*``) for one archive in several pieces. The archives are removed once they are unpacked."""
+    flat: bool = False
+    """Drop the folders inside the archives, as ``unzip -j`` does."""
 
     @abstractmethod
     def bring(self, desk: Desk) -> dict[str, Any]:
@@ -104,7 +106,7 @@ class Downloaded(Source):
                 desk.done["brought"] = True
                 desk.save()
             for pattern, folder in self.unpack.items():
-                desk.unpack(pattern, folder)
+                desk.unpack(pattern, folder, self.flat)
             facts = desk.facts()
             desk.publish(out)
         return facts
@@ -142,7 +144,7 @@ class Desk:
 
     def place(self, file: WantedFile, get: Callable[[Path, Expected], Any]) -> None:
         """Have ``get(target, expected)`` write a file, unless it is here or a person has put it into ``offered``."""
-        if file.to in self.done["downloads"]:
+        if self.has(file):
             return
         target, expected = self.files / file.to, self.expected(file)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,11 +165,15 @@ class Desk:
             raise
         self.save()
 
+    def has(self, file: WantedFile) -> bool:
+        """Whether the file is here already, proven."""
+        return file.to in self.done["downloads"]
+
     def has_offer(self, file: WantedFile) -> bool:
         """Whether a person has put the file where it is taken from."""
         return (self.offered / file.to).is_file()
 
-    def unpack(self, pattern: str, folder: str) -> None:
+    def unpack(self, pattern: str, folder: str, flat: bool) -> None:
         """Unpack an archive, or the pieces of one, and drop it."""
         from mmpipe.fetching import archives
 
@@ -181,7 +187,7 @@ class Desk:
                 )
             log.info("unpacking %s", ", ".join(path.name for path in pieces))
             try:
-                contents = archives.unpack(pieces, self.files / folder)
+                contents = archives.unpack(pieces, self.files / folder, flat)
             except archives.DamagedArchive as error:
                 self._forget(pieces)
                 raise archives.DamagedArchive(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import model_validator
 
+from mmpipe.data.spec import InnerPath
 from mmpipe.errors import DataError
 from mmpipe.sources.base import Desk, Downloaded, WantedFile
 
@@ -16,32 +17,43 @@ if TYPE_CHECKING:
 
 
 class Manual(Downloaded):
-    """Take files that a person put into ``resources/manual/<entry>/``; until then, say how to get them."""
+    """Take what a person put into ``resources/manual/<entry>/``; until it is there, say how to get it."""
+
+    NOTES: ClassVar[frozenset[str]] = Downloaded.NOTES | {"how"}
 
     source: Literal["manual"] = "manual"
-    files: tuple[WantedFile, ...] = Field(min_length=1)
+    files: tuple[WantedFile, ...] = ()
+    folders: tuple[InnerPath, ...] = ()
+    """Folders that the person lays out; they are linked, not copied. Their pictures are proven where they are mixed."""
     how: str
-    """From where to get the files, in a sentence or two."""
+    """From where to get it and what to do with it, in a sentence or two."""
 
-    NOTES = Downloaded.NOTES | {"how"}
+    @model_validator(mode="after")
+    def _something(self) -> Manual:
+        if not self.files and not self.folders:
+            raise ValueError("give 'files' or 'folders'")
+        return self
 
     def bring(self, desk: Desk) -> dict[str, Any]:
-        missing = [
-            file.to
-            for file in self.files
-            if file.to not in desk.done["downloads"] and not desk.has_offer(file)
-        ]
+        missing = [file.to for file in self.files if not desk.has(file) and not desk.has_offer(file)]
+        missing += [f"{folder}/" for folder in self.folders if not (desk.offered / folder).is_dir()]
         if missing:
+            name = desk.offered.name
             raise DataError(
-                f"{desk.offered.name}: a person has to fetch this ({self.licence or 'licence: see its homepage'}).\n"
-                f"  {self.how}\n"
+                f"{name}: a person has to fetch this ({self.licence or 'its licence is told on its homepage'})\n"
+                f"  how: {self.how}\n"
                 f"  homepage: {self.homepage or '-'}\n"
                 f"  put into {desk.offered}/: {', '.join(missing)}\n"
-                "and run the same command again. A copy on disk that is laid out already is adopted by\n"
-                f"  {desk.offered.name}: {{source: path, path: /where/it/is}}"
+                "and run the same command again. A copy that is laid out already is adopted where it is by the entry\n"
+                f"  {name}: {{source: path, path: /where/it/is}}"
             )
         for file in self.files:
             desk.place(file, partial(_gone, desk))
+        for folder in self.folders:
+            link = desk.files / folder
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to((desk.offered / folder).resolve())
         return {}
 
 
