@@ -1,6 +1,7 @@
 # Questions -> answers (in chunks) -> gathered answers -> score and submission -> comparison.
 localrules:
     gather_answers,
+    judge_answers,
     score_answers,
     convert_submission,
     compare,
@@ -58,8 +59,27 @@ rule gather_answers:
         "../workflow/scripts/gather.py"
 
 
+rule judge_answers:
+    input:
+        answers="results/{smoke}{checkpoint}/eval/{benchmark}/answers.jsonl",
+        references="resources/{smoke}benchmarks/{benchmark}/references.jsonl",
+    output:
+        "results/{smoke}{checkpoint}/eval/{benchmark}/judge.jsonl",
+    log:
+        "logs/{smoke}{checkpoint}/eval/{benchmark}/judge.log",
+    resources:
+        **light(memory_gb=2, minutes=600),
+    params:
+        spec=lambda wildcards: PLAN.judge_spec(wildcards.benchmark),
+    message:
+        "A judge reads the answers of {wildcards.checkpoint} to {wildcards.benchmark}"
+    script:
+        "../workflow/scripts/judge.py"
+
+
 rule score_answers:
     input:
+        judge=lambda wildcards: PLAN.judge_files(out(wildcards), wildcards.checkpoint, wildcards.benchmark),
         answers="results/{smoke}{checkpoint}/eval/{benchmark}/answers.jsonl",
         references="resources/{smoke}benchmarks/{benchmark}/references.jsonl",
         checkpoint=lambda wildcards: checkpoint_inputs(wildcards)["checkpoint"],

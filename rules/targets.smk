@@ -21,7 +21,7 @@ rule all:
     default_target: True
     input:
         [str(stage.manifest()) for stage in PLAN.chosen_stages()],
-        [f"results/{benchmark}.json" for benchmark in PLAN.chosen_benchmarks],
+        [f"results/{benchmark}.json" for benchmark in PLAN.compared_benchmarks],
         PLAN.submissions(),
         PLAN.report_items(),
 

@@ -107,13 +107,28 @@ def score(
     ],
     answers: Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")],
     protocol: Annotated[str, typer.Option(help="The protocol; default: the official one.")] = "",
+    judge: Annotated[
+        Path | None, typer.Option(help="A judge's replies, for protocols that need them.")
+    ] = None,
     per_item: Annotated[Path | None, typer.Option(help="Write the verdict on every question here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the score here too.")] = None,
 ) -> None:
     """Score answers offline; prints JSON."""
     from mmpipe.benchmarks.scoring import score_files
 
-    _print_json(score_files(benchmark, references, answers, protocol=protocol, per_item=per_item, out=out))
+    _print_json(
+        score_files(
+            benchmark, references, answers, protocol=protocol, judge=judge, per_item=per_item, out=out
+        )
+    )
+
+
+@app.command()
+def benchmarks() -> None:
+    """List the benchmarks and their protocols; prints JSON."""
+    from mmpipe.benchmarks.scoring import describe
+
+    _print_json(describe())
 
 
 @app.command()

@@ -430,7 +430,7 @@ class Plan:
 
     def benchmark_spec(self, name: str, smoke: bool = False) -> str:
         """What determines a benchmark's questions and references."""
-        how = {"chunks", "batch_size", "title"}
+        how = {"chunks", "batch_size", "title", "scored", "judge"}
         return canonical_json(
             self.benchmark_entry(name, smoke).model_dump(mode="json", exclude_defaults=True, exclude=how)
         )
@@ -450,7 +450,7 @@ class Plan:
         entry = self.benchmarks[benchmark]
         if entry.control:
             return []
-        same = {"control": None, "title": "", "chunks": 1, "batch_size": 1}
+        same = {"control": None, "title": "", "chunks": 1, "batch_size": 1, "judge": None}
         return [
             name
             for name in self.chosen_benchmarks
@@ -466,12 +466,36 @@ class Plan:
             for checkpoint in self.chosen_recipes
         ]
 
+    def judge_files(self, out: str, checkpoint: str, benchmark: str) -> list[str]:
+        """The judge's replies that a score reads, if a judge is asked."""
+        return (
+            [f"{out}/{checkpoint}/eval/{benchmark}/judge.jsonl"] if self.benchmarks[benchmark].judge else []
+        )
+
+    def judge_spec(self, benchmark: str) -> str:
+        """Which judge is asked; how patiently does not change its replies."""
+        judge = self.benchmarks[benchmark].judge
+        return canonical_json(
+            judge.model_dump(include={"base_url", "model", "temperature"}) if judge else None
+        )
+
+    @property
+    def scored_benchmarks(self) -> list[str]:
+        """Chosen benchmarks that can be scored here."""
+        return [name for name in self.chosen_benchmarks if self.benchmarks[name].scored]
+
+    @property
+    def compared_benchmarks(self) -> list[str]:
+        """Chosen benchmarks with a comparison of their own; controls stand in that of another."""
+        return [name for name in self.scored_benchmarks if not self.benchmarks[name].control]
+
     def per_checkpoint(self, file: str, out: str = "results") -> list[str]:
-        """One file of every chosen checkpoint and benchmark."""
+        """One file of every chosen checkpoint and benchmark; only scored ones have more than answers."""
+        benchmarks = self.chosen_benchmarks if file == "answers.jsonl" else self.scored_benchmarks
         return [
             f"{out}/{checkpoint}/eval/{benchmark}/{file}"
             for checkpoint in self.chosen_recipes
-            for benchmark in self.chosen_benchmarks
+            for benchmark in benchmarks
         ]
 
     def submissions(self, out: str = "results") -> list[str]:
@@ -496,7 +520,7 @@ class Plan:
             *(f"{folder}/{file}" for folder in stages for file in ("loss.svg", "settings.html")),
             *(f"resources/mixtures/{mixture}/report.html" for mixture in mixtures),
             *self.per_checkpoint("samples.html", out),
-            *(f"{out}/{b}.html" for b in self.chosen_benchmarks if not self.benchmarks[b].control),
+            *(f"{out}/{benchmark}.html" for benchmark in self.compared_benchmarks),
         ]
 
     def job(self, stage: StagePlan, out: str = "results", **use: Any) -> StageJob:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import read_json, sha256, staged_directory, write_json
+from mmpipe.artifacts.files import atomic_open, read_json, sha256, staged_directory, write_json
 from mmpipe.benchmarks.base import get
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.plan import Plan
@@ -220,12 +220,17 @@ def answer(snakemake: Any, plan: Plan) -> None:
             get_template(card["checkpoint"]["template"], processor.tokenizer),
             model_id=wildcards.checkpoint,
         )
-        max_new_tokens = entry.max_new_tokens or get(entry.task).protocol(entry.protocol).max_new_tokens
+        protocol = get(entry.task).protocol(entry.protocol)
         log.info("%d questions on %s in %s", len(questions), device, dtype)
         done = answer_chunk(
             questions,
             lambda left: _with_progress(
-                answerer.answer(left, batch_size=entry.batch_size, max_new_tokens=max_new_tokens),
+                answerer.answer(
+                    left,
+                    batch_size=entry.batch_size,
+                    max_new_tokens=entry.max_new_tokens or protocol.max_new_tokens,
+                    num_beams=protocol.num_beams,
+                ),
                 len(left),
                 f"{wildcards.checkpoint} {wildcards.benchmark}",
             ),
@@ -254,6 +259,27 @@ def gather(snakemake: Any, plan: Plan) -> None:
 
 
 @job
+def judge(snakemake: Any, plan: Plan) -> None:
+    """Ask the judge about the answers, going on from the replies an interrupted run left."""
+    from mmpipe.benchmarks.judge import judge_answers
+
+    entry = plan.benchmarks[snakemake.wildcards.benchmark]
+    if entry.judge is None:
+        raise ConfigError(
+            f"{snakemake.wildcards.benchmark}: no judge is configured; give the entry a 'judge'"
+        )
+    _unchanged(snakemake, plan.judge_spec(snakemake.wildcards.benchmark))
+    out = Path(snakemake.output[0])
+    progress = out.parent / "state" / "judge.jsonl"
+    counts = judge_answers(
+        entry.task, [Path(snakemake.input.references)], [Path(snakemake.input.answers)], progress, entry.judge
+    )
+    log.info("%s", counts)
+    with atomic_open(out) as file:
+        file.write(progress.read_bytes())
+
+
+@job
 def score(snakemake: Any, plan: Plan) -> None:
     """Score the answers of one checkpoint."""
     from mmpipe.benchmarks.scoring import score_files
@@ -265,6 +291,7 @@ def score(snakemake: Any, plan: Plan) -> None:
         [Path(snakemake.input.references)],
         [Path(snakemake.input.answers)],
         protocol=entry.protocol,
+        judge=next((Path(path) for path in snakemake.input.judge), None) if entry.judge else None,
         per_item=Path(snakemake.output.per_item),
         out=Path(snakemake.output.score),
         lineage={"checkpoint": {"path": checkpoint.as_posix(), "sha256": sha256(checkpoint)}},

@@ -21,39 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from mmpipe.artifacts.files import canonical_json
 from mmpipe.benchmarks.base import get
 from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.records import Record, read_answers
-from mmpipe.config.base import Settings
+from mmpipe.benchmarks.spec import JudgeSettings
 from mmpipe.errors import ConfigError, DataError, MmpipeError
 
 _LARGEST_REPLY = 4_000_000  # bytes
 _WORTH_RETRYING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-
-
-class JudgeSettings(Settings):
-    """A judge model and how much may be asked of it."""
-
-    base_url: str = Field(pattern="^https?://")
-    """The endpoint up to ``/v1``; requests go to ``/chat/completions`` below it."""
-    model: str
-    """Name of the model; part of the score's identity."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; unset means that none is sent."""
-    temperature: float = 0.0
-    max_requests: int = Field(default=5000, ge=0)
-    """Requests of one call, repeated ones included; the budget."""
-    attempts: int = Field(default=5, ge=1)
-    """Tries for one answer before it is recorded as failed."""
-    backoff: float = Field(default=1.0, ge=0)
-    """Seconds before the second try; doubles with each."""
-    timeout: float = Field(default=60.0, gt=0)
-    """Seconds to wait for a reply."""
-    workers: int = Field(default=4, ge=1)
-    """Requests under way at a time."""
 
 
 class BudgetError(MmpipeError):

@@ -9,6 +9,28 @@ from pydantic import Field
 from mmpipe.config.base import Settings
 
 
+class JudgeSettings(Settings):
+    """A judge model and how much may be asked of it."""
+
+    base_url: str = Field(pattern="^https?://")
+    """The endpoint up to ``/v1``; requests go to ``/chat/completions`` below it."""
+    model: str
+    """Name of the model; part of the score's identity."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; unset means that none is sent."""
+    temperature: float = 0.0
+    max_requests: int = Field(default=5000, ge=0)
+    """Requests of one call, repeated ones included; the budget."""
+    attempts: int = Field(default=5, ge=1)
+    """Tries for one answer before it is recorded as failed."""
+    backoff: float = Field(default=1.0, ge=0)
+    """Seconds before the second try; doubles with each."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds to wait for a reply."""
+    workers: int = Field(default=4, ge=1)
+    """Requests under way at a time."""
+
+
 class BenchmarkEntry(Settings):
     """One entry of the catalogue: which benchmark, on which files, by which protocol."""
 
@@ -44,3 +66,9 @@ class BenchmarkEntry(Settings):
 
     title: str = ""
     """How tables and the report call the benchmark; without it the name of the entry."""
+
+    scored: bool = True
+    """False where only a server can score the answers: there is a submission and no score."""
+
+    judge: JudgeSettings | None = None
+    """The judge model to ask, for protocols that need one; its key comes from the environment."""

@@ -1,0 +1,3 @@
+from mmpipe.workflow import judge
+
+judge(snakemake)  # noqa: F821 - provided by Snakemake
