@@ -179,7 +179,7 @@ def test_names_every_mirror_that_failed(host: FaultyServer, tmp_path: Path) -> N
 def test_says_that_nobody_answers(tmp_path: Path) -> None:
     with server.running() as gone:
         url = gone.url("/a")
-    with pytest.raises(DataError, match="the connection failed .*refused"):
+    with pytest.raises(DataError, match=r"the connection failed .*refused"):
         fetch(url, tmp_path / "a")
 
 

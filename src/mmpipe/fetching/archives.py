@@ -64,6 +64,8 @@ def unpack(pieces: Sequence[Path], target: Path, flat: bool = False) -> Contents
                 raise DamagedArchive(f"{name}: a web page, not an archive; the server did not give the file")
             kind = _unpack_zip if start in _ZIP else _unpack_tar
             contents = kind(file, stage, name, sum(piece.stat().st_size for piece in pieces))
+        if not contents.files:
+            raise DamagedArchive(f"{name}: the archive holds no files")
         if flat:
             _flatten(stage, name)
         _merge(stage, target)

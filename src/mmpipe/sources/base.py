@@ -214,7 +214,8 @@ class Desk:
         """The facts for the manifest. Files out of archives are counted, not listed: there may be a million."""
         files = dict(sorted(self.done["downloads"].items()))
         unpacked = {
-            pattern: contents | {"archives": {name: files.pop(name) for name in contents["archives"]}}
+            pattern: contents
+            | {"archives": {name: files.pop(name) for name in contents["archives"] if name in files}}
             for pattern, contents in self.done["unpacked"].items()
         }
         return {**self.done["facts"], "unpacked": unpacked, "files": files}

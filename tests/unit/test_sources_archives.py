@@ -1,0 +1,192 @@
+"""Archives that are split, damaged or hostile."""
+
+from __future__ import annotations
+
+import io
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmpipe.errors import DataError
+from mmpipe.fetching import space
+from mmpipe.fetching.archives import DamagedArchive, unpack
+
+MEMBERS = {"pictures/a.jpg": b"a" * 5000, "pictures/deep/b.jpg": bytes(range(256)) * 30, "list.json": b"[]"}
+
+
+def make_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as bundle:
+        for name, content in members.items():
+            bundle.writestr(zipfile.ZipInfo(name) if not compression else name, content)
+    return path
+
+
+def make_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as bundle:  # type: ignore[call-overload]
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            bundle.addfile(info, io.BytesIO(content))
+    return path
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_zip,
+        lambda path, members: make_zip(path, members, zipfile.ZIP_DEFLATED),
+        make_tar,
+        lambda path, members: make_tar(path, members, "w:gz"),
+    ],
+    ids=["stored zip", "deflated zip", "tar", "tar.gz"],
+)
+def test_unpacks_by_content_not_by_name(make: Callable[..., Path], tmp_path: Path) -> None:
+    contents = unpack([make(tmp_path / "archive", MEMBERS)], tmp_path / "out")
+    assert tree(tmp_path / "out") == MEMBERS
+    assert (contents.files, contents.size) == (3, sum(map(len, MEMBERS.values())))
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar], ids=["zip", "tar"])
+@pytest.mark.parametrize("size", [1, 1000, 4096, 9_999])
+def test_reads_pieces_as_one(make: Callable[..., Path], size: int, tmp_path: Path) -> None:
+    content = make(tmp_path / "whole", MEMBERS).read_bytes()
+    if size == 1:
+        content, size = make(tmp_path / "small", {"list.json": b"[]"}).read_bytes(), 50
+    pieces = []
+    for number, start in enumerate(range(0, len(content), size)):
+        pieces.append(tmp_path / f"images.zip.{number:03}")
+        pieces[-1].write_bytes(content[start : start + size])
+    unpack(pieces, tmp_path / "out")
+    assert tree(tmp_path / "out")["list.json"] == b"[]"
+
+
+def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path: Path) -> None:
+    inner = make_zip(tmp_path / "inner.zip", {"x": b"x"}).read_bytes()
+    unpack([make_tar(tmp_path / "outer.tar", {"inner.zip": inner})], tmp_path / "out")
+    assert tree(tmp_path / "out") == {"inner.zip": inner}
+
+
+def test_adds_to_what_is_there(tmp_path: Path) -> None:
+    unpack([make_zip(tmp_path / "one", {"vg/1.jpg": b"1"})], tmp_path / "out")
+    unpack([make_zip(tmp_path / "two", {"vg/2.jpg": b"2"})], tmp_path / "out")
+    assert tree(tmp_path / "out") == {"vg/1.jpg": b"1", "vg/2.jpg": b"2"}
+
+
+def test_flat_drops_the_folders(tmp_path: Path) -> None:
+    unpack([make_zip(tmp_path / "one", MEMBERS)], tmp_path / "out", flat=True)
+    assert set(tree(tmp_path / "out")) == {"a.jpg", "b.jpg", "list.json"}
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+
+
+def test_flat_refuses_two_of_one_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"two members are called 'a.jpg'"):
+        unpack([make_zip(tmp_path / "one", {"x/a.jpg": b"1", "y/a.jpg": b"2"})], tmp_path / "out", flat=True)
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar], ids=["zip", "tar"])
+@pytest.mark.parametrize("name", ["/etc/evil", "../evil", "a/../../evil", "..\\evil"])
+def test_refuses_names_that_lead_out(make: Callable[..., Path], name: str, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    archive = make(tmp_path / "archive", {"good.txt": b"good", name: b"evil"})
+    with pytest.raises(DataError, match="leads out of the folder"):
+        unpack([archive], tmp_path / "here" / "out")
+    assert not list(tmp_path.rglob("evil"))
+    assert not list(tmp_path.rglob("good.txt")), "nothing of an unsafe archive may be used"
+
+
+@pytest.mark.parametrize("mode", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK])
+def test_refuses_links_and_devices_in_a_zip(mode: int, tmp_path: Path) -> None:
+    member = zipfile.ZipInfo("link")
+    member.external_attr = (mode | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as bundle:
+        bundle.writestr(member, "/etc/passwd")
+    with pytest.raises(DataError, match="a link or a device"):
+        unpack([tmp_path / "a.zip"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE]
+)
+def test_refuses_links_and_devices_in_a_tar(kind: bytes, tmp_path: Path) -> None:
+    member = tarfile.TarInfo("link")
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "a.tar", "w") as bundle:
+        bundle.addfile(member)
+    with pytest.raises(DataError, match="a link or a device"):
+        unpack([tmp_path / "a.tar"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path, members: make_zip(path, members, zipfile.ZIP_DEFLATED),
+        lambda path, members: make_tar(path, members, "w:gz"),
+    ],
+    ids=["zip", "tar.gz"],
+)
+def test_refuses_bombs(make: Callable[..., Path], tmp_path: Path) -> None:
+    bomb = make(tmp_path / "bomb", {"zeros": bytes(80 * 1024**2)})
+    assert bomb.stat().st_size < 200_000
+    with pytest.raises(DataError, match="would grow to 83886080; the archive is not safe"):
+        unpack([bomb], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_encrypted_members(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"secret": b"secret"})
+    content = bytearray(archive.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= 1
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match="encrypted"):
+        unpack([archive], tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar], ids=["zip", "tar"])
+def test_a_truncated_archive_is_damaged(make: Callable[..., Path], tmp_path: Path) -> None:
+    archive = make(tmp_path / "archive", MEMBERS)
+    archive.write_bytes(archive.read_bytes()[:3000])
+    with pytest.raises(DamagedArchive, match="archive is damaged"):
+        unpack([archive], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", MEMBERS)
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"aaaa") + 100] ^= 1
+    archive.write_bytes(content)
+    with pytest.raises(DamagedArchive, match="CRC"):
+        unpack([archive], tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"plain text", b"\x00" * 2000])
+def test_what_is_no_archive_is_damaged(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(DamagedArchive, match=r"a\.zip"):
+        unpack([tmp_path / "a.zip"], tmp_path / "out")
+
+
+def test_recognises_the_page_a_server_sends_instead(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"<!doctype html><title>Quota exceeded</title>")
+    with pytest.raises(DamagedArchive, match="a web page, not an archive"):
+        unpack([tmp_path / "a.zip"], tmp_path / "out")
+
+
+def test_a_name_that_is_both_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="both a file and a folder"):
+        unpack([make_tar(tmp_path / "a.tar", {"a": b"1", "a/b": b"2"})], tmp_path / "out")
+
+
+def test_looks_at_the_disk_before_filling_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(space, "_MARGIN", 10**18)
+    with pytest.raises(DataError, match="are free"):
+        unpack([make_zip(tmp_path / "a.zip", MEMBERS)], tmp_path / "out")
