@@ -327,10 +327,17 @@ class Plan:
         """The checkpoints to compare, patterns (``demo-*``, ``demo@*``) expanded, in the order of the configuration."""
         last = {recipe: path[-1].name for recipe, path in self._paths.items()}
         full = [f"{recipe}@{stage.name}" for recipe, path in self._paths.items() for stage in path]
+        projectors = {
+            f"{recipe}@{stage.name}"
+            for recipe, path in self._paths.items()
+            for stage in path
+            if stage.settings.PUBLISHES == "projector"
+        }
         chosen: dict[str, None] = {}
         for pattern in self.config.recipes:
             names = full if "@" in pattern else self.recipes
-            hits = fnmatch.filter(names, pattern)
+            # a projector that saw captions alone answers no questions: only who names it gets it
+            hits = [hit for hit in fnmatch.filter(names, pattern) if hit == pattern or hit not in projectors]
             if not hits:
                 hint = did_you_mean(pattern, names)
                 raise ConfigError(f"{self.where}: recipes: there is no recipe '{pattern}'{hint}")

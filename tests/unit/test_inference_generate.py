@@ -159,6 +159,7 @@ def test_stop_text_works_in_every_way_of_generating(checkpoint, questions):
 
     class Stopping:
         stop = cut_at
+        captions = False
 
         def prompt(self, turns):
             return get_template("qwen").prompt(turns)
@@ -169,6 +170,12 @@ def test_stop_text_works_in_every_way_of_generating(checkpoint, questions):
         found = texts(stopping, questions[:4], **settings)[0]
         assert found["text"] == free[: free.index(cut_at)].strip()
         assert found["metadata"]["ended"]
+
+
+def test_a_checkpoint_of_captions_is_asked_nothing(checkpoint, questions):
+    answerer = Answerer(*checkpoint, get_template("plain"), model_id="demo@pretrain")
+    with pytest.raises(DataError, match=r"demo@pretrain was trained on captions .*evaluate a later stage"):
+        list(answerer.answer(questions[:1]))
 
 
 def test_marks_and_pictures_must_agree(checkpoint, questions):

@@ -120,10 +120,18 @@ def test_scientific_notation_without_a_dot_is_a_number(project):
 
 
 def test_checkpoints_are_named_by_recipe_and_stage(project):
-    plan = project({"base": BASE}, recipes=["base@*"])
+    plan = project({"base": BASE}, recipes=["base@pretrain", "base"])
     assert plan.checkpoint("base").name == "finetune"
     assert plan.checkpoint("base@pretrain").name == "pretrain"
     assert plan.chosen_recipes == ["base@pretrain", "base"]  # the last one goes by the recipe
+
+
+def test_patterns_leave_out_projectors_that_answer_no_questions(project):
+    longer = {"extends": "base", "stages": {"upcycle": {}}}
+    assert project({"base": BASE, "longer": longer}, recipes=["longer@*"]).chosen_recipes == [
+        "longer@finetune",
+        "longer",
+    ]
 
 
 def test_controls_stand_beside_their_benchmark(project):

@@ -112,6 +112,11 @@ class Answerer:
 
     def prompt(self, question: Question) -> str:
         """The text the model continues, with image marks."""
+        if self.template.captions:
+            raise DataError(
+                f"the checkpoint {self.model_id} was trained on captions (template '{self.template.name}') and cannot be "
+                "asked questions; evaluate a later stage of the recipe"
+            )
         text = question.text
         if IMAGE_MARK not in text:
             text = f"{IMAGE_MARK}\n" * len(question.images) + text
