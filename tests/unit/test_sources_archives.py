@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import stat
 import tarfile
 import zipfile
@@ -10,32 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from source_world import MEMBERS, make_tar, make_zip, tree
 
 from mmpipe.errors import DataError
 from mmpipe.fetching import space
 from mmpipe.fetching.archives import DamagedArchive, unpack
-
-MEMBERS = {"pictures/a.jpg": b"a" * 5000, "pictures/deep/b.jpg": bytes(range(256)) * 30, "list.json": b"[]"}
-
-
-def make_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(path, "w", compression) as bundle:
-        for name, content in members.items():
-            bundle.writestr(zipfile.ZipInfo(name) if not compression else name, content)
-    return path
-
-
-def make_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as bundle:  # type: ignore[call-overload]
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            bundle.addfile(info, io.BytesIO(content))
-    return path
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(

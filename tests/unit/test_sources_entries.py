@@ -12,15 +12,13 @@ from typing import Any
 import faulty_server as server
 import pytest
 from faulty_server import FaultyServer
-from test_sources_archives import MEMBERS, make_zip, tree
+from source_world import MEMBERS, entry, fetched, make_zip, published
 
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, sha256
-from mmpipe.config.loader import validate
 from mmpipe.errors import ConfigError, DataError
 from mmpipe.fetching import archives, http
 from mmpipe.fetching.lock import locked, write_lock
-from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 
 
@@ -38,25 +36,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     quick = http.Patience(connect=2, read=0.3, attempts=2, pause=0.01, longest_pause=0.02)
     monkeypatch.setattr(http, "Patience", lambda: quick)
     return tmp_path
-
-
-def entry(**settings: Any) -> Source:
-    return validate(source_type(), settings, "test")
-
-
-def fetched(source: Source, name: str = "thing", **lock: Any) -> dict[str, Any]:
-    """What the rule does: fetch, then write the manifest."""
-    out = Path("resources/datasets", name)
-    out.mkdir(parents=True, exist_ok=True)  # as Snakemake does
-    (out / manifest.NAME).unlink(missing_ok=True)
-    facts = source.fetch(out, lock)
-    return manifest.write(out, kind="source", spec='{"a":1}', inputs={}, **facts)
-
-
-def published(name: str = "thing") -> dict[str, bytes]:
-    found = tree(Path("resources/datasets", name))
-    found.pop(manifest.NAME, None)
-    return found
 
 
 def zipped(members: dict[str, bytes] = MEMBERS) -> bytes:

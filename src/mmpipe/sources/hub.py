@@ -71,13 +71,13 @@ class Hub(Downloaded):
             commit = self._download(desk)
         except HfHubHTTPError as error:
             if error.response.status_code in _PASSING:
-                raise _Interrupted(str(error)) from error
+                raise _Interrupted(_first_line(error)) from error
             raise DataError(
                 f"{desk.offered.name}: the hub refused {self.repo} at revision {self._revision(desk)} "
-                f"({str(error).splitlines()[0]}); check the names, and HF_TOKEN if the repository asks for consent"
+                f"({_first_line(error)}); check the names, and HF_TOKEN if the repository asks for consent"
             ) from error
         except (LocalEntryNotFoundError, httpx2.TransportError) as error:
-            raise _Interrupted(str(error).splitlines()[0]) from error
+            raise _Interrupted(_first_line(error)) from error
         shutil.rmtree(desk.files / ".cache", ignore_errors=True)
         return {"commit": commit}
 
@@ -131,6 +131,11 @@ class Hub(Downloaded):
         )
         _prove(desk, [listed[name] for name in names])
         return commit
+
+
+def _first_line(error: Exception) -> str:
+    """What the library says before its advice."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _prove(desk: Desk, files: list[Any]) -> None:

@@ -1,0 +1,161 @@
+"""Repositories of the hub, from a hub on this machine that fails as hubs do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faulty_server as server
+import huggingface_hub
+import pytest
+from fake_hub import COMMIT, FakeHub
+from huggingface_hub import constants
+from source_world import MEMBERS, entry, fetched, make_zip, published
+
+from mmpipe.errors import DataError
+from mmpipe.fetching.lock import locked, write_lock
+from mmpipe.sources import hub as hub_source
+
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": bytes(range(256)) * 8,
+    "sub/notes.txt": b"notes",
+    "old.h5": b"h5",
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub of one data set, the only one that can be reached."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
+    monkeypatch.setattr(hub_source, "PAUSE", 0.01)
+    monkeypatch.setattr(hub_source, "ATTEMPTS", 3)
+    with server.running() as host:
+        monkeypatch.setenv("HF_ENDPOINT", host.url("").rstrip("/"))
+        yield FakeHub(host, dict(FILES))
+
+
+def repository(**settings: Any) -> Any:
+    return entry(source="hub", repo="owner/name", repo_type="dataset", **settings)
+
+
+def test_fetches_a_branch_and_keeps_its_commit(hub: FakeHub) -> None:
+    facts = fetched(repository())
+    assert published() == FILES
+    assert facts["commit"] == COMMIT
+    assert facts["files"]["config.json"]["size"] == 2
+    assert not (Path("resources/datasets/thing/.cache")).exists()
+
+
+def test_include_and_exclude(hub: FakeHub) -> None:
+    fetched(repository(include=["*.json", "sub/*", "*.h5"], exclude=["*.h5"]))
+    assert set(published()) == {"config.json", "sub/notes.txt"}
+    assert set(hub.downloads()) == {"config.json", "sub/notes.txt"}
+
+
+def test_an_include_that_matches_nothing_says_what_there_is(hub: FakeHub) -> None:
+    with pytest.raises(DataError, match=r"no file of owner/name matches include .*config.json"):
+        fetched(repository(include=["*.tsv"]))
+
+
+def test_unpacks_and_does_not_fetch_what_is_unpacked_again(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = make_zip(tmp_path / "a.zip", MEMBERS).read_bytes()
+    hub.move(COMMIT, {"one.zip": archive, "two.zip": archive[:300], "list.txt": b"list"})
+    source = repository(unpack={"one.zip": "images", "two.zip": "images"})
+    with pytest.raises(DataError, match="archive is damaged"):
+        fetched(source)
+    with pytest.raises(DataError, match="archive is damaged"):
+        fetched(source)
+    assert "one.zip" in hub.downloads()
+    assert hub.downloads().count("one.zip") <= 2, "asked for once: its head and its body"
+    assert hub.downloads().count("two.zip") > hub.downloads().count("one.zip")
+
+
+def test_a_busy_hub_is_waited_for(hub: FakeHub) -> None:
+    info = "/api/datasets/owner/name/revision/main"
+    honest = hub.host.answers[info][0]
+    hub.host.serve(info, server.status(503), server.status(429, Retry_After="0"), honest)
+    fetched(repository())
+    assert published() == FILES
+
+
+def test_a_hub_that_stays_away_is_named_with_ways_around(hub: FakeHub) -> None:
+    hub.host.serve("/api/datasets/owner/name/revision/main", server.status(503))
+    with pytest.raises(
+        DataError, match=r"owner/name: the hub did not give it in 3 attempts .*HF_ENDPOINT.*source: path"
+    ):
+        fetched(repository())
+    assert published() == {}
+
+
+def test_a_half_filled_folder_is_never_taken_for_the_snapshot(hub: FakeHub) -> None:
+    """snapshot_download returns what lies in the folder when the hub does not answer."""
+    hub.host.serve(hub.path("model.safetensors"), server.status(404))
+    with pytest.raises(DataError):
+        fetched(repository())
+    hub.host.answers.clear()
+    hub.host.serve("/api/datasets/owner/name/revision/main", server.status(503))
+    with pytest.raises(DataError, match="the hub did not give it"):
+        fetched(repository())
+    assert published() == {}
+
+
+def test_a_refusal_says_what_to_check(hub: FakeHub) -> None:
+    hub.private = True
+    with pytest.raises(DataError, match=r"the hub refused owner/name at revision main .*HF_TOKEN"):
+        fetched(repository())
+    assert len(hub.host.seen) == 1, "asking again would not help"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_wrong_content_is_found_and_fetched_again(hub: FakeHub, name: str) -> None:
+    wrong = bytes(len(FILES[name]))
+    honest = hub.give(name)
+    hub.host.serve(hub.path(name), hub.give(name, wrong), hub.give(name, wrong), honest)
+    fetched(repository())
+    assert published() == FILES
+
+
+def test_a_content_that_stays_wrong_is_refused(hub: FakeHub) -> None:
+    hub.host.serve(hub.path("config.json"), hub.give("config.json", b"[]"))
+    with pytest.raises(DataError, match=r"config\.json: not what the hub lists"):
+        fetched(repository())
+    assert published() == {}
+
+
+def test_the_lock_pins_a_branch(hub: FakeHub) -> None:
+    source = repository(include=["config.json"])
+    fetched(source)
+    Path("config").mkdir()
+    write_lock({"datasets": {"thing": source}})
+    assert locked("datasets", "thing") == {"commit": COMMIT}
+    hub.move("f" * 40, {"config.json": b'{"new": 1}'})
+    assert fetched(source, **locked("datasets", "thing"))["commit"] == COMMIT
+    assert published() == {"config.json": b"{}"}
+    assert fetched(source)["commit"] == "f" * 40
+
+
+def test_a_commit_in_the_catalogue_counts_more_than_the_lock(hub: FakeHub) -> None:
+    hub.move("f" * 40, {"config.json": b'{"new": 1}'})
+    facts = fetched(repository(revision="f" * 40, include=["config.json"]), commit=COMMIT)
+    assert facts["commit"] == "f" * 40
+
+
+def test_the_token_comes_from_the_environment(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    fetched(repository(include=["config.json"]))
+    assert all(headers.get("authorization") == "Bearer hf_canary" for _, headers in hub.host.seen)
+    everything = b"".join(path.read_bytes() for path in Path("resources").rglob("*") if path.is_file())
+    assert b"hf_canary" not in everything
+
+
+def test_the_library_is_the_one_this_was_written_for() -> None:
+    assert int(huggingface_hub.__version__.split(".")[0]) == 2
