@@ -92,6 +92,7 @@ class Plan:
         self.benchmarks = self._benchmarks(folder / "benchmarks.yaml")
         self._recipes = _read_recipes(folder / "recipes")
         self._paths: dict[str, list[StagePlan]] = {}
+        self._inherited: dict[str, _Inherited] = {}
         for name in self._recipes:
             self._resolve(name, ())
         self._check_names()
@@ -170,6 +171,7 @@ class Plan:
             circle = " -> ".join([*below[below.index(name) :], name])
             raise ConfigError(f"{recipe.where}: 'extends' goes round in a circle: {circle}")
         inherited: list[StagePlan] = []
+        common = _Inherited()
         if recipe.settings.extends:
             parent, _, last = recipe.settings.extends.partition("@")
             self._known(parent, self._recipes, f"{recipe.where}: extends", "recipe")
@@ -178,6 +180,11 @@ class Plan:
                 names = [stage.name for stage in inherited]
                 self._known(last, dict.fromkeys(names), f"{recipe.where}: extends", f"stage of '{parent}'")
                 inherited = inherited[: names.index(last) + 1]
+            common = self._inherited[parent]
+        self._inherited[name] = _Inherited(
+            _merged(common.defaults, recipe.settings.defaults),
+            _merged(common.hardware, recipe.settings.hardware),
+        )
         self._paths[name] = self._path(name, recipe, inherited)
         return self._paths[name]
 
@@ -231,9 +238,11 @@ class Plan:
         kind = own.pop("kind", before.kind if before else name)
         self._known(kind, stage_kinds(), where, "stage")
         fields = stage_kinds()[kind].model_fields
-        defaults = {key: value for key, value in recipe.settings.defaults.items() if key in fields}
         self._check_defaults(recipe)
-        hardware = _merged(recipe.settings.hardware, own.get("hardware", {}))
+        # a repeated stage carries what the parent's defaults gave it
+        common = self._inherited[owner] if before is None else recipe.settings
+        defaults = {key: value for key, value in common.defaults.items() if key in fields}
+        hardware = _merged(common.hardware, own.get("hardware", {}))
         raw = _merged(_merged(base, defaults), own)
         if hardware:
             raw["hardware"] = _merged(base.get("hardware", {}), hardware)
@@ -562,6 +571,14 @@ class Plan:
             other = seen.setdefault(chain, stage)
             if other is not stage:
                 yield f"{stage.id} equals {other.id}: let one recipe extend the other to train it once"
+
+
+@dataclass(frozen=True)
+class _Inherited:
+    """What a recipe hands on to those that extend it, beside its stages."""
+
+    defaults: dict[str, Any] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,13 @@ def test_a_changed_stage_is_owned_with_everything_after_it(project):
     assert json.loads(plan.spec(plan.stage("child", "finetune")))["parent"] == "child@pretrain"
 
 
+def test_new_stages_take_the_defaults_of_the_recipe_they_extend(project):
+    parent = BASE | {"defaults": {"template": "qwen"}, "hardware": {"cpus": 7}}
+    child = {"extends": "base@pretrain", "stages": {"finetune": {"data": "mix"}}}
+    settings = project({"base": parent, "child": child}).stage("child", "finetune").settings
+    assert (settings.template, settings.hardware.cpus) == ("qwen", 7)
+
+
 def test_another_backbone_changes_every_stage(project):
     plan = project(
         {"base": BASE, "other": {"extends": "base", "model": {"vision": "ear", "language": "mouth"}}}

@@ -40,7 +40,7 @@ class Recipe(Settings):
     model: VisionLanguage | None = None
     """The parts to start from; inherited through ``extends``."""
     defaults: dict[str, Any] = {}
-    """Settings for every stage of this recipe that knows them."""
+    """Settings for every stage of this recipe that knows them; recipes that extend this one have them for new stages."""
     hardware: dict[str, Any] = {}
     """Hardware of every stage of this recipe."""
     answering: Hardware | None = None
