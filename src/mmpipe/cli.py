@@ -87,6 +87,27 @@ def why(
 
 
 @app.command()
+def data(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Entries to show in full; without them all in brief.")
+    ] = None,
+    lock: Annotated[
+        bool, typer.Option("--lock", help="Pin what is fetched here in config/lock.json.")
+    ] = False,
+    configfile: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Show data sets and backbones: from where, how large, which licence, what is here, who uses it."""
+    from mmpipe.fetching.lock import LOCK, write_lock
+    from mmpipe.report.catalogue import print_catalogue
+
+    plan = _plan(configfile)
+    if not lock:
+        return print_catalogue(plan, names or ())
+    added = write_lock({"backbones": plan.backbones, "datasets": plan.datasets})
+    print(f"{LOCK}: {', '.join(added) if added else 'nothing new'}")
+
+
+@app.command()
 def smoke(
     targets: Annotated[list[str], typer.Argument(help="Targets, e.g. results/mmbench.json.")],
     max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each stage.")] = 2,
