@@ -1,0 +1,289 @@
+"""The catalogues that come with the project, and the way of a data set from a server to a mixture."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import faulty_server as server
+import pytest
+import yaml
+from PIL import Image
+from source_world import make_zip
+
+from mmpipe import workflow
+from mmpipe.artifacts import manifest
+from mmpipe.config.loader import read_mapping
+from mmpipe.errors import ConfigError
+from mmpipe.plan import Plan
+from mmpipe.report.catalogue import print_catalogue
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return Plan(read_mapping(ROOT / "config/config.yaml"), ROOT)
+
+
+def sources(plan: Plan) -> list[tuple[str, Any]]:
+    return [*plan.datasets.items(), *plan.backbones.items()]
+
+
+def test_reading_them_stays_quick() -> None:
+    config = read_mapping(ROOT / "config/config.yaml")
+    start = time.process_time()
+    Plan(config, ROOT)
+    assert time.process_time() - start < 1.0
+
+
+def test_every_entry_says_what_it_is_and_where_to_read_about_it(plan: Plan) -> None:
+    for name, source in sources(plan):
+        assert source.description, name
+        if source.kind not in ("made", "joined"):
+            assert source.homepage.startswith("https://"), name
+
+
+def test_hub_entries_name_a_commit_or_the_main_branch(plan: Plan) -> None:
+    for name, source in sources(plan):
+        if source.kind == "hub":
+            assert re.fullmatch(r"[0-9a-f]{40}|main", source.revision), name
+
+
+def test_what_is_unpacked_is_what_is_fetched(plan: Plan) -> None:
+    for name, source in sources(plan):
+        for pattern in getattr(source, "unpack", {}):
+            if source.kind == "hub":
+                assert any(
+                    fnmatch.fnmatch(pattern, include) or pattern == include for include in source.include
+                ), name
+            else:
+                assert any(fnmatch.fnmatch(file.to, pattern) for file in source.files), name
+
+
+def test_only_coco_is_fetched_without_encryption(plan: Plan) -> None:
+    plain = {
+        f.url for _, s in sources(plan) if s.kind == "url" for f in s.files if f.url.startswith("http://")
+    }
+    assert all(url.startswith("http://images.cocodataset.org/") for url in plain), plain
+
+
+def test_no_file_is_fetched_by_two_entries(plan: Plan) -> None:
+    urls = [f.url for _, s in sources(plan) if s.kind == "url" for f in s.files]
+    doubled = {url for url in urls if urls.count(url) > 1}
+    assert doubled <= {"https://vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip"}
+
+
+@pytest.mark.parametrize(
+    ("mixture", "expected"),
+    [
+        ("llava-pretrain-558k", 558128),
+        ("llava-mix665k", 665298),
+        ("libmoe-mix332k", 332000),
+        ("rlaif-v", 83132),
+    ],
+)
+def test_published_counts(plan: Plan, mixture: str, expected: int) -> None:
+    assert sum(part.expected or 0 for part in plan.mixtures[mixture].parts) == expected
+
+
+def test_published_counts_do_not_make_a_mixture_stale(plan: Plan) -> None:
+    mixture = plan.mixtures["llava-mix665k"]
+    other = mixture.model_copy(
+        update={
+            "description": "",
+            "parts": tuple(part.model_copy(update={"expected": None}) for part in mixture.parts),
+        }
+    )
+    assert mixture.spec() == other.spec()
+    assert "image_position" in json.dumps(mixture.spec())
+
+
+def test_llava_15_is_planned_with_its_published_settings() -> None:
+    plan = Plan(read_mapping(ROOT / "config/llava-1.5.yaml"), ROOT)
+    pretrain, finetune = plan.stages("llava-1.5-7b")
+    common = {"max_length": 2048, "epochs": 1, "schedule": "cosine", "warmup_ratio": 0.03, "weight_decay": 0,
+              "precision": "bfloat16"}  # fmt: skip
+    for stage in (pretrain, finetune):
+        assert common.items() <= stage.settings.model_dump().items()
+    s = pretrain.settings
+    assert (s.learning_rate, s.batch_size, s.template, s.image_aspect) == (1e-3, 256, "plain", "square")
+    s = finetune.settings
+    assert (s.learning_rate, s.batch_size, s.template, s.image_aspect) == (2e-5, 128, "vicuna_v1", "pad")
+    assert s.grouping == "modality_length"
+
+
+def test_the_table_shows_what_is_here_and_what_needs_a_person(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    here = Path("resources/datasets/mmstar")
+    here.mkdir(parents=True)
+    (here / "mmstar.parquet").write_bytes(bytes(5000))
+    manifest.write(here, kind="source", spec="{}", inputs={})
+    print_catalogue(plan)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
+    assert re.search(r"mmstar +hub +fetched +5\.0 kB", lines["mmstar"])
+    assert re.search(r"sam-570k +manual +manual .*sharegpt4v-pretrain", lines["sam-570k"])
+    assert re.search(r"coco-train2017 +url +missing +~ 19 GB", lines["coco-train2017"])
+    assert re.search(r"mixture\s+llava-pretrain-558k", lines["llava-pretrain"])
+    print_catalogue(plan, ["sam-570k"])
+    assert "accept the licence on the homepage" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="did you mean 'llava-pretrain'"):
+        print_catalogue(plan, ["llava-pretrian"])
+
+
+# --- from a server to a mixture ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project's own configuration, to which catalogue entries are added."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return tmp_path
+
+
+def add(catalogue: str, **entries: Any) -> None:
+    with Path("config", f"{catalogue}.yaml").open("a") as file:
+        yaml.safe_dump({name.replace("_", "-"): entry for name, entry in entries.items()}, file)
+
+
+def run(rule: Any, spec: Any, output: dict[str, str], **wildcards: str) -> None:
+    """Call a rule's function as its script does."""
+    config = read_mapping(Path("config/config.yaml"))
+    rule(
+        SimpleNamespace(
+            config=config,
+            wildcards=SimpleNamespace(items=wildcards.items, **wildcards),
+            params=SimpleNamespace(spec=spec(Plan(config))),
+            output=_Output(output),
+            log=[f"logs/{'-'.join(wildcards.values())}.log"],
+            threads=1,
+        )
+    )
+
+
+class _Output(SimpleNamespace):
+    """Named outputs that can be numbered too."""
+
+    def __init__(self, named: dict[str, str]) -> None:
+        super().__init__(**named)
+
+    def __getitem__(self, index: int) -> str:
+        return list(vars(self).values())[index]
+
+
+def fetch(name: str) -> dict[str, Any]:
+    out = f"resources/datasets/{name}/manifest.json"
+    run(workflow.fetch, lambda plan: plan.source_spec(plan.datasets[name]), {"manifest": out}, dataset=name)
+    return manifest.read(Path(out).parent)
+
+
+def picture(path: Path, seed: int) -> bytes:
+    Image.new("RGB", (24, 16), (seed * 40 % 256, 80, 160)).save(path)
+    return path.read_bytes()
+
+
+def test_from_shared_pictures_on_a_server_to_a_verified_mixture(project: Path) -> None:
+    """LLaVA's layout in small: pictures of two publishers, annotations of a third, one of them naming a lost picture."""
+    records = [
+        {"id": str(n), "image": name, "conversations": [
+            {"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": f"colour {n}"}]}
+        for n, name in enumerate(["coco/train2017/1.jpg", "vg/VG_100K/2.jpg", "vg/VG_100K_2/3.jpg", "coco/train2017/0.jpg"])
+    ]  # fmt: skip
+    zips = {
+        "train2017": {"train2017/1.jpg": picture(project / "1.jpg", 1)},
+        "images": {"VG_100K/2.jpg": picture(project / "2.jpg", 2)},
+        "images2": {"VG_100K_2/3.jpg": picture(project / "3.jpg", 3)},
+    }
+    with server.running() as host:
+        for name, members in zips.items():
+            body = make_zip(project / "made.zip", members).read_bytes()
+            host.serve(f"/{name}.zip", server.truncated(body, len(body) // 2), server.content(body))
+        host.serve("/mix.json", server.content(json.dumps(records).encode()))
+
+        def url(*names: str) -> dict[str, Any]:
+            files = [{"url": host.url(f"/{name}"), "to": name} for name in names]
+            return {"source": "url", "files": files, "unpack": {n: "." for n in names if n.endswith(".zip")}}
+
+        add(
+            "datasets",
+            small_coco=url("train2017.zip"),
+            small_vg=url("images.zip", "images2.zip"),
+            small_text=url("mix.json"),
+            small_mix={
+                "source": "joined",
+                "parts": {".": "small-text", "coco": "small-coco", "vg": "small-vg"},
+            },
+        )
+        part = {"dataset": "small-mix", "annotations": "mix.json", "image_position": "first", "expected": 5}
+        add("mixtures", small={"max_bad": 0.3, "parts": [part]})
+        for name in ("small-coco", "small-vg", "small-text", "small-mix"):
+            facts = fetch(name)
+    assert set(facts["inputs"]) == {
+        f"resources/datasets/small-{name}/manifest.json" for name in ("coco", "vg", "text")
+    }
+    out = "resources/mixtures/small"
+    outputs = {
+        "records": f"{out}/records.arrow",
+        "report": f"{out}/report.json",
+        "manifest": f"{out}/manifest.json",
+    }
+    run(workflow.mix, lambda plan: plan.mixture_spec("small"), outputs, mixture="small")
+    report = json.loads(Path(out, "report.json").read_text())
+    assert (report["kept"], report["dropped"]) == (3, 1)
+    assert report["parts"][0]["expected"] == 5
+    assert report["parts"][0]["dropped"]["missing picture"]["examples"] == [
+        "3: there is no coco/train2017/0.jpg in resources/datasets/small-mix"
+    ]
+
+
+def test_a_fetch_that_fails_ends_the_job_with_a_message(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add("datasets", by_hand={"source": "manual", "files": [{"to": "a.zip"}], "how": "ask nicely"})
+    with pytest.raises(SystemExit):
+        fetch("by-hand")
+    told = capsys.readouterr().err
+    assert "mmpipe: by-hand: a person has to fetch this" in told
+    assert "ask nicely" in told
+    assert "ask nicely" in Path("logs/by-hand.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"a": {"source": "joined", "parts": {".": "llava-pretrian"}}}, "did you mean 'llava-pretrain'"),
+        ({"a": {"source": "joined", "parts": {".": "a"}}}, "'a': the data set is joined from itself"),
+        (
+            {
+                "a": {"source": "joined", "parts": {".": "b"}},
+                "b": {"source": "joined", "parts": {".": "a/x"}},
+            },
+            "joined from itself",
+        ),
+    ],
+)
+def test_joined_data_sets_are_checked_before_any_job(
+    project: Path, entries: dict[str, Any], message: str
+) -> None:
+    add("datasets", **entries)
+    with pytest.raises(ConfigError, match=message):
+        Plan(read_mapping(Path("config/config.yaml")))
+
+
+def test_a_backbone_cannot_be_joined(project: Path) -> None:
+    add("backbones", a={"source": "joined", "parts": {".": "llava-pretrain"}})
+    with pytest.raises(
+        ConfigError, match=r"backbones.yaml, entry 'a': only data sets can be of the source 'joined'"
+    ):
+        Plan(read_mapping(Path("config/config.yaml")))
