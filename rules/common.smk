@@ -64,6 +64,11 @@ def stages_of(kind):
     return one_of({stage.name for stage in PLAN.stages() if stage.kind == kind})
 
 
+def trained(kind):
+    """The checkpoints of one kind of stage on the paths of the chosen recipes."""
+    return [str(stage.manifest()) for stage in PLAN.chosen_stages() if stage.kind == kind]
+
+
 def checkpoint_inputs(wildcards):
     """The manifest and the weights of the checkpoint a benchmark reads."""
     stage = PLAN.checkpoint(wildcards.checkpoint)

@@ -11,11 +11,6 @@ localrules:
     report_items,
 
 
-def trained(kind):
-    """The checkpoints of one kind of stage on the paths of the chosen recipes."""
-    return [str(stage.manifest()) for stage in PLAN.chosen_stages() if stage.kind == kind]
-
-
 rule all:
     """Everything: checkpoints, comparisons, submissions, and what the report shows."""
     default_target: True

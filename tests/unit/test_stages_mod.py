@@ -200,7 +200,7 @@ def test_preferring_needs_pairs(job, dense, tmp_path):
 def test_a_teacher_with_another_tokenizer_is_refused(job, dense):
     tokenizer = dense.model_dir / "tokenizer.json"
     text = tokenizer.read_text()
-    tokenizer.write_text(text.replace('<|im_start|>', '<|im_other|>'))
+    tokenizer.write_text(text.replace("<|im_start|>", "<|im_other|>"))
     with pytest.raises(ConfigError, match="do not share a vocabulary"):
         distill(DistillDense, job("student"), dense.model_dir)
 
