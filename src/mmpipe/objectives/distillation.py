@@ -73,9 +73,9 @@ def distillation_loss(
 
     A teacher that gives a picture another number of tokens has labels and a mask of its own; its chosen
     positions stand for the same text, in the same order. Both heads are applied to the chosen positions only,
-    a few at a time. ``vocabulary`` is the number of leading rows the two heads share (see :mod:`mmpipe.objectives.vocabulary`); by default both must have the
-    same number. ``normaliser`` defaults to the number of distilled positions. Without any, the loss is zero
-    with zero gradients.
+    a few at a time. ``vocabulary`` is the number of leading rows the two heads share (see
+    :mod:`mmpipe.objectives.vocabulary`); by default both must have the same number. ``normaliser`` defaults to
+    the number of distilled positions. Without any, the loss is zero with zero gradients.
 
     A token to which the student gives probability zero (logit -inf) adds nothing but its share of H(p).
 
