@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from mmpipe import workflow
 from mmpipe.artifacts import manifest
 from mmpipe.config.loader import read_mapping
 from mmpipe.errors import ConfigError
+from mmpipe.fetching import http
 from mmpipe.plan import Plan
 from mmpipe.report.catalogue import print_catalogue
 
@@ -149,6 +151,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "config", tmp_path / "config")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(http, "Patience", partial(http.Patience, pause=0.01))
     return tmp_path
 
 

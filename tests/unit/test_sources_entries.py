@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,6 +245,46 @@ def test_where_a_file_comes_from_does_not_make_it_stale() -> None:
     assert plain.spec() == entry(source="url", files=[{**file, "mirrors": ["http://y/a"]}]).spec()
     assert plain.spec() == entry(source="url", files=[file], licence="MIT", size_gb=3, records=5).spec()
     assert plain.spec() != entry(source="url", files=[{**file, "sha256": "0" * 64}]).spec()
+
+
+@pytest.mark.parametrize("kind", ["url", "path", "joined"])
+def test_what_a_person_put_into_the_place_of_an_entry_is_not_removed(host: FaultyServer, kind: str) -> None:
+    theirs = Path("resources/datasets/thing/train2017")
+    theirs.mkdir(parents=True)
+    (theirs / "1.jpg").write_bytes(b"precious")
+    Path("elsewhere").mkdir()
+    settings: dict[str, Any] = {
+        "url": {"files": [{"url": host.serve("/a", server.content(b"a")), "to": "a"}]},
+        "path": {"path": "elsewhere"},
+        "joined": {"parts": {"x": "other"}},
+    }[kind]
+    with pytest.raises(DataError, match=r"files that no fetch put there \(train2017.*source: path"):
+        fetched(entry(source=kind, **settings))
+    assert (theirs / "1.jpg").read_bytes() == b"precious"
+    assert host.seen == []
+
+
+def test_a_process_killed_while_downloading_goes_on_where_it_was(host: FaultyServer) -> None:
+    body = bytes(range(256)) * 4000
+    url = host.serve("/a", server.stalled(body, 700_000, seconds=2), server.content(body))
+    program = (
+        "from pathlib import Path; from mmpipe.sources.url import Url;"
+        f"Url(files=[{{'url': {url!r}, 'to': 'a'}}]).fetch(Path('resources/datasets/thing'))"
+    )
+    part = Path("resources/datasets/.fetching/thing/files/a.part")
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        for _ in range(500):
+            if part.exists() and part.stat().st_size > 600_000:
+                break
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert published() == {}
+    fetched(entry(source="url", files=[{"url": url, "to": "a"}]))
+    assert published() == {"a": body}
+    assert int(host.seen[-1][1]["Range"].removeprefix("bytes=").rstrip("-")) > 600_000
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ class Downloaded(Source):
         from mmpipe.artifacts.files import canonical_json
         from mmpipe.fetching.space import check_space
 
+        take_possession(out)
         with _desk(out, canonical_json([self.spec(), dict(locked or {})]), dict(locked or {})) as desk:
             if not desk.done["brought"]:
                 if self.size_gb and not desk.done["downloads"]:
@@ -253,6 +254,26 @@ def _desk(out: Path, identity: str, locked: Mapping[str, Any]) -> Iterator[Desk]
         )
         yield Desk(files, out.parent.parent / "manual" / out.name, locked, notes, done)
         shutil.rmtree(work)
+
+
+def take_possession(out: Path) -> None:
+    """Make an entry's directory ours to fill and to clear.
+
+    Raises DataError when it holds files that no fetch put there: they may be a person's, and are not ours to remove.
+    """
+    mark = out.parent / ".fetching" / f"{out.name}.ours"
+    foreign = (
+        []
+        if mark.exists() or not out.is_dir()
+        else [entry for entry in out.iterdir() if entry.name != "manifest.json"]
+    )
+    if foreign:
+        raise DataError(
+            f"{out}: holds files that no fetch put there ({foreign[0].name}, ...). If they are the data set, move them "
+            f"elsewhere and adopt them by '{out.name}: {{source: path, path: /where/they/are}}'; if not, remove them"
+        )
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def link_or_copy(origin: Path, target: Path) -> None:

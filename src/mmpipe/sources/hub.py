@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from mmpipe.artifacts.files import sha256
 from mmpipe.errors import DataError
 from mmpipe.sources.base import Desk, Downloaded, check_online
 
@@ -142,16 +143,12 @@ def _prove(desk: Desk, files: list[Any]) -> None:
     """Compare every file with the hub's listing. Wrong ones go; raises _Interrupted if there were any."""
     wrong = []
     for file in files:
-        path = desk.files / file.path
         if file.path in desk.done["downloads"]:
             continue
-        facts = _facts(path) if path.is_file() else None
-        if (
-            facts
-            and facts["size"] == file.size
-            and facts["lfs" if file.lfs else "git"] == (file.lfs.sha256 if file.lfs else file.blob_id)
-        ):
-            desk.done["downloads"][file.path] = {"size": facts["size"], "sha256": facts["lfs"]}
+        path = desk.files / file.path
+        if path.is_file() and path.stat().st_size == file.size and _hash(path, file) == _listed_hash(file):
+            digest = file.lfs.sha256 if file.lfs else sha256(path)
+            desk.done["downloads"][file.path] = {"size": file.size, "sha256": digest}
         else:
             path.unlink(missing_ok=True)
             wrong.append(file.path)
@@ -160,12 +157,13 @@ def _prove(desk: Desk, files: list[Any]) -> None:
         raise _Interrupted(f"{', '.join(wrong[:5])}: not what the hub lists")
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    """Size, sha256 (by which large files are listed) and git's hash of a blob (by which small ones are)."""
-    size = path.stat().st_size
-    digests = {"lfs": hashlib.sha256(), "git": hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)}
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            for digest in digests.values():
-                digest.update(chunk)
-    return {"size": size, **{name: digest.hexdigest() for name, digest in digests.items()}}
+def _listed_hash(file: Any) -> str:
+    return str(file.lfs.sha256 if file.lfs else file.blob_id)
+
+
+def _hash(path: Path, file: Any) -> str:
+    """The hash by which the hub lists a file: sha256 of a large one, git's hash of a blob for a small one."""
+    if file.lfs:
+        return sha256(path)
+    content = path.read_bytes()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()

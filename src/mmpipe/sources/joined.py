@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from mmpipe.data.spec import InnerPath
 from mmpipe.errors import DataError
-from mmpipe.sources.base import Source
+from mmpipe.sources.base import Source, take_possession
 
 _listed = BeforeValidator(
     lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]
@@ -36,6 +36,7 @@ class Joined(Source):
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         from mmpipe.fetching.space import clear_directory
 
+        take_possession(out)
         out.mkdir(parents=True, exist_ok=True)
         clear_directory(out)
         for place, origins in self.parts.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmpipe.errors import DataError
-from mmpipe.sources.base import Source
+from mmpipe.sources.base import Source, take_possession
 
 
 class Local(Source):
@@ -24,6 +24,11 @@ class Local(Source):
         origin = Path(os.path.expandvars(self.path)).expanduser().resolve()
         if not origin.exists():
             raise DataError(f"{out}: the path {self.path} does not exist; correct it in the catalogue")
+        if origin.is_relative_to(out.resolve()):
+            raise DataError(
+                f"{out}: the path {self.path} lies in the place of the links to it; move it elsewhere"
+            )
+        take_possession(out)
         out.mkdir(parents=True, exist_ok=True)
         clear_directory(out)
         try:

@@ -1,0 +1,138 @@
+"""Verifying and writing a mixture: records a second on one core, and peak memory, as the number of records grows.
+
+Records are made: conversations of LLaVA's length about pictures of COCO's size (640 by 480, JPEG of noise and shapes). There
+are a hundred different contents, linked under a name of its own for every record, so that all of them are opened and decoded.
+Every size runs in a fresh process with one worker; memory is the high-water mark of its resident set (Linux), time is that of
+the processor, which other work on the machine changes least.
+
+    python bench/verify.py                      # 10,000, 30,000 and 100,000 records; two minutes
+    python bench/verify.py --records 1000 3000  # quickly
+    python bench/verify.py --text               # without pictures: reading, checking and writing alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+LIMIT_GB = 1.5
+"""Peak memory must stay below this."""
+LINEAR = 1.25
+"""Time a record may grow by this factor from the smallest to the largest size."""
+CONTENTS = 100
+
+
+def make(folder: Path, records: int, text: bool) -> None:
+    """Annotations in LLaVA's format with a picture file for each record."""
+    import numpy as np
+    from PIL import Image
+
+    chooser = random.Random(0)
+    pictures = folder / "images"
+    pictures.mkdir(parents=True)
+    for number in range(CONTENTS):
+        noise = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(
+            pictures / f"{number}.jpg", quality=90
+        )
+    with (folder / "mix.json").open("w") as file:
+        for number in range(records):
+            name = f"{number // 1000:04}/{number}.jpg"
+            if not text:
+                link = pictures / name
+                link.parent.mkdir(exist_ok=True)
+                os.link(pictures / f"{number % CONTENTS}.jpg", link)
+            file.write(("[" if not number else ",\n") + json.dumps(record(number, name, text, chooser)))
+        file.write("]")
+
+
+def record(number: int, name: str, text: bool, chooser: random.Random) -> dict[str, Any]:
+    """About as long as LLaVA's: four turns of five to sixty words."""
+    turns = [
+        {
+            "from": ("human", "gpt")[turn % 2],
+            "value": " ".join(f"word{chooser.randrange(9999)}" for _ in range(length)),
+        }
+        for turn, length in enumerate((10, 60, 12, 40))
+    ]
+    if text:
+        return {"id": f"{number:09}", "conversations": turns}
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return {"id": f"{number:09}", "image": name, "conversations": turns}
+
+
+def measure(folder: Path, workers: int) -> None:
+    """Build the mixture here and print what it took; runs in a process of its own."""
+    from mmpipe.data.mixture import build_mixture
+    from mmpipe.data.spec import MixtureSpec, PartSpec
+
+    spec = MixtureSpec(parts=(PartSpec(dataset="made", annotations="mix.json", images="images"),))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, wall = time.process_time(), time.perf_counter()
+    report = build_mixture(spec, {"made": folder}, folder / "out", workers=workers, log=lambda line: None)
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({
+        "records": report["kept"],
+        "processor_seconds": round(seconds, 1),
+        "wall_seconds": round(time.perf_counter() - wall, 1),
+        "records_per_core_second": round(report["kept"] / seconds),
+        "peak_mb": round(peak / 1024),
+        "above_start_mb": round((peak - before) / 1024),
+    }))  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--records", type=int, nargs="+", default=[10_000, 30_000, 100_000])
+    parser.add_argument("--text", action="store_true", help="records without pictures")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure, options.workers)
+        return 0
+    results = []
+    for records in options.records:
+        with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+            make(Path(folder) / "data", records, options.text)
+            command = [
+                sys.executable,
+                __file__,
+                "--measure",
+                str(Path(folder) / "data"),
+                "--workers",
+                str(options.workers),
+            ]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        results.append(json.loads(output))
+        print(json.dumps(results[-1]), flush=True)
+    first, last = results[0], results[-1]
+    growth = first["records_per_core_second"] / last["records_per_core_second"]
+    per_record = (last["peak_mb"] - first["peak_mb"]) * 1024**2 / max(1, last["records"] - first["records"])
+    passed = last["peak_mb"] < LIMIT_GB * 1000 and growth < LINEAR
+    print(
+        json.dumps(
+            {
+                "time_per_record_grows_by": round(growth, 2),
+                "bytes_per_record": round(per_record),
+                "passed": passed,
+            }
+        )
+    )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
