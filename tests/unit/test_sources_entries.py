@@ -174,6 +174,17 @@ def test_split_and_nested_archives(host: FaultyServer) -> None:
     assert list(facts["unpacked"]["outer.zip.*"]["archives"]) == ["outer.zip.001", "outer.zip.002"]
 
 
+def test_the_tenth_piece_comes_after_the_ninth(host: FaultyServer) -> None:
+    body = zipped({"long.txt": bytes(range(256)) * 10})
+    size = len(body) // 11
+    files = []
+    for number in range(1, 13):
+        url = host.serve(f"/{number}", server.content(body[(number - 1) * size : number * size]))
+        files.append({"url": url, "to": f"images_part_{number}.zip.part"})
+    fetched(entry(source="url", files=files, unpack={"images_part_*.zip.part": "."}))
+    assert list(published()) == ["long.txt"]
+
+
 def test_another_version_replaces_the_old_one(host: FaultyServer) -> None:
     urls = {name: host.serve(f"/{name}", server.content(name.encode())) for name in "ab"}
     fetched(entry(source="url", files=[{"url": urls["a"], "to": "a"}]))

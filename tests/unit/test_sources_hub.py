@@ -79,6 +79,19 @@ def test_unpacks_and_does_not_fetch_what_is_unpacked_again(
     assert hub.downloads().count("two.zip") > hub.downloads().count("one.zip")
 
 
+def test_a_fetch_ends_at_the_commit_it_began_with(hub: FakeHub, tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", MEMBERS).read_bytes()
+    hub.move(COMMIT, {"a.zip": archive, "list.txt": b"old"})
+    hub.host.serve(hub.path("list.txt"), server.status(404))
+    source = repository(unpack={"a.zip": "."})
+    with pytest.raises(DataError):
+        fetched(source)
+    hub.host.serve(hub.path("list.txt"), hub.give("list.txt"))
+    hub.move("f" * 40, {"a.zip": archive, "list.txt": b"new"})
+    assert fetched(source)["commit"] == COMMIT
+    assert published()["list.txt"] == b"old"
+
+
 def test_a_busy_hub_is_waited_for(hub: FakeHub) -> None:
     info = "/api/datasets/owner/name/revision/main"
     honest = hub.host.answers[info][0]
@@ -101,8 +114,8 @@ def test_a_half_filled_folder_is_never_taken_for_the_snapshot(hub: FakeHub) -> N
     hub.host.serve(hub.path("model.safetensors"), server.status(404))
     with pytest.raises(DataError):
         fetched(repository())
-    hub.host.answers.clear()
-    hub.host.serve("/api/datasets/owner/name/revision/main", server.status(503))
+    for path in hub.host.answers:
+        hub.host.serve(path, server.status(503))
     with pytest.raises(DataError, match="the hub did not give it"):
         fetched(repository())
     assert published() == {}

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mmpipe.errors import DataError
-from mmpipe.sources.base import Desk, Downloaded, WantedFile, check_online
+from mmpipe.sources.base import Downloaded, WantedFile, check_online
 
 if TYPE_CHECKING:
+    from mmpipe.fetching.desk import Desk
     from mmpipe.fetching.http import Expected
 
 DriveId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{10,}$")]

@@ -11,11 +11,14 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmpipe.artifacts.files import sha256
 from mmpipe.errors import DataError
-from mmpipe.sources.base import Desk, Downloaded, check_online
+from mmpipe.sources.base import Downloaded, check_online
+
+if TYPE_CHECKING:
+    from mmpipe.fetching.desk import Desk
 
 log = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -83,8 +86,9 @@ class Hub(Downloaded):
         return {"commit": commit}
 
     def _revision(self, desk: Desk) -> str:
-        """The commit of the catalogue, else of the lock, else the branch."""
-        return self.revision if _COMMIT.fullmatch(self.revision) else desk.locked.get("commit", self.revision)
+        """The commit of the catalogue, else the one this fetch began with, else that of the lock, else the branch."""
+        pinned = desk.memory.get("commit") or desk.locked.get("commit")
+        return self.revision if _COMMIT.fullmatch(self.revision) or not pinned else str(pinned)
 
     def _download(self, desk: Desk) -> str:
         from huggingface_hub import HfApi, snapshot_download
@@ -98,22 +102,19 @@ class Hub(Downloaded):
         endpoint = os.environ.get("HF_ENDPOINT")
         api = HfApi(endpoint=endpoint)
         where: dict[str, Any] = {"repo_id": self.repo, "repo_type": self.repo_type}
-        # Resolved here once: snapshot_download, when the hub fails it, takes a half-filled folder for a branch's snapshot.
+        # Resolved here once: the branch may move before the next attempt, and snapshot_download, when the hub fails it, takes a
+        # half-filled folder for the snapshot of a branch.
         commit = str(api.repo_info(**where, revision=self._revision(desk)).sha)
-        listed = {
-            entry.path: entry
-            for entry in api.list_repo_tree(**where, revision=commit, recursive=True)
-            if isinstance(entry, RepoFile)
+        desk.memory["commit"] = commit
+        desk.save()
+        tree = api.list_repo_tree(**where, revision=commit, recursive=True)
+        listed = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        patterns: dict[str, Any] = {
+            "allow_patterns": list(self.include) or None,
+            "ignore_patterns": [*self.exclude, *map(glob.escape, desk.consumed)],
         }
-        unpacked = [name for contents in desk.done["unpacked"].values() for name in contents["archives"]]
-        names = list(
-            filter_repo_objects(
-                listed,
-                allow_patterns=list(self.include) or None,
-                ignore_patterns=[*self.exclude, *map(glob.escape, unpacked)],
-            )
-        )
-        if not names and not unpacked:
+        names = list(filter_repo_objects(listed, **patterns))
+        if not names and not desk.consumed:
             raise DataError(
                 f"{desk.offered.name}: no file of {self.repo} matches include {list(self.include)}; it has, among others, "
                 f"{', '.join(sorted(listed)[:10]) or 'none'}"
@@ -121,15 +122,7 @@ class Hub(Downloaded):
         missing = [name for name in names if not (desk.files / name).is_file()]
         check_space(desk.files, sum(listed[name].size for name in missing), self.repo)
         log.info("downloading %d files of %s at %s", len(missing), self.repo, commit)
-        snapshot_download(
-            self.repo,
-            repo_type=self.repo_type,
-            revision=commit,
-            allow_patterns=list(self.include) or None,
-            ignore_patterns=[*self.exclude, *map(glob.escape, unpacked)],
-            local_dir=desk.files,
-            endpoint=endpoint,
-        )
+        snapshot_download(**where, **patterns, revision=commit, local_dir=desk.files, endpoint=endpoint)
         _prove(desk, [listed[name] for name in names])
         return commit
 
@@ -143,12 +136,12 @@ def _prove(desk: Desk, files: list[Any]) -> None:
     """Compare every file with the hub's listing. Wrong ones go; raises _Interrupted if there were any."""
     wrong = []
     for file in files:
-        if file.path in desk.done["downloads"]:
+        if file.path in desk.downloads:
             continue
         path = desk.files / file.path
         if path.is_file() and path.stat().st_size == file.size and _hash(path, file) == _listed_hash(file):
             digest = file.lfs.sha256 if file.lfs else sha256(path)
-            desk.done["downloads"][file.path] = {"size": file.size, "sha256": digest}
+            desk.downloads[file.path] = {"size": file.size, "sha256": digest}
         else:
             path.unlink(missing_ok=True)
             wrong.append(file.path)

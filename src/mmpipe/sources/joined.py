@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from mmpipe.data.spec import InnerPath
 from mmpipe.errors import DataError
-from mmpipe.sources.base import Source, take_possession
+from mmpipe.sources.base import Source
 
 _listed = BeforeValidator(
     lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]
@@ -34,6 +34,7 @@ class Joined(Source):
         )
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        from mmpipe.fetching.desk import take_possession
         from mmpipe.fetching.space import clear_directory
 
         take_possession(out)

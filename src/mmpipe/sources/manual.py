@@ -10,9 +10,10 @@ from pydantic import model_validator
 
 from mmpipe.data.spec import InnerPath
 from mmpipe.errors import DataError
-from mmpipe.sources.base import Desk, Downloaded, WantedFile
+from mmpipe.sources.base import Downloaded, WantedFile
 
 if TYPE_CHECKING:
+    from mmpipe.fetching.desk import Desk
     from mmpipe.fetching.http import Expected
 
 

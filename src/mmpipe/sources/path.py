@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmpipe.errors import DataError
-from mmpipe.sources.base import Source, take_possession
+from mmpipe.sources.base import Source
 
 
 class Local(Source):
@@ -19,6 +19,7 @@ class Local(Source):
     """The directory (its entries are linked) or the single file to adopt; ``~`` and ``$VARIABLES`` are expanded."""
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        from mmpipe.fetching.desk import take_possession
         from mmpipe.fetching.space import clear_directory
 
         origin = Path(os.path.expandvars(self.path)).expanduser().resolve()

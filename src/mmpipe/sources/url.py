@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mmpipe.sources.base import Desk, Downloaded, WantedFile, check_online
+from mmpipe.sources.base import Downloaded, WantedFile, check_online
 
 if TYPE_CHECKING:
+    from mmpipe.fetching.desk import Desk
     from mmpipe.fetching.http import Expected
 
 HttpUrl = Annotated[str, Field(pattern=r"^https?://")]
@@ -44,8 +45,8 @@ class Url(Downloaded):
         return {}
 
 
-def _download(urls: tuple[str, ...], target: Path, expected: Expected) -> None:
+def _download(urls: tuple[str, ...], target: Path, expected: Expected) -> dict[str, Any]:
     from mmpipe.fetching.http import download
 
     check_online(urls[0])
-    download(urls, target, expected)
+    return download(urls, target, expected)
