@@ -11,15 +11,22 @@ import csv
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from mmpipe.world.pictures import ATTRIBUTES, PIXELS, Scene, scenes
-from mmpipe.world.questions import ASKED_AS, LETTERS, SHORT_ANSWER, Choice, make_choice
+from mmpipe.world.questions import ASKED_AS, LETTER_ANSWER, LETTERS, SHORT_ANSWER, Choice, ask
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Dialogue = list[tuple[str, str]]
+"""Questions and answers, in turn."""
 
 INSTRUCTIONS = (
     "Describe the image concisely.",
@@ -28,9 +35,6 @@ INSTRUCTIONS = (
     "Give a short and clear explanation of the subsequent image.",
 )
 """How captions are asked for; four of the eleven phrasings of LLaVA's pretraining data."""
-
-IMAGE_FOLDERS = {"coco/train2017": "{:012d}.jpg", "gqa/images": "{:07d}.jpg"}
-"""Where the pictures of an instruction mixture lie, and how each source names its files."""
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -65,48 +69,49 @@ def captions(out: Path, *, seed: int, records: int = 3000) -> None:
 
 
 def conversations(
-    out: Path, *, seed: int, records: int = 4000, turns: int = 3, text_only: float = 0.1, letters: float = 0.7
+    out: Path,
+    *,
+    seed: int,
+    records: int = 8000,
+    turns: int = 2,
+    letters: float = 0.65,
+    text_only: float = 0.04,
 ) -> None:
     """Conversations about pictures, and some without one, laid out as LLaVA-1.5's ``llava_v1_5_mix665k``.
 
-    Each record asks ``turns`` questions, a share ``letters`` of them as multiple choice and the others for a word;
-    a share ``text_only`` of the records has no picture.
+    A share ``letters`` of the records asks one multiple-choice question (in the original: A-OKVQA on COCO pictures),
+    the others ask ``turns`` questions to be answered by a word (GQA). A share ``text_only`` has no picture.
     """
     rng = random.Random(seed)
     pictured = scenes(rng.getrandbits(32))
     entries = []
     for number in range(records):
         if rng.random() < text_only:
-            entries.append(_entry(f"text_{number}", None, [_word_turn(rng) for _ in range(turns)]))
+            entries.append(_entry(f"text_{number}", None, _about_words(rng)))
             continue
         scene = next(pictured)
-        folder, pattern = rng.choice(list(IMAGE_FOLDERS.items()))
-        name = f"{folder}/{pattern.format(number)}"
+        if rng.random() < letters:
+            name = f"coco/train2017/{number:012d}.jpg"
+            dialogue = _by_letter(_ask(scene, rng.choice(list(ATTRIBUTES)), rng))
+        else:
+            name = f"gqa/images/{number:07d}.jpg"
+            dialogue = _by_word(scene, rng.sample(list(ATTRIBUTES), turns))
         _save_jpeg(scene.draw(), out / name)
-        asked = rng.sample(list(ATTRIBUTES), turns)
-        dialogue = [_scene_turn(scene, attribute, letters, rng) for attribute in asked]
         entries.append(_entry(Path(name).stem, name, _pictured(dialogue)))
     _save_json(entries, out / "llava_v1_5_mix665k.json")
 
 
 def digits(out: Path, *, seed: int, records: int = 500) -> None:
-    """Handwritten digits (UCI ML hand-written digits, as shipped with scikit-learn), each asked in both forms."""
+    """Handwritten digits (UCI ML hand-written digits, as shipped with scikit-learn), asked by letter or by word."""
     from sklearn.datasets import load_digits
 
     rng = random.Random(seed)
     source = load_digits()
     entries = []
     for number in sorted(rng.sample(range(len(source.target)), records)):
-        pixels = (source.images[number] * (255 / 16)).astype("uint8")
         name = f"images/{number:06d}.jpg"
-        _save_jpeg(
-            Image.fromarray(pixels).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).convert("RGB"),
-            out / name,
-        )
-        question, answer = "What digit is written?", DIGITS[int(source.target[number])]
-        choice = make_choice(question, answer, DIGITS, 4, rng)
-        dialogue = [(f"{question}\n{SHORT_ANSWER}", answer), (choice.text, choice.letter)]
-        rng.shuffle(dialogue)
+        _save_jpeg(_enlarged(source.images[number]), out / name)
+        dialogue = _about_digit(int(source.target[number]), rng)
         entries.append(_entry(f"{number:06d}", name, _pictured(dialogue)))
     _save_json(entries, out / "digits.json")
 
@@ -119,7 +124,7 @@ def mmbench(out: Path, *, seed: int, questions: int = 300) -> None:
         attribute = list(ATTRIBUTES)[index % len(ATTRIBUTES)]
         rows += _circular_rows(index, scene, attribute, rng)
     rows.sort(key=lambda row: row["index"])
-    with (out / "mmbench_dev_20230712.tsv").open("w", encoding="utf-8", newline="") as file:
+    with (out / "mmbench_dev_en_20231003.tsv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, MMBENCH_COLUMNS, delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -127,7 +132,7 @@ def mmbench(out: Path, *, seed: int, questions: int = 300) -> None:
 
 def _circular_rows(index: int, scene: Scene, attribute: str, rng: random.Random) -> Iterator[dict[str, Any]]:
     """The rows of one question: as many rotations as it has options."""
-    choice = _choice(scene, attribute, rng)
+    choice = _ask(scene, attribute, rng)
     category, l2_category = CATEGORIES[attribute]
     picture = base64.b64encode(_jpeg(scene.draw())).decode("ascii")
     for turn in range(len(choice.options)):
@@ -145,36 +150,49 @@ def _circular_rows(index: int, scene: Scene, attribute: str, rng: random.Random)
         }
 
 
-def _choice(scene: Scene, attribute: str, rng: random.Random) -> Choice:
-    """The question about ``attribute`` with as many options as it has values, at most four."""
-    values = ATTRIBUTES[attribute]
-    return make_choice(ASKED_AS[attribute], scene.value(attribute), values, min(4, len(values)), rng)
+def _enlarged(digit: np.ndarray) -> Image.Image:
+    """A picture of the usual size from gray levels (8, 8) between 0 and 16."""
+    small = Image.fromarray((digit * (255 / 16)).astype("uint8"))
+    return small.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).convert("RGB")
 
 
-def _scene_turn(scene: Scene, attribute: str, letters: float, rng: random.Random) -> tuple[str, str]:
-    """One question about a picture and its answer, a letter with probability ``letters``, else a word."""
-    if rng.random() < letters:
-        choice = _choice(scene, attribute, rng)
-        return choice.text, choice.letter
-    return f"{ASKED_AS[attribute]}\n{SHORT_ANSWER}", scene.value(attribute)
+def _about_digit(digit: int, rng: random.Random) -> Dialogue:
+    """One question about a digit; the options are four neighbours on a circle of ten."""
+    question, answer = "What digit is written?", DIGITS[digit]
+    if rng.random() < 0.5:
+        return [(f"{question}\n{SHORT_ANSWER}", answer)]
+    first = digit - rng.randrange(len(LETTERS))
+    return _by_letter(Choice(question, tuple(DIGITS[(first + i) % 10] for i in range(len(LETTERS))), answer))
 
 
-def _word_turn(rng: random.Random) -> tuple[str, str]:
+def _ask(scene: Scene, attribute: str, rng: random.Random) -> Choice:
+    return ask(attribute, scene.value(attribute), rng)
+
+
+def _by_letter(choice: Choice) -> Dialogue:
+    return [(f"{choice.text}\n{LETTER_ANSWER}", choice.letter)]
+
+
+def _by_word(scene: Scene, attributes: Sequence[str]) -> Dialogue:
+    """One question an attribute; as in the original, only the first says which form of answer is wanted."""
+    (question, answer), *rest = [(ASKED_AS[attribute], scene.value(attribute)) for attribute in attributes]
+    return [(f"{question}\n{SHORT_ANSWER}", answer), *rest]
+
+
+def _about_words(rng: random.Random) -> Dialogue:
     """A multiple-choice question that needs no picture."""
     attribute = rng.choice(list(ATTRIBUTES))
-    values = ATTRIBUTES[attribute]
-    answer = rng.choice(values)
-    choice = make_choice(f"Which option says {answer}?", answer, values, min(4, len(values)), rng)
-    return choice.text, choice.letter
+    answer = rng.choice(ATTRIBUTES[attribute])
+    return _by_letter(replace(ask(attribute, answer, rng), question=f"Which option says {answer}?"))
 
 
-def _pictured(dialogue: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _pictured(dialogue: Dialogue) -> Dialogue:
     """The dialogue with the picture's place marked in front of its first question."""
     (question, answer), *rest = dialogue
     return [(f"<image>\n{question}", answer), *rest]
 
 
-def _entry(identity: str, image: str | None, dialogue: list[tuple[str, str]]) -> dict[str, Any]:
+def _entry(identity: str, image: str | None, dialogue: Dialogue) -> dict[str, Any]:
     """A record in LLaVA's JSON schema; without a picture it has no ``image``."""
     said = [
         turn

@@ -25,8 +25,6 @@ COLORS = {
     "green": (40, 155, 60),
     "blue": (40, 75, 205),
     "yellow": (240, 210, 45),
-    "purple": (150, 60, 180),
-    "orange": (240, 130, 30),
 }
 COUNTS = ("one", "two", "three")
 SIDES = ("left", "right", "top", "bottom")
@@ -44,7 +42,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """What can be asked about a picture, and all possible answers."""
 
-_HELD_OUT_ONE_IN = 6
+_HELD_OUT_ONE_IN = 4
 _CELLS = 3
 """Shapes lie near the centers of a grid of this many rows and columns, one shape in a cell."""
 _JITTER = 1.0

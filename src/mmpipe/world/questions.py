@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmpipe.errors import DataError
+from mmpipe.world.pictures import ATTRIBUTES
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 """Ends every question that wants a word (LLaVA-1.5, section 3.2 and table 7)."""
@@ -48,17 +48,21 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """The question as a person asks it: one option a line, then what form of answer is wanted."""
+        """The question and its options, one a line."""
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
-        return "\n".join([self.question, *lines, LETTER_ANSWER])
+        return "\n".join([self.question, *lines])
 
     def rotated(self, by: int) -> Choice:
         """The same question with its options moved ``by`` places towards the front, the first ones to the end."""
         return Choice(self.question, self.options[by:] + self.options[:by], self.answer)
 
 
-def make_choice(question: str, answer: str, others: Sequence[str], size: int, rng: random.Random) -> Choice:
-    """Offer ``answer`` among ``size - 1`` of ``others``, in random order."""
-    options = [answer, *rng.sample([other for other in others if other != answer], size - 1)]
-    rng.shuffle(options)
-    return Choice(question, tuple(options), answer)
+def ask(attribute: str, answer: str, rng: random.Random) -> Choice:
+    """Ask about an attribute of a scene with all its values as options, in their usual order from a random one on.
+
+    One fixed circular order leaves as many arrangements as there are options, which a small model learns in a
+    minute; free shuffling takes it far longer. CircularEval asks exactly these arrangements.
+    """
+    values = ATTRIBUTES[attribute]
+    start = rng.randrange(len(values))
+    return Choice(ASKED_AS[attribute], values[start:] + values[:start], answer)
