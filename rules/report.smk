@@ -1,36 +1,50 @@
 # What the HTML report shows. Nothing here changes a number.
 localrules:
-    show_stage,
+    show_training,
+    show_checkpoint,
     show_mixture,
     show_samples,
     show_comparison,
 
 
-rule show_stage:
+rule show_training:
     input:
-        history="results/{smoke}{recipe}/{stage}/report/history.jsonl",
-        manifest="results/{smoke}{recipe}/{stage}/model/manifest.json",
+        "results/{smoke}{recipe}/{stage}/report/history.jsonl",
     output:
-        figure=report(
+        report(
             "results/{smoke}{recipe}/{stage}/report/loss.svg",
             caption="../workflow/report/loss.rst",
             category="Training",
             labels={"recipe": "{recipe}", "stage": "{stage}", "shown": "curves"},
         ),
-        settings=report(
+    log:
+        "logs/{smoke}{recipe}/{stage}-curves.log",
+    resources:
+        **light(memory_gb=2, minutes=10),
+    message:
+        "Drawing the training of {wildcards.recipe}: {wildcards.stage}"
+    script:
+        "../workflow/scripts/show_training.py"
+
+
+rule show_checkpoint:
+    input:
+        "results/{smoke}{recipe}/{stage}/model/manifest.json",
+    output:
+        report(
             "results/{smoke}{recipe}/{stage}/report/settings.html",
             caption="../workflow/report/settings.rst",
             category="Training",
             labels={"recipe": "{recipe}", "stage": "{stage}", "shown": "settings"},
         ),
     log:
-        "logs/{smoke}{recipe}/{stage}-report.log",
+        "logs/{smoke}{recipe}/{stage}-settings.log",
     resources:
         **light(memory_gb=2, minutes=10),
     message:
-        "Drawing the training of {wildcards.recipe}: {wildcards.stage}"
+        "Laying out what {wildcards.recipe}: {wildcards.stage} was made from"
     script:
-        "../workflow/scripts/show_stage.py"
+        "../workflow/scripts/show_checkpoint.py"
 
 
 rule show_mixture:

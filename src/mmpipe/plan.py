@@ -530,10 +530,11 @@ class Plan:
 
     def report_items(self, out: str = "results") -> list[str]:
         """What the report shows beside the comparisons."""
-        stages = [stage.directory(out) / "report" for stage in self.chosen_stages()]
-        mixtures = sorted({m for stage in self.chosen_stages() if (m := stage.settings.mixture())})
+        stages = self.chosen_stages()
+        mixtures = sorted({m for stage in stages if (m := stage.settings.mixture())})
         return [
-            *(f"{folder}/{file}" for folder in stages for file in ("loss.svg", "settings.html")),
+            *(f"{stage.directory(out)}/report/settings.html" for stage in stages),
+            *(f"{stage.directory(out)}/report/loss.svg" for stage in stages if stage.settings.mixture()),
             *(f"resources/mixtures/{mixture}/report.html" for mixture in mixtures),
             *self.per_checkpoint("samples.html", out),
             *(f"{out}/{benchmark}.html" for benchmark in self.compared_benchmarks),

@@ -337,12 +337,19 @@ def compare(snakemake: Any, plan: Plan) -> None:
 
 
 @job
-def show_stage(snakemake: Any, plan: Plan) -> None:
-    """Draw a stage's loss curves and write out its settings for the report."""
-    from mmpipe.report.stage import draw_history, settings_page
+def show_training(snakemake: Any, plan: Plan) -> None:
+    """Draw a stage's loss curves for the report."""
+    from mmpipe.report.stage import draw_history
 
-    draw_history(Path(snakemake.input.history), Path(snakemake.output.figure))
-    settings_page(Path(snakemake.input.manifest), Path(snakemake.output.settings))
+    draw_history(Path(snakemake.input[0]), Path(snakemake.output[0]))
+
+
+@job
+def show_checkpoint(snakemake: Any, plan: Plan) -> None:
+    """Lay out what a checkpoint was made from for the report."""
+    from mmpipe.report.stage import settings_page
+
+    settings_page(Path(snakemake.input[0]), Path(snakemake.output[0]))
 
 
 @job

@@ -1,0 +1,3 @@
+from mmpipe.workflow import show_checkpoint
+
+show_checkpoint(snakemake)  # noqa: F821 - provided by Snakemake
