@@ -70,20 +70,31 @@ def shrink(project: Project) -> None:
 
     def small_recipe(recipe: dict[str, Any]) -> None:
         for stage in recipe["stages"].values():
-            stage |= {"max_steps": 3, "batch_size": 8}
-        recipe["hardware"]["checkpoint_every"] = 1
+            if "data" in stage:
+                stage |= {"max_steps": 3, "batch_size": 8}
+        recipe.setdefault("hardware", {})["checkpoint_every"] = 1
 
     def small_data(catalogue: dict[str, Any]) -> None:
         catalogue["shapes-captions"]["options"] = {"records": 24}
         catalogue["shapes-conversations"]["options"] = {"records": 24}
         catalogue["digits"]["options"] = {"records": 8}
         catalogue["shapes-mmbench"]["options"] = {"questions": 6}
+        catalogue["shapes-presence"]["options"] = {"records": 8}
+        catalogue["shapes-preferences"]["options"] = {"pairs": 16}
+        catalogue["shapes-pope"]["options"] = {"questions": 4}
 
     def small_backbones(catalogue: dict[str, Any]) -> None:
         catalogue["clip-tiny"]["options"] = {"hidden_size": 32, "layers": 2, "training_steps": 2}
-        catalogue["qwen2-tiny"]["options"] = {"hidden_size": 32, "layers": 2}
+        for name in ("qwen2-tiny", "qwen2-mini"):
+            catalogue[name]["options"] = {"hidden_size": 32, "layers": 2}
 
-    project.edit("config/recipes/demo.yaml", small_recipe)
+    def one_recipe(config: dict[str, Any]) -> None:
+        config["recipes"] = ["demo"]
+        config["benchmarks"] = [b for b in config["benchmarks"] if "pope" not in b]
+
+    for recipe in ("demo", "demo-mod", "demo-sft"):
+        project.edit(f"config/recipes/{recipe}.yaml", small_recipe)
+    project.edit("config/config.yaml", one_recipe)
     project.edit("config/datasets.yaml", small_data)
     project.edit("config/backbones.yaml", small_backbones)
 

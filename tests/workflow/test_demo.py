@@ -139,3 +139,22 @@ def test_why_says_what_changed_in_words(project, words):
     assert "Training demo: finetune" in result.stdout
     assert "learning_rate: 0.002 -> 0.5" in result.stdout
     assert "pretrain" not in result.stdout
+
+
+def test_llava_mod_runs_from_teacher_to_preferences(project):
+    def choose(config):
+        config["recipes"] = ["demo", "demo-mod"]
+        config["benchmarks"] = [{"pope": {"data": "shapes-pope", "chunks": 2}}]
+
+    project.edit("config/config.yaml", choose)
+    jobs = project.planned("results/pope.json")
+    assert "finetune" not in jobs, "the teacher is there already"
+    assert [jobs[kind] for kind in ("distill_dense", "upcycle", "distill_sparse", "annotate", "prefer")] == [
+        1
+    ] * 5
+    project.snakemake("results/pope.json", "all")
+    comparison = json.loads((project.root / "results/pope.json").read_text())
+    assert [row["checkpoint"] for row in comparison["rows"]] == ["demo", "demo-mod"]
+    config = json.loads((project.root / "results/demo-mod/prefer/model/config.json").read_text())
+    assert config["text_config"]["model_type"] == "qwen2_moe"
+    assert project.planned("results/pope.json", "all") == {}

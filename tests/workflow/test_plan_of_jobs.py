@@ -26,7 +26,7 @@ def changed(*, train: list[str] = (), also: dict[str, int] | None = None) -> Cou
 def test_from_nothing(fresh):
     assert fresh.planned("results/mmbench.json") == changed(
         train=["pretrain", "finetune"],
-        also={"fetch_backbone": 2, "fetch_dataset": 4, "mix_data": 2, "prepare_benchmark": 2},
+        also={"fetch_backbone": 2, "fetch_dataset": 5, "mix_data": 2, "prepare_benchmark": 2},
     )
 
 

@@ -72,12 +72,16 @@ def write(
     ``facts`` are further deterministic statements (seed, steps, tokens seen, counts). ``hash_files=False`` records sizes
     alone, for trees that are not ours to read in full. ``files`` is the list itself, where the caller knows it.
     """
-    listed = files if files is not None else {
-        path.relative_to(directory).as_posix(): {"size": path.stat().st_size}
-        | ({"sha256": sha256(path)} if hash_files else {})
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != NAME
-    }
+    listed = (
+        files
+        if files is not None
+        else {
+            path.relative_to(directory).as_posix(): {"size": path.stat().st_size}
+            | ({"sha256": sha256(path)} if hash_files else {})
+            for path in sorted(directory.rglob("*"))
+            if path.is_file() and path.name != NAME
+        }
+    )
     manifest = {
         "schema": SCHEMA,
         "kind": kind,

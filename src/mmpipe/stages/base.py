@@ -22,6 +22,7 @@ class Hardware(Settings):
     gpus: int = Field(0, ge=0)
     """0 trains on the CPU; more than one trains with one process a GPU."""
     cpus: int = Field(2, ge=1)
+    """CPU cores; what ``workers`` leaves over computes."""
     memory_gb: int = Field(8, ge=1)
     """Main memory."""
     runtime_minutes: int = Field(60, ge=1)

@@ -44,7 +44,8 @@ def train(stage: TrainStage, job: StageJob) -> None:
 
 def work(stage: TrainStage, job: StageJob) -> None:
     """The work of one process: train, and publish where this is the first one."""
-    torch.set_num_threads(job.threads)
+    # data-loading processes take a core each
+    torch.set_num_threads(max(1, job.threads - stage.hardware.workers))
     set_seed(stage.seed)
     model, processor = starting_model(stage, job)
     select(model, stage.trainable)

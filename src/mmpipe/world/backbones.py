@@ -69,12 +69,12 @@ def clip_tiny(
     """A CLIP vision tower for the made pictures, with its preprocessor.
 
     Random weights hold no knowledge to align a language model with, so the tower is first trained for
-    ``training_steps`` to name the attributes of scenes: a stand-in for contrastive pretraining, of seconds on one
-    core.
+    ``training_steps`` (0 for none) to name the attributes of scenes: a stand-in for contrastive pretraining, of
+    ten seconds on one core.
     """
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-    _require_multiples_of_8(hidden_size=hidden_size)
+    _require_whole_heads(hidden_size)
     config = CLIPVisionConfig(
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -90,16 +90,17 @@ def clip_tiny(
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = CLIPVisionModel(config)
-        _teach_attributes(tower, processor, seed=seed, steps=training_steps)
+        if training_steps:
+            _teach_attributes(tower, processor, seed=seed, steps=training_steps)
     tower.save_pretrained(out)
     processor.save_pretrained(out)
 
 
-def qwen2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 96, layers: int = 3) -> None:
+def qwen2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3) -> None:
     """A Qwen2 language model with random weights and a byte-level BPE tokenizer for the world's own text."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-    _require_multiples_of_8(hidden_size=hidden_size)
+    _require_whole_heads(hidden_size)
     tokenizer = _tokenizer()
     vocab_size = -(-(len(tokenizer) + SPARE_ROWS) // 8) * 8
     config = Qwen2Config(
@@ -203,15 +204,15 @@ def _texts() -> Iterator[str]:
     yield from INSTRUCTIONS
     yield from (f"{question}\n{SHORT_ANSWER}\n{LETTER_ANSWER}\n" for question in ASKED_AS.values())
     yield from (f"{letter}.\n {letter}\n" for letter in LETTERS)
-    yield from (f"{word} {word}\n" for words in (*ATTRIBUTES.values(), DIGITS) for word in words)
+    yield from (f"{word}\n {word}\n" for words in (*ATTRIBUTES.values(), DIGITS) for word in words)
     yield from (scene.caption for scene in islice(scenes(0), 200))
     yield from ("What digit is written?\n", "Is there a in the image?\n", "Yes Yes\n", "No No\n")
 
 
-def _require_multiples_of_8(**sizes: int) -> None:
-    """Raise ConfigError for a size that is no multiple of 32 (heads of 16, two query heads to a key-value head)."""
-    for name, size in sizes.items():
-        if size % 32:
-            raise ConfigError(
-                f"{name} = {size} is no multiple of 32; choose {max(32, round(size / 32) * 32)}"
-            )
+def _require_whole_heads(hidden_size: int) -> None:
+    """Raise ConfigError unless heads of 16, two query heads to a key-value head, fill ``hidden_size``."""
+    if hidden_size % 32 or hidden_size <= 0:
+        near = max(32, round(hidden_size / 32) * 32)
+        raise ConfigError(
+            f"hidden_size = {hidden_size} is not a positive multiple of 32; {near} is the nearest one"
+        )

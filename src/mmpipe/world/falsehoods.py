@@ -29,13 +29,11 @@ def presence(out: Path, *, seed: int, records: int = 800, present: float = 0.75)
     for number, scene in enumerate(islice(scenes(rng.getrandbits(32)), records)):
         name = f"images/{number:06d}.jpg"
         (out / name).write_bytes(_jpeg(scene))
-        dialogue = [yes_no(scene, rng.random() < present, rng) for _ in range(2)]
+        question, answer = yes_no(scene, rng.random() < present, rng)
         turns = [
-            {"from": who, "value": text}
-            for question, answer in dialogue
-            for who, text in (("human", f"{question}\n{SHORT_ANSWER}"), ("gpt", answer))
+            {"from": "human", "value": f"<image>\n{question}\n{SHORT_ANSWER}"},
+            {"from": "gpt", "value": answer},
         ]
-        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
         entries.append({"id": f"{number:06d}", "image": name, "conversations": turns})
     (out / "presence.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
