@@ -1,0 +1,61 @@
+"""What a person sees when a job fails: one message, in the terminal and in the log, and a status."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from mmpipe.errors import DataError
+from mmpipe.workflow import job
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def snakemake(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    config = yaml.safe_load((REPOSITORY / "config/config.yaml").read_text())
+    return SimpleNamespace(log=[str(tmp_path / "logs/job.log")], threads=1, config=config)
+
+
+def failing(error: BaseException):
+    @job
+    def work(snakemake, plan):
+        raise error
+
+    return work
+
+
+def test_what_the_user_can_mend_has_no_traceback(snakemake, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        failing(DataError("a.json, record 3: no answer; add one"))(snakemake)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "mmpipe: a.json, record 3: no answer; add one\n"
+    log = Path(snakemake.log[0]).read_text()
+    assert "record 3" in log
+    assert "Traceback" not in log
+
+
+def test_a_full_disk_says_what_to_do(snakemake, capsys):
+    with pytest.raises(SystemExit):
+        failing(OSError(errno.ENOSPC, "No space left on device", "results/x"))(snakemake)
+    message = capsys.readouterr().err
+    assert "results/x" in message
+    assert "free some space and run the same command again" in message
+
+
+def test_a_defect_keeps_its_traceback_in_the_log(snakemake):
+    with pytest.raises(ZeroDivisionError):
+        failing(ZeroDivisionError("oops"))(snakemake)
+    assert "Traceback" in Path(snakemake.log[0]).read_text()
+
+
+def test_a_mistake_in_the_configuration_is_told_by_the_job_too(snakemake, capsys):
+    snakemake.config["recipes"] = ["dmo"]
+    with pytest.raises(SystemExit):
+        failing(AssertionError("never reached"))(snakemake)
+    assert "did you mean 'demo'" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""Joining backbones, projector files under every name, and checkpoints that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmpipe.artifacts import manifest
+from mmpipe.errors import ArtifactError
+from mmpipe.models import projector, vlm
+from mmpipe.stages.base import VisionLanguage
+from mmpipe.stages.finetune import Finetune
+
+PARTS = VisionLanguage(vision="clip-tiny", language="qwen2-tiny")
+
+
+@pytest.fixture
+def model(world):
+    backbones = {
+        "vision": world / "resources/backbones/clip-tiny",
+        "language": world / "resources/backbones/qwen2-tiny",
+    }
+    return vlm.build(backbones, PARTS, template="qwen", image_aspect="pad", seed=3)[0]
+
+
+def test_the_parts_are_the_backbones(world, model):
+    language = load_file(world / "resources/backbones/qwen2-tiny/model.safetensors")
+    ours = model.model.language_model.state_dict()
+    for name, tensor in language.items():
+        if "embed" not in name:
+            assert torch.equal(ours[name.removeprefix("model.")], tensor)
+
+
+def test_the_projector_depends_on_the_seed_alone(world, model):
+    backbones = {
+        "vision": world / "resources/backbones/clip-tiny",
+        "language": world / "resources/backbones/qwen2-tiny",
+    }
+    torch.rand(7)  # whatever was drawn before
+    again = vlm.build(backbones, PARTS, template="qwen", image_aspect="pad", seed=3)[0]
+    other = vlm.build(backbones, PARTS, template="qwen", image_aspect="pad", seed=4)[0]
+    name = "multi_modal_projector.linear_1.weight"
+    first = projector.state(model)[name]
+    assert torch.equal(first, projector.state(again)[name])
+    assert not torch.equal(first, projector.state(other)[name])
+
+
+def test_projector_files_of_every_lineage_are_read(model, tmp_path):
+    wanted = projector.state(model)
+    projector.save(model, tmp_path / "projector.safetensors")
+    projector.save_llava_bin(model, tmp_path / "mm_projector.bin")
+    raw = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
+    assert sorted(raw) == [f"model.mm_projector.{n}.{p}" for n in (0, 2) for p in ("bias", "weight")]
+    deeper = {k.replace("mm_projector.", "mm_projector.image_spatial_proj."): t for k, t in raw.items()}
+    torch.save(deeper, tmp_path / "moe_llava.bin")
+    for name in ("projector.safetensors", "mm_projector.bin", "moe_llava.bin"):
+        with torch.no_grad():
+            model.model.multi_modal_projector.linear_1.weight.zero_()
+        projector.load(model, tmp_path / name)
+        assert all(torch.equal(tensor, projector.state(model)[key]) for key, tensor in wanted.items())
+
+
+def test_a_projector_for_another_model_is_refused(model, tmp_path):
+    save_file(
+        {"multi_modal_projector.linear_1.weight": torch.zeros(3, 3)}, tmp_path / "projector.safetensors"
+    )
+    with pytest.raises(ArtifactError, match=r"another model.*linear_2"):
+        projector.load(model, tmp_path / "projector.safetensors")
+
+
+def test_a_pickle_that_runs_code_is_refused(model, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "pwned",)
+
+    torch.save({"mm_projector.0.weight": Evil()}, tmp_path / "mm_projector.bin")
+    with pytest.raises(Exception, match=r"(?i)weights_only|unsupported"):
+        projector.load(model, tmp_path / "mm_projector.bin")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_tokenizer_of_another_checkpoint_is_refused(job):
+    made = job("finetune")
+    Finetune(data="mix", template="qwen", batch_size=8, max_steps=1).run(made)
+    config = made.model_dir / "config.json"
+    content = json.loads(config.read_text())
+    content["image_token_index"] = content["image_token_index"] - 1
+    config.write_text(json.dumps(content, indent=2))
+    (made.model_dir / manifest.NAME).unlink()
+    manifest.write(made.model_dir, kind="model", spec="{}", inputs={})
+    with pytest.raises(ArtifactError, match="tokenizer does not belong to this checkpoint"):
+        vlm.load(made.model_dir)
