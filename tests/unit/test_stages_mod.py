@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmpipe.artifacts.files import read_jsonl
+from mmpipe.benchmarks.base import Question
+from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError, DataError
+from mmpipe.inference.generate import Answerer
 from mmpipe.models import vlm
 from mmpipe.models.moe.collect import moe_layers
 from mmpipe.stages.base import StageJob
@@ -240,3 +243,33 @@ def test_a_single_token_picture_can_be_resized():
         "attention_mask": torch.ones(1, 3),
     }
     assert resized_pictures(batch, 9, 1, 2)["input_ids"].tolist() == [[9, 9, 1, 9, 9]]
+
+
+def test_a_teacher_with_broken_weights_names_the_records(job, dense):
+    path = dense.model_dir / "model.safetensors"
+    tensors = load_file(path)
+    tensors["language_model.model.norm.weight"].fill_(torch.nan)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"step 1, records shapes/.*teacher's logits are not finite"):
+        distill(DistillDense, job("student"), dense.model_dir)
+
+
+def test_a_sparse_student_answers_the_same_at_every_batch_size(job, dense, sparse, world):
+    made = job("student", parent=sparse.model_dir)
+    distill(DistillSparse, made, dense.model_dir)
+    model, processor, card = vlm.load(made.model_dir)
+    template = get_template(card["checkpoint"]["template"], processor.tokenizer)
+    answerer = Answerer(model, processor, template)
+    pictures = sorted((world / "resources/datasets/shapes").rglob("*.jpg"))[:18]
+    questions = [
+        Question(id=number, text="What color is drawn?" + " Say it." * (number % 3), images=(picture,))
+        for number, picture in enumerate(pictures)
+    ]
+
+    def answers(batch_size: int) -> dict[int, str]:
+        asked = answerer.answer(questions, batch_size=batch_size, max_new_tokens=8)
+        return {answer["question_id"]: answer["text"] for answer in asked}
+
+    alone = answers(1)
+    assert len(alone) == len(questions)
+    assert alone == answers(1) == answers(3) == answers(16)

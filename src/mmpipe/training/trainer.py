@@ -86,11 +86,14 @@ class StageTrainer(Trainer):
         for fault in inputs["replaced"]:
             log.warning("a record was replaced: %s", fault)
         self.replaced += len(inputs["replaced"])
-        loss, metrics = model(inputs, normaliser)
+        where = f"step {self.state.global_step + 1}, records {', '.join(inputs['ids'])}"
+        try:
+            loss, metrics = model(inputs, normaliser)
+        except MmpipeError as error:
+            raise type(error)(f"{where}: {error}") from error
         if not torch.isfinite(loss):
             raise MmpipeError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}; the records of this batch: "
-                f"{', '.join(inputs['ids'])}. Lower the learning rate, or look at these records"
+                f"{where}: the loss is {loss.item()}; lower the learning rate, or look at these records"
             )
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value
