@@ -23,6 +23,7 @@ demo: install
 	snakemake --cores $(CORES) results/mmbench.json all
 	snakemake --cores $(CORES) results/mmbench.json all --report report.html
 	@mmpipe show results/mmbench.json
+	@mmpipe show results/pope.json
 	@echo
 	@echo "The report:      report.html"
 	@echo "The checkpoint:  results/demo/finetune/model"
