@@ -333,7 +333,8 @@ def compare(snakemake: Any, plan: Plan) -> None:
         for control in plan.controls(name)
         for key, value in scores(control, f" ({plan.benchmarks[control].control})").items()
     }
-    write_json(Path(snakemake.output.json), compare(name, scores(name), controls))
+    comparison = {"title": plan.benchmarks[name].title or name, **compare(name, scores(name), controls)}
+    write_json(Path(snakemake.output.json), comparison)
 
 
 @job

@@ -77,7 +77,13 @@ def test_a_missing_comparison_says_how_to_make_it(tmp_path):
 
 def test_a_comparison_is_a_table(tmp_path):
     row = {"checkpoint": "demo", "score": 0.9, "ci95": [0.8, 1.0], "units": 10, "control": False}
-    content = {"benchmark": "mmbench", "protocol": "circular", "metric": "overall", "rows": [row]}
+    content = {
+        "title": "MMBench",
+        "benchmark": "mmbench",
+        "protocol": "circular",
+        "metric": "overall",
+        "rows": [row],
+    }
     (tmp_path / "mmbench.json").write_text(json.dumps(content))
     output = mmpipe("show", str(tmp_path / "mmbench.json")).stdout
     assert "demo" in output

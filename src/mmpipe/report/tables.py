@@ -11,7 +11,7 @@ from mmpipe.report.page import write_page
 def comparison_page(comparison: Path, page: Path) -> None:
     """Lay out ``results/{benchmark}.json``."""
     content = read_json(comparison)
-    write_page(page, "comparison.html", title=content["benchmark"], comparison=content)
+    write_page(page, "comparison.html", title=content["title"], comparison=content)
 
 
 def mixture_page(report: Path, page: Path) -> None:

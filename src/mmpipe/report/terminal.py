@@ -46,7 +46,7 @@ def print_comparison(path: Path) -> None:
     if not path.is_file():
         raise ArtifactError(f"{path}: not there; make it: snakemake --cores 2 {path}")
     content = read_json(path)
-    table = Table(title=f"{content['benchmark']}, protocol {content['protocol']}")
+    table = Table(title=f"{content['title']}, protocol {content['protocol']}")
     table.add_column("checkpoint")
     for name in (str(content["metric"]), "95 % interval", "questions"):
         table.add_column(name, justify="right")

@@ -31,7 +31,6 @@ class Hardware(Settings):
     workers: int = Field(0, ge=0)
     """Data-loading processes per training process."""
     gradient_checkpointing: bool = False
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     checkpoint_every: int = Field(500, ge=1)
     """Optimizer steps between checkpoints in progress."""
 
