@@ -137,7 +137,7 @@ def test_why_says_what_changed_in_words(project, words):
         check=True,
     )
     assert "Training demo: finetune" in result.stdout
-    assert "learning_rate: 0.002 -> 0.5" in result.stdout
+    assert "learning_rate: 0.003 -> 0.5" in result.stdout
     assert "pretrain" not in result.stdout
 
 
