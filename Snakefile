@@ -19,6 +19,22 @@ container: "envs/mmpipe.sif"
 
 
 include: "rules/common.smk"
+
+
+localrules:
+    all,
+
+
+# here and not beside the other targets: an included file cannot set the default target
+rule all:
+    """Everything: checkpoints, comparisons, submissions, and what the report shows."""
+    input:
+        [str(stage.manifest()) for stage in PLAN.chosen_stages()],
+        [f"results/{benchmark}.json" for benchmark in PLAN.compared_benchmarks],
+        PLAN.submissions(),
+        PLAN.report_items(),
+
+
 include: "rules/targets.smk"
 include: "rules/fetch.smk"
 include: "rules/mix.smk"

@@ -1,6 +1,5 @@
 # Names for parts of the whole: `snakemake finetuned` makes every fine-tuned checkpoint the chosen recipes need.
 localrules:
-    all,
     pretrained,
     finetuned,
     distilled,
@@ -9,16 +8,6 @@ localrules:
     scores,
     submissions,
     report_items,
-
-
-rule all:
-    """Everything: checkpoints, comparisons, submissions, and what the report shows."""
-    default_target: True
-    input:
-        [str(stage.manifest()) for stage in PLAN.chosen_stages()],
-        [f"results/{benchmark}.json" for benchmark in PLAN.compared_benchmarks],
-        PLAN.submissions(),
-        PLAN.report_items(),
 
 
 rule pretrained:

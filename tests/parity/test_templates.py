@@ -172,6 +172,7 @@ def test_expansion_and_padding_equal_llavas_splice(case: dict[str, Any]) -> None
                 input_ids=_tensor(encoded.input_ids),
                 labels=_tensor(encoded.labels),
                 pixel_values=[],
+                index=len(samples),
                 replaced=(),
             )
         )
