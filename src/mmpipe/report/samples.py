@@ -29,6 +29,7 @@ def samples_page(prepared: Path, answers: Path, per_item: Path, page: Path, show
             "text": answer["text"][:_LONGEST],
             "parsed": verdict["parsed"],
             "correct": verdict["correct"],
+            "gold": verdict.get("gold"),
         }
         for question, answer, verdict in chosen
     ]
