@@ -64,7 +64,7 @@ def clip_tiny(
     hidden_size: int = 64,
     layers: int = 3,
     patch_size: int = 16,
-    training_steps: int = 400,
+    training_steps: int = 600,
 ) -> None:
     """A CLIP vision tower for the made pictures, with its preprocessor.
 
@@ -83,7 +83,6 @@ def clip_tiny(
         projection_dim=hidden_size,
         image_size=PIXELS,
         patch_size=patch_size,
-        initializer_factor=2.0,
     )
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
@@ -91,8 +90,6 @@ def clip_tiny(
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = CLIPVisionModel(config)
-        # CLIP starts with places fainter than colors by far, and then learns them late
-        torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.5)
         if training_steps:
             _teach_attributes(tower, processor, seed=seed, steps=training_steps)
     tower.save_pretrained(out)
