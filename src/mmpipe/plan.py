@@ -317,10 +317,6 @@ class Plan:
             )
         return found[name]
 
-    def owns(self, owner: str, name: str) -> bool:
-        """Whether recipe ``owner`` declares the stage ``name``."""
-        return any(stage.owner == owner and stage.name == name for stage in self._paths.get(owner, ()))
-
     def checkpoint(self, reference: str, where: str = "") -> StagePlan:
         """The stage behind ``recipe`` (its last) or ``recipe@stage``."""
         recipe, _, stage = reference.partition("@")

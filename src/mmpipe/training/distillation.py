@@ -84,7 +84,7 @@ class LiveTeacher:
     """
 
     def __init__(self, checkpoint: Path, student: Any, processor: Any) -> None:
-        model, teacher_processor, card = vlm.load(checkpoint)
+        model, teacher_processor, _ = vlm.load(checkpoint)
         _require_same_pixels(checkpoint, processor.image_processor, teacher_processor.image_processor)
         self.vocabulary = shared_rows(
             processor.tokenizer,
@@ -94,7 +94,6 @@ class LiveTeacher:
         )
         self.model: nn.Module = model.requires_grad_(False).eval()
         self.picture_tokens = (student.config.image_seq_length, model.config.image_seq_length)
-        self.card = card
 
     def loss(
         self, settings: DistillDense, model: Any, hidden_BLD: Tensor, batch: Batch, normaliser: Tensor | None
