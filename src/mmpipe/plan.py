@@ -327,6 +327,13 @@ class Plan:
         self._known(stage, path, where or self.where, f"stage of '{recipe}'")
         return path[stage]
 
+    def family(self, reference: str) -> str:
+        """What checkpoints that differ in nothing but their seed have in common: the reference with ``*`` for the value
+        of the matrix axis ``seed``, else itself. A stage shared by the seeds is one checkpoint, not many."""
+        recipe, at, stage = reference.partition("@")
+        owned = self.checkpoint(reference).owner == recipe
+        return f"{self._recipes[recipe].family}{at}{stage}" if owned else reference
+
     @cached_property
     def chosen_recipes(self) -> list[str]:
         """The checkpoints to compare, patterns (``demo-*``, ``demo@*``) expanded, in the order of the configuration."""
@@ -582,6 +589,8 @@ class _Inherited:
 class _NamedRecipe:
     settings: Recipe
     where: str
+    family: str
+    """The name with ``*`` for the seed of its matrix."""
 
 
 def _all_references(stage: Stage) -> dict[str, str]:
@@ -608,16 +617,17 @@ def _read_recipes(folder: Path) -> dict[str, _NamedRecipe]:
     recipes: dict[str, _NamedRecipe] = {}
     for path in sorted(folder.glob("*.yaml")):
         raw = read_mapping(path)
-        for name, content in _expand_matrix(path, raw):
+        for name, family, content in _expand_matrix(path, raw):
             if name in recipes:
                 raise ConfigError(f"{path}: there is a recipe '{name}' already, from {recipes[name].where}")
-            recipes[name] = _NamedRecipe(validate(Recipe, content, str(path)), str(path))
+            recipes[name] = _NamedRecipe(validate(Recipe, content, str(path)), str(path), family)
     if not recipes:
         raise ConfigError(f"{folder}: no recipe files (*.yaml) found; is this the project directory?")
     return recipes
 
 
-def _expand_matrix(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _expand_matrix(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name, family and content of every recipe in a file."""
     content = dict(raw)
     matrix = content.pop("matrix", {})
     pattern = content.pop("name", "-".join([path.stem, *(f"{{{axis}}}" for axis in matrix)]))
@@ -628,7 +638,9 @@ def _expand_matrix(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, dict[
             raise ConfigError(f"{path}: name: '{pattern}' lacks '{{{axis}}}'; variants would share one name")
     for values in itertools.product(*matrix.values()):
         chosen = dict(zip(matrix, values, strict=True))
-        yield str(_substitute(pattern, chosen)), _substitute(content, chosen)
+        of_all_seeds = chosen | ({"seed": "*"} if "seed" in matrix else {})
+        name, family = (str(_substitute(pattern, axes)) for axes in (chosen, of_all_seeds))
+        yield name, family, _substitute(content, chosen)
 
 
 def _substitute(value: Any, chosen: Mapping[str, Any]) -> Any:

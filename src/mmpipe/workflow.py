@@ -333,7 +333,12 @@ def compare(snakemake: Any, plan: Plan) -> None:
         for control in plan.controls(name)
         for key, value in scores(control, f" ({plan.benchmarks[control].control})").items()
     }
-    comparison = {"title": plan.benchmarks[name].title or name, **compare(name, scores(name), controls)}
+    marks = ["", *(f" ({plan.benchmarks[control].control})" for control in plan.controls(name))]
+    family = {f"{c}{mark}": f"{plan.family(c)}{mark}" for c in plan.chosen_recipes for mark in marks}
+    comparison = {
+        "title": plan.benchmarks[name].title or name,
+        **compare(name, scores(name), controls, family=family),
+    }
     write_json(Path(snakemake.output.json), comparison)
 
 

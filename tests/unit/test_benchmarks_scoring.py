@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -367,6 +368,21 @@ def test_comparison_has_a_row_a_checkpoint(references, tmp_path):
     ]
     assert (table["best"], table["metric"], table["n"]) == ("b", "overall", 6)
     assert table["rows"][1]["lineage"]["checkpoint"] == "x"
+    assert table["seeds"] == []
     vanilla = score_files("mmbench", [references], [answers(tmp_path / "a.jsonl")], protocol="vanilla")
     with pytest.raises(DataError, match="different protocol"):
         compare("mmbench", {"a": score, "b": vanilla})
+
+
+def test_checkpoints_that_differ_in_their_seed_are_averaged(references, tmp_path):
+    good = score_files("mmbench", [references], [answers(tmp_path / "a.jsonl")])
+    bad = score_files("mmbench", [references], [answers(tmp_path / "b.jsonl", {1: "A"})])
+    family = {"a-1": "a-*", "a-2": "a-*", "b-1": "b-*"}
+    table = compare("mmbench", {"a-1": bad, "b-1": bad, "a-2": good, "c": good}, family=family)
+    (row,) = table["seeds"]
+    assert (row["checkpoint"], row["of"], row["seeds"]) == ("a-*", ["a-1", "a-2"], 2)
+    assert (row["score"], row["low"], row["high"]) == pytest.approx((5 / 6, 2 / 3, 1.0))
+    assert row["sd"] == pytest.approx(math.sqrt(2) / 6), (
+        "the sample deviation: 1/6 from the mean twice, divided by 1"
+    )
+    assert len(table["rows"]) == 4

@@ -96,6 +96,10 @@ def test_a_matrix_makes_one_recipe_a_combination(project):
     assert plan.chosen_recipes == ["v-0.1-0", "v-0.1-1", "v-0.2-0", "v-0.2-1"]
     assert plan.stage("v-0.2-1", "finetune").settings.learning_rate == 0.2
     assert [stage.id for stage in plan.chosen_stages()].count("base@pretrain") == 1
+    assert [plan.family(name) for name in plan.chosen_recipes] == ["v-0.1-*"] * 2 + ["v-0.2-*"] * 2
+    assert plan.family("v-0.1-1@finetune") == "v-0.1-*@finetune"
+    assert plan.family("v-0.1-1@pretrain") == "v-0.1-1@pretrain", "the seeds share this checkpoint"
+    assert plan.family("base") == "base"
 
 
 def test_hardware_and_descriptions_are_no_part_of_the_spec(project):

@@ -6,6 +6,7 @@ import json
 
 from mmpipe.report.samples import samples_page
 from mmpipe.report.stage import draw_history
+from mmpipe.report.tables import comparison_page
 
 
 def test_what_a_model_says_is_escaped(tmp_path):
@@ -35,3 +36,20 @@ def test_the_same_history_draws_the_same_bytes(tmp_path):
     for name in ("a.svg", "b.svg"):
         draw_history(tmp_path / "history.jsonl", tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_means_over_seeds_stand_above_the_checkpoints(tmp_path):
+    score = {"score": 0.5, "ci95": [0.4, 0.6], "units": 9, "missing": 0, "unparsed": 0, "control": False}
+    made = {"lineage": {"checkpoint": {"path": "p", "sha256": "0" * 64}}}
+    comparison = {
+        "title": "T", "task": "t", "protocol": "p", "metric": "f1", "best": "a-1",
+        "rows": [{"checkpoint": f"a-{seed}", **score, **made} for seed in (1, 2)],
+        "seeds": [{"checkpoint": "a-*", "score": 0.5, "sd": 0.125, "low": 0.4, "high": 0.6, "seeds": 2, "control": False}],
+    }  # fmt: skip
+    (tmp_path / "t.json").write_text(json.dumps(comparison))
+    comparison_page(tmp_path / "t.json", tmp_path / "t.html")
+    page = (tmp_path / "t.html").read_text()
+    assert page.index("0.500 ± 0.125") < page.index("a-1")
+    (tmp_path / "t.json").write_text(json.dumps(comparison | {"seeds": []}))
+    comparison_page(tmp_path / "t.json", tmp_path / "t.html")
+    assert "±" not in (tmp_path / "t.html").read_text()

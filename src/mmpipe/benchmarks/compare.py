@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmpipe.benchmarks.seeds import by_seed
 from mmpipe.errors import DataError
 
 
@@ -13,11 +14,13 @@ def compare(
     scores: Mapping[str, Mapping[str, Any]],
     controls: Mapping[str, Mapping[str, Any]] | None = None,
     chance: float | None = None,
+    family: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """One row a checkpoint, in the order given, from the contents of their ``score.json``.
 
     ``controls`` are rows measured under a control (e.g. pictures exchanged between questions), marked as
-    such; ``chance`` is what guessing scores. Scores of different protocols or of different question sets are
+    such; ``chance`` is what guessing scores; ``family`` names what checkpoints that differ in their seed alone have in
+    common, whose means and spreads stand under ``seeds``. Scores of different protocols or of different question sets are
     different measurements. Raises DataError when the rows are not of one benchmark, protocol and number of
     questions.
     """
@@ -38,6 +41,7 @@ def compare(
         "n": rows[0]["n"] if rows else 0,
         "chance": chance,
         "best": best["checkpoint"] if best else None,
+        "seeds": by_seed(rows, family or {}),
         "rows": rows,
     }
 

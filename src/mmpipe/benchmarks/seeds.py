@@ -1,0 +1,36 @@
+"""Rows of a comparison that differ in the seed alone, as mean and spread: what is effect and what is luck."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def by_seed(rows: Iterable[Mapping[str, Any]], family: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row for every family with two checkpoints or more, in the order of ``rows``.
+
+    ``family`` names the family of a row's ``checkpoint`` (see ``Plan.family``); a checkpoint it does not name stands
+    alone. ``score`` is the mean of the scores, ``sd`` their sample standard deviation (divisor: seeds - 1), ``low``
+    and ``high`` the worst and the best seed. The spread is that of training; each score's own interval, over the
+    questions, is in its row.
+    """
+    families: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        name = family.get(row["checkpoint"], row["checkpoint"])
+        families.setdefault((name, row["control"]), []).append(row)
+    return [_mean(name, members) for (name, _), members in families.items() if len(members) > 1]
+
+
+def _mean(name: str, members: list[Mapping[str, Any]]) -> dict[str, Any]:
+    scores = [member["score"] for member in members]
+    return {
+        "checkpoint": name,
+        "seeds": len(scores),
+        "score": statistics.fmean(scores),
+        "sd": statistics.stdev(scores),
+        "low": min(scores),
+        "high": max(scores),
+        "control": members[0]["control"],
+        "of": [member["checkpoint"] for member in members],
+    }
