@@ -57,6 +57,13 @@ use rule pretrain as upcycle with:
         "Up-cycling {wildcards.recipe}: {wildcards.stage}"
 
 
+use rule upcycle as construct with:
+    wildcard_constraints:
+        stage=stages_of("construct"),
+    message:
+        "Constructing {wildcards.recipe}: {wildcards.stage}"
+
+
 # What a teacher or a reference model says about a mixture, written down once for any number of students.
 rule annotate:
     input:

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mmpipe import registry
 from mmpipe.artifacts.files import canonical_json
 from mmpipe.benchmarks.base import get, names
 from mmpipe.benchmarks.spec import BenchmarkEntry
@@ -29,6 +30,8 @@ from mmpipe.stages import stage_kinds
 from mmpipe.stages.base import Annotation, Hardware, Stage, StageJob, VisionLanguage
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+CONSTRUCT = "construct"
+"""The stage that brings a whole checkpoint in; put before the others where a recipe does not name it."""
 _RESERVED = {"smoke", "eval", "submit", "report", "leaderboard"}
 
 
@@ -121,7 +124,12 @@ class Plan:
             if backbone.needs():
                 where = f"{folder / 'backbones.yaml'}, entry '{name}'"
                 raise ConfigError(f"{where}: only data sets can be of the source '{backbone.kind}'")
-        for name in self.datasets:
+            layouts = dict.fromkeys(registry.names("mmpipe.lineage"))
+            self._known(backbone.layout, layouts, f"{folder / 'backbones.yaml'}, entry '{name}'", "layout")
+        for name, dataset in self.datasets.items():
+            if dataset.model_fields_set & {"layout", "subfolder"}:
+                where = f"{folder / 'datasets.yaml'}, entry '{name}'"
+                raise ConfigError(f"{where}: only backbones have a layout and a subfolder")
             waiting, below = list(self.datasets[name].needs()), set()
             while waiting:
                 need = waiting.pop()
@@ -196,13 +204,15 @@ class Plan:
             raise ConfigError(
                 f"{recipe.where}: the key 'model' is missing; name its vision and language backbone"
             )
-        for role in ("vision", "language"):
-            backbone = getattr(vision_language, role)
+        for role, backbone in vision_language.parts().items():
             self._known(backbone, self.backbones, f"{recipe.where}: model.{role}", "backbone")
         keeps_model = not inherited or vision_language == inherited[0].vision_language
         kept = list(itertools.takewhile(lambda stage: keeps_model and stage.name not in own, inherited))
         repeated = inherited[len(kept) :]
         order = [stage.name for stage in repeated] + [n for n in own if n not in {s.name for s in repeated}]
+        if vision_language.checkpoint and not kept:
+            # a whole model is brought into the house before anything reads it
+            order = list(dict.fromkeys([CONSTRUCT, *order]))
         if not kept and not order:
             raise ConfigError(f"{recipe.where}: the recipe has no stages")
         before = {stage.name: stage for stage in repeated}
@@ -242,7 +252,12 @@ class Plan:
         # a repeated stage carries what the parent's defaults gave it
         common = self._inherited[owner] if before is None else recipe.settings
         defaults = {key: value for key, value in common.defaults.items() if key in fields}
-        hardware = _merged(common.hardware, own.get("hardware", {}))
+        shared = {
+            key: value
+            for key, value in common.hardware.items()
+            if key != "gpus" or stage_kinds()[kind].ON_GPUS
+        }
+        hardware = _merged(shared, own.get("hardware", {}))
         raw = _merged(_merged(base, defaults), own)
         if hardware:
             raw["hardware"] = _merged(base.get("hardware", {}), hardware)
@@ -367,6 +382,9 @@ class Plan:
             "parent": stage.parent.id if stage.parent else None,
             "model": stage.vision_language.model_dump(mode="json", exclude_defaults=True),
         }
+        for key, facts in (("layouts", self.layouts(stage)), ("subfolders", self._subfolders(stage))):
+            if facts:
+                content[key] = facts
         references = {role: self.checkpoint(ref).id for role, ref in _all_references(stage.settings).items()}
         if references:
             content["references"] = references
@@ -374,10 +392,9 @@ class Plan:
 
     def inputs(self, stage: StagePlan, out: str = "results") -> dict[str, Path]:
         """The manifests a stage is made from, by role."""
-        vision_language = stage.vision_language
         inputs = {
-            "vision": Path("resources/backbones", vision_language.vision, "manifest.json"),
-            "language": Path("resources/backbones", vision_language.language, "manifest.json"),
+            role: Path("resources/backbones", name, "manifest.json")
+            for role, name in self.backbones_of(stage).items()
         }
         if stage.parent:
             inputs["parent"] = stage.parent.manifest(out)
@@ -389,6 +406,25 @@ class Plan:
         for role, annotation in stage.settings.annotations().items():
             inputs[f"{role}_annotations"] = self.annotation_directory(annotation, out) / "manifest.json"
         return inputs
+
+    @staticmethod
+    def backbones_of(stage: StagePlan) -> dict[str, str]:
+        """The backbones a stage reads, by role. After a whole checkpoint was brought in, everything is in the parent."""
+        model = stage.vision_language
+        return {} if model.checkpoint and stage.parent else model.parts()
+
+    def backbone_directory(self, name: str) -> Path:
+        """Where the files of a backbone lie."""
+        return Path("resources/backbones", name, self.backbones[name].subfolder or "")
+
+    def layouts(self, stage: StagePlan) -> dict[str, str]:
+        """The layouts of the backbones a stage reads, by role; the stock one is left out."""
+        named = {role: self.backbones[name].layout for role, name in self.backbones_of(stage).items()}
+        return {role: layout for role, layout in named.items() if layout != "stock"}
+
+    def _subfolders(self, stage: StagePlan) -> dict[str, str]:
+        named = {role: self.backbones[name].subfolder for role, name in self.backbones_of(stage).items()}
+        return {role: folder for role, folder in named.items() if folder}
 
     # --- annotations -----------------------------------------------------------------------------------------------
 
@@ -555,7 +591,10 @@ class Plan:
             state_dir=directory / "state",
             report_dir=directory / "report",
             vision_language=stage.vision_language,
-            backbones={role: inputs[role].parent for role in ("vision", "language")},
+            backbones={
+                role: self.backbone_directory(name) for role, name in self.backbones_of(stage).items()
+            },
+            layouts=self.layouts(stage),
             parent=inputs["parent"].parent if "parent" in inputs else None,
             references={role: inputs[role].parent for role in stage.settings.references()},
             annotations={role: inputs[f"{role}_annotations"].parent for role in stage.settings.annotations()},

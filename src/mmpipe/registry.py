@@ -12,18 +12,20 @@ from mmpipe.errors import ConfigError, did_you_mean
 
 
 @cache
-def modules(package: str) -> dict[str, ModuleType]:
-    """Import every module of ``package`` that defines something to register; keys are the module names.
+def names(package: str) -> tuple[str, ...]:
+    """The modules of ``package`` that define something to register, without importing them.
 
     Modules named ``base`` or ``spec`` hold what the others share and are left out, as are private ones.
     """
     found = importlib.import_module(package)
-    names = [info.name for info in pkgutil.iter_modules(found.__path__)]
-    return {
-        name: importlib.import_module(f"{package}.{name}")
-        for name in sorted(names)
-        if not name.startswith("_") and name not in ("base", "spec")
-    }
+    every = sorted(info.name for info in pkgutil.iter_modules(found.__path__))
+    return tuple(name for name in every if not name.startswith("_") and name not in ("base", "spec"))
+
+
+@cache
+def modules(package: str) -> dict[str, ModuleType]:
+    """Import every module of ``package`` that defines something to register; keys are the module names."""
+    return {name: importlib.import_module(f"{package}.{name}") for name in names(package)}
 
 
 def load_object(path: str, where: str) -> Any:

@@ -17,6 +17,7 @@ CATALOGUES = {
         "eye": {"source": "made", "maker": "mmpipe.world.backbones:clip_tiny"},
         "mouth": {"source": "made", "maker": "mmpipe.world.backbones:qwen2_tiny"},
         "ear": {"source": "path", "path": "/somewhere"},
+        "whole": {"source": "hub", "repo": "o/n", "subfolder": "llava"},
     },
     "datasets": {
         "captions": {"source": "made", "maker": "mmpipe.world.datasets:captions"},
@@ -163,6 +164,51 @@ def test_smoke_runs_have_a_place_and_limits_of_their_own(project):
     assert plan.benchmark_entry("mmbench").limit is None
 
 
+WHOLE = {"model": {"checkpoint": "whole"}, "stages": {"finetune": {"data": "mix"}}}
+
+
+def test_a_whole_checkpoint_is_constructed_first(project):
+    plan = project({"base": WHOLE | {"hardware": {"gpus": 4, "memory_gb": 50}}})
+    construct, finetune = plan.stages("base")
+    assert (construct.kind, finetune.parent) == ("construct", construct)
+    assert construct.settings.hardware.model_dump(include={"gpus", "memory_gb"}) == {
+        "gpus": 0,
+        "memory_gb": 50,
+    }
+    assert [path.as_posix() for path in plan.inputs(construct).values()] == [
+        "resources/backbones/whole/manifest.json"
+    ]
+    assert plan.inputs(finetune).keys() == {"parent", "mixture"}
+    job = plan.job(construct)
+    assert job.backbones == {"checkpoint": Path("resources/backbones/whole/llava")}
+    assert json.loads(job.spec)["subfolders"] == {"checkpoint": "llava"}
+
+
+def test_a_whole_checkpoint_can_be_measured_as_it_is(project):
+    plan = project({"base": {"model": {"checkpoint": "whole"}}, "more": {"extends": "base", **WHOLE}})
+    assert ids(plan, "base") == ["base@construct"]
+    assert ids(plan, "more") == ["base@construct", "more@finetune"]
+    assert plan.chosen_recipes == ["base"]
+
+
+def test_settings_of_the_construction_stand_where_they_are_written(project):
+    stages = {"finetune": {"data": "mix"}, "construct": {"template": "chatml"}}
+    plan = project({"base": WHOLE | {"stages": stages}})
+    assert [stage.name for stage in plan.stages("base")] == ["construct", "finetune"]
+    assert plan.stages("base")[0].settings.template == "chatml"
+
+
+def test_the_stock_layout_written_out_changes_nothing(project):
+    plan = project({"base": WHOLE})
+    other = {
+        "backbones": CATALOGUES["backbones"]
+        | {"whole": CATALOGUES["backbones"]["whole"] | {"layout": "stock"}}
+    }
+    same = project({"base": WHOLE}, other)
+    assert same.spec(same.stages("base")[0]) == plan.spec(plan.stages("base")[0])
+    assert plan.source_spec(plan.backbones["whole"]) == same.source_spec(same.backbones["whole"])
+
+
 def test_equal_stages_of_two_recipes_are_pointed_out(project):
     plan = project({"base": BASE, "twin": BASE})
     assert any("twin@pretrain equals base@pretrain" in warning for warning in plan.warnings())
@@ -214,6 +260,21 @@ WRONG = {
         {"base": {"model": {"vision": "eyes", "language": "mouth"}, "stages": {"pretrain": {"data": "mix"}}}},
         {},
         ["model.vision", "'eyes'", "did you mean 'eye'"],
+    ),
+    "half a model": (
+        {"base": BASE | {"model": {"vision": "eye"}}},
+        {},
+        ["base.yaml", "'language' is missing", "whole 'checkpoint'"],
+    ),
+    "missing checkpoint": (
+        {"base": {"model": {"checkpoint": "whale"}}},
+        {},
+        ["model.checkpoint", "'whale'", "did you mean 'whole'"],
+    ),
+    "fact of the checkpoint": (
+        {"base": {"model": {"checkpoint": "whole", "feature_layer": -1}}},
+        {},
+        ["'feature_layer'", "fact of the checkpoint 'whole'"],
     ),
     "no model": ({"base": {"stages": {"pretrain": {"data": "mix"}}}}, {}, ["base.yaml", "'model'"]),
     "name clash": ({"mmbench": BASE}, {}, ["mmbench.yaml", "taken"]),
@@ -273,4 +334,19 @@ def test_catalogue_mistakes_name_file_and_entry(project):
 def test_a_mixture_of_an_unknown_data_set_is_found(project):
     wrong = {"mixtures": {"mix": {"parts": [{"dataset": "caption", "annotations": "a.json"}]}}}
     with pytest.raises(ConfigError, match=r"mixture 'mix'.*'caption'.*did you mean 'captions'"):
+        project({"base": BASE}, wrong)
+
+
+def test_an_unknown_layout_is_found(project):
+    wrong = {
+        "backbones": CATALOGUES["backbones"] | {"ear": {"source": "path", "path": "/x", "layout": "stok"}}
+    }
+    with pytest.raises(ConfigError, match=r"backbones\.yaml, entry 'ear'.*'stok'.*did you mean 'stock'"):
+        project({"base": BASE}, wrong)
+
+
+def test_data_sets_have_no_layout(project):
+    maker = {"source": "made", "maker": "m:f"}
+    wrong = {"datasets": CATALOGUES["datasets"] | {"captions": maker | {"layout": "stock"}}}
+    with pytest.raises(ConfigError, match=r"datasets\.yaml, entry 'captions'.*only backbones"):
         project({"base": BASE}, wrong)

@@ -125,6 +125,13 @@ def test_an_earlier_checkpoint_can_be_evaluated(project):
     assert jobs == Counter({"answer_chunk": 1, "gather_answers": 1, "score_answers": 1})
 
 
+def test_a_whole_checkpoint_is_measured_without_training(project):
+    (project.root / "config/recipes/whole.yaml").write_text("model: {checkpoint: llava-1.5-7b-hf}\n")
+    assert project.planned("results/whole/eval/mmbench/score.json") == Counter(
+        {"fetch_backbone": 1, "construct": 1, "answer_chunk": 1, "gather_answers": 1, "score_answers": 1}
+    )
+
+
 def test_smoke_runs_are_planned_beside_the_real_ones(project):
     jobs = project.planned("results/smoke/mmbench.json")
     assert (jobs["pretrain"], jobs["finetune"], jobs["mix_data"]) == (1, 1, 0)

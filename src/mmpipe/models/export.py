@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -60,9 +60,10 @@ def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProces
 
 
 def load_checkpoint(
-    path: Path, dtype: torch.dtype = torch.float32
+    path: Path, dtype: torch.dtype | Literal["auto"] = torch.float32
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Open a checkpoint directory: the model in evaluation mode with weights of ``dtype``, and its processor.
+    """Open a checkpoint directory: the model in evaluation mode with weights of ``dtype`` (``auto``: as stored), and
+    its processor.
 
     Pictures are processed with Pillow on every machine, so that pixels do not depend on what is installed.
 

@@ -11,8 +11,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -20,10 +18,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mmpipe import lineage
 from mmpipe.artifacts import manifest
 from mmpipe.data.images import image_processor
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError
+from mmpipe.lineage.base import Part
 from mmpipe.models import projector
 from mmpipe.models.export import load_checkpoint
 from mmpipe.stages.base import VisionLanguage
@@ -33,22 +33,26 @@ Aspect = Literal["pad", "square"]
 
 
 def build(
-    backbones: Mapping[str, Path], settings: VisionLanguage, *, template: str, image_aspect: Aspect, seed: int
+    backbones: Mapping[str, Path],
+    settings: VisionLanguage,
+    *,
+    layouts: Mapping[str, str] = {},
+    template: str,
+    image_aspect: Aspect,
+    seed: int,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Join a vision tower and a language model with a fresh projector.
 
-    ``backbones`` gives the checkpoint directories of ``vision`` and ``language``. The projector is initialised from
-    ``seed`` with PyTorch's default for linear layers, as LLaVA does. Raises ArtifactError when a backbone does not load.
+    ``backbones`` gives the checkpoint directories of ``vision`` and ``language``, ``layouts`` how they name their tensors.
+    The projector is initialised from ``seed`` with PyTorch's default for linear layers, as LLaVA does. Raises ArtifactError
+    when a backbone does not load.
     """
-    vision_dir, language_dir = backbones["vision"], backbones["language"]
-    tokenizer = _tokenizer(language_dir)
-    language: Any = AutoModelForCausalLM.from_pretrained(language_dir, dtype=torch.float32)
+    parts = _parts(backbones, layouts)
+    vision_dir, found = backbones["vision"], parts["language"]
+    tokenizer = with_image_token(found.layout.tokenizer(found.directory), found.directory)
+    language: Any = found.layout.language(found.directory, torch.float32)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if image_id >= language.get_input_embeddings().weight.shape[0]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            # whole multiples of 64 suit GPUs; a row more than the tokens need costs nothing
-            language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    make_room(language, tokenizer, seed)
     vision: Any = _vision_tower(vision_dir)
     config = LlavaConfig(
         vision_config=vision.config,
@@ -65,6 +69,50 @@ def build(
     processor = make_processor(tokenizer, vision_dir, config, template=template, image_aspect=image_aspect)
     model.generation_config = _greedy(language.generation_config, tokenizer)
     return model, processor
+
+
+def bring_in(
+    backbones: Mapping[str, Path],
+    settings: VisionLanguage,
+    *,
+    layouts: Mapping[str, str] = {},
+    template: str,
+    image_aspect: Aspect,
+    seed: int,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Open a whole model from elsewhere: ``backbones["checkpoint"]``, on the other backbones where it refers to them.
+
+    Tensors keep the precision of the files; nothing is drawn from ``seed`` but rows of the vocabulary the model has no
+    use for. Raises ArtifactError when files are missing, left over, or do not fit.
+    """
+    parts = _parts(backbones, layouts)
+    source = parts.pop("checkpoint")
+    whole = source.layout.whole(source.directory, parts)
+    tokenizer = with_image_token(whole.tokenizer, source.directory)
+    make_room(whole.model, tokenizer, seed)
+    _check_tokenizer(source.directory, whole.model, tokenizer)
+    processor = make_processor(
+        tokenizer, whole.pictures, whole.model.config, template=template, image_aspect=image_aspect
+    )
+    whole.model.generation_config = _greedy(whole.model.generation_config, tokenizer)
+    return whole.model, processor
+
+
+def _parts(backbones: Mapping[str, Path], layouts: Mapping[str, str]) -> dict[str, Part]:
+    return {
+        role: Part(directory, lineage.get(layouts.get(role, "stock")))
+        for role, directory in backbones.items()
+    }
+
+
+def make_room(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """Give the embeddings a row for every token of ``tokenizer``, if they lack one; new rows are drawn from ``seed``."""
+    if len(tokenizer) <= model.get_input_embeddings().weight.shape[0]:
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # whole multiples of 64 suit GPUs; a row more than the tokens need costs nothing
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
 
 
 def _assemble(
@@ -104,8 +152,8 @@ def _picture_tokens(config: Any, select: str) -> int:
     return patches + (1 if has_class_token and select == "full" else 0)
 
 
-def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(path)
+def with_image_token(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:
+    """A backbone's tokenizer, ready for prompts with pictures. ArtifactError when it cannot end a text."""
     if tokenizer.eos_token is None:
         raise ArtifactError(
             f"{path}: the tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json"
@@ -155,7 +203,8 @@ def _greedy(base: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, dict[str, Any]]:
     """Open a published checkpoint of either kind: ``(model, processor, manifest)``.
 
-    A projector alone is put on the backbones its manifest names. Raises ArtifactError when files are missing or do not fit.
+    A projector alone is put on the checkpoint or the backbones its manifest names. Raises ArtifactError when files are
+    missing or do not fit.
     """
     card = manifest.read(directory)
     if card["kind"] != "projector":
@@ -163,15 +212,36 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any,
         _check_tokenizer(directory, model, processor.tokenizer)
         return model, processor, card
     facts = card["checkpoint"]
-    model, processor = build(
-        {role: Path(path) for role, path in facts["backbones"].items()},
-        VisionLanguage(**card["spec"]["model"]),
-        template=facts["template"],
-        image_aspect=facts["image_aspect"],
-        seed=0,
-    )
+    how = {"template": facts["template"], "image_aspect": facts["image_aspect"]}
+    if "base" in facts:
+        base = Path(facts["base"])
+        model, processor, _ = load(base)
+        processor = make_processor(processor.tokenizer, base, model.config, **how)
+    else:
+        model, processor = build(
+            {role: Path(path) for role, path in facts["backbones"].items()},
+            VisionLanguage(**card["spec"]["model"]),
+            layouts=card["spec"].get("layouts", {}),
+            seed=0,
+            **how,
+        )
     projector.load(model, directory / projector.FILE)
     return model.to(dtype=dtype), processor, card  # type: ignore[call-arg]
+
+
+def pictures_of(directory: Path, card: Mapping[str, Any]) -> Path:
+    """The directory that says how pictures are prepared for a published checkpoint with the manifest ``card``."""
+    if card["kind"] != "projector":
+        return directory
+    facts = card["checkpoint"]
+    return Path(facts["base"] if "base" in facts else facts["backbones"]["vision"])
+
+
+def base_of(directory: Path, card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a projector trained from a checkpoint is to be put on: statements for its manifest."""
+    if card["kind"] != "projector":
+        return {"base": directory.as_posix()}
+    return {key: card["checkpoint"][key] for key in ("base", "backbones") if key in card["checkpoint"]}
 
 
 def _check_tokenizer(directory: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

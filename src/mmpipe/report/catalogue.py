@@ -104,7 +104,7 @@ def _users(plan: Plan) -> dict[str, list[str]]:
         *(
             (backbone, f"recipe {stage.owner}")
             for stage in plan.stages()
-            for backbone in (stage.vision_language.vision, stage.vision_language.language)
+            for backbone in stage.vision_language.parts().values()
         ),
     ]
     users: dict[str, list[str]] = {}

@@ -31,7 +31,7 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
                 branch.add(f"{key}: {escape(json.dumps(value) if not isinstance(value, str) else value)}")
             if stage.parent is None:
                 model = stage.vision_language
-                branch.add(f"from: {escape(model.vision)} + {escape(model.language)}")
+                branch.add(f"from: {escape(' + '.join(model.parts().values()))}")
             branch.add(f"[dim]{stage.directory() / 'model'}[/]")
         console.print(tree)
     for warning in plan.warnings():

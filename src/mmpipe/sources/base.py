@@ -17,7 +17,7 @@ from mmpipe.errors import DataError
 if TYPE_CHECKING:
     from mmpipe.fetching.desk import Desk
 
-_NOTES = frozenset({"description", "licence", "homepage", "size_gb", "records"})
+_NOTES = frozenset({"description", "licence", "homepage", "size_gb", "records", "layout", "subfolder"})
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -25,7 +25,7 @@ class Source(Settings):
     """An entry of ``backbones.yaml`` or ``datasets.yaml``."""
 
     NOTES: ClassVar[frozenset[str]] = _NOTES
-    """Fields that describe the entry and do not change what is fetched."""
+    """Fields that do not change what is fetched: they describe the entry, or say how its files are read."""
 
     description: str = ""
     """What it is, in one line."""
@@ -37,6 +37,10 @@ class Source(Settings):
     """About how many GB are fetched, where that is known; the disk must have that room."""
     records: int | None = Field(None, gt=0)
     """How many records (or pictures) its publishers name."""
+    layout: str = "stock"
+    """Backbones: how the files name their tensors, a module of ``mmpipe.lineage``. ``stock`` is what transformers writes."""
+    subfolder: InnerPath | None = None
+    """Backbones: the folder of the fetched files that holds the checkpoint; default: their top."""
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Bring the entry's files into ``out`` and return facts for the manifest.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmpipe.config.base import Settings
 
@@ -36,18 +36,38 @@ class Hardware(Settings):
 
 
 class VisionLanguage(Settings):
-    """The parts a recipe starts from and how they are joined."""
+    """What a recipe starts from: parts and how they are joined, or a whole model."""
 
-    vision: str
+    vision: str | None = None
     """A vision backbone of ``backbones.yaml``."""
-    language: str
+    language: str | None = None
     """A language backbone of ``backbones.yaml``."""
+    checkpoint: str | None = None
+    """A whole vision-language model of ``backbones.yaml``. ``vision`` and ``language`` then name what it leaves out:
+    the tower that original LLaVA checkpoints refer to, the base of an adapter or of a lone projector."""
     feature_layer: int = -2
     """Hidden state of the vision tower that is projected; -2 is the output of the block before the last."""
     feature_select: Literal["patch", "full"] = "patch"
     """``patch`` drops the class token; ``full`` keeps every token (towers without a class token)."""
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     """Two linear layers with a GELU between, as in LLaVA-1.5."""
+
+    @model_validator(mode="after")
+    def _parts_or_whole(self) -> VisionLanguage:
+        if self.checkpoint is None:
+            lacking = [role for role in ("vision", "language") if getattr(self, role) is None]
+            if lacking:
+                raise ValueError(
+                    f"'{lacking[0]}' is missing; name a vision and a language backbone, or a whole 'checkpoint'"
+                )
+        elif joined := sorted(self.model_fields_set & {"feature_layer", "feature_select", "projector"}):
+            raise ValueError(f"'{joined[0]}' is a fact of the checkpoint '{self.checkpoint}'; leave it out")
+        return self
+
+    def parts(self) -> dict[str, str]:
+        """The entries of ``backbones.yaml`` by their role: ``vision``, ``language``, ``checkpoint``."""
+        named = {role: getattr(self, role) for role in ("vision", "language", "checkpoint")}
+        return {role: name for role, name in named.items() if name is not None}
 
 
 @dataclass(frozen=True)
@@ -65,11 +85,13 @@ class StageJob:
     report_dir: Path
     vision_language: VisionLanguage
     backbones: Mapping[str, Path]
-    """The directories of the ``vision`` and ``language`` backbones."""
+    """The directories the model is built from, by role; empty where only the parent is read."""
     parent: Path | None
     """The checkpoint this stage starts from; None for the first stage."""
     references: Mapping[str, Path] = field(default_factory=dict)
     """Other checkpoints by their role (``teacher``)."""
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    """How the backbones name their tensors, by role, where that is not the stock way."""
     annotations: Mapping[str, Path] = field(default_factory=dict)
     """What other checkpoints wrote down about the mixture, by role."""
     mixture: Path | None = None
@@ -99,6 +121,8 @@ class Stage(Settings):
 
     VERSION: ClassVar[int] = 1
     PUBLISHES: ClassVar[Literal["projector", "model"]] = "model"
+    ON_GPUS: ClassVar[bool] = True
+    """Whether the GPUs of a recipe's ``hardware`` are of use to this stage."""
 
     hardware: Hardware = Hardware()
     seed: int = 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.stages.base import Stage, StageJob
 
 
 class Upcycle(Stage):
     """Copies feed-forward networks into experts and puts fresh routers before them."""
+
+    ON_GPUS: ClassVar[bool] = False
 
     moe: MoESettings = MoESettings()
     tolerance: float = 1e-5

@@ -74,14 +74,15 @@ def starting_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
         return vlm.build(
             job.backbones,
             job.vision_language,
+            layouts=job.layouts,
             template=stage.template,
             image_aspect=stage.image_aspect,
             seed=stage.seed,
         )
-    model, processor, _ = vlm.load(job.parent)
+    model, processor, card = vlm.load(job.parent)
     processor = vlm.make_processor(
         processor.tokenizer,
-        job.backbones["vision"],
+        vlm.pictures_of(job.parent, card),
         model.config,
         template=stage.template,
         image_aspect=stage.image_aspect,
@@ -208,9 +209,16 @@ def finish(stage: TrainStage, job: StageJob, model: Any, processor: Any, trainer
         facts={
             "template": stage.template,
             "image_aspect": stage.image_aspect,
-            "backbones": {role: path.as_posix() for role, path in job.backbones.items()},
+            **_foundation(stage, job),
         },
         llava_projector=stage.llava_projector,
         steps=trainer.state.global_step,
         tokens_seen=int(trainer.state.num_input_tokens_seen),
     )
+
+
+def _foundation(stage: TrainStage, job: StageJob) -> dict[str, Any]:
+    """What the model stands on; a projector published alone is put back there."""
+    if stage.PUBLISHES == "projector" and job.parent is not None:
+        return vlm.base_of(job.parent, manifest.read(job.parent))
+    return {"backbones": {role: path.as_posix() for role, path in job.backbones.items()}}

@@ -1,0 +1,29 @@
+"""Construction: the recipe's `model` becomes a published checkpoint before anything trains."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from mmpipe.stages.base import Stage, StageJob
+
+
+class Construct(Stage):
+    """Brings a whole checkpoint in, whatever its layout, or joins a tower and a language model with a fresh projector.
+
+    A recipe whose `model` names a `checkpoint` begins with this stage, named or not. Precisions are kept.
+    """
+
+    ON_GPUS: ClassVar[bool] = False
+
+    template: str = "vicuna_v1"
+    """The conversation template the model was trained with; ``tokenizer`` takes the tokenizer's own."""
+    image_aspect: Literal["pad", "square"] = "pad"
+    """``pad`` pads pictures to a square; ``square`` crops the centre."""
+
+    def run(self, job: StageJob) -> None:
+        from mmpipe.training.construct import construct_stage
+
+        construct_stage(self, job)
+
+
+STAGE = Construct
