@@ -26,6 +26,7 @@ from mmpipe.errors import ArtifactError
 from mmpipe.lineage.base import Part
 from mmpipe.models import projector
 from mmpipe.models.export import load_checkpoint
+from mmpipe.models.tower import look_at
 from mmpipe.stages.base import VisionLanguage
 
 IMAGE_TOKEN = "<image>"
@@ -65,7 +66,7 @@ def build(
         image_seq_length=_picture_tokens(vision.config, settings.feature_select),
         tie_word_embeddings=language.config.tie_word_embeddings,
     )
-    model = _assemble(config, vision, language, seed)
+    model = _assemble(config, vision, language, seed, settings.scales)
     processor = make_processor(tokenizer, vision_dir, config, template=template, image_aspect=image_aspect)
     model.generation_config = _greedy(language.generation_config, tokenizer)
     return model, processor
@@ -116,7 +117,7 @@ def make_room(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> None
 
 
 def _assemble(
-    config: LlavaConfig, vision: nn.Module, language: nn.Module, seed: int
+    config: LlavaConfig, vision: nn.Module, language: nn.Module, seed: int, scales: tuple[int, ...]
 ) -> LlavaForConditionalGeneration:
     """Put loaded parts into an empty shell, so that nothing large is initialised in vain."""
     with torch.device("meta"):
@@ -124,6 +125,8 @@ def _assemble(
     model.model.vision_tower = vision
     model.model.language_model = language.model
     model.lm_head = language.lm_head
+    if scales != (1,):
+        look_at(model, scales)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,9 @@ class VisionLanguage(Settings):
     """``patch`` drops the class token; ``full`` keeps every token (towers without a class token)."""
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     """Two linear layers with a GELU between, as in LLaVA-1.5."""
+    scales: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1)
+    """Scales at which pictures are seen, ``[1, 3]`` for LibMoE's S2: at scale 3, nine tiles of a picture of three times
+    the size; their features stand beside those of scale 1, the number of image tokens stays."""
 
     @model_validator(mode="after")
     def _parts_or_whole(self) -> VisionLanguage:

@@ -7,14 +7,19 @@ supervised tokens in the *global* batch, so that the loss does not depend on how
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mmpipe.models.moe.collect import collect_losses
+from mmpipe.models.moe.collect import collect_losses, collect_statistics, part_of
+from mmpipe.models.moe.forward_pass import nothing_counts
 from mmpipe.objectives.language_modelling import language_modelling_loss
+
+ROUTING = "routing."
+"""How the names of measured, not optimised, metrics begin."""
 
 Batch = dict[str, Any]
 Metrics = dict[str, Tensor]
@@ -31,7 +36,10 @@ class Normaliser:
 
 
 class Objective(Protocol):
-    """An objective; ``metrics`` are detached and add up to the global value over the micro batches."""
+    """An objective; ``metrics`` are detached and add up to the global value over the micro batches.
+
+    A metric of two numbers is a mean: a weighted sum and its weight, each added up before they are divided.
+    """
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """What the terms of a micro batch are divided by, once summed over the global batch."""
@@ -63,11 +71,29 @@ def response_tokens(batch: Batch) -> int:
 
 
 def router_losses(model: nn.Module, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
-    """The router losses of the last forward pass, and their parts; zero and nothing for a dense model."""
+    """The router losses of the last forward pass, their parts and what routers measured; zero and nothing for a dense
+    model."""
     total, parts = collect_losses(model)
-    return total / normaliser.micro_batches, {
-        f"router_{name}": value / normaliser.micro_batches for name, value in parts.items()
-    }
+    losses = {f"router_{name}": value / normaliser.micro_batches for name, value in parts.items()}
+    return total / normaliser.micro_batches, losses | routing_statistics(model)
+
+
+def routing_statistics(model: nn.Module) -> Metrics:
+    """Means over the tokens and layers of each part with experts, as weighted sum and weight.
+
+    ``routing.{part}.load`` is the share of the choices that the busiest expert of a layer takes (1/N when all are used
+    alike, 1 when one takes all); entropy and margin are the routers' own.
+    """
+    sums: Metrics = {}
+    for layer, found in collect_statistics(model).items():
+        tokens = found["tokens"].float()
+        load = found["load"].max() / found["load"].sum().clamp_min(1)
+        values = {"load": load} | {name: found[name] for name in ("entropy", "margin") if name in found}
+        for name, value in values.items():
+            key = f"{ROUTING}{part_of(layer)}.{name}"
+            pair = torch.stack([value.float() * tokens, tokens])
+            sums[key] = sums[key] + pair if key in sums else pair
+    return sums
 
 
 def picture_features(model: Any, batch: Batch) -> Tensor:
@@ -76,7 +102,8 @@ def picture_features(model: Any, batch: Batch) -> Tensor:
     The vision tower and the projector run for every batch, one without pictures has one of zeros: devices that wait for
     each other's gradients must see the same parameters used in every step.
     """
-    output = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
+    with nothing_counts() if batch["dummy_image"] else nullcontext():
+        output = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
     return torch.cat(list(output.pooler_output))
 
 

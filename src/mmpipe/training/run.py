@@ -19,6 +19,7 @@ from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.models import vlm
+from mmpipe.models.tower import freeze_idle
 from mmpipe.models.trainable import select
 from mmpipe.stages.base import StageJob, TrainStage
 from mmpipe.training import launch
@@ -49,6 +50,7 @@ def work(stage: TrainStage, job: StageJob) -> None:
     set_seed(stage.seed)
     model, processor = starting_model(stage, job)
     select(model, stage.trainable)
+    freeze_idle(model)
     if job.mixture is None:
         raise ConfigError(f"{job.recipe}: {job.stage}: the stage needs 'data', a mixture to train on")
     encoder = Encoder(

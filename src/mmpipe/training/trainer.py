@@ -103,8 +103,12 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # every step is logged, so the sums are those of one step
         for name, total in self._sums.items():
-            gathered = self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
-            logs[name] = gathered.item()
+            if self.args.world_size > 1:
+                total = self.accelerator.gather(total[None]).sum(0)
+            if total.ndim == 0:
+                logs[name] = total.item()
+            elif total[1] > 0:  # a mean over something that this step had
+                logs[name] = (total[0] / total[1]).item()
         self._sums = {}
         super().log(logs, start_time)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
 from mmpipe.models.moe.forward_pass import Report, latest
 from mmpipe.models.moe.layer import MoELayer
+
+_COUNTS = ("load", "tokens", "dropped")
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
@@ -21,8 +23,8 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 
 
 def collect_losses(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """Router losses of the last forward pass: ``(total, by name)``, weighed by their coefficients, summed
-    over layers.
+    """Router losses of the last forward pass: ``(total, by name)``, weighed by their coefficients, summed or
+    averaged over the layers of a part as its settings say, averaged over scales.
 
     The parts by name are detached. Call it after each forward pass that is trained on. Zero for a dense
     model.
@@ -31,9 +33,14 @@ def collect_losses(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     checkpointing loses it (``use_reentrant=False`` keeps it).
     """
     parts: dict[str, list[Tensor]] = {}
-    for layer, report in _reports(model):
-        for name, loss in report.losses.items():
-            parts.setdefault(name, []).append(loss)
+    layers = moe_layers(model)
+    in_part = Counter(part_of(name) for name in layers)
+    for layer_name, reports in _reports(model).items():
+        layer = layers[layer_name]
+        mean = layer.settings.layer_losses == "mean"
+        share = 1 / len(reports) / (in_part[part_of(layer_name)] if mean else 1)
+        for name, loss in ((name, loss) for report in reports for name, loss in report.losses.items()):
+            parts.setdefault(name, []).append(loss * share if share != 1 else loss)
             trains = any(p.requires_grad for p in layer.router.parameters())
             if torch.is_grad_enabled() and layer.training and trains and not loss.requires_grad:
                 raise RuntimeError(
@@ -50,10 +57,18 @@ def collect_statistics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Measurements of the last forward pass by the layer's name.
 
     ``load`` ``[N]`` (choices each expert carried out), ``tokens``, ``dropped`` (choices), and what the router
-    reports: usually ``entropy`` and ``margin``.
+    reports: usually ``entropy`` and ``margin``. Counts are summed over scales, the rest is averaged over their
+    tokens.
     """
-    names = {id(layer): name for name, layer in moe_layers(model).items()}
-    return {names[id(layer)]: report.statistics for layer, report in _reports(model)}
+    return {
+        name: _together([report.statistics for report in reports])
+        for name, reports in _reports(model).items()
+    }
+
+
+def part_of(layer: str) -> str:
+    """The part of the model that a layer stands in, by the layer's name."""
+    return layer.partition(".")[0]
 
 
 def step_routers(model: nn.Module, progress: float) -> None:
@@ -62,9 +77,23 @@ def step_routers(model: nn.Module, progress: float) -> None:
         layer.router.step(progress)
 
 
-def _reports(model: nn.Module) -> Iterator[tuple[MoELayer, Report]]:
+def _reports(model: nn.Module) -> dict[str, list[Report]]:
+    """The reports of each layer by its name, one for every pass of the last call."""
     passes = latest(model)
-    for layer in moe_layers(model).values():
-        for current in passes:
-            if id(layer) in current.reports:
-                yield layer, current.reports[id(layer)]
+    found = {
+        name: [current.reports[id(layer)] for current in passes if id(layer) in current.reports]
+        for name, layer in moe_layers(model).items()
+    }
+    return {name: reports for name, reports in found.items() if reports}
+
+
+def _together(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(statistics) == 1:
+        return statistics[0]
+    tokens = torch.stack([each["tokens"] for each in statistics])
+    together = {}
+    for name in statistics[0]:
+        values = torch.stack([each[name] for each in statistics])
+        counted = name in _COUNTS
+        together[name] = values.sum(0) if counted else (values * tokens).sum(0) / tokens.sum().clamp_min(1)
+    return together

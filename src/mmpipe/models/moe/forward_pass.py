@@ -9,12 +9,17 @@ between. The second computation finds its report already made and leaves it alon
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 KEYWORD = "moe_forward_pass"
+_COUNTS: ContextVar[bool] = ContextVar("pictures_count", default=True)
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,36 @@ def begin(text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if isinstance(x, Tensor)
     )
     current = ForwardPass.of_mask(kwargs.get("attention_mask"), tokens.shape[1])
-    text_model.moe_forward_pass = current  # type: ignore[assignment]
+    text_model.moe_forward_passes = [current]  # type: ignore[assignment]
     return args, kwargs | {KEYWORD: current}
 
 
 def begin_unmasked(root: nn.Module, args: tuple[Any, ...]) -> None:
     """Pre-hook of a part without padding (tower, projector): one forward pass for all of its layers."""
-    current = ForwardPass()
-    root.moe_forward_pass = current  # type: ignore[assignment]
+    root.moe_forward_passes = []  # type: ignore[assignment]
+    next_pass(root)
+
+
+def next_pass(root: nn.Module) -> None:
+    """Begin another pass of a part within the same call (its pictures at another scale), if it has experts."""
+    passes: Any = getattr(root, "moe_forward_passes", None)
+    if passes is None:
+        return
+    passes.append(ForwardPass(None if _COUNTS.get() else torch.empty(0, dtype=torch.long)))
     for module in root.modules():
         if isinstance(module, TakesForwardPass):
-            module.forward_pass = current
+            module.forward_pass = passes[-1]
+
+
+@contextmanager
+def nothing_counts() -> Iterator[None]:
+    """What tower and projector see meanwhile is not routed and enters no loss: a picture that stands in for
+    none."""
+    token = _COUNTS.set(False)
+    try:
+        yield
+    finally:
+        _COUNTS.reset(token)
 
 
 def discard(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
@@ -97,6 +121,6 @@ def discard(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def latest(model: nn.Module) -> list[ForwardPass]:
-    """The last forward pass of every part of ``model`` that has experts."""
-    passes = (getattr(module, "moe_forward_pass", None) for module in model.modules())
-    return [found for found in passes if isinstance(found, ForwardPass)]
+    """The forward passes of the last call of every part of ``model`` that has experts."""
+    calls: Any = (getattr(module, "moe_forward_passes", ()) for module in model.modules())
+    return [current for passes in calls for current in passes]

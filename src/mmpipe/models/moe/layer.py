@@ -40,6 +40,7 @@ class MoELayer(TakesForwardPass):
         current = self.forward_pass or ForwardPass()
         rows_T = None if self.settings.compat == "reference" else current.rows_T
         every_TD = hidden_BLD.flatten(0, -2)
+        rows_T = None if rows_T is None else rows_T.to(every_TD.device)
         hidden_TD = every_TD if rows_T is None else every_TD[rows_T]
         routing, kept_TK = self._route(hidden_TD, self._sequences(hidden_BLD, rows_T))
         output_TD = self.experts(hidden_TD, routing.indices_TK, routing.weights_TK.to(hidden_TD.dtype))

@@ -17,8 +17,8 @@ _NAMED: dict[str, Callable[[int], range]] = {
 }
 
 
-def layer_indices(placement: Placement, layers: int) -> list[int]:
-    """Indices, ascending, of the layers with experts in a model of ``layers`` layers.
+def layer_indices(placement: Placement, layers: int, of: str = "model") -> list[int]:
+    """Indices, ascending, of the layers with experts in a model (``of`` names it) of ``layers`` layers.
 
     ``sparse`` is every second layer from the first on; ``dense`` is all. The names are LLaVA-MoD's.
 
@@ -32,5 +32,5 @@ def layer_indices(placement: Placement, layers: int) -> list[int]:
         raise ConfigError(f"placement: {list(placement)} names a layer twice")
     outside = [i for i in placement if not 0 <= i < layers]
     if outside:
-        raise ConfigError(f"placement: the model has layers 0 to {layers - 1}, not {outside}")
+        raise ConfigError(f"placement: the {of} has layers 0 to {layers - 1}, not {outside}")
     return sorted(placement)

@@ -13,6 +13,7 @@ from mmpipe.errors import ConfigError
 from mmpipe.models.moe.experts import ExpertsConfig, MLPExperts, SwiGLUExperts
 from mmpipe.models.moe.placement import layer_indices
 from mmpipe.models.moe.spec import MoESettings, Part
+from mmpipe.models.tower import blocks, used_blocks
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -44,7 +45,7 @@ def chosen_sites(model: LlavaForConditionalGeneration, part: Part, settings: MoE
     Raises ConfigError for layers that the part does not have.
     """
     sites = _SITES[part](model, settings)
-    return [sites[i] for i in layer_indices(settings.placement, len(sites))]
+    return [sites[i] for i in layer_indices(settings.placement, len(sites), part)]
 
 
 def _language_model(model: LlavaForConditionalGeneration, settings: MoESettings) -> list[Site]:
@@ -53,16 +54,9 @@ def _language_model(model: LlavaForConditionalGeneration, settings: MoESettings)
 
 
 def _vision_tower(model: LlavaForConditionalGeneration, settings: MoESettings) -> list[Site]:
-    tower = model.model.vision_tower
-    layers = getattr(getattr(tower, "encoder", None), "layers", None)
-    if layers is None:
-        raise ConfigError(
-            f"a vision tower '{tower.config.model_type}' has no encoder.layers to put experts into"
-        )
-    deepest = model.config.vision_feature_layer
-    deepest = max(i % (len(layers) + 1) for i in ([deepest] if isinstance(deepest, int) else deepest))
-    used = len(layers) if settings.compat == "reference" else deepest
-    return _layers(layers[:used], tower.config.hidden_act)
+    layers = blocks(model.model.vision_tower)
+    used = len(layers) if settings.compat == "reference" else used_blocks(model)
+    return _layers(layers[:used], model.model.vision_tower.config.hidden_act)
 
 
 def _projector(model: LlavaForConditionalGeneration, settings: MoESettings) -> list[Site]:

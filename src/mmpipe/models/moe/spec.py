@@ -35,11 +35,13 @@ class MoESettings(Settings):
     minimum_capacity: int = Field(0, ge=0)
     """Choices an expert may take however small the batch."""
     balance_coefficient: float = Field(0.01, ge=0)
-    """Weight of the load-balancing loss, summed over the layers."""
+    """Weight of the load-balancing loss."""
     balance_within: Literal["batch", "sequence"] = "batch"
     """Ask for balance over all tokens of a batch, or within every sequence (LibMoE)."""
     z_coefficient: float = Field(0.0, ge=0)
-    """Weight of the router z-loss, summed over the layers."""
+    """Weight of the router z-loss."""
+    layer_losses: Literal["sum", "mean"] = "sum"
+    """Router losses are summed over the layers of a part, or averaged (LibMoE)."""
     residual: bool = False
     """Mix the experts' output with that of the dense network, which stays beside them (DeepSpeed's residual
     MoE)."""

@@ -25,6 +25,7 @@ from mmpipe.models.moe.routers import topk
 from mmpipe.models.moe.routers.base import build
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import install, noted_settings
+from mmpipe.models.tower import noted_scales
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedConfig
@@ -97,7 +98,9 @@ def sparse_layers(model: LlavaForConditionalGeneration) -> dict[int, MoELayer]:
 
 
 def why_not_stock(model: LlavaForConditionalGeneration) -> str | None:
-    """What keeps a sparse model from being a stock one; None when nothing does."""
+    """What keeps a model from being a stock one; None when nothing does."""
+    if noted_scales(model) not in (None, (1,)):
+        return f"pictures are seen at the scales {noted_scales(model)}, which no stock class does"
     elsewhere = sorted(set(noted_settings(model)) - {"language_model"})
     if elsewhere:
         return f"there are experts in the {' and the '.join(elsewhere)}, where no stock class has any"

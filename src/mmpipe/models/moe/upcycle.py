@@ -21,6 +21,7 @@ from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.routers.base import build
 from mmpipe.models.moe.sites import Site, chosen_sites, read
 from mmpipe.models.moe.spec import MoESettings, Part
+from mmpipe.models.tower import look_at, noted_scales
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -45,6 +46,8 @@ def upcycle(
     root = getattr(model.model, part)
     if any(isinstance(module, MoELayer) for module in root.modules()):
         raise ConfigError(f"the {part} already has experts; up-cycling starts from a dense one")
+    if part == "vision_tower" and settings.compat == "fixed" and noted_scales(model) is None:
+        look_at(model, (1,))  # no stock class has such a tower, so none needs its idle end
     with torch.random.fork_rng(devices=[]):
         for site in chosen_sites(model, part, settings):
             site.put(_sparse(site, settings, _generator(seed, part, site.name)))
@@ -64,7 +67,8 @@ def install(model: LlavaForConditionalGeneration, part: Part, settings: MoESetti
     else:
         root.register_forward_pre_hook(begin_unmasked)
     noted = noted_settings(model) | {part: settings}
-    model.config.mmpipe = {"moe": {name: its.model_dump(mode="json") for name, its in sorted(noted.items())}}
+    moe = {name: its.model_dump(mode="json") for name, its in sorted(noted.items())}
+    model.config.mmpipe = {**getattr(model.config, "mmpipe", {}), "moe": moe}
 
 
 def noted_settings(model: LlavaForConditionalGeneration) -> dict[Part, MoESettings]:
