@@ -1,6 +1,7 @@
 # Names for parts of the whole: `snakemake finetuned` makes every fine-tuned checkpoint the chosen recipes need.
 localrules:
     pretrained,
+    prefinetuned,
     finetuned,
     distilled,
     preferred,
@@ -14,6 +15,12 @@ rule pretrained:
     """Projectors."""
     input:
         trained("pretrain"),
+
+
+rule prefinetuned:
+    """Dense models of which every part was trained."""
+    input:
+        trained("prefinetune"),
 
 
 rule finetuned:

@@ -32,6 +32,11 @@ use rule pretrain as finetune with:
         stage=stages_of("finetune"),
 
 
+use rule finetune as prefinetune with:
+    wildcard_constraints:
+        stage=stages_of("prefinetune"),
+
+
 use rule finetune as distill_dense with:
     wildcard_constraints:
         stage=stages_of("distill_dense"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from mmpipe.models.moe.spec import MoESettings
+from pydantic import Field, model_validator
+
+from mmpipe.config.loader import validate
+from mmpipe.errors import ConfigError
+from mmpipe.models.moe.spec import MoESettings, Part
 from mmpipe.stages.base import Stage, StageJob
 
 
@@ -14,8 +18,32 @@ class Upcycle(Stage):
     ON_GPUS: ClassVar[bool] = False
 
     moe: MoESettings = MoESettings()
+    parts: dict[Part, dict[str, Any]] = Field({"language_model": {}}, min_length=1)
+    """The parts that get experts, each with what differs from ``moe`` there:
+    ``{vision_tower: {placement: dense}, multi_modal_projector: {}}``."""
     tolerance: float = 1e-5
     """Largest difference of logits between the sparse model and its dense parent, relative to the largest logit."""
+
+    @model_validator(mode="after")
+    def _known_settings(self) -> Upcycle:
+        try:
+            self.of_parts()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def of_parts(self) -> dict[Part, MoESettings]:
+        """The settings of each part that gets experts.
+
+        A part with a router of its own does not take the ``router_settings`` of ``moe``. Raises ConfigError for settings
+        that do not exist or do not go together.
+        """
+        common = self.moe.model_dump(exclude_unset=True)
+        found: dict[Part, MoESettings] = {}
+        for part, changes in self.parts.items():
+            base = common | ({"router_settings": {}} if "router" in changes else {})
+            found[part] = validate(MoESettings, base | changes, f"parts.{part}")
+        return found
 
     def run(self, job: StageJob) -> None:
         from mmpipe.training.upcycle import upcycle_stage

@@ -30,7 +30,8 @@ def upcycle_stage(stage: Upcycle, job: StageJob) -> None:
     model, processor, card = vlm.load(job.parent)
     batch = probe(model)
     before = logits(model, batch)
-    upcycle(model, stage.moe, seed=stage.seed)
+    for part, settings in stage.of_parts().items():
+        upcycle(model, settings, seed=stage.seed, part=part)
     difference = assert_equal_to_parent(before, model, batch, stage.tolerance)
     log.info("the sparse model equals its dense parent: largest difference of logits %.3g", difference)
     publish(stage, job, model, processor, facts=card["checkpoint"])

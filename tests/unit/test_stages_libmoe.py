@@ -1,0 +1,130 @@
+"""LibMoE's path: two scales, every part pre-finetuned, experts in tower and projector, trained on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmpipe.artifacts.files import read_jsonl
+from mmpipe.benchmarks.base import Question
+from mmpipe.data.templates import get_template
+from mmpipe.errors import ConfigError
+from mmpipe.inference.generate import Answerer
+from mmpipe.models import vlm
+from mmpipe.models.moe.collect import moe_layers
+from mmpipe.models.moe.upcycle import noted_settings
+from mmpipe.report.stage import draw_history
+from mmpipe.stages.base import VisionLanguage
+from mmpipe.stages.finetune import Finetune
+from mmpipe.stages.prefinetune import Prefinetune
+from mmpipe.stages.pretrain import Pretrain
+from mmpipe.stages.upcycle import Upcycle
+
+COMMON = {"data": "mix", "template": "qwen", "batch_size": 8, "max_steps": 2, "learning_rate": 1e-3}
+MODEL = {"vision": "clip-tiny", "language": "qwen2-tiny", "scales": [1, 3]}
+PARTS = {"vision_tower": {"placement": "dense", "top_k": 1}, "multi_modal_projector": {"experts": 3}}
+SPEC = json.dumps({"stage": "pretrain", "model": MODEL})
+
+
+@pytest.fixture
+def made(job):
+    """Jobs of a model that sees two scales."""
+
+    def make(name: str, **changes):
+        return replace(job(name, **changes), spec=SPEC, vision_language=VisionLanguage(**MODEL))
+
+    return make
+
+
+def test_the_whole_path(made, tmp_path: Path):
+    pretrained, dense, sparse, tuned = (made(name) for name in ("pretrain", "pft", "sparse", "sft"))
+    Pretrain(**COMMON).run(pretrained)
+    Prefinetune(**COMMON).run(replace(dense, parent=pretrained.model_dir))
+    moe = {"router": "perturbed_cosine", "z_coefficient": 0.01, "layer_losses": "mean"}
+    moe["balance_within"] = "sequence"
+    parts = PARTS | {"vision_tower": {"placement": "dense"}}
+    Upcycle(moe=moe, parts=parts).run(replace(sparse, parent=dense.model_dir))
+    Finetune(**COMMON, trainable=["*"]).run(replace(tuned, parent=sparse.model_dir))
+
+    before, after = (vlm.load(run.model_dir)[0] for run in (sparse, tuned))
+    assert list(moe_layers(after)) == [
+        "vision_tower.encoder.layers.0.mlp",
+        "multi_modal_projector",
+    ]
+    assert noted_settings(after)["multi_modal_projector"].experts == 3
+    assert after.config.text_config.model_type == "qwen2", "no experts were asked for there"
+    old = dict(before.named_parameters())
+    same = [name for name, p in after.named_parameters() if torch.equal(p, old[name])]
+    assert not [name for name in same if "tower" in name or "projector" in name], "everything learns"
+
+    rows = read_jsonl(tuned.report_dir / "history.jsonl")
+    for part, experts in {"vision_tower": 4, "multi_modal_projector": 3}.items():
+        for row in rows:
+            assert 1 / experts <= row[f"routing.{part}.load"] <= 0.5 + 1e-6
+            assert row[f"routing.{part}.entropy"] > 0
+            assert 0 <= row[f"routing.{part}.margin"] <= 1
+    assert rows[0]["loss"] == pytest.approx(
+        rows[0]["cross_entropy"] + rows[0]["router_balance"] + rows[0]["router_z"], rel=1e-4
+    )
+    draw_history(tuned.report_dir / "history.jsonl", tmp_path / "loss.svg")
+    assert "busiest expert" in (tmp_path / "loss.svg").read_text()
+
+
+def test_pictures_at_two_scales_are_answered_alike_from_shared_beginnings(made, world: Path):
+    dense = made("dense")
+    Prefinetune(**COMMON).run(dense)
+    model, processor, _ = vlm.load(dense.model_dir)
+    assert model.config.image_seq_length == 9, "as many tokens as at one scale"
+    picture = next(Path("resources/datasets/shapes").rglob("*.jpg"))
+    questions = [Question(id=i, text=f"What is this, {i}?", images=(picture,)) for i in range(3)]
+    answerer = Answerer(model, processor, get_template("qwen", processor.tokenizer))
+    answers = [
+        {
+            a["question_id"]: a["text"]
+            for a in answerer.answer(questions, max_new_tokens=6, share_prefix=share)
+        }
+        for share in (True, False)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_each_part_has_settings_of_its_own():
+    stage = Upcycle(
+        moe={"experts": 8, "router": "cosine", "router_settings": {"temperature": 0.2}}, parts=PARTS
+    )
+    parts = stage.of_parts()
+    assert list(parts) == ["vision_tower", "multi_modal_projector"]
+    assert (parts["vision_tower"].experts, parts["vision_tower"].top_k) == (8, 1)
+    assert parts["multi_modal_projector"].experts == 3
+    assert parts["multi_modal_projector"].router_settings == {"temperature": 0.2}
+    other = Upcycle(moe=stage.moe, parts={"language_model": {"router": "topk"}})
+    assert other.of_parts()["language_model"].router_settings == {}
+    assert "parts" not in Upcycle(moe={"experts": 8}).spec()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"vision_tower": {"expets": 3}}, "parts.vision_tower: unknown key 'expets'; did you mean 'experts'"),
+        ({"vision_tower": {"top_k": 5}}, "parts.vision_tower: top_k is 5, but there are only 4 experts"),
+        ({"language_model": {"router": "cosin"}}, "there is no router 'cosin'; did you mean 'cosine'"),
+        ({"vision": {}}, "vision"),
+        ({}, "at least 1 item"),
+    ],
+)
+def test_mistakes_in_the_settings_of_a_part_are_named(parts, message):
+    from mmpipe.config.loader import validate
+
+    with pytest.raises(ConfigError, match=message):
+        validate(Upcycle, {"parts": parts}, "recipe.yaml")
+
+
+def test_layers_that_a_part_does_not_have_are_named(made):
+    dense = made("dense")
+    Prefinetune(**COMMON).run(dense)
+    with pytest.raises(ConfigError, match=r"vision_tower.*layers 0 to 0, not \[1\]"):
+        Upcycle(parts={"vision_tower": {"placement": [1]}}).run(made("sparse", parent=dense.model_dir))
