@@ -168,6 +168,35 @@ def convert(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A published checkpoint, e.g. results/demo/finetune/model.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
+    layout: Annotated[str, typer.Option(help="A layout of another system, e.g. llava.")],
+    language: Annotated[
+        str | None, typer.Option(help="The layout of a packed language model inside, e.g. moss2.")
+    ] = None,
+    tower: Annotated[
+        str, typer.Option(help="What the configuration calls the vision tower.")
+    ] = "openai/clip-vit-large-patch14-336",
+    binary: Annotated[
+        bool, typer.Option("--binary", help="Write pytorch_model.bin instead of safetensors.")
+    ] = False,
+) -> None:
+    """Write a checkpoint in the layout of another system, bit by bit the same tensors."""
+    from mmpipe.artifacts.files import staged_directory
+    from mmpipe.errors import ConfigError
+    from mmpipe.lineage import get
+
+    if out.exists():
+        raise ConfigError(f"{out}: exists; name a directory that does not")
+    with staged_directory(out) as stage:
+        get(layout).write(checkpoint, stage, language=language, tower=tower, binary=binary)
+    print(out)
+
+
+@app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
 ) -> None:

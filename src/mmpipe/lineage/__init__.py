@@ -12,7 +12,7 @@ from mmpipe import registry
 from mmpipe.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from mmpipe.lineage.base import Layout
+    from mmpipe.lineage.base import Layout, PackedLanguage
 
 
 def get(name: str) -> Layout:
@@ -25,3 +25,12 @@ def get(name: str) -> Layout:
         raise ConfigError(f"there is no layout '{name}'{did_you_mean(name, known)}")
     layout: Layout = importlib.import_module(f"{__name__}.{name}").LAYOUT
     return layout
+
+
+def packed_language(model_type: str) -> PackedLanguage | None:
+    """The layout of the packed language models whose configurations say ``model_type``, if there is one."""
+    from mmpipe.lineage.base import PackedLanguage
+
+    layouts = (get(name) for name in registry.names(__name__))
+    packed = (layout for layout in layouts if isinstance(layout, PackedLanguage))
+    return next((layout for layout in packed if model_type in layout.MODEL_TYPES), None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmpipe.errors import ConfigError
+from mmpipe.errors import ArtifactError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -64,5 +65,54 @@ class Layout:
             f"{directory}: the layout '{self}' holds no whole vision-language model; name it under model.language"
         )
 
+    def write(self, checkpoint: Path, out: Path, *, language: str | None, tower: str, binary: bool) -> None:
+        """Write a published checkpoint into the empty directory ``out`` in this layout, bit by bit the same.
+
+        ``language`` is the layout of the language model inside, where that is packed; ``tower`` is what the configuration
+        calls the vision tower; ``binary`` writes ``pytorch_model.bin`` instead of safetensors.
+        """
+        raise ConfigError(f"nothing is written in the layout '{self}'")
+
     def __str__(self) -> str:
         return type(self).__module__.rpartition(".")[2]
+
+
+class PackedLanguage(Layout):
+    """A language model whose function is that of a stock class, under other names and in other matrices."""
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ()
+    """The ``model_type`` its configurations say, in checkpoints of its own and in LLaVA's lineage."""
+
+    def config(self, written: Mapping[str, Any]) -> Any:
+        """The stock configuration of the same function, from the content of its ``config.json``."""
+        raise NotImplementedError
+
+    def written(self, config: Any) -> dict[str, Any]:
+        """The way back: what its own ``config.json`` says of a stock configuration, without the model type."""
+        raise NotImplementedError
+
+    def to_stock(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Tensors by the names of the stock class, exactly; unknown names stay as they are, to be reported."""
+        raise NotImplementedError
+
+    def from_stock(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The way back, exactly."""
+        raise NotImplementedError
+
+    def language(self, directory: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        from mmpipe.lineage import _tensors
+
+        written = _tensors.read_config(directory / "config.json")
+        kind = str(written.get("model_type"))
+        if kind not in self.MODEL_TYPES:
+            raise ArtifactError(
+                f"{directory}: holds a '{kind}' model, the layout '{self}' one of {', '.join(self.MODEL_TYPES)}"
+                + did_you_mean(kind, self.MODEL_TYPES)
+            )
+        config = self.config(written)
+        shell: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        tensors = self.to_stock(_tensors.read_weights(directory), config)
+        model: PreTrainedModel = _tensors.assemble(shell, config, tensors, directory, dtype)
+        return model

@@ -203,7 +203,7 @@ def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:
 
 def _require_complete(path: Path, info: dict[str, Any]) -> None:
     problems = [
-        f"{what}: {_some(info[key])}"
+        f"{what}: {some(info[key])}"
         for what, key in (
             ("tensors the model needs and the file lacks", "missing_keys"),
             ("tensors the model has no place for", "unexpected_keys"),
@@ -215,7 +215,8 @@ def _require_complete(path: Path, info: dict[str, Any]) -> None:
         raise ArtifactError(f"{path}: the weights do not fit the configuration; " + "; ".join(problems))
 
 
-def _some(names: Iterable[Any], limit: int = 8) -> str:
+def some(names: Iterable[Any], limit: int = 8) -> str:
+    """The first names in order, and how many more there are."""
     listed = sorted(str(name) for name in names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more

@@ -54,22 +54,35 @@ def build(
     language: Any = found.layout.language(found.directory, torch.float32)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     make_room(language, tokenizer, seed)
-    vision: Any = _vision_tower(vision_dir)
-    config = LlavaConfig(
-        vision_config=vision.config,
-        text_config=language.config,
-        image_token_index=image_id,
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="default" if settings.feature_select == "patch" else "full",
-        vision_feature_layer=settings.feature_layer,
-        multimodal_projector_bias=True,
-        image_seq_length=_picture_tokens(vision.config, settings.feature_select),
-        tie_word_embeddings=language.config.tie_word_embeddings,
+    vision: Any = vision_tower(vision_dir)
+    config = joined_config(
+        vision.config,
+        language.config,
+        image_id=image_id,
+        feature_layer=settings.feature_layer,
+        feature_select=settings.feature_select,
     )
     model = _assemble(config, vision, language, seed, settings.scales)
     processor = make_processor(tokenizer, vision_dir, config, template=template, image_aspect=image_aspect)
     model.generation_config = _greedy(language.generation_config, tokenizer)
     return model, processor
+
+
+def joined_config(
+    vision: Any, text: Any, *, image_id: int, feature_layer: int, feature_select: Literal["patch", "full"]
+) -> LlavaConfig:
+    """The configuration of a tower and a language model joined by LLaVA-1.5's projector."""
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_id,
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="default" if feature_select == "patch" else "full",
+        vision_feature_layer=feature_layer,
+        multimodal_projector_bias=True,
+        image_seq_length=_picture_tokens(vision, feature_select),
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
 
 
 def bring_in(
@@ -108,8 +121,11 @@ def _parts(backbones: Mapping[str, Path], layouts: Mapping[str, str]) -> dict[st
 
 def make_room(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
     """Give the embeddings a row for every token of ``tokenizer``, if they lack one; new rows are drawn from ``seed``."""
-    if len(tokenizer) <= model.get_input_embeddings().weight.shape[0]:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
         return
+    # what readers without our tokens need: the number of rows the model came with
+    model.config.get_text_config().original_vocab_size = rows
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # whole multiples of 64 suit GPUs; a row more than the tokens need costs nothing
@@ -135,13 +151,11 @@ def _assemble(
     return model.eval()
 
 
-def _vision_tower(path: Path) -> nn.Module:
+def vision_tower(path: Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> nn.Module:
     """The vision half of a CLIP or SigLIP checkpoint, or any vision model ``AutoModel`` opens."""
     config = AutoConfig.from_pretrained(path)
     config = getattr(config, "vision_config", config)
-    tower, info = AutoModel.from_pretrained(
-        path, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    tower, info = AutoModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise ArtifactError(
             f"{path}: not a complete {config.model_type}; missing: {sorted(info['missing_keys'])[:5]}"

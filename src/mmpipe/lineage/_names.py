@@ -1,0 +1,78 @@
+"""The names of LLaVA's tensors and those of the stock model, both ways.
+
+LLaVA (haotian-liu/LLaVA, ``llava/model/``) hangs tower and projector below the language model's body:
+``model.layers.*``, ``model.mm_projector.{0,2}.*``, ``model.vision_tower.vision_tower.vision_model.*``, ``lm_head.*``.
+MoE-LLaVA and LLaVA-MoD say ``image_tower`` and ``mm_projector.image_spatial_proj``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+
+TOWER: Final = "model.vision_tower."
+PROJECTOR: Final = "model.multi_modal_projector."
+LANGUAGE: Final = "model.language_model."
+
+_TO_STOCK = {
+    "model.vision_tower.vision_tower.vision_model.": TOWER,
+    "model.vision_tower.vision_tower.": TOWER,
+    "model.image_tower.image_tower.vision_model.": TOWER,
+    "model.image_tower.image_tower.": TOWER,
+    "model.mm_projector.image_spatial_proj.0.": f"{PROJECTOR}linear_1.",
+    "model.mm_projector.image_spatial_proj.2.": f"{PROJECTOR}linear_2.",
+    "model.mm_projector.0.": f"{PROJECTOR}linear_1.",
+    "model.mm_projector.2.": f"{PROJECTOR}linear_2.",
+    "model.": LANGUAGE,
+}
+_FROM_DISK = {
+    "multi_modal_projector.linear_1.": "model.mm_projector.0.",
+    "multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    "vision_tower.vision_model.": "model.vision_tower.vision_tower.vision_model.",
+    "vision_tower.": "model.vision_tower.vision_tower.",
+    "language_model.": "",
+}
+_OTHER_PARTS = ("model.vision_tower.", "model.image_tower.", "model.mm_projector.")
+_BUFFERS = (".position_ids", ".rotary_emb.inv_freq")
+"""Not weights: older transformers wrote them beside the weights, newer ones compute them."""
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is computed, not learnt."""
+    return name.endswith(_BUFFERS)
+
+
+def split_language(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """The language model's tensors of a LLaVA checkpoint, and those of tower and projector."""
+    language = {name: tensor for name, tensor in tensors.items() if not name.startswith(_OTHER_PARTS)}
+    return language, {name: tensor for name, tensor in tensors.items() if name not in language}
+
+
+def to_stock(name: str) -> str:
+    """
+    >>> to_stock("model.mm_projector.2.bias")
+    'model.multi_modal_projector.linear_2.bias'
+    >>> to_stock("model.layers.0.mlp.up_proj.weight")
+    'model.language_model.layers.0.mlp.up_proj.weight'
+    """
+    return _renamed(name, _TO_STOCK)
+
+
+def to_llava(name: str) -> str:
+    """A name in one of our checkpoint files as LLaVA's.
+
+    >>> to_llava("vision_tower.vision_model.post_layernorm.bias")
+    'model.vision_tower.vision_tower.vision_model.post_layernorm.bias'
+    >>> to_llava("language_model.model.norm.weight")
+    'model.norm.weight'
+    """
+    return _renamed(name, _FROM_DISK)
+
+
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
