@@ -158,7 +158,7 @@ class Plan:
         entries: dict[str, BenchmarkEntry] = {}
         for name, entry in raw.items():
             where = f"{self.where}: benchmarks.{name}" if overrides.get(name) else f"{path}, entry '{name}'"
-            entries[name] = validate(BenchmarkEntry, {**(entry or {}), **overrides.get(name, {})}, where)
+            entries[name] = validate(BenchmarkEntry, _overridden(entry or {}, overrides.get(name, {})), where)
             self._known(entries[name].data, self.datasets, f"{where}: data", "data set")
             self._known(entries[name].task, dict.fromkeys(names()), f"{where}: task", "benchmark task")
         return entries
@@ -485,7 +485,7 @@ class Plan:
 
     def benchmark_spec(self, name: str, smoke: bool = False) -> str:
         """What determines a benchmark's questions and references."""
-        how = {"chunks", "batch_size", "title", "scored", "judge"}
+        how = {"chunks", "batch_size", "title", "scored", "judge", "questions"}
         return canonical_json(
             self.benchmark_entry(name, smoke).model_dump(mode="json", exclude_defaults=True, exclude=how)
         )
@@ -505,7 +505,7 @@ class Plan:
         entry = self.benchmarks[benchmark]
         if entry.control:
             return []
-        same = {"control": None, "title": "", "chunks": 1, "batch_size": 1, "judge": None}
+        same = {"control": None, "title": "", "chunks": 1, "batch_size": 1, "judge": None, "questions": None}
         return [
             name
             for name in self.chosen_benchmarks
@@ -630,6 +630,12 @@ class _NamedRecipe:
     where: str
     family: str
     """The name with ``*`` for the seed of its matrix."""
+
+
+def _overridden(entry: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """A benchmark's entry with a configuration's changes; a known number of questions is one of the known files."""
+    known = {"questions": None} if {"data", "files", "protocol"} & set(override) else {}
+    return {**entry, **known, **override}
 
 
 def _all_references(stage: Stage) -> dict[str, str]:

@@ -322,11 +322,11 @@ class Benchmark(abc.ABC):
         """
         if not references:
             raise DataError(f"{self.name}: there are no references to score against")
-        index = self._index(references)
+        index = self.index(references)
         found: dict[int, Record] = {}
         unknown, twice = [], []
         for answer in answers:
-            place = self._place(answer, index)
+            place = self.place(answer, index)
             if place is None:
                 unknown.append(answer["question_id"])
             elif place in found:
@@ -344,7 +344,7 @@ class Benchmark(abc.ABC):
             raise DataError(f"{self.name}: more than one answer to: {_some(twice)}; keep one of each")
         judged = {}
         for record in judgements or ():
-            place = self._place(record, index)
+            place = self.place(record, index)
             if place is None:
                 raise DataError(
                     f"{self.name}: the judge's replies hold an unknown question: {record['question_id']}"
@@ -354,8 +354,8 @@ class Benchmark(abc.ABC):
             Pair(reference, found.get(place), judged.get(place)) for place, reference in enumerate(references)
         ]
 
-    def _place(self, answer: Record, index: Mapping[tuple[str, ...], int]) -> int | None:
-        """Where the reference of an answer stands."""
+    def place(self, answer: Record, index: Mapping[tuple[str, ...], int]) -> int | None:
+        """Where the reference of an answer stands; None where it has none. ``index`` is what ``index`` made."""
         return next((index[k] for k in self.answer_keys(answer) if index.get(k, -1) >= 0), None)
 
     def judge_request(self, pair: Pair) -> JudgeRequest | None:
@@ -366,7 +366,11 @@ class Benchmark(abc.ABC):
         """The question id that the judge's replies are filed under."""
         return key(reference["question_id"])
 
-    def _index(self, references: Sequence[Record]) -> dict[tuple[str, ...], int]:
+    def index(self, references: Sequence[Record]) -> dict[tuple[str, ...], int]:
+        """Every key of the references with their places; -1 for a key that several of them share.
+
+        Raises DataError for a reference that is there twice.
+        """
         index: dict[tuple[str, ...], int] = {}
         firsts: set[tuple[str, ...]] = set()
         for place, reference in enumerate(references):
@@ -408,7 +412,7 @@ def numbered(records: Sequence[Record]) -> list[Record]:
     return [
         {
             "question_id": next(
-                (r[n] for n in ("question_id", "questionId", "id", "index") if n in r), place
+                (r[n] for n in ("question_id", "questionId", "qid", "pid", "id", "index") if n in r), place
             ),
             **r,
         }

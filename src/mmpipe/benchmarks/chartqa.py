@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import ClassVar
 
 from mmpipe.benchmarks.base import (
+    SHORT_ANSWER,
     Benchmark,
     Document,
     Item,
@@ -28,12 +29,12 @@ from mmpipe.benchmarks.base import (
     numbered,
     records_of,
 )
-from mmpipe.benchmarks.pictures import hub_picture
-from mmpipe.benchmarks.records import iter_rows, read_document
+from mmpipe.benchmarks.forms import hub_records, on_hub, pictures_of
+from mmpipe.benchmarks.records import read_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 
-_INSTRUCTION = "\nAnswer the question with a single word."
+_INSTRUCTIONS = {"llava": "\nAnswer the question with a single word.", "vlmevalkit": SHORT_ANSWER}
 _TOLERANCE = 0.05
 _SPLITS = {"human": "relaxed_human_split", "augmented": "relaxed_augmented_split"}
 
@@ -88,29 +89,29 @@ class ChartQa(Benchmark):
             rule="qwen",
             max_new_tokens=16,
         ),
+        Protocol(
+            "vlmevalkit",
+            "VLMEvalKit: the same rule; the prompt asks for a word or phrase",
+            prompt="vlmevalkit",
+            max_new_tokens=2048,
+        ),
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        if source.has("human"):
-            for record in self.references(source, protocol):
-                yield Question(
-                    id=record["question_id"],
-                    text=record["question"] + _INSTRUCTION,
-                    images=(source.picture(record["imgname"]),),
-                )
-            return
-        for place, row in enumerate(iter_rows(source.path("parquet"))):
-            content = hub_picture(row.get("image"), f"chartqa, row {place}")
+        records = self.references(source, protocol)
+        pictures = pictures_of(source, (record["imgname"] for record in records))
+        for record, picture in zip(records, pictures, strict=True):
             yield Question(
-                id=row.get("question_id", place), text=row["question"] + _INSTRUCTION, images=(content,)
+                id=record["question_id"],
+                text=record["question"] + _INSTRUCTIONS[protocol.prompt],
+                images=(picture,),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        if source.has("human"):
-            return self.parse_references(
-                [read_document(source.path(role)) for role in ("human", "augmented")]
-            )
-        return self.read_references([source.path("parquet")])
+        if on_hub(source):
+            rows = hub_records(source, ("type", "question", "answer"))
+            return self.parse_references([Document(source.files["parquet"], rows)])
+        return self.parse_references([read_document(source.path(role)) for role in ("human", "augmented")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         found = [

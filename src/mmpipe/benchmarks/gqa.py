@@ -1,8 +1,9 @@
 """GQA (Hudson and Manning 2019, arXiv 1902.09506): compositional questions about scene graphs, exact match.
 
-Files are the official ``testdev_balanced_questions.json`` (``{id: question}``) and the folder ``images``. The
-prediction is the reply without periods at the end, in lower case; nothing else is normalised. Only balanced
-questions count.
+Files are the official ``testdev_balanced_questions.json`` (``{id: question}``) and the folder ``images``,
+LLaVA's question file beside them if there (role ``prompts``), or the two tables on the hub, questions and
+pictures. The prediction is the reply without periods at the end, in lower case; nothing else is normalised.
+Only balanced questions count.
 
 Validity, plausibility and grounding need files that exist for the validation split alone; consistency needs
 answers to the entailed questions. They are not part of the testdev number.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -32,12 +33,14 @@ from mmpipe.benchmarks.base import (
     records_of,
     require,
 )
-from mmpipe.benchmarks.records import write_document
+from mmpipe.benchmarks.forms import as_llava_asks, hub_pictures, hub_records, on_hub
+from mmpipe.benchmarks.records import parquet_rows, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 
 # Operations of a question's program that are no reasoning step of their own.
 _NO_STEP = ("exist", "query: name", "choose name")
+_EXTRAS = ("isBalanced", "types", "groups", "semantic", "entailed")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -46,7 +49,13 @@ class Gqa(Benchmark):
 
     name = "gqa"
     submission = "json"
-    files: ClassVar[Mapping[str, str]] = {"questions": "testdev_balanced_questions.json", "images": "images"}
+    files: ClassVar[Mapping[str, str]] = {
+        "questions": "testdev_balanced_questions.json",
+        "images": "images",
+        "prompts": "llava_gqa_testdev_balanced.jsonl",
+        "parquet": "testdev_balanced_instructions",
+        "parquet_images": "testdev_balanced_images",
+    }
     protocols = (
         Protocol("gqa", "the official eval.py on LLaVA's converted answers", aliases=("llava",)),
         Protocol(
@@ -55,15 +64,22 @@ class Gqa(Benchmark):
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
+        if source.has("prompts"):
+            yield from as_llava_asks(source)
+            return
+        picture = _hub_pictures(source) if on_hub(source) else lambda name: source.picture(f"{name}.jpg")
         for record in self.references(source, protocol):
             require(record, ("question", "imageId"), f"gqa, question {record['question_id']}")
             yield Question(
                 id=record["question_id"],
                 text=record["question"] + SHORT_ANSWER,
-                images=(source.picture(f"{record['imageId']}.jpg"),),
+                images=(picture(key(record["imageId"])),),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
+        if on_hub(source):
+            rows = hub_records(source, ("id", "imageId", "question", "answer"), _EXTRAS)
+            return self.parse_references([Document(source.files["parquet"], rows)])
         return self.read_references([source.path("questions")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
@@ -105,6 +121,20 @@ class Gqa(Benchmark):
             [{"questionId": key(p.reference["question_id"]), "prediction": predicted(p.text)} for p in pairs],
         )
         return {}
+
+
+def _hub_pictures(source: Source) -> Callable[[str], bytes]:
+    """The hub's second table, by the id of the picture (the balanced splits have few hundred)."""
+    ids = parquet_rows(source.path("parquet_images"), ["id"])
+    names = [key(row["id"]) for row in ids]
+    pictures = dict(zip(names, hub_pictures(source, "parquet_images"), strict=True))
+
+    def picture(name: str) -> bytes:
+        if name not in pictures:
+            raise DataError(f"{source.path('parquet_images')}: the picture '{name}' is not in the table")
+        return pictures[name]
+
+    return picture
 
 
 def predicted(reply: str) -> str:

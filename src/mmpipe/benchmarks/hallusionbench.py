@@ -1,7 +1,8 @@
 """HallusionBench (Guan et al. 2023, arXiv 2310.14566): pairs of questions about original and edited figures.
 
-Files are the official ``HallusionBench.json`` (1129 rows) and the folder of its pictures; lmms-eval asks the
-951 rows with a picture only. A row is identified by ``category_subcategory_set_figure_question``.
+Files are the official ``HallusionBench.json`` (1129 rows) and the folder of its pictures, or the tables of
+the hub (role ``parquet``: with and without pictures in one folder); lmms-eval asks the 951 rows with a
+picture only. A row is identified by ``category_subcategory_set_figure_question``.
 
 The official verdict is a judge's: "incorrect", "correct" or else unclear. For a question of category VS
 without its figure (``figure_id`` 0) unclear is right too. ``aAcc`` counts rows, ``fAcc`` figures with all
@@ -28,6 +29,7 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
+from mmpipe.benchmarks.forms import hub_pictures_if_any, hub_records, on_hub
 from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.records import read_document, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
@@ -44,7 +46,11 @@ class HallusionBench(Benchmark):
 
     name = "hallusionbench"
     submission = "json"
-    files: ClassVar[Mapping[str, str]] = {"questions": "HallusionBench.json", "images": "hallusion_bench"}
+    files: ClassVar[Mapping[str, str]] = {
+        "questions": "HallusionBench.json",
+        "images": "hallusion_bench",
+        "parquet": "data",
+    }
     protocols = (
         Protocol("hallusionbench", "all rows, judged", rule="judge", judged=True),
         Protocol(
@@ -59,18 +65,30 @@ class HallusionBench(Benchmark):
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        for record in self.references(source, protocol):
-            picture = record.get("filename")
+        records = self._all(source)
+        pictures: Iterator[bytes | Path | None] = (
+            hub_pictures_if_any(source)
+            if on_hub(source)
+            else (_picture(source, record) for record in records)
+        )
+        for record, picture in zip(records, pictures, strict=True):
+            if not _asked(record, protocol):
+                continue
             text = str(record["question"])
             yield Question(
                 id=record["key"],
                 text=f"{text} Please answer yes or no." if protocol.prompt == "yesno" else text,
-                images=(source.picture(str(picture).removeprefix("./")),) if picture else (),
+                images=() if picture is None else (picture,),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        records = self.parse_references([read_document(source.path("questions"))])
-        return [r for r in records if protocol.rule != "judge_images" or _has_picture(r)]
+        return [record for record in self._all(source) if _asked(record, protocol)]
+
+    def _all(self, source: Source) -> list[Record]:
+        if on_hub(source):
+            rows = hub_records(source, (*_FIELDS, "gt_answer_details", "gt_answer"), ("visual_input",))
+            return self.parse_references([Document(source.files["parquet"], rows)])
+        return self.parse_references([read_document(source.path("questions"))])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         return [
@@ -149,6 +167,15 @@ def verdict(reply: str) -> str:
 
 def _row_key(record: Record) -> str:
     return "_".join(str(record[name]) for name in _FIELDS[:5])
+
+
+def _asked(record: Record, protocol: Protocol) -> bool:
+    return protocol.rule != "judge_images" or _has_picture(record)
+
+
+def _picture(source: Source, record: Record) -> Path | None:
+    name = record.get("filename")
+    return source.picture(str(name).removeprefix("./")) if name else None
 
 
 def _has_picture(record: Record) -> bool:

@@ -29,15 +29,15 @@ from mmpipe.benchmarks.base import (
     Source,
     key,
     records_of,
-    require,
 )
 from mmpipe.benchmarks.choices import LETTERS, infer_option, options_block
+from mmpipe.benchmarks.forms import hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.pictures import hub_picture
-from mmpipe.benchmarks.records import iter_rows, read_document
+from mmpipe.benchmarks.records import read_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 
 _FIELDS = ("pid", "question_type", "answer_type", "answer")
+_EXTRAS = ("unit", "precision", "metadata")
 _CHOICE = "multi_choice"
 _QUOTED = re.compile(r'The answer is "(.*)"\.')
 _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
@@ -75,20 +75,16 @@ class MathVista(Benchmark):
     )  # fmt: skip
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        if source.has("questions"):
-            for record in self.references(source, protocol):
-                picture = source.picture(str(record["image"]))
-                yield Question(id=record["pid"], text=prompt(record, protocol.prompt), images=(picture,))
-            return
-        for row in iter_rows(source.path("parquet")):
-            require(row, (*_FIELDS, "decoded_image"), "mathvista")
-            content = hub_picture(row["decoded_image"], f"mathvista, pid {row['pid']}")
-            yield Question(id=row["pid"], text=prompt(row, protocol.prompt), images=(content,))
+        records = self.references(source, protocol)
+        pictures = pictures_of(source, (str(record["image"]) for record in records), column="decoded_image")
+        for record, picture in zip(records, pictures, strict=True):
+            yield Question(id=record["pid"], text=prompt(record, protocol.prompt), images=(picture,))
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        if source.has("questions"):
-            return self.parse_references([read_document(source.path("questions"))])
-        return self.read_references([source.path("parquet")])
+        if on_hub(source):
+            rows = hub_records(source, (*_FIELDS, "question", "choices", "query"), _EXTRAS)
+            return self.parse_references([Document(source.files["parquet"], rows)])
+        return self.parse_references([read_document(source.path("questions"))])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         """Records, or the official ``{pid: record}``."""

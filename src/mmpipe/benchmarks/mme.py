@@ -33,6 +33,7 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
+from mmpipe.benchmarks.forms import hub_pictures, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, bootstrap
 from mmpipe.benchmarks.yesno import OTHER, first_four, first_four_lmms
 from mmpipe.errors import DataError
@@ -43,6 +44,7 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 _INSTRUCTION = "Please answer yes or no."
+_FIELDS = ("question_id", "category", "question", "answer")
 _PICTURES = (".jpg", ".jpeg", ".png")
 _RULES: Mapping[str, Callable[[str], str]] = {"official": first_four, "lmms": first_four_lmms}
 
@@ -52,24 +54,36 @@ class Mme(Benchmark):
 
     name = "mme"
     submission = "zip"
-    files: ClassVar[Mapping[str, str]] = {"questions": "MME_Benchmark_release_version"}
+    files: ClassVar[Mapping[str, str]] = {
+        "questions": "MME_Benchmark_release_version",
+        "parquet": "data",
+    }
     protocols = (
         Protocol("official", "the rule of calculation.py: yes or no within the first four characters"),
         Protocol("lmms", "lmms-eval: blanks and periods deleted, y and n accepted", rule="lmms"),
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        root = source.path("questions")
-        for record in self.references(source, protocol):
+        records = self.references(source, protocol)
+        pictures: Iterator[bytes | Path] = (
+            hub_pictures(source)
+            if on_hub(source)
+            else (Source(source.path("questions")).inside(record["image"]) for record in records)
+        )
+        for record, picture in zip(records, pictures, strict=True):
             yield Question(
                 id=record["question_id"],
                 text=_core(record["question"]) + SHORT_ANSWER,
-                images=(Source(root).inside(record["image"]),),
+                images=(picture,),
                 extra={"category": record["category"]},
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        return self.read_references([source.path("questions")])
+        return (
+            hub_records(source, _FIELDS)
+            if on_hub(source)
+            else self.read_references([source.path("questions")])
+        )
 
     def read_references(self, paths: Sequence[Path]) -> list[Record]:
         """Besides files of records, the folder of the official release."""
@@ -79,7 +93,7 @@ class Mme(Benchmark):
         return records + (super().read_references(files) if files else [])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
-        return [dict(r) for r in records_of(documents, ("question_id", "category", "question", "answer"))]
+        return [dict(r) for r in records_of(documents, _FIELDS)]
 
     def reference_keys(self, reference: Record) -> list[tuple[str, ...]]:
         return [(key(reference["question_id"]), _core(reference["question"]))]

@@ -1,7 +1,8 @@
 """MM-Vet (Yu et al. 2023, arXiv 2308.02490): 218 open questions, graded by the authors' online grader.
 
 Files are the official ``mm-vet.json`` (``{"v1_0": {imagename, question, answer, ...}}``) and the folder of
-the pictures. There is no local score: the answers are written in the form that the grader accepts.
+the pictures, or the table of the hub (role ``parquet``). There is no local score: the answers are written in
+the form that the grader accepts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
+from mmpipe.benchmarks.forms import hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.records import read_document, write_document
 from mmpipe.errors import DataError
 
@@ -33,20 +35,20 @@ class MmVet(Benchmark):
 
     name = "mmvet"
     submission = "json"
-    files: ClassVar[Mapping[str, str]] = {"questions": "mm-vet.json", "images": "images"}
+    files: ClassVar[Mapping[str, str]] = {"questions": "mm-vet.json", "images": "images", "parquet": "data"}
     protocols = (
         Protocol("mmvet", "the bare question; graded online", max_new_tokens=1024, aliases=("llava",)),
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        for record in self.references(source, protocol):
-            yield Question(
-                id=record["question_id"],
-                text=str(record["question"]),
-                images=(source.picture(str(record["imagename"])),),
-            )
+        records = self.references(source, protocol)
+        pictures = pictures_of(source, (str(record["imagename"]) for record in records))
+        for record, picture in zip(records, pictures, strict=True):
+            yield Question(id=record["question_id"], text=str(record["question"]), images=(picture,))
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
+        if on_hub(source):
+            return hub_records(source, ("question_id", "question", "answer"))
         return self.parse_references([read_document(source.path("questions"))])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:

@@ -3,14 +3,16 @@
 Files are the official ``coco_pope_{adversarial,popular,random}.json`` (JSON lines of ``question_id, image,
 text, label``), each numbered from 1, with the pictures of COCO's val2014. Across the three, questions get
 LLaVA's numbers: adversarial as they are, random from 10,000,001, popular from 20,000,001. LLaVA's own
-question file may stand beside the labels; then the k-th question of a category belongs to the k-th label, as
-in its scorer. Versions differ: ``random`` had 2910 questions when LLaVA was measured and has 3000 today.
+question file may stand beside the labels (role ``prompts``); then the k-th question of a category belongs to
+the k-th label, as in its scorer. The hub has all in one table (role ``parquet``). Versions differ: ``random``
+had 2910 questions when LLaVA was measured and has 3000 today.
 
 The official number is the mean F1 of the three categories, "yes" being positive.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from statistics import fmean
@@ -29,6 +31,7 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
+from mmpipe.benchmarks.forms import as_llava_asks, hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.records import read_document, write_records
 from mmpipe.benchmarks.stats import Estimate, bootstrap, estimate_mean
 from mmpipe.benchmarks.yesno import NO, OTHER, YES, equal_lmms, llava_pope
@@ -45,6 +48,8 @@ class Pope(Benchmark):
     files: ClassVar[Mapping[str, str]] = {
         **{category: f"coco/coco_pope_{category}.json" for category in _FIRST_ID},
         "images": "val2014",
+        "prompts": "llava_pope_test.jsonl",
+        "parquet": "data",
     }
     protocols = (
         Protocol("llava", "LLaVA's eval_pope: a reply without a word of denial is a yes"),
@@ -52,20 +57,29 @@ class Pope(Benchmark):
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        for record in self.references(source, protocol):
+        if source.has("prompts"):
+            yield from as_llava_asks(source)
+            return
+        records = self.references(source, protocol)
+        pictures = pictures_of(source, (record["image"] for record in records))
+        for record, picture in zip(records, pictures, strict=True):
             yield Question(
                 id=record["question_id"],
                 text=record["text"].strip() + SHORT_ANSWER,
-                images=(source.picture(record["image"]),),
+                images=(picture,),
                 extra={"category": record["category"]},
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        return self.parse_references([read_document(source.path(category)) for category in _FIRST_ID])
+        if on_hub(source):
+            rows = hub_records(source, ("question_id", "question", "answer", "category"), ("image_source",))
+            return _as_in_table(rows)
+        files = [*_FIRST_ID, *(["prompts"] if source.has("prompts") else [])]
+        return self.parse_references([read_document(source.path(role)) for role in files])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
-        """Label files by name, records with a category, ``{category: [...]}``, or ``{"questions",
-        "labels"}``."""
+        """Label files by name, records with a category, ``{category: [...]}``, or ``{"questions", "labels"}``; a list
+        without labels is LLaVA's question file."""
         questions: list[Record] = []
         by_category: dict[str, list[Record]] = {}
         for document in documents:
@@ -73,6 +87,9 @@ class Pope(Benchmark):
             if isinstance(content, dict) and "questions" in content:
                 questions += records_of([Document(document.name, content["questions"])])
                 content = content.get("labels", content.get("annotations"))
+            elif isinstance(content, list) and content and not any(map(_has_label, content)):
+                questions += records_of([document], ("question_id", "category"))
+                continue
             for category, records in _categories(Document(document.name, content)).items():
                 by_category.setdefault(category, []).extend(records)
         if not any(by_category.values()):
@@ -123,6 +140,21 @@ class Pope(Benchmark):
         """One line a question for the official ``evaluate.py``: ``{"question", "answer"}``."""
         write_records(out, ({"question": p.reference.get("text", ""), "answer": p.text} for p in pairs))
         return {}
+
+
+def _has_label(record: Any) -> bool:
+    return isinstance(record, dict) and not {"label", "answer"}.isdisjoint(record)
+
+
+def _as_in_table(rows: Sequence[Record]) -> list[Record]:
+    """References in the order of the hub's table, numbered as always."""
+    by_category: dict[str, list[Record]] = {}
+    for row in rows:
+        by_category.setdefault(str(row["category"]), []).append(row)
+    waiting: dict[str, deque[Record]] = {}
+    for reference in _numbered(by_category):
+        waiting.setdefault(reference["category"], deque()).append(reference)
+    return [waiting[str(row["category"])].popleft() for row in rows]
 
 
 def _categories(document: Document) -> dict[str, list[Record]]:

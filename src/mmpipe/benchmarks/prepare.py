@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import read_jsonl
-from mmpipe.benchmarks.base import Question, Record, get
+from mmpipe.benchmarks.base import Benchmark, Question, Record, get
 from mmpipe.benchmarks.pictures import extension
 from mmpipe.benchmarks.records import write_records
 from mmpipe.benchmarks.spec import BenchmarkEntry
@@ -37,27 +37,60 @@ def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
     files = benchmark.source(source, entry.files)
     pictures = _Pictures(out)
     questions = [_stored(question, pictures) for question in benchmark.questions(files, protocol)]
-    references = benchmark.references(files, protocol)
-    if len(questions) != len(references):
+    if entry.questions is not None and len(questions) != entry.questions:
         raise DataError(
-            f"{source}: {len(questions)} questions but {len(references)} references; is a file cut off?"
+            f"{source}: {len(questions)} questions where '{benchmark.name}' has {entry.questions}: a file is cut off "
+            "or of another version; if it is meant, set 'questions' of the entry in benchmarks.yaml"
         )
+    references = benchmark.references(files, protocol)
+    asked = _in_order(benchmark, questions, references, source)
     kept = _first_groups(questions, entry.limit)
-    questions, references = [questions[i] for i in kept], [references[i] for i in kept]
+    # what is submitted without being asked keeps its place in the official order
+    if entry.limit is not None or len(asked) == len(references):
+        references = [asked[i] for i in kept]
+    questions = [questions[i] for i in kept]
     if entry.control == "shuffle_images":
         questions = shuffle_images(questions, seed=entry.task)
     write_records(out / QUESTIONS, map(_as_json, questions))
     write_records(out / REFERENCES, references)
-    asked = {str(path) for question in questions for path in question.images}
-    pictures.keep(asked)
+    shown = {str(path) for question in questions for path in question.images}
+    pictures.keep(shown)
     return {
         "benchmark": benchmark.name,
         "protocol": protocol.name,
         "questions": len(questions),
         "groups": len({_group(question) for question in questions}),
-        "pictures": len(asked),
+        "pictures": len(shown),
         "max_new_tokens": entry.max_new_tokens or protocol.max_new_tokens,
     }
+
+
+def _in_order(
+    benchmark: Benchmark, questions: Sequence[Question], references: Sequence[Record], source: Path
+) -> list[Record]:
+    """The references of the questions, in the order of the questions.
+
+    Raises DataError for a question without reference, and for a reference that is asked twice or not at all, unless
+    it says so itself (``asked: false``: a question that is part of the submission only).
+    """
+    index = benchmark.index(references)
+    places = [benchmark.place(_as_asked(question), index) for question in questions]
+    lost = [question.id for question, place in zip(questions, places, strict=True) if place is None]
+    if lost:
+        raise DataError(
+            f"{source}: {len(lost)} questions have no reference, e.g. {lost[:5]}; are the files of one split?"
+        )
+    asked = [references[place] for place in places if place is not None]
+    wanted = sum(reference.get("asked", True) for reference in references)
+    if len(set(places)) < len(places) or len(asked) != wanted:
+        raise DataError(f"{source}: {len(asked)} questions but {wanted} references; is a file cut off?")
+    return asked
+
+
+def _as_asked(question: Question) -> Record:
+    """What of an answer record tells which question it belongs to."""
+    prompt = question.text if question.prompt is None else question.prompt
+    return {**question.extra, "question_id": question.id, "prompt": prompt}
 
 
 def read_questions(directory: Path) -> list[Question]:

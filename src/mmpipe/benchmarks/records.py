@@ -102,6 +102,22 @@ def iter_rows(path: Path) -> Iterator[Record]:
             yield from content
 
 
+def parquet_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record]:
+    """Rows of a parquet file or of a folder of them, with ``columns`` and those of ``optional`` that there are.
+
+    Raises DataError, before any row is read, when a file lacks one of ``columns`` or is no parquet.
+    """
+    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not parts:
+        raise DataError(f"{path}: the folder holds no parquet files")
+    for part in parts:
+        found = _parquet_columns(part)
+        lacking = [name for name in columns if name not in found]
+        if lacking:
+            raise DataError(f"{part}: the table lacks {', '.join(lacking)} (it has {', '.join(found)})")
+        yield from _parquet_rows(part, [name for name in (*columns, *optional) if name in found])
+
+
 def without_pictures(record: Record) -> Record:
     """The record without values that hold the bytes of a picture."""
     return {
@@ -183,13 +199,24 @@ def _json_lines(text: str, path: Path) -> Iterator[Any]:
             raise DataError(f"{path}, line {number}: not a JSON record ({error})") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[Record]:
+def _parquet_columns(path: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return list(pyarrow.parquet.read_schema(path).names)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error})") from error
+
+
+def _parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64):
-                yield from batch.to_pylist()
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                # a batch without columns still has rows
+                yield from batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({error})") from error

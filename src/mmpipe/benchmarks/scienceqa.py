@@ -1,8 +1,9 @@
 """ScienceQA (Lu et al. 2022, arXiv 2209.09513): school science with two to five options, half with a picture.
 
 Files are the official ``problems.json`` and ``pid_splits.json`` (the test split), the pictures below
-``test/<id>/``, and LLaVA's ``llava_test_CQM-A.json`` if its prompts are wanted word for word. A question
-without picture is asked as text.
+``test/<id>/``, and LLaVA's ``llava_test_CQM-A.json`` if its prompts are wanted word for word; or a table of
+the hub (role ``parquet``), which has no ids, so that questions are numbered by place. A question without
+picture is asked as text.
 
 LLaVA counts a question as one with a picture when ``<image>`` stands in the *answer's* prompt; so a question
 without answer is wrong, and not counted among those with a picture.
@@ -32,6 +33,7 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.choices import LETTERS, options_block
+from mmpipe.benchmarks.forms import hub_pictures_if_any, hub_records, on_hub
 from mmpipe.benchmarks.records import read_document, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
@@ -87,6 +89,7 @@ class ScienceQa(Benchmark):
         "splits": "pid_splits.json",
         "images": "test",
         "prompts": "llava_test_CQM-A.json",
+        "parquet": "ScienceQA-FULL",
     }
     protocols = (
         Protocol("llava", "LLaVA's eval_science_qa", max_new_tokens=1024),
@@ -102,15 +105,24 @@ class ScienceQa(Benchmark):
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         prompts = self._prompts(source, protocol)
-        for record in self.references(source, protocol):
-            number, picture = key(record["question_id"]), record.get("image")
-            text = prompts.get(number) or _prompt(record, protocol.prompt)
-            images = (source.picture(f"{number}/{picture}"),) if picture else ()
-            yield Question(
-                id=record["question_id"], text=f"{_MARK}\n{text}" if picture else text, images=images
-            )
+        records = self.references(source, protocol)
+        pictures: Iterator[bytes | Path | None] = (
+            hub_pictures_if_any(source)
+            if on_hub(source)
+            else (_picture(source, record) for record in records)
+        )
+        for record, picture in zip(records, pictures, strict=True):
+            text = prompts.get(key(record["question_id"])) or _prompt(record, protocol.prompt)
+            if picture is None:
+                yield Question(id=record["question_id"], text=text)
+            else:
+                yield Question(id=record["question_id"], text=f"{_MARK}\n{text}", images=(picture,))
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
+        if on_hub(source):
+            return numbered(
+                hub_records(source, ("question", "choices", "answer"), ("hint", "subject", "grade"))
+            )
         return self.read_references([source.path("questions"), source.path("splits")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
@@ -193,6 +205,11 @@ class ScienceQa(Benchmark):
         records = records_of([read_document(source.path("prompts"))], ("id", "conversations"))
         texts = {key(r["id"]): str(r["conversations"][0]["value"]) for r in records}
         return {number: text.replace(_MARK, "").strip() + OPTION_LETTER for number, text in texts.items()}
+
+
+def _picture(source: Source, record: Record) -> Path | None:
+    name = record.get("image")
+    return source.picture(f"{key(record['question_id'])}/{name}") if name else None
 
 
 def _prompt(record: Record, layout: str) -> str:

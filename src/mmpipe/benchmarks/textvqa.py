@@ -2,8 +2,8 @@
 
 Files are the official ``TextVQA_0.5.1_val.json`` (``{"data": [...]}``) and the folder ``train_images``. The
 OCR tokens of the prompt come from the records, from the Rosetta file, or with whole prompts from LLaVA's
-question file. Prompts with and without OCR tokens differ by ten points or more, so they are different
-protocols.
+question file. The table on the hub (role ``parquet``) has the tokens in it. Prompts with and without OCR
+tokens differ by ten points or more, so they are different protocols.
 
 LLaVA's answers carry the picture's id for the question's; the question is then read from the prompt.
 """
@@ -30,6 +30,7 @@ from mmpipe.benchmarks.base import (
     records_of,
     require,
 )
+from mmpipe.benchmarks.forms import hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.records import read_document, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.text import evalai_normal, one_line, soft_accuracy, vqa_normal
@@ -49,6 +50,7 @@ class TextVqa(Benchmark):
         "images": "train_images",
         "ocr": "TextVQA_Rosetta_OCR_v0.2_val.json",
         "prompts": "llava_textvqa_val_v051_ocr.jsonl",
+        "parquet": "data",
     }
     protocols = (
         Protocol(
@@ -63,16 +65,20 @@ class TextVqa(Benchmark):
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         prompts = self._prompts(source, protocol)
-        for record in self.references(source, protocol):
+        records = self.references(source, protocol)
+        pictures = pictures_of(source, (f"{record['image_id']}.jpg" for record in records))
+        for record, picture in zip(records, pictures, strict=True):
             text = prompts.get(_question_key(record)) or _prompt(record, protocol.prompt)
             yield Question(
                 id=record["question_id"],
                 text=text,
-                images=(source.picture(f"{record['image_id']}.jpg"),),
+                images=(picture,),
                 extra={"image_id": record["image_id"]},
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
+        if on_hub(source):
+            return hub_records(source, ("question_id", "image_id", "question", "answers", "ocr_tokens"))
         records = self.read_references([source.path("questions")])
         if protocol.prompt == "llava" and not source.has("prompts"):
             _add_ocr_tokens(records, source)

@@ -1,8 +1,9 @@
 """VizWiz-VQA (Gurari et al. 2018, arXiv 1802.08218): questions of blind people about their photographs.
 
 Files are the official ``val.json`` or ``test.json`` (a list of ``image, question, answers``) and the folder
-of the pictures. A question's id is its place in the list, as in LLaVA's question file; the picture's name is
-accepted too. The test split has no public answers: its submission file goes to EvalAI.
+of the pictures. A question's id is its place in the list, as in LLaVA's question file (role ``prompts``); the
+picture's name is accepted too, and is the id in the table on the hub (role ``parquet``). The test split has
+no public answers: its submission file goes to EvalAI.
 
 The official scorer normalises the prediction but never the human answers. Its table of contractions is
 written with typographic apostrophes but for a few entries, so most contractions it restores equal no human
@@ -29,6 +30,7 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
+from mmpipe.benchmarks.forms import as_llava_asks, hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.records import write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.text import (
@@ -66,7 +68,12 @@ class VizWiz(Benchmark):
 
     name = "vizwiz"
     submission = "json"
-    files: ClassVar[Mapping[str, str]] = {"questions": "val.json", "images": "val"}
+    files: ClassVar[Mapping[str, str]] = {
+        "questions": "val.json",
+        "images": "val",
+        "prompts": "llava_test.jsonl",
+        "parquet": "data",
+    }
     protocols = (
         Protocol(
             "vizwiz_val",
@@ -81,17 +88,25 @@ class VizWiz(Benchmark):
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        for record in self.references(source, protocol):
+        if protocol.prompt == "llava" and source.has("prompts"):
+            yield from as_llava_asks(source)
+            return
+        records = self.references(source, protocol)
+        pictures = pictures_of(source, (record["image"] for record in records))
+        for record, picture in zip(records, pictures, strict=True):
             question = str(record["question"])
             if protocol.prompt == "lmms":
                 question = question.capitalize()
             yield Question(
                 id=record["question_id"],
                 text=question + _INSTRUCTION + SHORT_ANSWER,
-                images=(source.picture(record["image"]),),
+                images=(picture,),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
+        if on_hub(source):
+            rows = hub_records(source, ("question_id", "question", "answers"), ("category",))
+            return [_named_as_official(row) for row in rows]
         return self.read_references([source.path("questions")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
@@ -131,6 +146,19 @@ class VizWiz(Benchmark):
             out, [{"image": pair.reference["image"], "answer": evalai_normal(pair.text)} for pair in pairs]
         )
         return {}
+
+
+def _named_as_official(row: Record) -> Record:
+    """A row of the hub's table, whose id is the picture's name, with or without extension."""
+    stem = PurePosixPath(str(row["question_id"])).stem
+    kind = {"answer_type": row["category"]} if "category" in row else {}
+    return {
+        **kind,
+        "question_id": stem,
+        "image": f"{stem}.jpg",
+        "question": row["question"],
+        "answers": row["answers"],
+    }
 
 
 def _api_normal(text: str) -> str:

@@ -1,8 +1,9 @@
 """VQA v2 (Goyal et al. 2017, arXiv 1612.00837): questions about COCO pictures, ten human answers each.
 
-Files are the official question and annotation files of a split and the folder of its pictures. Annotations of
-the test splits are not public: their submission goes to EvalAI and must hold every question of test2015,
-asked or not.
+Files are the official question and annotation files of a split and the folder of its pictures; the questions
+may also be LLaVA's (``question_id, image, text`` a line), and the hub has all in one table (role
+``parquet``). Annotations of the test splits are not public: their submission goes to EvalAI and must hold
+every question of test2015 (role ``submitted``), asked or not.
 
 The published pipeline normalises the replies for upload (EvalAI's answer processor) and scores the upload
 with the VQA evaluation, which normalises again only where the ten humans do not all agree.
@@ -27,11 +28,15 @@ from mmpipe.benchmarks.base import (
     Source,
     key,
     records_of,
+    require,
 )
+from mmpipe.benchmarks.forms import as_llava_asks, hub_pictures, hub_records, on_hub
 from mmpipe.benchmarks.records import read_document, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.text import evalai_normal, one_line, soft_accuracy, vqa_normal, vqa_normal_lmms
 from mmpipe.errors import DataError
+
+_EXTRAS = ("image_id", "question_type", "answer_type")
 
 
 class VqaV2(Benchmark):
@@ -43,6 +48,8 @@ class VqaV2(Benchmark):
         "questions": "v2_OpenEnded_mscoco_val2014_questions.json",
         "annotations": "v2_mscoco_val2014_annotations.json",
         "images": "val2014",
+        "submitted": "v2_OpenEnded_mscoco_test2015_questions.json",
+        "parquet": "data",
     }
     protocols = (
         Protocol("vqav2_val", "the VQA evaluation on answers normalised for upload", aliases=("llava",)),
@@ -51,11 +58,18 @@ class VqaV2(Benchmark):
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
+        if on_hub(source):
+            rows = hub_records(source, ("question_id", "question"))
+            for row, picture in zip(rows, hub_pictures(source), strict=True):
+                yield Question(id=row["question_id"], text=row["question"] + SHORT_ANSWER, images=(picture,))
+            return
+        records = _questions(read_document(source.path("questions")))
+        if any("text" in record for record in records):
+            yield from as_llava_asks(source, "questions")
+            return
         split = Path(source.files["images"]).name
-        for record in records_of(
-            [_list(read_document(source.path("questions")), "questions")],
-            ("question_id", "image_id", "question"),
-        ):
+        for record in records:
+            require(record, ("image_id", "question"), str(source.path("questions")))
             yield Question(
                 id=record["question_id"],
                 text=record["question"] + SHORT_ANSWER,
@@ -63,10 +77,18 @@ class VqaV2(Benchmark):
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        files = [source.path("questions")]
+        """A test split has no annotations; there the questions of all of test2015 are submitted, asked or not."""
+        if on_hub(source):
+            rows = hub_records(source, ("question_id", "question", "answers"), _EXTRAS)
+            return [_reference(row, row) for row in rows]
         if source.has("annotations"):
-            files.append(source.path("annotations"))
-        return self.read_references(files)
+            return self.read_references([source.path("questions"), source.path("annotations")])
+        references = self.read_references([source.path("questions")])
+        if not source.has("submitted"):
+            return references
+        asked = {key(reference["question_id"]) for reference in references}
+        everything = self.read_references([source.path("submitted")])
+        return [r if key(r["question_id"]) in asked else {**r, "asked": False} for r in everything]
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         """Question file, annotation file, both, ``{"questions", "annotations"}``, or records.
@@ -78,7 +100,7 @@ class VqaV2(Benchmark):
         for document in documents:
             both = document.content if isinstance(document.content, dict) else {}
             if "questions" in both or not both:
-                found = records_of([_list(document, "questions")], ("question_id",))
+                found = _questions(document)
                 questions += [record for record in found if "answers" not in record]
                 annotations |= {key(r["question_id"]): r for r in found if "answers" in r}
             if "annotations" in both:
@@ -121,6 +143,10 @@ class VqaV2(Benchmark):
         return {}
 
 
+def _questions(document: Document) -> list[Record]:
+    return records_of([_list(document, "questions")], ("question_id",))
+
+
 def _list(document: Document, name: str) -> Document:
     content = document.content
     return Document(document.name, content.get(name)) if isinstance(content, dict) else document
@@ -131,6 +157,7 @@ def _reference(question: Record, annotation: Record) -> Record:
     public)."""
     answers = annotation.get("answers")
     return {
+        **({"asked": False} if question.get("asked") is False else {}),
         "question_id": question["question_id"],
         "image_id": question.get("image_id", annotation.get("image_id")),
         "question_type": annotation.get("question_type"),
