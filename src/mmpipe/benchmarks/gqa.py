@@ -59,7 +59,17 @@ class Gqa(Benchmark):
     protocols = (
         Protocol("gqa", "the official eval.py on LLaVA's converted answers", aliases=("llava",)),
         Protocol(
-            "lmms", "lmms-eval: case and punctuation ignored on both sides", rule="lmms", max_new_tokens=16
+            "lmms",
+            "lmms-eval: case and punctuation ignored on both sides",
+            rule="lmms",
+            max_new_tokens=16,
+            aliases=("libmoe",),
+        ),
+        Protocol(
+            "vlmevalkit",
+            "VLMEvalKit: case and blanks at the ends ignored on both sides",
+            rule="vlmevalkit",
+            max_new_tokens=2048,
         ),
     )
 
@@ -98,9 +108,11 @@ class Gqa(Benchmark):
         return records
 
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
-        if protocol.rule == "lmms":
-            items = [_rate(pair, _lmms(pair.text), _lmms(str(pair.reference["answer"]))) for pair in pairs]
-            return items, {"exact_match": fmean(item.score for item in items)}
+        if protocol.rule in _PLAIN:
+            plain = _PLAIN[protocol.rule]
+            items = [_rate(pair, plain(pair.text), plain(str(pair.reference["answer"]))) for pair in pairs]
+            mean = fmean(item.score for item in items)
+            return items, {"exact_match": mean} if protocol.rule == "lmms" else {"Overall": 100 * mean}
         counted = [pair for pair in pairs if pair.reference.get("isBalanced", True)]
         if not counted:
             raise DataError("gqa: none of the questions is balanced; there is nothing to score")
@@ -111,7 +123,7 @@ class Gqa(Benchmark):
         scores, units = [item.score for item in items], [item.unit for item in items]
         if protocol.rule == "lmms":
             return estimate_mean("exact_match", scores, units)
-        return estimate_mean("accuracy", scores, units, 100)
+        return estimate_mean("accuracy" if protocol.rule == "official" else "Overall", scores, units, 100)
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
         """``testdev_balanced_predictions.json`` for the official eval.py; a missing answer is an empty
@@ -148,6 +160,9 @@ def predicted(reply: str) -> str:
 
 def _lmms(text: str) -> str:
     return text.lower().translate(_NO_PUNCTUATION)
+
+
+_PLAIN: Mapping[str, Callable[[str], str]] = {"lmms": _lmms, "vlmevalkit": lambda text: text.strip().lower()}
 
 
 def _rate(pair: Pair, prediction: str, gold: str) -> Item:

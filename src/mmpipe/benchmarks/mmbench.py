@@ -71,6 +71,7 @@ class MMBench(Benchmark):
             "circular",
             "all rotations right; options read by VLMEvalKit's rule without judge; LLaVA's prompt",
             max_new_tokens=1024,
+            aliases=("llava", "vlmevalkit"),
         ),
         Protocol(
             "circular_cn", "the same with the Chinese instruction", prompt="llava_cn", max_new_tokens=1024
@@ -84,6 +85,7 @@ class MMBench(Benchmark):
             rule="lmms",
             prompt="lmms",
             max_new_tokens=1024,
+            aliases=("libmoe",),
         ),
     )
 

@@ -35,7 +35,7 @@ from mmpipe.benchmarks.base import (
 )
 from mmpipe.benchmarks.forms import hub_pictures, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, bootstrap
-from mmpipe.benchmarks.yesno import OTHER, first_four, first_four_lmms
+from mmpipe.benchmarks.yesno import OTHER, first_four, first_four_lmms, yes_or_no_word
 from mmpipe.errors import DataError
 
 PERCEPTION = (
@@ -46,7 +46,16 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 _INSTRUCTION = "Please answer yes or no."
 _FIELDS = ("question_id", "category", "question", "answer")
 _PICTURES = (".jpg", ".jpeg", ".png")
-_RULES: Mapping[str, Callable[[str], str]] = {"official": first_four, "lmms": first_four_lmms}
+_RULES: Mapping[str, Callable[[str], str]] = {
+    "official": first_four,
+    "lmms": first_four_lmms,
+    "vlmevalkit": yes_or_no_word,
+}
+_TOTALS = {
+    "official": ("perception", "cognition"),
+    "lmms": ("mme_perception_score", "mme_cognition_score"),
+    "vlmevalkit": ("perception", "reasoning"),
+}
 
 
 class Mme(Benchmark):
@@ -59,8 +68,19 @@ class Mme(Benchmark):
         "parquet": "data",
     }
     protocols = (
-        Protocol("official", "the rule of calculation.py: yes or no within the first four characters"),
-        Protocol("lmms", "lmms-eval: blanks and periods deleted, y and n accepted", rule="lmms"),
+        Protocol(
+            "official",
+            "the rule of calculation.py: yes or no within the first four characters",
+            aliases=("llava",),
+        ),
+        Protocol(
+            "lmms",
+            "lmms-eval: blanks and periods deleted, y and n accepted",
+            rule="lmms",
+            max_new_tokens=16,
+            aliases=("libmoe",),
+        ),
+        Protocol("vlmevalkit", "VLMEvalKit: the word yes or no, not both", rule="vlmevalkit"),
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
@@ -111,10 +131,7 @@ class Mme(Benchmark):
         scores = _category_scores(items)
         perception = sum(score for name, score in scores.items() if name not in COGNITION)
         cognition = sum(score for name, score in scores.items() if name in COGNITION)
-        if protocol.rule == "lmms":
-            totals = {"mme_perception_score": perception, "mme_cognition_score": cognition}
-        else:
-            totals = {"perception": perception, "cognition": cognition}
+        totals = dict(zip(_TOTALS[protocol.rule], (perception, cognition), strict=True))
         return items, {**totals, "total": perception + cognition, "per_category": scores}
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
@@ -134,7 +151,7 @@ class Mme(Benchmark):
             return (100 * right / asked + 100 * both / pictures).sum(axis=-1)
 
         scores = _category_scores(kept)
-        return bootstrap("perception", totals, score, sum(scores.values()))
+        return bootstrap(_TOTALS[protocol.rule][0], totals, score, sum(scores.values()))
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
         """The files that ``calculation.py`` reads, one a category, packed into a zip.

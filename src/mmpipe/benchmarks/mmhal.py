@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import ClassVar
 
 from mmpipe.benchmarks.base import (
+    SHORT_ANSWER,
     Benchmark,
     Document,
     Item,
@@ -60,6 +61,13 @@ class MmHal(Benchmark):
             num_beams=3,
             judged=True,
         ),
+        Protocol(
+            "llava_mod",
+            "a short answer asked for, as LLaVA-MoD's script does by default",
+            prompt="short",
+            max_new_tokens=1024,
+            judged=True,
+        ),
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
@@ -68,7 +76,9 @@ class MmHal(Benchmark):
                 image: bytes | Path = decode_base64(str(record["image"]), f"mmhal, record {place}")
             else:
                 image = source.picture(PurePosixPath(str(record["image_src"])).name)
-            yield Question(id=place, text=str(record["question"]), images=(image,))
+            text = str(record["question"])
+            short = SHORT_ANSWER if protocol.prompt == "short" else ""
+            yield Question(id=place, text=text + short, images=(image,), prompt=text if short else None)
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
         records = [{k: v for k, v in record.items() if k != "image"} for record in self._records(source)]

@@ -187,11 +187,15 @@ def open_candidates(reply: str) -> list[str | float]:
     ends = []
     for place, line in enumerate(lines):
         leads = (*_LEADS, "=") if place == len(lines) - 1 else _LEADS
-        tails = [tail for lead in leads if lead in line if (tail := line.split(lead)[-1].strip())]
-        if tails:
-            shortest = min(tails, key=len)
-            if shortest not in tuple(_EDGE_MARKS):
-                ends.append(shortest)
+        shortest = ""
+        for lead in leads:
+            if lead in line:
+                tail = line.split(lead)[-1].strip()
+                # as in the original, an empty end counts, and any later one replaces it
+                if not shortest or len(tail) < len(shortest):
+                    shortest = tail
+        if shortest and shortest not in tuple(_EDGE_MARKS):
+            ends.append(shortest)
     texts = ends or [whole]
     numbers = [number for text in texts for pattern in _NUMBERS for number in pattern.findall(text)]
     return [form for text in (*texts, *numbers) for form in normal_forms(text)]

@@ -141,7 +141,7 @@ class ObjHal(Benchmark):
     protocols = (
         Protocol(
             "objhal", "a judge lists the objects; three beams, as RLAIF-V", rule="judge", max_new_tokens=1024,
-            num_beams=3, judged=True, aliases=("rlaifv",),
+            num_beams=3, judged=True, aliases=("rlaifv", "llava_mod"),
         ),
         Protocol("greedy", "the same with greedy decoding", rule="judge", max_new_tokens=1024, judged=True),
         Protocol("chair", "objects read from the reply itself, no judge", rule="chair", max_new_tokens=1024),

@@ -34,11 +34,15 @@ from mmpipe.benchmarks.base import (
 from mmpipe.benchmarks.forms import as_llava_asks, hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.records import read_document, write_records
 from mmpipe.benchmarks.stats import Estimate, bootstrap, estimate_mean
-from mmpipe.benchmarks.yesno import NO, OTHER, YES, equal_lmms, llava_pope
+from mmpipe.benchmarks.yesno import NO, OTHER, YES, equal_lmms, llava_pope, yes_or_no_word
 from mmpipe.errors import DataError
 
 _FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
-_RULES: Mapping[str, Callable[[str], str]] = {"official": llava_pope, "lmms": equal_lmms}
+_RULES: Mapping[str, Callable[[str], str]] = {
+    "official": llava_pope,
+    "lmms": equal_lmms,
+    "vlmevalkit": yes_or_no_word,
+}
 
 
 class Pope(Benchmark):
@@ -53,7 +57,15 @@ class Pope(Benchmark):
     }
     protocols = (
         Protocol("llava", "LLaVA's eval_pope: a reply without a word of denial is a yes"),
-        Protocol("lmms", "lmms-eval: the reply must be yes or no, anything else is wrong", rule="lmms"),
+        Protocol(
+            "lmms",
+            "lmms-eval: the reply must be yes or no, anything else is wrong",
+            rule="lmms",
+            aliases=("libmoe",),
+        ),
+        Protocol(
+            "vlmevalkit", "VLMEvalKit: the word yes or no, not both; all else is wrong", rule="vlmevalkit"
+        ),
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
@@ -112,6 +124,8 @@ class Pope(Benchmark):
             categories.setdefault(item.facts["category"], []).append(item)
         if protocol.rule == "lmms":
             return items, _lmms(items)
+        if protocol.rule == "vlmevalkit":
+            return items, {name: _vlmevalkit(some) for name, some in {"Overall": items, **categories}.items()}
         report = {category: _ratios(_confusion(members)) for category, members in categories.items()}
         mean = {
             f"mean_{name}": fmean(values[name] for values in report.values()) for name in ("f1", "accuracy")
@@ -119,9 +133,11 @@ class Pope(Benchmark):
         return items, {**report, **mean}
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
-        """Mean F1 over the categories (lmms-eval: accuracy), resampled by picture."""
+        """Mean F1 over the categories (lmms-eval: accuracy; VLMEvalKit: F1 of all), resampled by picture."""
         if protocol.rule == "lmms":
             return estimate_mean("pope_accuracy", [i.score for i in items], [i.unit for i in items])
+        if protocol.rule == "vlmevalkit":
+            return _overall_f1(items, metrics["Overall"]["Overall"])
         names = sorted({item.facts["category"] for item in items})
         totals: dict[str, list[float]] = {}
         for item in items:
@@ -277,6 +293,27 @@ def _lmms(items: Sequence[Item]) -> Record:
         "pope_f1_score": _ratio(2 * tp, 2 * tp + fp + fn),
         "pope_yes_ratio": fmean(item.facts["gold"] == YES for item in items),
     }
+
+
+def _vlmevalkit(items: Sequence[Item]) -> Record:
+    """VLMEvalKit's row in percent; ``Overall`` is F1, and a reply that is neither yes nor no counts as no there."""
+    tp = sum(item.parsed == YES and item.facts["gold"] == YES for item in items)
+    said, true = sum(item.parsed == YES for item in items), sum(item.facts["gold"] == YES for item in items)
+    return {
+        "Overall": 100 * _ratio(2 * tp, said + true),
+        "acc": 100 * fmean(item.score for item in items),
+        "precision": 100 * _ratio(tp, said),
+        "recall": 100 * _ratio(tp, true),
+    }
+
+
+def _overall_f1(items: Sequence[Item], value: float) -> Estimate:
+    totals: dict[str, list[float]] = {}
+    for item in items:
+        row = totals.setdefault(item.unit, [0.0, 0.0])
+        row[0] += item.parsed == YES and item.facts["gold"] == YES
+        row[1] += (item.parsed == YES) + (item.facts["gold"] == YES)
+    return bootstrap("Overall", totals, lambda t: 200 * t[..., 0] / t[..., 1], value)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -20,6 +20,8 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _DIGIT_COMMAS_DIGIT = re.compile(r"\d,+\d")
 _PERIOD = re.compile(r"\.(?!\d)")
+LONE_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
+"""A period with no digit before or after it."""
 _MOST_PERIODS = int(re.UNICODE)
 
 # Contractions are completed from the spelling without one of their apostrophes.
@@ -81,6 +83,12 @@ def vqa_normal(text: str) -> str:
 def vqa_normal_lmms(text: str) -> str:
     """The same in lmms-eval, whose comma rule is EvalAI's."""
     return drop_articles(drop_punctuation(text, _DIGIT_COMMAS_DIGIT))
+
+
+@lru_cache(maxsize=65536)
+def vqa_normal_vlmevalkit(text: str) -> str:
+    """The same in VLMEvalKit, which deletes only the periods that stand between no digits."""
+    return drop_articles(drop_punctuation(text, period=LONE_PERIOD))
 
 
 @lru_cache(maxsize=65536)

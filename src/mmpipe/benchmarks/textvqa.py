@@ -33,10 +33,11 @@ from mmpipe.benchmarks.base import (
 from mmpipe.benchmarks.forms import hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.records import read_document, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
-from mmpipe.benchmarks.text import evalai_normal, one_line, soft_accuracy, vqa_normal
+from mmpipe.benchmarks.text import evalai_normal, one_line, soft_accuracy, vqa_normal, vqa_normal_vlmevalkit
 from mmpipe.errors import DataError
 
 _OCR = "Reference OCR token: "
+_HEADLINES = {"lmms": "exact_match", "vqa": "overall", "vlmevalkit": "Overall"}
 _OLD_LAYOUT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
@@ -59,7 +60,20 @@ class TextVqa(Benchmark):
             aliases=("llava", "m4c", "ocr"),
         ),
         Protocol("textvqa_val", "the same without OCR tokens", prompt="plain"),
-        Protocol("lmms", "lmms-eval: no OCR tokens, question capitalised", rule="lmms", prompt="lmms"),
+        Protocol(
+            "lmms",
+            "lmms-eval: no OCR tokens, question capitalised",
+            rule="lmms",
+            prompt="lmms",
+            aliases=("libmoe",),
+        ),
+        Protocol(
+            "vlmevalkit",
+            "VLMEvalKit: no OCR tokens, its punctuation rule on both sides",
+            rule="vlmevalkit",
+            prompt="plain",
+            max_new_tokens=2048,
+        ),
         Protocol("vqa", "the VQA evaluation, which compares raw where the humans are unanimous", rule="vqa"),
     )
 
@@ -109,11 +123,13 @@ class TextVqa(Benchmark):
             return items, {"exact_match": mean}
         if protocol.rule == "vqa":
             return items, {"overall": round(100 * mean, 2)}
+        if protocol.rule == "vlmevalkit":
+            return items, {"Overall": 100 * mean}
         return items, {"accuracy": round(100 * mean, 2), "accuracy_exact": 100 * mean, "samples": len(items)}
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
         scale = 1.0 if protocol.rule == "lmms" else 100.0
-        metric = {"lmms": "exact_match", "vqa": "overall"}.get(protocol.rule, "accuracy_exact")
+        metric = _HEADLINES.get(protocol.rule, "accuracy_exact")
         return estimate_mean(metric, [item.score for item in items], [item.unit for item in items], scale)
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
@@ -197,6 +213,10 @@ def _rate(pair: Pair, rule: str) -> Item:
 
 
 def _normalised(reply: str, humans: Sequence[Any], rule: str) -> tuple[str, list[str]]:
+    if rule == "vlmevalkit":
+        return vqa_normal_vlmevalkit(one_line(reply)), [
+            vqa_normal_vlmevalkit(one_line(str(h))) for h in humans
+        ]
     if rule != "vqa":
         return evalai_normal(reply), [evalai_normal(str(human)) for human in humans]
     reply, gold = one_line(reply), [one_line(str(human)) for human in humans]

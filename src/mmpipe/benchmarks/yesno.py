@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from mmpipe.benchmarks.text import drop_punctuation
-
-_LONE_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
+from mmpipe.benchmarks.text import LONE_PERIOD, drop_punctuation
 
 YES, NO, OTHER = "yes", "no", "other"
 
@@ -53,5 +49,5 @@ def yes_in_it(reply: str) -> str:
 
 def yes_or_no_word(reply: str) -> str:
     """VLMEvalKit's rule: one of the words "yes" and "no", but not both."""
-    words = {YES, NO}.intersection(drop_punctuation(reply.lower(), period=_LONE_PERIOD).split())
+    words = {YES, NO}.intersection(drop_punctuation(reply.lower(), period=LONE_PERIOD).split())
     return words.pop() if len(words) == 1 else OTHER
