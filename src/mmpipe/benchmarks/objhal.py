@@ -39,7 +39,7 @@ from mmpipe.benchmarks.base import (
 )
 from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.pictures import decode_base64
-from mmpipe.benchmarks.records import iter_rows, read_document, write_records
+from mmpipe.benchmarks.records import iter_rows, read_document, read_documents, write_records
 from mmpipe.benchmarks.stats import Estimate, bootstrap
 from mmpipe.errors import DataError
 
@@ -158,13 +158,19 @@ class ObjHal(Benchmark):
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        words = Words(_read_synonyms(source.path("synonyms")))
-        rows = [{name: row[name] for name in _FIELDS} for row in iter_rows(source.path("questions"))]
-        objects = _coco_objects(source.path("annotations"), {key(row["image_id"]) for row in rows}, words)
-        return [
-            {"question_id": i, **row, "gt_objects": objects[key(row["image_id"])], "synonyms": words.classes}
-            for i, row in enumerate(rows)
-        ]
+        return self.read_references([source.path(role) for role in ("questions", "synonyms", "annotations")])
+
+    def read_references(self, paths: Sequence[Path]) -> list[Record]:
+        """Besides files of records, the synonym table (``.txt``) and the folder of COCO's annotations."""
+        tables = [path for path in paths if path.suffix == ".txt"]
+        folders = [path for path in paths if path.is_dir()]
+        synonyms = {word: name for path in tables for word, name in _read_synonyms(path).items()}
+        documents = read_documents([path for path in paths if path not in tables and path not in folders])
+        for folder in folders:
+            documents = [_with_objects(document, folder, Words(synonyms)) for document in documents]
+        if synonyms:
+            documents.append(Document("synonyms", {"synonyms": synonyms}))
+        return self.parse_references(documents)
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         """Records with ``gt_objects``; the synonym table in each, as a document ``{"synonyms"}``, or as its
@@ -336,6 +342,13 @@ def _read_synonyms(path: Path) -> dict[str, str]:
     if not table:
         raise DataError(f"{path}: the synonym table is empty")
     return table
+
+
+def _with_objects(document: Document, annotations: Path, words: Words) -> Document:
+    """The questions without pictures, with the objects that COCO knows in them."""
+    rows = [{name: row[name] for name in _FIELDS} for row in records_of([document], _FIELDS)]
+    objects = _coco_objects(annotations, {key(row["image_id"]) for row in rows}, words)
+    return Document(document.name, [{**row, "gt_objects": objects[key(row["image_id"])]} for row in rows])
 
 
 def _coco_objects(folder: Path, wanted: set[str], words: Words) -> dict[str, list[str]]:
