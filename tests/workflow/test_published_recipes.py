@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from project_fixtures import REPOSITORY, Project
@@ -24,3 +25,27 @@ def test_llava_15_fetches_every_shared_picture_once(project: Project) -> None:
     assert jobs["fetch_dataset"] == 1 + (1 + 5 + 2) + 1
     assert jobs["fetch_backbone"] == 2
     assert jobs["mix_data"] == 2
+
+
+def test_libmoe_trains_what_the_routers_share_once_for_each_backbone(project: Project) -> None:
+    jobs = project.planned("results/mmbench.json", "--configfile", "config/libmoe.yaml")
+    assert jobs["pretrain"] == jobs["prefinetune"] == 3
+    assert jobs["upcycle"] == jobs["finetune"] == 15
+    assert jobs["fetch_backbone"] == 2 + 2
+    assert jobs["mix_data"] == 3
+
+
+def test_libmoes_data_variants_share_the_upcycled_model(project: Project) -> None:
+    def both(config: dict[str, Any]) -> None:
+        config["recipes"] = ["libmoe-clip336-phi3-topk-*"]
+
+    project.edit("config/libmoe.yaml", both)
+    jobs = project.planned("results/mmbench.json", "--configfile", "config/libmoe.yaml")
+    assert (jobs["pretrain"], jobs["prefinetune"], jobs["upcycle"], jobs["finetune"]) == (1, 1, 3, 6)
+
+
+def test_the_demo_of_libmoe(project: Project) -> None:
+    jobs = project.planned("results/pope.json", "--configfile", "config/demo-libmoe.yaml")
+    assert (jobs["pretrain"], jobs["prefinetune"], jobs["upcycle"], jobs["finetune"]) == (1, 1, 10, 10)
+    plan = project.planned("results/mmbench.json")
+    assert "prefinetune" not in plan, "not part of the default"
