@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import pkgutil
+import sys
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,14 +32,40 @@ def modules(package: str) -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"{package}.{name}") for name in names(package)}
 
 
+def _look_here() -> None:
+    """Let modules in the working directory be found: a user's own stand beside ``config/``."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def source_file(path: str) -> Path:
+    """The file that defines the module of ``package.module:name``; the module itself is not imported.
+
+    Raises ConfigError when there is no such module, or it is no Python file.
+    """
+    module_name = path.partition(":")[0]
+    _look_here()
+    try:
+        found = importlib.util.find_spec(module_name)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise ConfigError(f"there is no module '{module_name}' ({error})") from error
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        raise ConfigError(
+            f"there is no module '{module_name}': put {module_name.replace('.', '/')}.py into {os.getcwd()}"
+        )
+    return Path(found.origin)
+
+
 def load_object(path: str, where: str) -> Any:
-    """Import ``package.module:name``.
+    """Import ``package.module:name``, also from the working directory.
 
     Raises ConfigError, opened by ``where``, when the module or the name does not exist.
     """
     module_name, _, name = path.partition(":")
     if not name:
         raise ConfigError(f"{where}: '{path}' should read 'package.module:name'")
+    _look_here()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

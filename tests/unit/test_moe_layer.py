@@ -188,8 +188,8 @@ def test_a_router_of_ones_own_by_import_path() -> None:
     assert isinstance(build(settings, 16), Fixed)
     with pytest.raises(ConfigError, match="is not a subclass"):
         build(MoESettings(router="torch.nn:Linear"), 16)
-    with pytest.raises(ConfigError, match="there is no module"):
-        build(MoESettings(router="nowhere:Router"), 16)
+    with pytest.raises(ValueError, match=r"there is no module 'nowhere': put nowhere.py into"):
+        MoESettings(router="nowhere:Router")
     with pytest.raises(ConfigError, match="second_choice"):
         build(MoESettings(router_settings={"second_choice": "sometimes"}), 16)
     with pytest.raises(ValueError, match="no router 'topkk'; did you mean 'topk'"):

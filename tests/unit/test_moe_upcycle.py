@@ -9,7 +9,7 @@ import torch
 from tiny_llava import batch, llava
 from torch import nn
 
-from mmpipe.errors import ArtifactError, ConfigError
+from mmpipe.errors import ArtifactError, ConfigError, MmpipeError
 from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_layers
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, noted_settings, upcycle
@@ -118,3 +118,35 @@ def test_the_reference_gives_experts_to_the_idle_layer() -> None:
     settings = MoESettings(placement="dense", compat="reference")
     model = upcycle(llava(), settings, part="vision_tower")
     assert list(moe_layers(model)) == [f"vision_tower.encoder.layers.{i}.mlp" for i in range(2)]
+
+
+@pytest.mark.parametrize("router", ["topk", "xmoe", "shared", "tcmoe", "moepp", "remoe", "cosine", "hyper"])
+def test_layers_start_alike_only_where_the_reference_does(router: str) -> None:
+    def distinct(form: str) -> int:
+        settings = MoESettings(
+            placement="dense", router=router, router_settings={"form": form}, experts=4, top_k=2
+        )
+        layers = moe_layers(upcycle(llava(), settings)).values()
+        return len({next(layer.router.parameters()).sum().item() for layer in layers})
+
+    assert distinct("fixed") == 4
+    assert distinct("reference") == (4 if router in ("cosine", "hyper") else 1)
+
+
+def test_the_entropy_loss_is_weighed_and_off_by_default() -> None:
+    parts = []
+    for coefficient in (0.0, 0.5):
+        model = upcycle(llava(), MoESettings(entropy_coefficient=coefficient, balance_coefficient=0)).train()
+        model(**batch(), use_cache=False)
+        parts.append(collect_losses(model)[1])
+    assert parts[0] == {}
+    entropies = [s["entropy"] for s in collect_statistics(model).values()]
+    torch.testing.assert_close(parts[1]["entropy"], 0.5 * torch.stack(entropies).sum())
+
+
+def test_a_router_that_errs_is_named_with_its_place() -> None:
+    model = upcycle(llava(), MoESettings(placement=(2,)), part="language_model")
+    moe = model.model.language_model.layers[2].mlp
+    moe.router.weight.data.fill_(float("nan"))
+    with pytest.raises(MmpipeError, match=r"router 'topk' in language_model.layers.2.mlp: .*not finite"):
+        model(**batch())

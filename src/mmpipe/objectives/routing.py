@@ -7,6 +7,7 @@ Padding must be left out by the caller; the functions see the tokens that count.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,10 +31,18 @@ def _balance_of_each(p_TN: Tensor, first_T: Tensor, sequence_T: Tensor) -> Tenso
     experts = p_TN.shape[1]
     _, of_T, tokens_S = sequence_T.unique(return_inverse=True, return_counts=True)
     empty_SN = p_TN.new_zeros(len(tokens_S), experts)
-    chosen_TN = torch.nn.functional.one_hot(first_T, experts).to(p_TN.dtype)
+    chosen_TN = F.one_hot(first_T, experts).to(p_TN.dtype)
     p_SN = empty_SN.index_add(0, of_T, p_TN) / tokens_S[:, None]
     share_SN = empty_SN.index_add(0, of_T, chosen_TN) / tokens_S[:, None]
     return experts * mean_over_tokens((p_SN * share_SN).sum(1))
+
+
+def load_balancing_term(
+    p_TN: Tensor, first_T: Tensor, entry: int, sequence_T: Tensor | None = None
+) -> Tensor:
+    """What one entry contributes to :func:`load_balancing_loss`."""
+    alone_N = F.one_hot(torch.tensor(entry, device=p_TN.device), p_TN.shape[1]).to(p_TN.dtype)
+    return load_balancing_loss(p_TN * alone_N, first_T, sequence_T)
 
 
 def all_choices_balancing_loss(p_TN: Tensor, indices_TK: Tensor) -> Tensor:

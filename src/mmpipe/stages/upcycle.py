@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 from mmpipe.config.loader import validate
 from mmpipe.errors import ConfigError
 from mmpipe.models.moe.spec import MoESettings, Part
+from mmpipe.registry import source_file
 from mmpipe.stages.base import Stage, StageJob
 
 
@@ -44,6 +46,12 @@ class Upcycle(Stage):
             base = common | ({"router_settings": {}} if "router" in changes else {})
             found[part] = validate(MoESettings, base | changes, f"parts.{part}")
         return found
+
+    def spec(self) -> dict[str, Any]:
+        """The settings, and the content of files that define routers of the user's own."""
+        own = sorted({its.router for its in self.of_parts().values() if ":" in its.router})
+        code = {router: hashlib.sha256(source_file(router).read_bytes()).hexdigest() for router in own}
+        return super().spec() | ({"router_code": code} if code else {})
 
     def run(self, job: StageJob) -> None:
         from mmpipe.training.upcycle import upcycle_stage

@@ -34,7 +34,14 @@ class MoELayer(TakesForwardPass):
         self.settings = settings
         self.dense = dense
         self.mixture = nn.Linear(router.width, 2) if dense is not None else None
+        self.where = ""
+        """Where in the model the layer stands, for messages."""
         self._values_checked = False
+
+    @property
+    def described(self) -> str:
+        """The layer in messages: its router and its place."""
+        return f"router '{self.settings.router}'" + (f" in {self.where}" if self.where else "")
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         current = self.forward_pass or ForwardPass()
@@ -64,10 +71,10 @@ class MoELayer(TakesForwardPass):
 
     def _route(self, hidden_TD: Tensor, sequence_T: Tensor | None) -> tuple[Routing, Tensor]:
         routing = self.router(hidden_TD, sequence_T)
-        check_shapes(self.router, routing, len(hidden_TD), self.router.experts)
+        check_shapes(self.router, routing, len(hidden_TD), self.described)
         if hidden_TD.device.type == "cpu" or not self._values_checked:
             # looking at values makes an accelerator wait: once per layer there, always on the CPU
-            check_values(self.router, routing, self.router.experts)
+            check_values(self.router, routing, self.described)
             self._values_checked = True
         kept_TK = torch.ones_like(routing.indices_TK, dtype=torch.bool)
         if self.training and self.settings.capacity_factor is not None:
@@ -90,8 +97,13 @@ class MoELayer(TakesForwardPass):
         return routing, kept_TK
 
     def _report(self, routing: Routing, kept_TK: Tensor) -> Report:
-        coefficients = {"balance": self.settings.balance_coefficient, "z": self.settings.z_coefficient}
-        losses = {name: coefficients.get(name, 1.0) * loss for name, loss in routing.losses.items()}
+        weights = {
+            "balance": self.settings.balance_coefficient,
+            "z": self.settings.z_coefficient,
+            "entropy": self.settings.entropy_coefficient,
+        }
+        weighed = {name: weights.get(name, 1.0) for name in routing.losses}
+        losses = {name: weight * routing.losses[name] for name, weight in weighed.items() if weight}
         with torch.no_grad():
             statistics = {name: value.detach() for name, value in routing.statistics.items()}
             # dropped choices and those that do nothing (a null or free expert) have weight zero

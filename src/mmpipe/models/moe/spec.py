@@ -40,6 +40,8 @@ class MoESettings(Settings):
     """Ask for balance over all tokens of a batch, or within every sequence (LibMoE)."""
     z_coefficient: float = Field(0.0, ge=0)
     """Weight of the router z-loss."""
+    entropy_coefficient: float = 0.0
+    """Weight of the mean entropy of the routing distribution: above zero it makes choices surer, below more even."""
     layer_losses: Literal["sum", "mean"] = "sum"
     """Router losses are summed over the layers of a part, or averaged (LibMoE)."""
     residual: bool = False

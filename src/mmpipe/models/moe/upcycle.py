@@ -50,7 +50,7 @@ def upcycle(
         look_at(model, (1,))  # no stock class has such a tower, so none needs its idle end
     with torch.random.fork_rng(devices=[]):
         for site in chosen_sites(model, part, settings):
-            site.put(_sparse(site, settings, _generator(seed, part, site.name)))
+            site.put(_sparse(site, settings, seed, part))
     install(model, part, settings)
     return model
 
@@ -66,6 +66,9 @@ def install(model: LlavaForConditionalGeneration, part: Part, settings: MoESetti
             layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
     else:
         root.register_forward_pre_hook(begin_unmasked)
+    for name, module in root.named_modules():
+        if isinstance(module, MoELayer):
+            module.where = f"{part}.{name}".rstrip(".")
     noted = noted_settings(model) | {part: settings}
     moe = {name: its.model_dump(mode="json") for name, its in sorted(noted.items())}
     model.config.mmpipe = {**getattr(model.config, "mmpipe", {}), "moe": moe}
@@ -135,13 +138,13 @@ def empty_layer(site: Site, settings: MoESettings) -> MoELayer:
     return layer.to(device=like.device, dtype=like.dtype).train(network.training)
 
 
-def _sparse(site: Site, settings: MoESettings, generator: torch.Generator) -> MoELayer:
+def _sparse(site: Site, settings: MoESettings, seed: int, part: Part) -> MoELayer:
     layer = empty_layer(site, settings)
     with torch.no_grad():
         for name, tensor in read(site.network, site.name).tensors.items():
             expert = layer.experts.get_parameter(name)
             expert.copy_(tensor.expand_as(expert))
-        _draw(layer, generator)
+        _draw(layer, _generator(seed, part, "" if layer.router.starts_alike else site.name))
     return layer
 
 

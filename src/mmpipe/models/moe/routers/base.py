@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from mmpipe.models.moe.spec import MoESettings
 from mmpipe.objectives import routing
 from mmpipe.registry import load_object
 
+_REFERENCE_DEVIATION = 0.02
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -27,8 +29,8 @@ class Routing:
     weights_TK: Tensor
     """How much each choice counts."""
     losses: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars by name; ``balance`` and ``z`` are weighed by the layer's coefficients, others count as they
-    are."""
+    """Scalars by name; ``balance``, ``z`` and ``entropy`` are weighed by the layer's coefficients, others count as
+    they are."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Detached measurements by name."""
     addition_TD: Tensor | None = None
@@ -39,16 +41,21 @@ class BaseRouter(nn.Module):
     """Base of all routers.
 
     A subclass defines ``forward(hidden_TD, sequence_T) -> Routing``, where ``sequence_T``, if given, tells
-    the sequence of each token for losses taken per sequence, and may define ``Settings`` and ``step``. It
-    owns whatever parameters it needs; ``reset_parameters`` fills them from a generator, so that each layer
-    starts differently and reproducibly.
+    the sequence of each token for losses taken per sequence, and may define ``Settings``. It owns whatever
+    parameters it needs; ``reset_parameters`` fills them from a generator, so that each layer starts
+    differently and reproducibly. A schedule asks :meth:`scheduled` for the current value of a setting.
     """
 
     class Settings(Settings):
-        """A router without settings of its own."""
+        """What every router takes."""
+
+        form: Literal["fixed", "reference"] = "fixed"
+        """``reference`` computes what the published code computes, with its mistakes."""
 
     NORMALISED: ClassVar[bool] = True
     """Whether the weights of a token add up to one; others are on their honour."""
+    STARTS_ALIKE: ClassVar[bool] = False
+    """Whether the ``reference`` form starts every layer with the same numbers, as LibMoE 2.0 does."""
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__()
@@ -56,6 +63,17 @@ class BaseRouter(nn.Module):
         self.experts = experts
         self.top_k = top_k
         self.settings = settings
+        self.progress = 0.0
+
+    @property
+    def reference(self) -> bool:
+        """Whether the published code is to be repeated."""
+        return getattr(self.settings, "form", "fixed") == "reference"
+
+    @property
+    def starts_alike(self) -> bool:
+        """Whether every layer is to start with the same numbers."""
+        return self.STARTS_ALIKE and self.reference
 
     @property
     def normalised(self) -> bool:
@@ -63,14 +81,26 @@ class BaseRouter(nn.Module):
         return self.NORMALISED
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw fresh parameters."""
-        raise NotImplementedError
+        """Draw fresh parameters: uniform in +-1/sqrt(width), PyTorch's default for a linear layer; normal with
+        deviation 0.02 in the reference form of LibMoE 2.0."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if self.starts_alike:
+                    parameter.normal_(std=_REFERENCE_DEVIATION, generator=generator)
+                else:
+                    parameter.uniform_(-(self.width**-0.5), self.width**-0.5, generator=generator)
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         raise NotImplementedError
 
     def step(self, progress: float) -> None:
-        """Tell the router how far training is, 0 at the start and 1 at the end; called before every step."""
+        """Tell the router how far the training of a stage is, 0 at the start and 1 at the end; the trainer calls it before
+        every step."""
+        self.progress = progress
+
+    def scheduled(self, first: float, last: float) -> float:
+        """The current value of something that goes evenly from ``first`` to ``last`` in training, and stays there."""
+        return first + (last - first) * self.progress if self.training else last
 
 
 def linear_float(hidden_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -79,13 +109,6 @@ def linear_float(hidden_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = N
     with torch.autocast(hidden_TD.device.type, enabled=False):
         bias_N = None if bias_N is None else bias_N.float()
         return F.linear(hidden_TD.float(), weight_ND.float(), bias_N)
-
-
-def uniform_(router: nn.Module, bound: float, generator: torch.Generator) -> None:
-    """Fill all parameters uniformly in +-bound."""
-    with torch.no_grad():
-        for parameter in router.parameters():
-            parameter.uniform_(-bound, bound, generator=generator)
 
 
 def rescaled(weights_TK: Tensor) -> Tensor:
@@ -108,6 +131,7 @@ def routed(
         losses={
             "balance": routing.load_balancing_loss(p_TN, indices_TK[:, 0], sequence_T),
             "z": routing.z_loss(logits_TN),
+            "entropy": routing.entropy(p_TN),
         },
         statistics={
             "entropy": routing.entropy(p_TN.detach()),
@@ -139,9 +163,9 @@ class RouterError(MmpipeError):
     """A router gave something that cannot be carried out."""
 
 
-def check_shapes(router: BaseRouter, result: Routing, tokens: int, entries: int) -> None:
-    """Raise RouterError unless the choices have the agreed shape and type."""
-    name = type(router).__module__
+def check_shapes(router: BaseRouter, result: Routing, tokens: int, name: str) -> None:
+    """Raise RouterError, opened by ``name``, unless the choices have the agreed shape and type."""
+    entries = router.experts
     for what, tensor in (("indices", result.indices_TK), ("weights", result.weights_TK)):
         if tensor.ndim != 2 or len(tensor) != tokens:
             raise RouterError(f"{name}: {what} of shape {tuple(tensor.shape)} for {tokens} tokens")
@@ -156,10 +180,10 @@ def check_shapes(router: BaseRouter, result: Routing, tokens: int, entries: int)
         raise RouterError(f"{name}: {result.indices_TK.shape[1]} choices a token, with {entries} experts")
 
 
-def check_values(router: BaseRouter, result: Routing, entries: int) -> None:
-    """Raise RouterError unless indices are in range and weights finite and, if the router says so,
+def check_values(router: BaseRouter, result: Routing, name: str) -> None:
+    """Raise RouterError, opened by ``name``, unless indices are in range and weights finite and, if the router says so,
     normalised."""
-    name = type(router).__module__
+    entries = router.experts
     if not len(result.indices_TK):
         return
     low, high = int(result.indices_TK.min()), int(result.indices_TK.max())

@@ -3,14 +3,13 @@ lengths."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmpipe.config import base as config
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed, uniform_
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
 
 
 class Router(BaseRouter):
@@ -22,19 +21,17 @@ class Router(BaseRouter):
     same experts.
     """
 
-    class Settings(config.Settings):
-        form: Literal["fixed", "reference"] = "fixed"
+    class Settings(BaseRouter.Settings):
         temperature: float = Field(0.1, gt=0)
         """Divides the cosines; not used by ``reference``."""
+        final_temperature: float | None = Field(None, gt=0)
+        """The temperature goes evenly to this one in training; None keeps it."""
         perturbation: float = Field(0.0, ge=0)
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
         self.weight = nn.Parameter(torch.empty(experts, width))
-        self.bias = nn.Parameter(torch.empty(experts)) if settings.form == "reference" else None
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        uniform_(self, self.width**-0.5, generator)
+        self.bias = nn.Parameter(torch.empty(experts)) if self.reference else None
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         shift = self.settings.perturbation
@@ -46,7 +43,8 @@ class Router(BaseRouter):
             best_TK, indices_TK = (p_TN + self.bias.float()).topk(self.top_k, dim=1)
             weights_TK = best_TK.softmax(1)
         else:
-            logits_TN = logits_TN / self.settings.temperature
+            first, last = self.settings.temperature, self.settings.final_temperature
+            logits_TN = logits_TN / self.scheduled(first, last or first)
             p_TN = logits_TN.softmax(1)
             best_TK, indices_TK = p_TN.topk(self.top_k, dim=1)
             weights_TK = rescaled(best_TK)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmpipe.config import base as config
 from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, routed
 
 
@@ -22,8 +21,7 @@ class Router(BaseRouter):
     ``top_k``. ``reference``, LibMoE's first version, has no router losses.
     """
 
-    class Settings(config.Settings):
-        form: Literal["fixed", "reference"] = "fixed"
+    class Settings(BaseRouter.Settings):
         first_k: int = Field(1, ge=1)
         """Experts a token at the start of training."""
 
@@ -35,7 +33,6 @@ class Router(BaseRouter):
         self.register_buffer("inner_bias", torch.empty(inner))
         self.register_buffer("outer_weight", torch.empty(experts * (width + 1), inner))
         self.register_buffer("outer_bias", torch.empty(experts * (width + 1)))
-        self.progress = 0.0
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         with torch.no_grad():
@@ -45,15 +42,10 @@ class Router(BaseRouter):
             self.get_buffer("inner_bias").zero_()
             self.get_buffer("outer_bias").zero_()
 
-    def step(self, progress: float) -> None:
-        self.progress = progress
-
     @property
     def current_k(self) -> int:
-        if not self.training:
-            return self.top_k
-        first = min(self.settings.first_k, self.top_k)
-        return round((self.top_k - first) * self.progress) + first
+        """Experts a token at this point of training."""
+        return round(self.scheduled(min(self.settings.first_k, self.top_k), self.top_k))
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         buffer = {name: tensor.float() for name, tensor in self.named_buffers()}
@@ -64,7 +56,7 @@ class Router(BaseRouter):
         logits_TN = linear_float(hidden_TD, made[:, :-1], made[:, -1])
         best_TK, indices_TK = logits_TN.topk(self.current_k, dim=1)
         weights_TK = best_TK.softmax(1)
-        if self.settings.form == "reference":
+        if self.reference:
             return Routing(indices_TK, weights_TK)
         p_TN = logits_TN.softmax(1)
         return routed(indices_TK, weights_TK, p_TN=p_TN, logits_TN=logits_TN, sequence_T=sequence_T)

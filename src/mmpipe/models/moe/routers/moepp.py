@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed, uniform_
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
+from mmpipe.objectives import routing
+
+_PENALISED, _PENALTY = 4, 0.3
 
 
 class Router(BaseRouter):
@@ -16,9 +19,13 @@ class Router(BaseRouter):
 
     ``a = softmax(V x)``, ``c`` is learned. Weights of the chosen are rescaled to one; what goes to the zero
     expert is left out. As in LibMoE's code there is no copy expert and no residual of the scores.
+
+    ``reference``: the balance loss counts the entry of index 4 1.3 times. That was meant for the zero expert,
+    which has this index among four experts only.
     """
 
     NORMALISED: ClassVar[bool] = False
+    STARTS_ALIKE: ClassVar[bool] = True
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
@@ -27,7 +34,7 @@ class Router(BaseRouter):
         self.constant = nn.Parameter(torch.empty(width))
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        uniform_(self, self.width**-0.5, generator)
+        super().reset_parameters(generator)
         with torch.no_grad():
             self.constant.normal_(std=0.002, generator=generator)
 
@@ -37,6 +44,10 @@ class Router(BaseRouter):
         best_TK, choice_TK = p_TM.topk(self.top_k, dim=1)
         weights_TK = rescaled(best_TK)
         result = routed(choice_TK, weights_TK, p_TN=p_TM, logits_TN=logits_TM, sequence_T=sequence_T)
+        losses = result.losses
+        if self.reference and p_TM.shape[1] > _PENALISED:
+            extra = _PENALTY * routing.load_balancing_term(p_TM, choice_TK[:, 0], _PENALISED, sequence_T)
+            losses = losses | {"balance": losses["balance"] + extra}
         computes_TK = choice_TK < self.experts
         share_T2 = F.softmax(linear_float(hidden_TD, self.mixture), dim=1)
         constant_TD = share_T2[:, :1] * hidden_TD.float() + share_T2[:, 1:] * self.constant.float()
@@ -44,7 +55,7 @@ class Router(BaseRouter):
         return Routing(
             torch.where(computes_TK, choice_TK, 0),
             weights_TK * computes_TK,
-            result.losses,
+            losses,
             result.statistics | {"free": (~computes_TK).float().mean()},
             addition_TD=weight_T1 * constant_TD,
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pkgutil
 from pathlib import Path
 
-from mmpipe.errors import did_you_mean
+from mmpipe.errors import ConfigError, did_you_mean
+from mmpipe.registry import source_file
 
 _SHARED = frozenset({"base", "names"})
 
@@ -17,6 +18,12 @@ def known() -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError unless ``name`` is a router of this package or looks like ``package.module:Class``."""
-    if ":" not in name and name not in known():
+    """Raise ValueError unless ``name`` is a router of this package, or ``package.module:Class`` of a module that is
+    there."""
+    if ":" in name:
+        try:
+            source_file(name)
+        except ConfigError as error:
+            raise ValueError(f"router '{name}': {error}") from None
+    elif name not in known():
         raise ValueError(f"there is no router '{name}'{did_you_mean(name, known())}")

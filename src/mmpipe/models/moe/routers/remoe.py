@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, routed, uniform_
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, routed
 
 
 class Router(BaseRouter):
@@ -19,13 +19,11 @@ class Router(BaseRouter):
     """
 
     NORMALISED: ClassVar[bool] = False
+    STARTS_ALIKE: ClassVar[bool] = True
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
         self.weight = nn.Parameter(torch.empty(experts, width))
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        uniform_(self, self.width**-0.5, generator)
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         logits_TN = linear_float(hidden_TD, self.weight)

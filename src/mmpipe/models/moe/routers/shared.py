@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmpipe.config import base as config
 from mmpipe.errors import ConfigError
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed, uniform_
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
 
 
 class Router(BaseRouter):
@@ -20,17 +19,16 @@ class Router(BaseRouter):
     shared expert. Losses and measurements are those of the routed experts.
     """
 
-    class Settings(config.Settings):
+    class Settings(BaseRouter.Settings):
         scores: Literal["softmax", "sigmoid"] = "softmax"
+
+    STARTS_ALIKE: ClassVar[bool] = True
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
         if top_k < 2:
             raise ConfigError("router 'shared': top_k counts the shared expert and must be 2 or more")
         self.weight = nn.Parameter(torch.empty(experts - 1, width))
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        uniform_(self, self.width**-0.5, generator)
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         logits_TN = linear_float(hidden_TD, self.weight)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmpipe.config import base as config
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed, uniform_
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
 
 
 class Router(BaseRouter):
@@ -19,21 +18,15 @@ class Router(BaseRouter):
     all close to 1/k.
     """
 
-    class Settings(config.Settings):
-        form: Literal["fixed", "reference"] = "fixed"
-
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
         self.weight = nn.Parameter(torch.empty(experts, width))
-        self.bias = nn.Parameter(torch.empty(experts)) if settings.form == "reference" else None
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        uniform_(self, self.width**-0.5, generator)
+        self.bias = nn.Parameter(torch.empty(experts)) if self.reference else None
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         logits_TN = linear_float(hidden_TD, self.weight, self.bias)
         scores_TN = logits_TN.sigmoid()
-        if self.settings.form == "reference":
+        if self.reference:
             logits_TN, scores_TN = scores_TN, scores_TN.softmax(1)
         best_TK, indices_TK = scores_TN.topk(self.top_k, dim=1)
         return routed(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, uniform_
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float
 from mmpipe.objectives import routing
 
 _NEGATIVE_BIAS, _NULL_BIAS = -1.0, -10.0
@@ -21,18 +21,19 @@ class Router(BaseRouter):
     is over the N experts, each with both of its scores. ``null`` rewards doing nothing (1e-5 of its mean
     probability).
 
-    An expert chosen twice (added and subtracted) counts twice. LibMoE's code loses one of the two, and its
-    balance loss grows with the batch; neither is reproduced.
+    An expert chosen twice (added and subtracted) counts twice. In the ``reference`` form, as in LibMoE's code,
+    a later choice of the same entry modulo N, also one that does nothing, replaces an earlier one (there the
+    replaced one still gets a gradient, here it does not); and the
+    balance loss, ``sum_e (choices of e / (K * tokens of a sequence)) * mean(p_e)``, grows with the batch; the
+    z-loss sees the scores without their biases.
     """
 
     NORMALISED: ClassVar[bool] = False
+    STARTS_ALIKE: ClassVar[bool] = True
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
         self.weight = nn.Parameter(torch.empty(2 * experts + top_k, width))
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        uniform_(self, self.width**-0.5, generator)
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         n = self.experts
@@ -48,6 +49,8 @@ class Router(BaseRouter):
         sign_TK = torch.where(choice_TK < n, 1.0, -1.0) * acts_TK
         weights_TK = sign_TK * best_TK / total_T1.clamp_min(1e-6)
         indices_TK = torch.where(acts_TK, choice_TK % n, 0)
+        if self.reference:
+            weights_TK = weights_TK * _last_of_each(choice_TK % n)
 
         pair_TN = p_TM[:, :n] + p_TM[:, n : 2 * n]
         share_TN = pair_TN / pair_TN.sum(1, keepdim=True)
@@ -55,8 +58,9 @@ class Router(BaseRouter):
             indices_TK,
             weights_TK,
             losses={
-                "balance": routing.load_balancing_loss(share_TN, indices_TK[:, 0], sequence_T),
-                "z": routing.z_loss(logits_TM),
+                "balance": self._balance(share_TN, indices_TK, choice_TK % n, sequence_T),
+                "z": routing.z_loss(raw_TM if self.reference else logits_TM),
+                "entropy": routing.entropy(p_TM),
                 "null": -_NULL_REWARD * routing.mean_over_tokens(nothing_T1.squeeze(1)),
             },
             statistics={
@@ -65,3 +69,19 @@ class Router(BaseRouter):
                 "null": (~acts_TK).float().mean(),
             },
         )
+
+    def _balance(
+        self, share_TN: Tensor, indices_TK: Tensor, entry_TK: Tensor, sequence_T: Tensor | None
+    ) -> Tensor:
+        if not self.reference:
+            return routing.load_balancing_loss(share_TN, indices_TK[:, 0], sequence_T)
+        sequences = 1 if sequence_T is None or not len(sequence_T) else int(sequence_T.max()) + 1
+        choices = max(1, entry_TK.numel()) / sequences
+        load_N = torch.bincount(entry_TK.flatten(), minlength=self.experts) / choices
+        return (load_N * routing.mean_over_tokens(share_TN)).sum()
+
+
+def _last_of_each(entry_TK: Tensor) -> Tensor:
+    """Whether no later choice of the token is of the same entry."""
+    same_TKK = entry_TK[:, :, None] == entry_TK[:, None, :]
+    return ~same_TKK.triu(1).any(2)

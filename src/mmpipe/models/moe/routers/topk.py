@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmpipe.config import base as config
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed, uniform_
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
 
 
 class Router(BaseRouter):
@@ -17,13 +16,16 @@ class Router(BaseRouter):
     With one expert a token the weight is p itself: rescaled it would be the constant one, and the router
     would learn nothing from the task.
 
-    All arithmetic is in float32. Deterministic unless ``second_choice`` says otherwise.
+    All arithmetic is in float32. Deterministic unless ``second_choice`` says otherwise. LibMoE's SMoE-R; its
+    ``reference`` form differs in how it starts only.
     """
 
-    class Settings(config.Settings):
+    class Settings(BaseRouter.Settings):
         second_choice: Literal["most_likely", "gumbel", "gumbel_always"] = "most_likely"
         """How a second expert is found: the most likely of the others; or by adding Gumbel noise to the
         logits, in training or also in evaluation. DeepSpeed before 0.15, hence LLaVA-MoD, always samples."""
+
+    STARTS_ALIKE: ClassVar[bool] = True
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
@@ -32,10 +34,6 @@ class Router(BaseRouter):
     @property
     def normalised(self) -> bool:
         return self.top_k > 1
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Uniform in +-1/sqrt(width), PyTorch's default for a linear layer."""
-        uniform_(self, self.width**-0.5, generator)
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         logits_TN = linear_float(hidden_TD, self.weight)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmpipe.config import base as config
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed, uniform_
+from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
 
 
 class Router(BaseRouter):
@@ -22,12 +21,15 @@ class Router(BaseRouter):
     changes no result.)
     """
 
-    class Settings(config.Settings):
-        form: Literal["fixed", "reference"] = "fixed"
+    class Settings(BaseRouter.Settings):
         dimension: int | None = Field(None, ge=1)
         """Of the sphere; half the number of experts by default."""
         temperature: float = Field(0.3, gt=0)
+        final_temperature: float | None = Field(None, gt=0)
+        """The temperature goes evenly to this one in training; None keeps it."""
         radius: float = Field(1.5, gt=0)
+
+    STARTS_ALIKE: ClassVar[bool] = True
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
@@ -35,18 +37,16 @@ class Router(BaseRouter):
         self.reduction = nn.Parameter(torch.empty(dimension, width))
         self.embeddings = nn.Parameter(torch.empty(experts, dimension))
 
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        uniform_(self, self.width**-0.5, generator)
-
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
-        reference = self.settings.form == "reference"
+        reference = self.reference
         reduced_TM = F.normalize(linear_float(hidden_TD, self.reduction), dim=1, eps=1e-4)
         given_NM = self.embeddings.float()
         on_sphere_NM = self.settings.radius * F.normalize(given_NM, dim=1)
         if reference:
             on_sphere_NM = given_NM + (on_sphere_NM - given_NM).detach()
         cosines_TN = linear_float(reduced_TM, on_sphere_NM)
-        logits_TN = cosines_TN / self.settings.temperature
+        first, last = self.settings.temperature, self.settings.final_temperature
+        logits_TN = cosines_TN / self.scheduled(first, last or first)
         p_TN = logits_TN.softmax(1)
         best_TK, indices_TK = p_TN.topk(self.top_k, dim=1)
         weights_TK = best_TK.softmax(1) if reference else rescaled(best_TK)
