@@ -11,13 +11,14 @@ from tiny_llava import batch, llava
 from torch import Tensor, nn
 
 from mmpipe.errors import ConfigError
-from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_layers, step_routers
+from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_layers
 from mmpipe.models.moe.experts import ExpertsConfig, SwiGLUExperts, loop
 from mmpipe.models.moe.forward_pass import ForwardPass
 from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.routers.base import BaseRouter, RouterError, Routing, build
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
+from mmpipe.models.progress import tell_progress
 
 
 class Fixed(BaseRouter):
@@ -207,7 +208,7 @@ def test_settings_that_cannot_be() -> None:
 
 def test_steps_reach_every_router() -> None:
     model = upcycle(llava(layers=2), MoESettings(router=f"{__name__}:Fixed"))
-    step_routers(model, 0.25)
+    tell_progress(model, 0.25)
     assert [moe.router.seen for moe in moe_layers(model).values()] == [0.25]
 
 

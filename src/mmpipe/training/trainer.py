@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mmpipe.artifacts.files import sync
 from mmpipe.errors import MmpipeError
-from mmpipe.models.moe.collect import step_routers
+from mmpipe.models.progress import tell_progress
 from mmpipe.models.trainable import learning_rate_groups
 from mmpipe.training.objective import Batch, Normaliser, Task
 
@@ -81,7 +81,7 @@ class StageTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         world = self.args.world_size
-        step_routers(self.task.model, self.state.global_step / max(1, self.state.max_steps))
+        tell_progress(self.task.model, self.state.global_step / max(1, self.state.max_steps))
         normaliser = Normaliser(num_items_in_batch, self.current_gradient_accumulation_steps * world)
         for fault in inputs["replaced"]:
             log.warning("a record was replaced: %s", fault)

@@ -1,4 +1,4 @@
-"""Reading losses and measurements of a model's MoE layers after a forward pass, and moving its routers on."""
+"""Reading losses and measurements of a model's MoE layers after a forward pass."""
 
 from __future__ import annotations
 
@@ -69,12 +69,6 @@ def collect_statistics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 def part_of(layer: str) -> str:
     """The part of the model that a layer stands in, by the layer's name."""
     return layer.partition(".")[0]
-
-
-def step_routers(model: nn.Module, progress: float) -> None:
-    """Tell every router how far training is, from 0 to 1."""
-    for layer in moe_layers(model).values():
-        layer.router.step(progress)
 
 
 def _reports(model: nn.Module) -> dict[str, list[Report]]:

@@ -60,6 +60,12 @@ class ForwardPass:
         real_T = mask[:, -length:].bool().flatten()
         return cls() if bool(real_T.all()) else cls(real_T.nonzero().squeeze(1))
 
+    def narrowed(self, real_BM: Tensor) -> ForwardPass:
+        """The same pass where only some tokens are left; ``real_BM`` tells which of them count."""
+        left = ForwardPass.of_mask(real_BM, real_BM.shape[1])
+        left.reports = self.reports
+        return left
+
 
 class TakesForwardPass(nn.Module):
     """A module that reads and reports to the current forward pass."""

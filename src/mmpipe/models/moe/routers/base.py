@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmpipe.config.base import Settings
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.models.moe.spec import MoESettings
+from mmpipe.models.progress import FollowsTraining
 from mmpipe.objectives import routing
 from mmpipe.registry import load_object
 
@@ -37,7 +38,7 @@ class Routing:
     """What the router itself adds to the output."""
 
 
-class BaseRouter(nn.Module):
+class BaseRouter(FollowsTraining):
     """Base of all routers.
 
     A subclass defines ``forward(hidden_TD, sequence_T) -> Routing``, where ``sequence_T``, if given, tells
@@ -63,7 +64,6 @@ class BaseRouter(nn.Module):
         self.experts = experts
         self.top_k = top_k
         self.settings = settings
-        self.progress = 0.0
 
     @property
     def reference(self) -> bool:
@@ -92,11 +92,6 @@ class BaseRouter(nn.Module):
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         raise NotImplementedError
-
-    def step(self, progress: float) -> None:
-        """Tell the router how far the training of a stage is, 0 at the start and 1 at the end; the trainer calls it before
-        every step."""
-        self.progress = progress
 
     def scheduled(self, first: float, last: float) -> float:
         """The current value of something that goes evenly from ``first`` to ``last`` in training, and stays there."""

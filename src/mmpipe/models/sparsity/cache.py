@@ -1,0 +1,140 @@
+"""A cache whose deep layers hold kept tokens only.
+
+Layers before the sparse one cache everything. The others share :class:`Slots`, which says for every row which slots hold a
+token and at which position; rows have as many as they kept. Slots that are free in every row do not exist. Shapes: B rows,
+W slots, M new tokens, H heads, C head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from mmpipe.errors import ConfigError
+
+
+class Slots:
+    """What the pruned layers hold, in common."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.visible_BW = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        self.positions_BW = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        self._source_BW: Tensor | None = None
+        self._unchanged = False
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens each row holds in a pruned layer."""
+        return self.visible_BW.sum(1).tolist()
+
+    def plan(self, keep_BM: Tensor, positions_BM: Tensor) -> None:
+        """Decide which of the slots and of M new tokens the layers hold from now on; they follow in :meth:`held`."""
+        candidates = torch.cat([self.visible_BW, keep_BM], dim=1)
+        positions = torch.cat([self.positions_BW, positions_BM], dim=1)
+        counts_B = candidates.sum(1)
+        kept, counts = int(keep_BM.sum()), counts_B.tolist()
+        self._unchanged, self._source_BW = kept == 0, None
+        if self._unchanged:
+            return
+        width = max(counts)
+        if min(counts) == candidates.shape[1]:
+            self.visible_BW, self.positions_BW = candidates, positions
+            return
+        # a stable sort brings the free slots to the end of each row
+        self._source_BW = (~candidates).long().argsort(dim=1, stable=True)[:, :width]
+        self.visible_BW = torch.arange(width, device=counts_B.device) < counts_B[:, None]
+        self.positions_BW = positions.gather(1, self._source_BW)
+
+    def held(self, before_BHWC: Tensor | None, all_BHKC: Tensor) -> Tensor | None:
+        """Of the slots before and all keys (or values) of this pass, those that stay."""
+        if self._unchanged:
+            return before_BHWC
+        if self._source_BW is None:
+            return all_BHKC
+        _, heads, _, size = all_BHKC.shape
+        return all_BHKC.gather(2, self._source_BW[:, None, :, None].expand(-1, heads, -1, size))
+
+    def clear(self) -> None:
+        """No tokens any more."""
+        self.__init__(len(self.visible_BW), self.visible_BW.device)  # type: ignore[misc]
+
+    def select(self, indices: Tensor) -> None:
+        """Rows ``indices``, in that order."""
+        indices = indices.to(self.visible_BW.device)
+        self.visible_BW, self.positions_BW = self.visible_BW[indices], self.positions_BW[indices]
+
+
+class PrunedLayer(DynamicLayer):
+    """The keys and values of one pruned layer. The first of them (``leads``) moves the common slots along."""
+
+    def __init__(self, slots: Slots, leads: bool) -> None:
+        super().__init__()
+        self.slots = slots
+        self.leads = leads
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values of this pass; what the slots do not keep is gone afterwards."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys = key_states[:, :, :0]
+            self.values = value_states[:, :, :0]
+        before = self.keys, self.values
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        values = torch.cat([self.values, value_states], dim=-2)
+        self.keys, self.values = self.slots.held(before[0], keys), self.slots.held(before[1], values)
+        return keys, values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows as the beams of a search go on."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Rows ``indices``."""
+        super().batch_select_indices(indices)
+        if self.leads:
+            self.slots.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        rows = torch.arange(len(self.slots.visible_BW)).repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
+        if self.leads:
+            self.slots.select(rows)
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        super().reset()
+        if self.leads:
+            self.slots.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not possible: which slots the last tokens have is not known."""
+        raise ConfigError("a sparsified model cannot take tokens back (assisted decoding); generate without an assistant")
+
+
+def slots_of(cache: Any) -> Slots | None:
+    """The slots of a cache that was pruned; None for an empty or ordinary one."""
+    pruned = (layer for layer in getattr(cache, "layers", []) if isinstance(layer, PrunedLayer))
+    return next((layer.slots for layer in pruned), None)
+
+
+def adopt(cache: Any, rows: int, device: torch.device, first: int, layers: int) -> Slots:
+    """Let layers from ``first`` on of an empty ``cache`` hold kept tokens only.
+
+    Raises ConfigError for a cache of another kind or one that holds tokens already.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise ConfigError(
+            f"a sparsified model generates with transformers' dynamic cache, not with '{type(cache).__name__}'; "
+            "leave cache_implementation unset"
+        )
+    if cache.get_seq_length():
+        raise ConfigError("the cache was filled by a model that drops nothing; start with an empty one")
+    slots = Slots(rows, device)
+    dense = list(cache.layers[:first]) + [DynamicLayer() for _ in range(first - len(cache.layers))]
+    cache.layers[:] = [*dense, *(PrunedLayer(slots, leads=i == 0) for i in range(layers - first))]
+    return slots

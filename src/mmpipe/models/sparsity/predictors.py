@@ -1,0 +1,121 @@
+"""The predictors: networks that say of every token whether it is kept. Class 0 is keep, class 1 is drop.
+
+Parameters are named as in Dynamic-LLaVA's released checkpoints. Shapes: B rows, N tokens, D width of the language
+model, E of the predictor.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpipe.models.sparsity.spec import SparsitySettings
+
+KEEP, DROP = 0, 1
+INITIALIZER_RANGE = 0.02
+
+
+class VisionPredictor(nn.Module):
+    """Judges the tokens of one picture together: each by itself and by the average of all."""
+
+    def __init__(self, width: int, settings: SparsitySettings) -> None:
+        super().__init__()
+        inner = settings.d_model
+        self.down_mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU())
+        self.transformer = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
+        self.output_mlp = nn.Sequential(
+            nn.Linear(inner, inner // 2),
+            nn.GELU(),
+            nn.Linear(inner // 2, inner // 4),
+            nn.GELU(),
+            nn.Linear(inner // 4, 2),
+        )
+
+    def forward(self, hidden_BND: Tensor, present_BN1: Tensor | None = None) -> Tensor:
+        """Logits ``[B, N, 2]``; ``present_BN1`` weighs the tokens (ones by default)."""
+        if present_BN1 is None:
+            present_BN1 = hidden_BND.new_ones(*hidden_BND.shape[:2], 1)
+        z_BNE = self.down_mlp(hidden_BND) * present_BN1
+        for block in self.transformer:
+            z_BNE = block(z_BNE)
+        local, shared = z_BNE.chunk(2, dim=-1)
+        shared = (shared * present_BN1).sum(1, keepdim=True) / present_BN1.sum(1, keepdim=True)
+        return self.output_mlp(torch.cat([local, shared.expand_as(local)], dim=-1))
+
+
+class TextPredictor(nn.Module):
+    """Judges every token by itself, so that a decision made while generating is that of training."""
+
+    def __init__(self, width: int, settings: SparsitySettings) -> None:
+        super().__init__()
+        inner = settings.d_model
+        self.output_mlp = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, inner),
+            nn.GELU(),
+            nn.Linear(inner, inner // 2),
+            nn.GELU(),
+            nn.Linear(inner // 2, inner // 4),
+            nn.GELU(),
+            nn.Linear(inner // 4, 2),
+        )
+
+    def forward(self, hidden_D: Tensor) -> Tensor:
+        """Logits ``[..., 2]`` of hidden states ``[..., D]``."""
+        return self.output_mlp(hidden_D)
+
+
+class Block(nn.Module):
+    """A transformer block with normalisation first: full attention, then a network of two layers."""
+
+    def __init__(self, settings: SparsitySettings) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(settings.d_model)
+        self.attn = Attention(settings.d_model, settings.nhead)
+        self.norm2 = nn.LayerNorm(settings.d_model)
+        self.mlp = Mlp(settings.d_model, settings.dim_feedforward)
+
+    def forward(self, z_BNE: Tensor) -> Tensor:
+        z_BNE = z_BNE + self.attn(self.norm1(z_BNE))
+        return z_BNE + self.mlp(self.norm2(z_BNE))
+
+
+class Attention(nn.Module):
+    """Multi-head attention without mask or positions; queries, keys and values have no biases."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, z_BNE: Tensor) -> Tensor:
+        rows, tokens, width = z_BNE.shape
+        q, k, v = self.qkv(z_BNE).view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(rows, tokens, width))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, z_BNE: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(z_BNE)))
+
+
+@torch.no_grad()
+def draw(predictor: nn.Module, generator: torch.Generator) -> None:
+    """Fill a predictor afresh: weights N(0, 0.02), biases 0, normalisation 1 and 0."""
+    for module in predictor.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0.0, INITIALIZER_RANGE, generator=generator)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
