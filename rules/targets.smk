@@ -5,6 +5,7 @@ localrules:
     finetuned,
     distilled,
     preferred,
+    sparsified,
     answers,
     scores,
     submissions,
@@ -40,6 +41,12 @@ rule preferred:
     """Preference-tuned models."""
     input:
         trained("prefer"),
+
+
+rule sparsified:
+    """Models that drop part of their context."""
+    input:
+        trained("sparsify"),
 
 
 rule answers:

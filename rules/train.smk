@@ -52,6 +52,16 @@ use rule finetune as prefer with:
         stage=stages_of("prefer"),
 
 
+use rule finetune as sparsify with:
+    output:
+        weights="results/{smoke}{recipe}/{stage}/model/model.safetensors",
+        predictors="results/{smoke}{recipe}/{stage}/model/sparsity.safetensors",
+        manifest="results/{smoke}{recipe}/{stage}/model/manifest.json",
+        history="results/{smoke}{recipe}/{stage}/report/history.jsonl",
+    wildcard_constraints:
+        stage=stages_of("sparsify"),
+
+
 use rule pretrain as upcycle with:
     output:
         weights="results/{smoke}{recipe}/{stage}/model/model.safetensors",

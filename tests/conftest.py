@@ -74,28 +74,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def make_job(folder: Path, name: str = "run", **changes: Any) -> StageJob:
+    """A job in the current world that publishes below ``folder``."""
+    backbones = {role: Path("resources/backbones", f"{role}-tiny") for role in ("clip", "qwen2")}
+    facts: dict[str, Any] = {
+        "recipe": "test",
+        "stage": name,
+        "spec": json.dumps({"stage": "finetune", "model": {"vision": "clip-tiny", "language": "qwen2-tiny"}}),
+        "model_dir": folder / name / "model",
+        "state_dir": folder / name / "state",
+        "report_dir": folder / name / "report",
+        "vision_language": VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
+        "backbones": {"vision": backbones["clip"], "language": backbones["qwen2"]},
+        "parent": None,
+        "mixture": Path("resources/mixtures/mix"),
+        "manifests": tuple(path / "manifest.json" for path in backbones.values()),
+    }
+    return StageJob(**{**facts, **changes})
+
+
 @pytest.fixture
 def job(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageJob]:
     """Make a job that publishes below the test's own directory."""
     monkeypatch.chdir(world)
-
-    def make(name: str = "run", **changes: Any) -> StageJob:
-        backbones = {role: Path("resources/backbones", f"{role}-tiny") for role in ("clip", "qwen2")}
-        facts: dict[str, Any] = {
-            "recipe": "test",
-            "stage": name,
-            "spec": json.dumps(
-                {"stage": "finetune", "model": {"vision": "clip-tiny", "language": "qwen2-tiny"}}
-            ),
-            "model_dir": tmp_path / name / "model",
-            "state_dir": tmp_path / name / "state",
-            "report_dir": tmp_path / name / "report",
-            "vision_language": VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
-            "backbones": {"vision": backbones["clip"], "language": backbones["qwen2"]},
-            "parent": None,
-            "mixture": Path("resources/mixtures/mix"),
-            "manifests": tuple(path / "manifest.json" for path in backbones.values()),
-        }
-        return StageJob(**{**facts, **changes})
-
-    return make
+    return lambda name="run", **changes: make_job(tmp_path, name, **changes)

@@ -62,7 +62,9 @@ def test_the_predictor_of_pictures() -> None:
 
 def test_the_predictor_of_text() -> None:
     given = PREDICTORS["text_predictor"]
-    predictor = TextPredictor(given["cfg"]["input_dim"], SparsitySettings(d_model=given["cfg"]["d_model"], nhead=4))
+    predictor = TextPredictor(
+        given["cfg"]["input_dim"], SparsitySettings(d_model=given["cfg"]["d_model"], nhead=4)
+    )
     named = dict(predictor.named_parameters())
     assert {name: list(p.shape) for name, p in named.items()} == given["shapes"]
     fill(named)
@@ -137,10 +139,17 @@ def model(case: dict[str, Any], **changes: object) -> tuple[LlamaForCausalLM, Sp
     settings = SparsitySettings(**sparse)
     config = MODEL["llama_config"]
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-    llama = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k != "rope_theta"}, rope_parameters=rope))
+    llama = LlamaForCausalLM(
+        LlamaConfig(**{k: v for k, v in config.items() if k != "rope_theta"}, rope_parameters=rope)
+    )
     wrap(llama.model, settings, PICTURE)
     named = {name.replace("sparsifier.", ""): p for name, p in llama.named_parameters()}
-    fill(named, case["bias_override_after_fill"] if "bias_override_after_fill" in case else MODEL["bias_override_after_fill"])
+    fill(
+        named,
+        case["bias_override_after_fill"]
+        if "bias_override_after_fill" in case
+        else MODEL["bias_override_after_fill"],
+    )
     return llama.eval(), settings
 
 
@@ -165,12 +174,14 @@ def training(case: dict[str, Any]) -> tuple[LlamaForCausalLM, dict[str, Tensor],
     embeddings = embeddings * mask[..., None]
     names = {"pictures": "image", "answers": "answer", "questions": "last_instruct"}
     segments = Segments(*(ranges(rows, name, longest) for name in names.values()))
-    noise = {}
+    noise = torch.zeros(len(rows), longest, 2)
     for (name, key), call in zip(names.items(), case["gumbel_calls"], strict=False):
         padded = torch.tensor(call["noise"])
-        kept = torch.arange(padded.shape[1]) < torch.tensor([b - a for a, b in (r[key] for r in rows)])[:, None]
-        noise[name] = padded[kept]
-    current = TrainingPass(segments, case["tau"], case["tau"], noise)
+        kept = (
+            torch.arange(padded.shape[1]) < torch.tensor([b - a for a, b in (r[key] for r in rows)])[:, None]
+        )
+        noise[getattr(segments, f"{name}_BL")] = padded[kept]
+    current = TrainingPass(segments, noise, case["tau"], case["tau"])
     hidden = llama.model(
         inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False, **{KEYWORD: current}
     ).last_hidden_state
@@ -180,9 +191,19 @@ def training(case: dict[str, Any]) -> tuple[LlamaForCausalLM, dict[str, Tensor],
     logits = llama.lm_head(hidden)
     ce = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     number = torch.tensor(len(rows))
-    losses = {"ce": ce, "pictures": picture_loss(current.decisions["pictures"].view(-1, PICTURE), settings.vision_keep_rate, number)}
+    losses = {
+        "ce": ce,
+        "pictures": picture_loss(
+            current.decisions["pictures"].view(-1, PICTURE), settings.vision_keep_rate, number
+        ),
+    }
     for name, mask_BL, rate, least in (
-        ("answers", segments.answers_BL, settings.output_text_keep_rate, settings.output_text_len_for_training),
+        (
+            "answers",
+            segments.answers_BL,
+            settings.output_text_keep_rate,
+            settings.output_text_len_for_training,
+        ),
         ("questions", segments.questions_BL, settings.instruct_keep_rate, settings.instruct_len_for_training),
     ):
         if name in current.decisions:

@@ -114,9 +114,14 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
     kind: type[AnyRecord]
     """What the file must hold."""
 
-    def __init__(self, records: Path, encoder: Encoder) -> None:
-        self.records = RecordTable(records)
+    def __init__(self, records: Path, encoder: Encoder, with_images: bool = False) -> None:
+        """``with_images`` leaves out the records without pictures."""
+        self.records = RecordTable(records, with_images)
         self.encoder = encoder
+        if with_images and not len(self):
+            raise DataError(
+                f"{records}: no record has a picture; choose another mixture, or set requires_image: false"
+            )
         if len(self) and not isinstance(self.records[0], self.kind):
             raise DataError(
                 f"{records} holds {_KINDS[type(self.records[0])]}, but the stage trains on {_KINDS[self.kind]}; "
@@ -154,7 +159,10 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
                 log.warning("replaced by the next record: %s", faults[-1])
                 continue
             return self.sample(
-                encoded, Facts(id=name, index=place, pixel_values=pictures, replaced=tuple(faults))
+                encoded,
+                Facts(
+                    id=name, index=self.records.places[place], pixel_values=pictures, replaced=tuple(faults)
+                ),
             )
         raise DataError(
             f"{self.records.path}: none of {len(faults)} records in a row can be read; the first: {faults[0]}"

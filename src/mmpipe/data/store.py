@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,8 @@ def _row(record: AnyRecord) -> dict[str, Any]:
 class RecordTable:
     """The records of a file, memory mapped: quick to open however many there are, shared by all workers."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, with_images: bool = False) -> None:
+        """``with_images`` leaves out records without pictures; places then count those that stay."""
         import datasets
 
         self.path = path
@@ -72,12 +73,16 @@ class RecordTable:
             raise ArtifactError(f"{path}: no file of records ({error}); build the mixture again") from error
         if missing := set(SCHEMA.names) - set(self._table.column_names):
             raise ArtifactError(f"{path}: the columns {sorted(missing)} are missing; build the mixture again")
+        self.places: Sequence[int] = range(len(self._table))
+        """Where in the file each record stands."""
+        if with_images:
+            self.places = [place for place, has_image in enumerate(self.has_image) if has_image]
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> AnyRecord:
-        row = self._table[index]
+        row = self._table[self.places[index]]
         turns = tuple(Turn(turn["role"], turn["text"]) for turn in row["turns"])
         identity = row["id"], row["source"], tuple(row["images"])
         if row["chosen"] is not None:
@@ -98,4 +103,5 @@ class RecordTable:
         return self._column("has_image")
 
     def _column(self, name: str) -> list[Any]:
-        return self._table.data.column(name).to_pylist()
+        column = self._table.data.column(name).to_pylist()
+        return column if isinstance(self.places, range) else [column[place] for place in self.places]

@@ -23,6 +23,7 @@ from mmpipe.data.labels import encode
 from mmpipe.data.records import IMAGE_MARK, Turn
 from mmpipe.data.templates import Rendered, Template
 from mmpipe.errors import DataError
+from mmpipe.models.sparsity.wrap import of_prompt, shares_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -92,11 +93,12 @@ class Answerer:
 
         The records have LLaVA's fields (``question_id, prompt, text, answer_id, model_id, metadata``) and the
         question's own. Decoding is greedy, or by beam search with ``num_beams`` > 1. ``share_prefix=False``
-        hands whole prompts to the model's own ``generate``; the answers are the same. Raises DataError for a
+        hands whole prompts to the model's own ``generate``; the answers are the same (a model that drops tokens of
+        questions never shares). Raises DataError for a
         question whose pictures and image marks do not agree.
         """
         rows = [Row(question, self._encode(question)) for question in questions]
-        plain = num_beams > 1 or not share_prefix
+        plain = num_beams > 1 or not share_prefix or not shares_prompts(self.model)
         families = [Family((row,), len(row.ids) - 1) for row in rows] if plain else self._families(rows)
         for batch in _batches(families, batch_size):
             asked = [row for family in batch for row in family.rows]
@@ -169,6 +171,7 @@ class Answerer:
             pixel_values=self._pixels([family.rows[0].question for family in families]),
             use_cache=True,
             logits_to_keep=1,
+            **of_prompt(self.model),
         )
         rows = [(owner, row) for owner, family in enumerate(families) for row in family.rows]
         parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -188,6 +191,7 @@ class Answerer:
         generated: list[list[int]] = [[] for _ in ids]
         ended = [False] * len(ids)
         position = _positions(mask)[:, -width:]
+        given = of_prompt(self.model)
         for _ in range(max_new_tokens):
             out = self.model(
                 input_ids=ids,
@@ -196,6 +200,7 @@ class Answerer:
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **given,
             )
             ids = out.logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
             for row, token in enumerate(ids[:, 0].tolist()):
@@ -206,6 +211,7 @@ class Answerer:
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             position = position[:, -1:] + 1
+            given = {}
         return [Reply(tokens, end) for tokens, end in zip(generated, ended, strict=True)]
 
     @torch.inference_mode()

@@ -27,6 +27,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from mmpipe.errors import ArtifactError
 from mmpipe.models.moe import stock
 from mmpipe.models.moe.registered import SparseLlava, SparseLlavaConfig
+from mmpipe.models.sparsity import artifact
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedConfig
@@ -44,7 +45,8 @@ def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProces
 
     A sparse model is written as a stock one when there is a class for it, and under the model type
     ``mmpipe_llava`` otherwise (see :mod:`mmpipe.models.moe.registered`;
-    :func:`mmpipe.models.moe.stock.why_not_stock` gives the reason).
+    :func:`mmpipe.models.moe.stock.why_not_stock` gives the reason). Predictors of what to keep stand in files of their
+    own (see :mod:`mmpipe.models.sparsity.artifact`).
 
     The same weights and configuration give the same bytes. The caller publishes the directory (see
     :func:`mmpipe.artifacts.files.staged_directory`).
@@ -55,7 +57,9 @@ def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProces
     _write_config(model, text, out, is_stock)
     _write_processor(processor, out)
     named = dict(stock.tensors(model) if is_sparse and is_stock else model.state_dict())
+    named = artifact.without_predictors(named)
     save_file(_disk_tensors(model, named, is_stock), out / WEIGHTS, metadata={"format": "pt"})
+    artifact.save(model, out)
     _apply_umask(out)
 
 
@@ -82,7 +86,9 @@ def load_checkpoint(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
     _require_complete(path, info)
-    return stock.adopt(model).eval(), processor
+    model = stock.adopt(model).eval()
+    artifact.load(model, path)
+    return model, processor
 
 
 def _disk_tensors(

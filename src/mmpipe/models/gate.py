@@ -2,7 +2,8 @@
 computed.
 
 What was written is read by another process that never imports this package, with stock classes and without
-network; its logits and greedy answers are compared with those of the model in memory.
+network; its logits and greedy answers are compared with those of the model in memory. What stock classes do not
+compute (the predictors of a sparsified model) is read back by this package, in a fresh process as well.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,11 @@ from mmpipe.errors import ArtifactError
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-_READER = Path(__file__).with_name("stock_reader.py")
+_READERS = {
+    "stock transformers": Path(__file__).with_name("stock_reader.py"),
+    "mmpipe": Path(__file__).with_name("own_reader.py"),
+}
+Reader = Literal["stock transformers", "mmpipe"]
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,19 @@ def _widened(model: torch.nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
 
 
-def gate(path: Path, expected: Reference, *, tolerance: float = 1e-5, timeout: float = 3600) -> float:
+def gate(
+    path: Path,
+    expected: Reference,
+    *,
+    reader: Reader = "stock transformers",
+    tolerance: float = 1e-5,
+    timeout: float = 3600,
+) -> float:
     """Read the checkpoint ``path`` in a fresh process and compare; returns the largest difference of logits.
 
     Differences are relative to the largest logit when that is above one.
 
-    Raises ArtifactError when stock transformers cannot read the directory, when tensors are missing or left
+    Raises ArtifactError when the reader cannot read the directory, when tensors are missing or left
     over, when logits differ by more than ``tolerance`` or an answer is another one.
     """
     with tempfile.TemporaryDirectory(prefix="mmpipe-gate-") as folder:
@@ -92,7 +104,7 @@ def gate(path: Path, expected: Reference, *, tolerance: float = 1e-5, timeout: f
             },
             given,
         )
-        command = [sys.executable, "-P", str(_READER), str(path), str(given), str(got)]
+        command = [sys.executable, "-P", str(_READERS[reader]), str(path), str(given), str(got)]
         command += [str(expected.max_new_tokens), expected.device]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         try:
@@ -100,27 +112,24 @@ def gate(path: Path, expected: Reference, *, tolerance: float = 1e-5, timeout: f
                 command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise ArtifactError(
-                f"{path}: reading it with transformers took more than {timeout:.0f} s"
-            ) from error
+            raise ArtifactError(f"{path}: reading it with {reader} took more than {timeout:.0f} s") from error
         if done.returncode:
-            raise ArtifactError(f"{path}: stock transformers cannot use it:\n{done.stderr.strip()[-2000:]}")
+            raise ArtifactError(f"{path}: {reader} cannot use it:\n{done.stderr.strip()[-2000:]}")
         read = load_file(got)
-    return _compare(path, expected, read, tolerance)
+    return _compare(f"{path}: read by {reader}", expected, read, tolerance)
 
 
-def _compare(path: Path, expected: Reference, read: Mapping[str, Tensor], tolerance: float) -> float:
+def _compare(where: str, expected: Reference, read: Mapping[str, Tensor], tolerance: float) -> float:
     worst = 0.0
     for i, (logits, tokens) in enumerate(zip(expected.logits, expected.tokens, strict=True)):
         difference = ((read[f"{i}.logits"] - logits).abs().max() / logits.abs().max().clamp_min(1)).item()
         if not difference <= tolerance:
             raise ArtifactError(
-                f"{path}: read by stock transformers, the logits of sample {i} differ by {difference:.3g}, "
-                f"more than {tolerance:g}"
+                f"{where}, the logits of sample {i} differ by {difference:.3g}, more than {tolerance:g}"
             )
         if not torch.equal(read[f"{i}.tokens"], tokens):
             raise ArtifactError(
-                f"{path}: read by stock transformers, sample {i} is answered {read[f'{i}.tokens'][0].tolist()}, "
+                f"{where}, sample {i} is answered {read[f'{i}.tokens'][0].tolist()}, "
                 f"here {tokens[0].tolist()}"
             )
         worst = max(worst, difference)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-@torch.no_grad()
 def main(checkpoint: str, given: str, got: str, max_new_tokens: int, device: str) -> None:
     load: Any = AutoModelForImageTextToText.from_pretrained
     model, info = load(checkpoint, dtype=torch.float32, output_loading_info=True)
@@ -24,7 +23,12 @@ def main(checkpoint: str, given: str, got: str, max_new_tokens: int, device: str
         sys.exit(f"the tensors do not fit the model: {wrong}")
     AutoProcessor.from_pretrained(checkpoint)
     model = model.to(device).eval()
+    write_answers(model, given, got, max_new_tokens, device)
 
+
+@torch.no_grad()
+def write_answers(model: Any, given: str, got: str, max_new_tokens: int, device: str) -> None:
+    """Logits and greedy answers of ``model`` for the samples in ``given``."""
     samples: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(given, device=device).items():
         i, _, key = name.partition(".")

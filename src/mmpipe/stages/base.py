@@ -200,6 +200,9 @@ class TrainStage(Stage):
         }
         return Annotation(checkpoint, self.data, {**settings, **encoding})
 
+    def prepare(self, model: Any, job: StageJob) -> None:
+        """Change the starting model before it trains, in place."""
+
     def dataset(self, records: Path, encoder: Any) -> Any:
         """The samples of a mixture's records."""
         from mmpipe.data.dataset import SupervisedDataset

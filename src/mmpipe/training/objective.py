@@ -107,8 +107,10 @@ def picture_features(model: Any, batch: Batch) -> Tensor:
     return torch.cat(list(output.pooler_output))
 
 
-def hidden_states(model: Any, batch: Batch) -> Tensor:
+def hidden_states(model: Any, batch: Batch, **further: Any) -> Tensor:
     """Run the vision-language model without its head; returns hidden states ``[rows, length, width]``.
+
+    ``further`` arguments reach the decoder layers.
 
     A batch of preference pairs has each picture once and two rows for it: the features are repeated as a whole.
     """
@@ -124,7 +126,7 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
             mask_BL1, features_FD.to(embeddings_BLD.dtype).repeat(repeats, 1)
         )
     return body(
-        inputs_embeds=embeddings_BLD, attention_mask=batch["attention_mask"], use_cache=False
+        inputs_embeds=embeddings_BLD, attention_mask=batch["attention_mask"], use_cache=False, **further
     ).last_hidden_state
 
 

@@ -49,6 +49,7 @@ def work(stage: TrainStage, job: StageJob) -> None:
     torch.set_num_threads(max(1, job.threads - stage.hardware.workers))
     set_seed(stage.seed)
     model, processor = starting_model(stage, job)
+    stage.prepare(model, job)
     select(model, stage.trainable)
     freeze_idle(model)
     if job.mixture is None:

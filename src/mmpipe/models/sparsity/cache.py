@@ -49,7 +49,7 @@ class Slots:
         self.visible_BW = torch.arange(width, device=counts_B.device) < counts_B[:, None]
         self.positions_BW = positions.gather(1, self._source_BW)
 
-    def held(self, before_BHWC: Tensor | None, all_BHKC: Tensor) -> Tensor | None:
+    def held(self, before_BHWC: Tensor, all_BHKC: Tensor) -> Tensor:
         """Of the slots before and all keys (or values) of this pass, those that stay."""
         if self._unchanged:
             return before_BHWC
@@ -76,16 +76,18 @@ class PrunedLayer(DynamicLayer):
         self.slots = slots
         self.leads = leads
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """All keys and values of this pass; what the slots do not keep is gone afterwards."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys = key_states[:, :, :0]
-            self.values = value_states[:, :, :0]
-        before = self.keys, self.values
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        assert self.keys is not None
+        assert self.values is not None
         keys = torch.cat([self.keys, key_states], dim=-2)
         values = torch.cat([self.values, value_states], dim=-2)
-        self.keys, self.values = self.slots.held(before[0], keys), self.slots.held(before[1], values)
+        self.keys, self.values = self.slots.held(self.keys, keys), self.slots.held(self.values, values)
         return keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -113,7 +115,9 @@ class PrunedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Not possible: which slots the last tokens have is not known."""
-        raise ConfigError("a sparsified model cannot take tokens back (assisted decoding); generate without an assistant")
+        raise ConfigError(
+            "a sparsified model cannot take tokens back (assisted decoding); generate without an assistant"
+        )
 
 
 def slots_of(cache: Any) -> Slots | None:

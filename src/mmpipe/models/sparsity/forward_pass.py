@@ -43,10 +43,10 @@ class TrainingPass:
     """Nothing is removed: tokens that are dropped stop being keys of others in the layers that follow."""
 
     segments: Segments
+    noise_BL2: Tensor
+    """Gumbel noise that decides the draws."""
     start_temperature: float = 1.0
     end_temperature: float = 0.1
-    noise: Decisions | None = None
-    """Gumbel noise by segment; drawn when None."""
     temperature: float = field(init=False, default=1.0)
     decisions: Decisions = field(init=False, default_factory=dict)
     """Set by the pass, with gradients."""
@@ -57,7 +57,7 @@ class TrainingPass:
             setting.sparsifier.progress, self.start_temperature, self.end_temperature
         )
         self._policy_BL, self.decisions = setting.sparsifier.draw(
-            hidden_BLD, self.segments, self.temperature, self.noise
+            hidden_BLD, self.segments, self.temperature, self.noise_BL2
         )
         positions = arguments["position_ids"].expand(len(hidden_BLD), -1)
         self._positions_BL, self._real_BL = positions, setting.real_BL

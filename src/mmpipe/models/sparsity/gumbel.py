@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def noise(like: Tensor) -> Tensor:
-    """Standard Gumbel noise of the shape and device of ``like``, float32."""
-    return -torch.empty_like(like, dtype=torch.float32).exponential_().log()
+def noise(tokens: int, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise ``[tokens, 2]`` for the two classes of each token, float32, on the CPU."""
+    return -torch.empty(tokens, 2).exponential_(generator=generator).log()
 
 
 def straight_through(logits_T2: Tensor, noise_T2: Tensor, temperature: float) -> Tensor:

@@ -24,6 +24,8 @@ class Sparsifier(FollowsTraining):
         self.settings = settings
         self.picture_tokens = picture_tokens
         self.progress = 0.0
+        self.enabled = True
+        """Whether generation drops anything at all."""
         self.record: Record | None = None
         """Where decisions are noted down (see :func:`mmpipe.models.sparsity.record.recording`)."""
         self.image_score_predictor: VisionPredictor | None = None
@@ -40,7 +42,7 @@ class Sparsifier(FollowsTraining):
     def prunes(self) -> bool:
         """Whether generation drops anything with the settings at hand."""
         settings = self.settings
-        return (
+        return self.enabled and (
             (settings.use_vision_predictor and settings.vision_keep_rate < 1)
             or (settings.use_output_text_predictor and settings.output_text_keep_rate < 1)
             or (settings.use_instruct_predictor and settings.instruct_keep_rate < 1)
@@ -59,18 +61,16 @@ class Sparsifier(FollowsTraining):
     # ---- training
 
     def draw(
-        self, hidden_BLD: Tensor, segments: Segments, temperature: float, noise: Decisions | None = None
+        self, hidden_BLD: Tensor, segments: Segments, temperature: float, noise_BL2: Tensor
     ) -> tuple[Tensor, Decisions]:
-        """The policy of keys ``[B, L]`` and the decisions behind it, both with gradients.
+        """The policy of keys ``[B, L]`` and the decisions behind it, both with gradients, drawn by Gumbel noise.
 
-        Answers and questions shorter than the settings say are kept whole. ``noise`` gives the Gumbel noise
-        ``[tokens, 2]`` of each segment; without it, it is drawn.
+        Answers and questions shorter than the settings say are kept whole.
         """
         policy_BL = hidden_BLD.new_ones(hidden_BLD.shape[:2], dtype=torch.float32)
         decisions: Decisions = {}
         for name, mask_BL, logits_T2, minimum in self._judged(hidden_BLD, segments):
-            drawn = gumbel.noise(logits_T2) if noise is None else noise[name]
-            keep_T = gumbel.straight_through(logits_T2, drawn, temperature)
+            keep_T = gumbel.straight_through(logits_T2, noise_BL2[mask_BL], temperature)
             if not len(keep_T):
                 # the predictor counts as used: devices wait for each other's gradients
                 policy_BL = policy_BL + 0.0 * self._idle(name, hidden_BLD)
@@ -109,7 +109,9 @@ class Sparsifier(FollowsTraining):
 
     # ---- generation
 
-    def keep_of_prompt(self, hidden_BLD: Tensor, real_BL: Tensor, pictures_BL: Tensor, starts: bool) -> Tensor:
+    def keep_of_prompt(
+        self, hidden_BLD: Tensor, real_BL: Tensor, pictures_BL: Tensor, starts: bool
+    ) -> Tensor:
         """What of a prompt, or of a piece of it, is kept, ``[B, L]``.
 
         Of every picture as many tokens as the rate says, the best ones. With a predictor for questions also what it
@@ -122,7 +124,9 @@ class Sparsifier(FollowsTraining):
             pictures = one_by_one(hidden_BLD, pictures_BL, self.picture_tokens)
             scores_PN = self.image_score_predictor(pictures).float().log_softmax(-1)[..., KEEP]
             best = scores_PN.topk(kept_tokens(self.picture_tokens, rate), dim=1).indices
-            keep_BL[pictures_BL] = torch.zeros_like(scores_PN, dtype=torch.bool).scatter(1, best, True).flatten()
+            keep_BL[pictures_BL] = (
+                torch.zeros_like(scores_PN, dtype=torch.bool).scatter(1, best, True).flatten()
+            )
         if self.instruct_score_predictor is not None and self.settings.instruct_keep_rate < 1:
             asked_BL = _behind_pictures(real_BL, pictures_BL, starts)
             keep_BL &= ~asked_BL | _kept(self.instruct_score_predictor(hidden_BLD))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,13 +26,19 @@ HookResult = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def sparsify(model: Any, settings: SparsitySettings, *, seed: int = 0) -> Sparsifier:
-    """Give a LLaVA model fresh predictors, in place; returns them.
+    """Give a LLaVA model fresh predictors, a pure function of ``seed``, in place; returns them.
 
     Raises ConfigError for a family that cannot be wrapped, a layer that does not exist, or a model that has predictors.
     """
+    sparsifier = attach(model, settings)
+    sparsifier.reset_parameters(seed)
+    return sparsifier
+
+
+def attach(model: Any, settings: SparsitySettings) -> Sparsifier:
+    """Give a LLaVA model predictors whose values are yet to be set."""
     text = model.model.language_model
     sparsifier = wrap(text, settings, model.config.image_seq_length)
-    sparsifier.reset_parameters(seed)
     like = text.get_input_embeddings().weight
     sparsifier.to(device=like.device, dtype=like.dtype).train(text.training)
     model.model.register_forward_pre_hook(see_pictures, with_kwargs=True)
@@ -86,6 +94,40 @@ def shares_prompts(model: Any) -> bool:
     return sparsifier is None or sparsifier.instruct_score_predictor is None
 
 
+@contextmanager
+def whole(model: Any) -> Iterator[None]:
+    """The dense model behind a sparsified one, for a while."""
+    sparsifier = of_model(model)
+    if sparsifier is None:
+        yield
+        return
+    before, sparsifier.enabled = sparsifier.enabled, False
+    try:
+        yield
+    finally:
+        sparsifier.enabled = before
+
+
+def set_keep_rate(model: Any, rate: float | None, where: str) -> None:
+    """Let a sparsified model keep another share of its pictures than it was trained for; None keeps all of everything.
+
+    Raises ConfigError, opened by ``where``, for a model without predictors or a rate outside (0, 1].
+    """
+    sparsifier = of_model(model)
+    if sparsifier is None:
+        raise ConfigError(
+            f"{where}: the checkpoint has no predictors; only a sparsified one can be told what to keep"
+        )
+    if rate is None:
+        sparsifier.enabled = False
+        return
+    if sparsifier.image_score_predictor is None:
+        raise ConfigError(f"{where}: the checkpoint has no predictor for pictures, so they have no keep rate")
+    if not 0 < rate <= 1:
+        raise ConfigError(f"{where}: a keep rate is above 0 and at most 1, not {rate:g}")
+    sparsifier.settings = sparsifier.settings.model_copy(update={"vision_keep_rate": rate})
+
+
 # ---- hooks, in the order in which they run
 
 
@@ -93,7 +135,12 @@ def see_pictures(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ho
     """Pre-hook of the vision-language model: in evaluation, tell the text model where pictures are."""
     prompt = kwargs.pop(PROMPT, None)
     ids: Tensor | None = kwargs.get("input_ids")
-    if KEYWORD not in kwargs and ids is not None and not body.training and body.language_model.sparsifier.prunes:
+    if (
+        KEYWORD not in kwargs
+        and ids is not None
+        and not body.training
+        and body.language_model.sparsifier.prunes
+    ):
         kwargs = kwargs | {KEYWORD: PruningPass(ids == body.config.image_token_id, prompt)}
     return args, kwargs
 
@@ -103,18 +150,22 @@ def begin(text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResul
     current = kwargs.get(KEYWORD)
     if current is None:
         if slots_of(kwargs.get("past_key_values")) is not None:
-            raise ConfigError("a pruned cache was given to a call that prunes nothing; give it input_ids, in evaluation")
+            raise ConfigError(
+                "a pruned cache was given to a call that prunes nothing; give it input_ids, in evaluation"
+            )
         return args, kwargs
     tokens = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if x is not None)
     rows, length = tokens.shape[:2]
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.ndim != 2:
         raise ConfigError("a sparsified model takes attention masks of two dimensions only: rows and tokens")
-    whole_BT = torch.ones(rows, length, device=tokens.device) if mask is None else mask
-    real_BL = whole_BT[:, -length:].bool().to(tokens.device)
-    setting = Setting(text.sparsifier, text.config, real_BL, whole_BT.sum(1))
+    cache = kwargs.get("past_key_values")
+    if mask is None:
+        mask = tokens.new_ones(
+            rows, length + (cache.get_seq_length() if cache is not None else 0), dtype=torch.long
+        )
+    setting = Setting(text.sparsifier, text.config, mask[:, -length:].bool().to(tokens.device), mask.sum(1))
     if isinstance(current, PruningPass) and _uses_cache(text, kwargs):
-        cache = kwargs.get("past_key_values")
         cache = DynamicCache(config=text.config) if cache is None else cache
         current.slots = slots_of(cache) or adopt(
             cache, rows, tokens.device, text.sparsifier.settings.sparse_layer, len(text.layers)
@@ -153,4 +204,3 @@ def finish(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
 def _uses_cache(text: Any, kwargs: dict[str, Any]) -> bool:
     wanted = kwargs.get("use_cache")
     return bool(text.config.use_cache if wanted is None else wanted)
-

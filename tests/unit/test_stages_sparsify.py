@@ -1,0 +1,244 @@
+"""The stage that sparsifies: what learns, what is published, and that both ways to read it give what was trained."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_job
+from safetensors.torch import load_file, save_file
+
+from mmpipe.artifacts.files import read_jsonl
+from mmpipe.benchmarks.base import Question
+from mmpipe.data.templates import get_template
+from mmpipe.errors import ArtifactError, ConfigError
+from mmpipe.inference.generate import Answerer
+from mmpipe.models import vlm
+from mmpipe.models.export import load_checkpoint
+from mmpipe.models.sparsity.record import recording
+from mmpipe.models.sparsity.wrap import of_model, set_keep_rate, whole
+from mmpipe.stages.base import StageJob
+from mmpipe.stages.finetune import Finetune
+from mmpipe.stages.sparsify import Sparsify
+from mmpipe.stages.upcycle import Upcycle
+from mmpipe.training import publish
+
+COMMON = {"template": "qwen", "batch_size": 8, "max_steps": 4}
+SPARSITY = {
+    "sparse_layer": 1,
+    "vision_keep_rate": 0.5,
+    "output_text_len_for_training": 3,
+    "d_model": 16,
+    "nhead": 4,
+    "dim_feedforward": 32,
+}
+
+
+def sparsify(**changes: Any) -> Sparsify:
+    settings = {
+        "data": "mix",
+        "sparsity": SPARSITY,
+        "learning_rate": 1e-3,
+        "learning_rates": {"language_model.sparsifier.*": 1e-2},
+    }
+    return Sparsify(**{**COMMON, **settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def family(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageJob]:
+    """A dense checkpoint, trained a little, and its sparsified child. Not to be changed: copy them."""
+    folder = tmp_path_factory.mktemp("family")
+    with contextlib.chdir(world):
+        dense = make_job(folder, "dense")
+        Finetune(data="mix", learning_rate=1e-2, **COMMON).run(dense)
+        sparsified = make_job(folder, "sparsified", parent=dense.model_dir)
+        sparsify().run(sparsified)
+    return {"dense": dense, "sparsified": sparsified}
+
+
+@pytest.fixture
+def dense(job, family) -> StageJob:
+    return family["dense"]
+
+
+@pytest.fixture
+def sparsified(job, family, tmp_path) -> StageJob:
+    shutil.copytree(family["sparsified"].model_dir.parent, tmp_path / "sparsified")
+    return make_job(tmp_path, "sparsified", parent=family["dense"].model_dir)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publish without reading back in a fresh process, which takes seconds; the family above was read back."""
+    monkeypatch.setattr(publish, "_read_back", lambda model, out: None)
+
+
+def pictures() -> list[Path]:
+    return sorted(p for p in Path("resources/datasets/shapes").rglob("*") if p.suffix in (".png", ".jpg"))[:3]
+
+
+def answers(job: StageJob, rate: float | str | None = "trained", **settings: Any) -> dict[Any, str]:
+    """Answers of a checkpoint to a few questions."""
+    model, processor, card = vlm.load(job.model_dir)
+    if rate != "trained":
+        set_keep_rate(model, rate, "test")
+    template = get_template(card["checkpoint"]["template"], processor.tokenizer)
+    shown = pictures()
+    questions = [
+        Question(id=n, text=f"What is {'really ' * (n % 3)}there?", images=(shown[n % 3],)) for n in range(9)
+    ]
+    questions.append(Question(id="text", text="Two and two?"))
+    questions.append(Question(id="two", text="<image> or <image>?", images=tuple(shown[:2])))
+    return {
+        a["question_id"]: a["text"]
+        for a in Answerer(model, processor, template).answer(questions, max_new_tokens=8, **settings)
+    }
+
+
+def test_it_trains_and_logs_what_is_kept(sparsified) -> None:
+    history = read_jsonl(sparsified.report_dir / "history.jsonl")
+    assert {
+        "cross_entropy",
+        "image_mask_loss",
+        "output_text_mask_loss",
+        "image_kept",
+        "gumbel_tau",
+    } <= history[0].keys()
+    taus = [row["gumbel_tau"] for row in history if "gumbel_tau" in row]
+    assert taus == pytest.approx([0.1 ** (step / 4) for step in range(4)], rel=1e-5)
+    rate = next(row["image_kept"] for row in history if "image_kept" in row)
+    distance = next(row["image_mask_loss"] for row in history if "image_mask_loss" in row)
+    assert distance >= (rate - 0.5) ** 2 - 1e-6, "the mean of squares is at least the square of the mean"
+
+
+def test_the_checkpoint_is_dense_for_everyone_else(sparsified) -> None:
+    """A fresh process that does not know this package reads the dense model."""
+    model, _, _ = vlm.load(sparsified.model_dir)
+    with whole(model), torch.no_grad():
+        ids = torch.arange(3, 40)[None]
+        expected = model(input_ids=ids).logits
+    save_file({"ids": ids, "logits": expected}, sparsified.report_dir / "expected.safetensors")
+    code = (
+        "import sys, torch; from safetensors.torch import load_file; from transformers import AutoModelForImageTextToText as A;"
+        "given = load_file(sys.argv[2]); model, info = A.from_pretrained(sys.argv[1], output_loading_info=True);"
+        "assert not info['unexpected_keys'] and not info['missing_keys'], info;"
+        "torch.testing.assert_close(model(input_ids=given['ids']).logits, given['logits'], atol=1e-5, rtol=1e-5)"
+    )
+    where = str(sparsified.report_dir / "expected.safetensors")
+    subprocess.run(
+        [sys.executable, "-c", code, str(sparsified.model_dir), where], check=True, capture_output=True
+    )
+    names = load_file(sparsified.model_dir / "sparsity.safetensors")
+    assert {name.split(".")[0] for name in names} == {"image_score_predictor", "output_text_score_predictor"}
+    assert "mmpipe" not in json.loads((sparsified.model_dir / "config.json").read_text())
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 16}, {"share_prefix": False}])
+def test_answers_do_not_depend_on_batch_or_sharing(sparsified, settings) -> None:
+    assert answers(sparsified, **settings) == answers(sparsified, batch_size=4)
+
+
+def test_the_keep_rate_can_be_changed_afterwards(sparsified, dense) -> None:
+    model, processor, card = vlm.load(sparsified.model_dir)
+    for rate, kept in ((0.25, 2), (0.5, 4), (1.0, 9)):
+        set_keep_rate(model, rate, "test")
+        template = get_template(card["checkpoint"]["template"], processor.tokenizer)
+        picture = pictures()[0]
+        with recording(model) as record:
+            list(
+                Answerer(model, processor, template).answer([Question(id=1, text="What?", images=(picture,))])
+            )
+        assert sum(record.passes[0].pictures[0]) == kept
+    assert answers(sparsified, None) == answers(sparsified, None, share_prefix=False)
+    with pytest.raises(ConfigError, match="no predictors"):
+        answers(dense, 0.5)
+
+
+def test_resumed_it_ends_with_the_same_weights(job, dense, sparsified, monkeypatch, unread) -> None:
+    made = job("again", parent=dense.model_dir)
+    stage = sparsify(hardware={"checkpoint_every": 2})
+    from mmpipe.training.trainer import StageTrainer
+
+    real = StageTrainer._save_checkpoint
+
+    def die(self, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StageTrainer, "_save_checkpoint", die)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(made)
+    monkeypatch.setattr(StageTrainer, "_save_checkpoint", real)
+    stage.run(made)
+    for file in ("sparsity.safetensors", "model.safetensors"):
+        one, other = load_file(made.model_dir / file), load_file(sparsified.model_dir / file)
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_cutting_a_batch_changes_nothing(job, dense, unread) -> None:
+    histories = []
+    for micro in (8, 2):
+        made = job(f"cut-{micro}", parent=dense.model_dir)
+        sparsify(hardware={"micro_batch": micro}).run(made)
+        histories.append(read_jsonl(made.report_dir / "history.jsonl"))
+    for whole_batch, cut in zip(*histories, strict=True):
+        for key in ("cross_entropy", "image_mask_loss", "output_text_mask_loss", "image_kept", "gumbel_tau"):
+            assert cut.get(key) == pytest.approx(whole_batch.get(key), rel=1e-4, abs=1e-6), key
+
+
+def test_a_student_with_experts(job, dense) -> None:
+    experts = job("experts", parent=dense.model_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(publish, "_read_back", lambda model, out: None)
+        Upcycle().run(experts)
+    made = job("sparse-experts", parent=experts.model_dir)
+    sparsify(max_steps=2).run(made)
+    model, _, _ = vlm.load(made.model_dir)
+    assert of_model(model) is not None
+    assert "router_balance" in read_jsonl(made.report_dir / "history.jsonl")[0]
+    assert answers(made, batch_size=1) == answers(made, batch_size=16)
+
+
+def test_damaged_predictors_are_named(sparsified) -> None:
+    folder = sparsified.model_dir
+    config = json.loads((folder / "sparsity.json").read_text())
+    (folder / "sparsity.json").write_text(json.dumps(config | {"picture_tokens": 576}))
+    with pytest.raises(
+        ArtifactError, match="trained for pictures of 576 tokens, the model gives a picture 9"
+    ):
+        load_checkpoint(folder)
+    (folder / "sparsity.json").write_text(json.dumps(config | {"d_model": 32}))
+    with pytest.raises(ArtifactError, match="size mismatch"):
+        load_checkpoint(folder)
+    (folder / "sparsity.json").write_text(json.dumps(config))
+    (folder / "sparsity.safetensors").rename(folder / "elsewhere")
+    with pytest.raises(ArtifactError, match=r"sparsity\.safetensors is missing"):
+        load_checkpoint(folder)
+
+
+def test_there_must_be_something_to_sparsify(job) -> None:
+    with pytest.raises(ConfigError, match="no model to sparsify"):
+        sparsify().run(job("none"))
+
+
+def test_published_names_are_read(sparsified) -> None:
+    file = sparsified.model_dir / "sparsity.safetensors"
+    tensors = load_file(file)
+    save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, file)
+    model, _ = load_checkpoint(sparsified.model_dir)
+    state = of_model(model).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_later_stage_keeps_the_predictors(job, sparsified, unread) -> None:
+    made = job("later", parent=sparsified.model_dir)
+    Finetune(data="mix", learning_rate=1e-4, trainable=("multi_modal_projector.*",), **COMMON).run(made)
+    one, other = (load_file(j.model_dir / "sparsity.safetensors") for j in (made, sparsified))
+    assert all(torch.equal(one[name], other[name]) for name in other)
