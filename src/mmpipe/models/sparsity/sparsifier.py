@@ -17,13 +17,15 @@ Decisions = dict[str, Tensor]
 
 
 class Sparsifier(FollowsTraining):
-    """The predictors of a language model of ``width`` whose pictures have ``picture_tokens`` tokens."""
+    """The predictors of a language model of ``width`` whose pictures have ``picture_tokens`` tokens.
+
+    The temperature of the draws follows training.
+    """
 
     def __init__(self, width: int, settings: SparsitySettings, picture_tokens: int) -> None:
         super().__init__()
         self.settings = settings
         self.picture_tokens = picture_tokens
-        self.progress = 0.0
         self.enabled = True
         """Whether generation drops anything at all."""
         self.record: Record | None = None
@@ -53,10 +55,6 @@ class Sparsifier(FollowsTraining):
         generator = torch.Generator().manual_seed(seed)
         for predictor in self.children():
             draw(predictor, generator)
-
-    def step(self, progress: float) -> None:
-        """See FollowsTraining; the temperature of the draws follows."""
-        self.progress = progress
 
     # ---- training
 
