@@ -18,7 +18,7 @@ from typing import Any
 
 from mmpipe import registry
 from mmpipe.artifacts.files import canonical_json
-from mmpipe.benchmarks.base import get, names
+from mmpipe.benchmarks.base import get
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.config.loader import read_mapping, validate
 from mmpipe.config.models import Config, Recipe
@@ -160,7 +160,7 @@ class Plan:
             where = f"{self.where}: benchmarks.{name}" if overrides.get(name) else f"{path}, entry '{name}'"
             entries[name] = validate(BenchmarkEntry, _overridden(entry or {}, overrides.get(name, {})), where)
             self._known(entries[name].data, self.datasets, f"{where}: data", "data set")
-            self._known(entries[name].task, dict.fromkeys(names()), f"{where}: task", "benchmark task")
+            _check_protocol(entries[name], where, chosen=name in overrides)
         return entries
 
     @staticmethod
@@ -486,8 +486,13 @@ class Plan:
     def benchmark_spec(self, name: str, smoke: bool = False) -> str:
         """What determines a benchmark's questions and references."""
         how = {"chunks", "batch_size", "title", "scored", "judge", "questions"}
+        entry = self.benchmark_entry(name, smoke)
+        version = get(entry.task).VERSION
         return canonical_json(
-            self.benchmark_entry(name, smoke).model_dump(mode="json", exclude_defaults=True, exclude=how)
+            {
+                **entry.model_dump(mode="json", exclude_defaults=True, exclude=how),
+                **({} if version == 1 else {"version": version}),
+            }
         )
 
     def benchmark_inputs(self, name: str) -> str:
@@ -630,6 +635,23 @@ class _NamedRecipe:
     where: str
     family: str
     """The name with ``*`` for the seed of its matrix."""
+
+
+def _check_protocol(entry: BenchmarkEntry, where: str, chosen: bool) -> None:
+    """Raise ConfigError for a task or protocol that does not exist, and for a chosen one that nobody can score."""
+    try:
+        benchmark = get(entry.task)
+        protocol = benchmark.protocol(entry.protocol)
+        benchmark.source(Path(), entry.files)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    unjudged = [other.name for other in benchmark.protocols if not other.judged]
+    if chosen and entry.scored and protocol.judged and not entry.judge and (entry.protocol or not unjudged):
+        way_out = f", take the protocol {' or '.join(unjudged)}" if unjudged else ""
+        raise ConfigError(
+            f"{where}: the protocol '{protocol.name}' needs a judge model; give the entry a 'judge'{way_out}, or say "
+            "'scored: false' to have the answers alone"
+        )
 
 
 def _overridden(entry: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,11 +66,13 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch):
         "from mmpipe.benchmarks.pope import Pope\n\n\nclass Mine(Pope):\n    name = 'mine'\n\n\nBENCHMARK = Mine()\n"
     )
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    registry.names.cache_clear()
     registry.modules.cache_clear()
     try:
         assert "mine" in names()
         assert get("mine").name == "mine"
     finally:
+        registry.names.cache_clear()
         registry.modules.cache_clear()
         sys.modules.pop("mmpipe.benchmarks.mine", None)
 

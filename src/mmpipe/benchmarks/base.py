@@ -22,7 +22,7 @@ from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.records import Document, read_documents, write_records
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import ConfigError, DataError, did_you_mean
-from mmpipe.registry import modules
+from mmpipe.registry import load_object, modules
 
 Record = dict[str, Any]
 
@@ -199,6 +199,8 @@ class Benchmark(abc.ABC):
     files: ClassVar[Mapping[str, str]]
     """Official file names by role; ``questions`` is the one that the references are read from unless said
     otherwise."""
+    VERSION: ClassVar[int] = 1
+    """Raised when questions or references change, so that what was prepared before is prepared again."""
     submission: ClassVar[str] = "jsonl"
     """Extension of the file that the benchmark's server or official scorer accepts."""
 
@@ -391,12 +393,17 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Benchmark:
-    """The benchmark called ``name``.
+    """The benchmark called ``name``, or the one at ``package.module:BENCHMARK`` of the project's own.
 
     Raises ConfigError when there is none.
     """
     if name in names():
         return importlib.import_module(f"mmpipe.benchmarks.{name}").BENCHMARK
+    if ":" in name:
+        found = load_object(name, "benchmark")
+        if not isinstance(found, Benchmark):
+            raise ConfigError(f"benchmark: '{name}' is no instance of mmpipe.benchmarks.base.Benchmark")
+        return found
     raise ConfigError(f"there is no benchmark '{name}'{did_you_mean(name, names())}")
 
 

@@ -35,7 +35,8 @@ class BenchmarkEntry(Settings):
     """One entry of the catalogue: which benchmark, on which files, by which protocol."""
 
     task: str
-    """Name of the module in ``mmpipe.benchmarks``, e.g. ``mmbench``."""
+    """Name of the module in ``mmpipe.benchmarks``, e.g. ``mmbench``; or ``package.module:BENCHMARK`` for one of your
+    own, from the project directory or any installed package."""
 
     data: str
     """Name of the data set in ``config/datasets.yaml`` that holds the benchmark's files."""
