@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -14,6 +15,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply = "Fine.\nRating: 6"
+        self.usage: dict[str, int] = {"total_tokens": 7}
         self.faults: list[Any] = []
         self.seen: list[dict[str, Any]] = []
         self.headers_seen: list[str | None] = []
@@ -33,6 +35,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.seen.append(body)
             self.server.headers_seen.append(self.headers.get("Authorization"))
             fault = self.server.faults.pop(0) if self.server.faults else None
+        if isinstance(fault, float):
+            time.sleep(fault)
+            fault = "hang up"
         if fault == "hang up":
             self.connection.close()
             return
@@ -49,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> str:
         message = {"role": "assistant", "content": self.server.reply}
-        return json.dumps({"choices": [{"message": message}], "usage": {"total_tokens": 7}})
+        return json.dumps({"choices": [{"message": message}], "usage": self.server.usage})
 
     def log_message(self, *args: Any) -> None:
         pass

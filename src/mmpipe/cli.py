@@ -197,6 +197,49 @@ def export(
 
 
 @app.command()
+def judge(
+    benchmark: Annotated[str, typer.Argument(help="A benchmark with judged protocols, e.g. mmhal.")],
+    references: Annotated[
+        list[Path], typer.Option(help="The official file(s), or JSON lines of its records.")
+    ],
+    answers: Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")],
+    model: Annotated[str, typer.Option(help="The judge's name; part of the score's protocol.")],
+    base_url: Annotated[
+        str, typer.Option(help="An OpenAI-compatible endpoint.")
+    ] = "https://api.openai.com/v1",
+    out: Annotated[Path, typer.Option(help="The replies; what is there is not asked again.")] = Path(
+        "judge.jsonl"
+    ),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, ask nothing.")] = False,
+    max_requests: Annotated[
+        int, typer.Option(min=0, help="Requests at most, repeated ones included.")
+    ] = 5000,
+    max_usd: Annotated[
+        float | None, typer.Option(min=0, help="Dollars at most, by the prices below.")
+    ] = None,
+    usd_per_million_input: Annotated[float, typer.Option(min=0, help="Price of request tokens.")] = 0.0,
+    usd_per_million_output: Annotated[float, typer.Option(min=0, help="Price of reply tokens.")] = 0.0,
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the key.")] = "OPENAI_API_KEY",
+) -> None:
+    """Let a judge model read answers, or say what that would cost; prints JSON."""
+    from mmpipe.benchmarks.judge import judge_answers, price
+    from mmpipe.benchmarks.spec import JudgeSettings
+    from mmpipe.config.loader import validate
+
+    chosen = {
+        "base_url": base_url,
+        "model": model,
+        "key_variable": key_variable,
+        "max_requests": max_requests,
+        "max_usd": max_usd,
+        "usd_per_million_input": usd_per_million_input,
+        "usd_per_million_output": usd_per_million_output,
+    }
+    ask = price if dry_run else judge_answers
+    _print_json(ask(benchmark, references, answers, out, validate(JudgeSettings, chosen, "mmpipe judge")))
+
+
+@app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
 ) -> None:

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe import registry
-from mmpipe.artifacts.files import canonical_json
+from mmpipe.artifacts.files import canonical_json, sha256
 from mmpipe.benchmarks.base import get
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.config.loader import read_mapping, validate
 from mmpipe.config.models import Config, Recipe
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.errors import ConfigError, did_you_mean
+from mmpipe.registry import source_file
 from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 from mmpipe.stages import stage_kinds
@@ -487,13 +488,13 @@ class Plan:
         """What determines a benchmark's questions and references."""
         how = {"chunks", "batch_size", "title", "scored", "judge", "questions"}
         entry = self.benchmark_entry(name, smoke)
+        content = entry.model_dump(mode="json", exclude_defaults=True, exclude=how)
         version = get(entry.task).VERSION
-        return canonical_json(
-            {
-                **entry.model_dump(mode="json", exclude_defaults=True, exclude=how),
-                **({} if version == 1 else {"version": version}),
-            }
-        )
+        if version > 1:
+            content["version"] = version
+        if ":" in entry.task:
+            content["code"] = sha256(source_file(entry.task))
+        return canonical_json(content)
 
     def benchmark_inputs(self, name: str) -> str:
         """The manifest of the data set a benchmark reads."""

@@ -14,7 +14,7 @@ from judge_server import Server
 from mmpipe.benchmarks.judge import BudgetError, JudgeSettings, judge_answers, messages
 from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.scoring import score_files
-from mmpipe.errors import ConfigError
+from mmpipe.errors import ConfigError, DataError
 
 SECRET = "sk-canary-0123456789"
 RECORDS = [{"question": f"Q{n}?", "gt_answer": "A cat.", "image_content": ["Cat"]} for n in range(8)]
@@ -175,6 +175,71 @@ def test_hostile_replies_reach_the_server_as_data(server, files):
     assert ask(server, files)["failed"] == 0
     assert rate(files)["metrics"]["average_score"] == 0
     assert [m["role"] for m in server.seen[0]["messages"]] == ["system", "user"]
+
+
+def test_the_price_is_known_before_anything_is_sent(server, files, capsys, monkeypatch):
+    from mmpipe.cli import main
+
+    command = ["mmpipe", "judge", "mmhal", "--references", files[0], "--answers", files[1], "--out", files[2]]
+    command += ["--model", "judge-1", "--base-url", server.url, "--usd-per-million-input", 2.5]
+    command += ["--usd-per-million-output", 10, "--max-usd", 0.01]
+
+    def say(*more: str) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", [str(part) for part in [*command, *more]])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+        return json.loads(capsys.readouterr().out)
+
+    planned = say("--dry-run")
+    assert (planned["wanted"], planned["to_ask"], planned["within_budget"]) == (8, 8, False)
+    assert server.seen == []
+    assert not files[2].exists()
+    assert planned["output_tokens_at_most"] == 8 * 512
+    per_request = (planned["input_tokens_about"] * 2.5 + planned["output_tokens_at_most"] * 10) / 8e6
+    assert planned["usd_about"] == pytest.approx(8 * per_request, abs=1e-4)
+
+    monkeypatch.setattr("sys.argv", [str(part) for part in command])
+    with pytest.raises(SystemExit):
+        main()
+    assert "0.01 USD" in capsys.readouterr().err
+    assert 0 < len(server.seen) * per_request <= 0.01 + per_request * 4
+    command[-1] = 1
+    assert say()["failed"] == 0
+    assert say("--dry-run")["to_ask"] == 0
+
+
+def test_money_is_counted_by_what_the_endpoint_reports(server, files):
+    server.usage = {"prompt_tokens": 100, "completion_tokens": 20}
+    prices = {
+        "usd_per_million_input": 1000.0,
+        "usd_per_million_output": 1000.0,
+    }  # 0.12 a request, 1 to reserve
+    assert ask(server, files, max_usd=3.0, **prices)["failed"] == 0
+    files[2].unlink()
+    with pytest.raises(BudgetError, match="might not cover"):
+        ask(server, files, max_usd=1.0, **prices)
+
+
+def test_a_slow_endpoint_is_given_up_and_counted(server, files):
+    server.faults = [0.6] * 2
+    assert ask(server, files, timeout=0.2, attempts=2)["failed"] == 1
+    assert rate(files)["unparsed"] == 1
+
+
+def test_an_endpoint_that_is_down_is_counted(server, files):
+    down = settings(server, attempts=1).model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
+    assert judge_answers("mmhal", [files[0]], [files[1]], files[2], down)["failed"] == 8
+    assert rate(files)["unparsed"] == 8
+
+
+def test_the_judge_is_part_of_the_protocol(server, files):
+    ask(server, files)
+    assert rate(files)["protocol"] == "mmhal@judge-1"
+    with files[2].open("a") as file:
+        file.write(json.dumps({"question_id": 0, "reply": "Rating: 1", "judge_model": "other"}) + "\n")
+    with pytest.raises(DataError, match="several judges: judge-1, other"):
+        rate(files)
 
 
 def test_settings_refuse_other_schemes():

@@ -288,7 +288,8 @@ class Benchmark(abc.ABC):
     ) -> Score:
         """Score answers against references.
 
-        A question without answer is wrong and counted. Where no protocol is named and there are no judge's
+        A question without answer is wrong and counted. A judge's name is part of the protocol of its score
+        (``mmhal@gpt-4o``). Where no protocol is named and there are no judge's
         replies, a protocol that needs none is taken; the score says which. Raises DataError for answers that
         are given twice or belong to no question.
         """
@@ -297,7 +298,9 @@ class Benchmark(abc.ABC):
             chosen = self._without_judge(chosen, named=bool(protocol))
         pairs = self.pair(references, answers, judgements)
         items, metrics = self.rate(pairs, chosen)
-        return Score(self.name, chosen.name, metrics, items, self.estimate(items, metrics, chosen))
+        judge = _judge_of(judgements or ()) if chosen.judged else ""
+        name = f"{chosen.name}@{judge}" if judge else chosen.name
+        return Score(self.name, name, metrics, items, self.estimate(items, metrics, chosen))
 
     def _without_judge(self, wanted: Protocol, named: bool) -> Protocol:
         """The protocol to use where there are no judge's replies and nobody asked for a judged one by
@@ -449,6 +452,14 @@ def records_of(documents: Sequence[Document], fields: Sequence[str] = ()) -> lis
             require(record, fields, document.name)
         records += document.content
     return records
+
+
+def _judge_of(judgements: Sequence[Record]) -> str:
+    """The judge model that all records name; empty where none does. Raises DataError for several."""
+    found = sorted({str(record["judge_model"]) for record in judgements if record.get("judge_model")})
+    if len(found) > 1:
+        raise DataError(f"the replies are of several judges: {', '.join(found)}; score the replies of one")
+    return found[0] if found else ""
 
 
 def _some(ids: Sequence[Any], shown: int = 10) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -49,11 +50,7 @@ def judge_answers(
     ones are. Raises BudgetError when the budget is used up (what was answered is kept), ConfigError when the
     endpoint refuses the request, DataError for answers of another split.
     """
-    task = get(benchmark)
-    pairs = task.pair(task.read_references(references), read_answers(answers))
-    requests = [request for pair in pairs if (request := task.judge_request(pair)) is not None]
-    done = {record["request_sha256"] for record in _kept(out) if record["reply"] is not None}
-    left = [request for request in requests if _fingerprint(request, settings) not in done]
+    requests, left = _wanted(benchmark, references, answers, out, settings)
     client = _Client(settings)
     failed = 0
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +60,59 @@ def judge_answers(
             file.write(json.dumps(record).encode("ascii") + b"\n")
             file.flush()
     return {"wanted": len(requests), "asked": len(left), "kept": len(requests) - len(left), "failed": failed}
+
+
+def price(
+    benchmark: str,
+    references: Sequence[Path],
+    answers: Sequence[Path],
+    out: Path,
+    settings: JudgeSettings,
+) -> dict[str, Any]:
+    """What asking the judge would take, without asking: requests, tokens and price.
+
+    Tokens of requests are estimated generously, replies counted at their full length. Raises DataError as
+    ``judge_answers`` does.
+    """
+    requests, left = _wanted(benchmark, references, answers, out, settings)
+    return {
+        "judge_model": settings.model,
+        "wanted": len(requests),
+        "kept": len(requests) - len(left),
+        "to_ask": len(left),
+        "input_tokens_about": sum(_input_tokens(_payload(request, settings)) for request in left),
+        "output_tokens_at_most": sum(request.max_tokens for request in left),
+        "usd_about": round(sum(_most_usd(_payload(request, settings), settings) for request in left), 4),
+        "within_budget": len(left) <= settings.max_requests
+        and (
+            settings.max_usd is None
+            or sum(_most_usd(_payload(request, settings), settings) for request in left) <= settings.max_usd
+        ),
+    }
+
+
+def _wanted(
+    benchmark: str, references: Sequence[Path], answers: Sequence[Path], out: Path, settings: JudgeSettings
+) -> tuple[list[JudgeRequest], list[JudgeRequest]]:
+    """All requests, and those that ``out`` has no reply to."""
+    task = get(benchmark)
+    pairs = task.pair(task.read_references(references), read_answers(answers))
+    requests = [request for pair in pairs if (request := task.judge_request(pair)) is not None]
+    done = {record["request_sha256"] for record in _kept(out) if record["reply"] is not None}
+    return requests, [request for request in requests if _fingerprint(request, settings) not in done]
+
+
+def _input_tokens(payload: Record) -> int:
+    """Tokens of a request by a generous estimate: three bytes a token (English has about four), and ten for each
+    message's frame."""
+    texts = [message["content"].encode("utf-8", "replace") for message in payload["messages"]]
+    return sum(len(text) // 3 + 11 for text in texts)
+
+
+def _most_usd(payload: Record, settings: JudgeSettings) -> float:
+    """What one request may cost."""
+    incoming, outgoing = settings.usd_per_million_input, settings.usd_per_million_output
+    return (_input_tokens(payload) * incoming + payload["max_tokens"] * outgoing) / 1e6
 
 
 def messages(request: JudgeRequest) -> list[dict[str, str]]:
@@ -129,8 +179,11 @@ class _Client:
     settings: JudgeSettings
     sleep: Callable[[float], None] = time.sleep
     requests: int = 0
+    usd: float = 0.0
+    """What was spent, by the tokens the endpoint reports; a request under way counts at its most."""
 
     def __post_init__(self) -> None:
+        self._lock = threading.Lock()
         self._open = urllib.request.build_opener(_NoRedirect).open
         self._url = self.settings.base_url.rstrip("/") + "/chat/completions"
 
@@ -141,12 +194,12 @@ class _Client:
             "judge_model": self.settings.model,
             "request_sha256": _fingerprint(request, self.settings),
         }
-        body = json.dumps(_payload(request, self.settings)).encode("ascii")
+        payload = _payload(request, self.settings)
         error = ""
         for attempt in range(self.settings.attempts):
             wait = self.settings.backoff * 2**attempt
             try:
-                reply, usage = self._post(body)
+                reply, usage = self._post(payload)
                 return {**record, "reply": reply, "usage": usage, "attempts": attempt + 1}
             except urllib.error.HTTPError as failure:
                 with failure:
@@ -160,13 +213,36 @@ class _Client:
                 self.sleep(wait)
         return {**record, "reply": None, "error": error, "attempts": self.settings.attempts}
 
-    def _post(self, body: bytes) -> tuple[str, Any]:
-        if self.requests >= self.settings.max_requests:
-            raise BudgetError(
-                f"the budget of {self.settings.max_requests} judge requests is used up; what was answered is kept: "
-                "raise max_requests and run again"
-            )
-        self.requests += 1
+    def _reserve(self, usd: float) -> None:
+        """Count a request that may cost ``usd``. Raises BudgetError when it is not in the budget."""
+        with self._lock:
+            if self.requests >= self.settings.max_requests:
+                raise BudgetError(
+                    f"the budget of {self.settings.max_requests} judge requests is used up; what was answered is "
+                    "kept: raise max_requests and run again"
+                )
+            if self.settings.max_usd is not None and self.usd + usd > self.settings.max_usd:
+                raise BudgetError(
+                    f"the budget of {self.settings.max_usd} USD might not cover the next judge request "
+                    f"({self.usd:.4f} spent); what was answered is kept: raise max_usd and run again"
+                )
+            self.requests += 1
+            self.usd += usd
+
+    def _settle(self, reserved: float, usage: Any) -> None:
+        """Replace what was reserved by what the endpoint says was used."""
+        try:
+            tokens = float(usage["prompt_tokens"]), float(usage["completion_tokens"])
+        except (KeyError, TypeError, ValueError):
+            return
+        incoming, outgoing = self.settings.usd_per_million_input, self.settings.usd_per_million_output
+        with self._lock:
+            self.usd += (tokens[0] * incoming + tokens[1] * outgoing) / 1e6 - reserved
+
+    def _post(self, payload: Record) -> tuple[str, Any]:
+        reserved = _most_usd(payload, self.settings)
+        self._reserve(reserved)
+        body = json.dumps(payload).encode("ascii")
         headers = {"Content-Type": "application/json"}
         secret = os.environ.get(self.settings.key_variable)
         if secret:
@@ -177,6 +253,7 @@ class _Client:
         if len(content) > _LARGEST_REPLY:
             raise ValueError("the reply is too large")
         answer = json.loads(content)
+        self._settle(reserved, answer.get("usage"))
         text = answer["choices"][0]["message"]["content"]
         if not isinstance(text, str):
             raise ValueError("the reply holds no text")

@@ -21,6 +21,12 @@ class JudgeSettings(Settings):
     temperature: float = 0.0
     max_requests: int = Field(default=5000, ge=0)
     """Requests of one call, repeated ones included; the budget."""
+    max_usd: float | None = Field(default=None, ge=0)
+    """The most that one call may cost by the prices below; no request is sent that might exceed it."""
+    usd_per_million_input: float = Field(default=0.0, ge=0)
+    """Price of a million tokens of requests, as the endpoint's owner names it."""
+    usd_per_million_output: float = Field(default=0.0, ge=0)
+    """Price of a million tokens of replies."""
     attempts: int = Field(default=5, ge=1)
     """Tries for one answer before it is recorded as failed."""
     backoff: float = Field(default=1.0, ge=0)
