@@ -123,6 +123,8 @@ rule compare:
         "logs/{smoke}compare/{benchmark}.log",
     resources:
         **light(memory_gb=2, minutes=10),
+    params:
+        published=lambda wildcards: PLAN.published(wildcards.benchmark),
     message:
         "Comparing the chosen checkpoints on {wildcards.benchmark}"
     script:

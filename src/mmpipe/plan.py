@@ -19,6 +19,8 @@ from typing import Any
 from mmpipe import registry
 from mmpipe.artifacts.files import canonical_json, sha256
 from mmpipe.benchmarks.base import get
+from mmpipe.benchmarks.published import PublishedTable
+from mmpipe.benchmarks.published import rows as published_rows
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.config.loader import read_mapping, validate
 from mmpipe.config.models import Config, Recipe
@@ -94,6 +96,12 @@ class Plan:
         }
         self._check_mixtures(folder / "mixtures.yaml")
         self.benchmarks = self._benchmarks(folder / "benchmarks.yaml")
+        self._published: dict[str, PublishedTable] = {
+            name: validate(PublishedTable, entry, f"{folder / 'published.yaml'}, entry '{name}'")
+            for name, entry in (
+                read_mapping(folder / "published.yaml") if (folder / "published.yaml").exists() else {}
+            ).items()
+        }
         self._recipes = _read_recipes(folder / "recipes")
         self._paths: dict[str, list[StagePlan]] = {}
         self._inherited: dict[str, _Inherited] = {}
@@ -539,6 +547,10 @@ class Plan:
         return canonical_json(
             judge.model_dump(include={"base_url", "model", "temperature"}) if judge else None
         )
+
+    def published(self, benchmark: str) -> str:
+        """The published figures of what ``benchmark`` asks, as canonical JSON."""
+        return canonical_json(published_rows(self._published, get(self.benchmarks[benchmark].task).name))
 
     @property
     def scored_benchmarks(self) -> list[str]:

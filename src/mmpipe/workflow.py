@@ -7,6 +7,7 @@ with status 1.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -80,9 +81,9 @@ def _hint(error: OSError) -> str:
     return ""
 
 
-def _unchanged(snakemake: Any, spec: str) -> str:
+def _unchanged(snakemake: Any, spec: str, parameter: str = "spec") -> str:
     """The spec, after checking that the configuration still says what it said when the job was planned."""
-    if snakemake.params.spec != spec:
+    if snakemake.params.get(parameter) != spec:
         raise ConfigError(
             f"{snakemake.output[0]}: the configuration changed after this job was planned; run the same command again"
         )
@@ -318,6 +319,7 @@ def convert(snakemake: Any, plan: Plan) -> None:
 def compare(snakemake: Any, plan: Plan) -> None:
     """Set the scores of all chosen checkpoints side by side."""
     from mmpipe.benchmarks.compare import compare
+    from mmpipe.benchmarks.published import beside
 
     name = snakemake.wildcards.benchmark
     out = Path(snakemake.output.json).parent
@@ -339,7 +341,8 @@ def compare(snakemake: Any, plan: Plan) -> None:
         "title": plan.benchmarks[name].title or name,
         **compare(name, scores(name), controls, family=family),
     }
-    write_json(Path(snakemake.output.json), comparison)
+    published = json.loads(_unchanged(snakemake, plan.published(name), "published"))
+    write_json(Path(snakemake.output.json), {**comparison, "published": beside(comparison, published)})
 
 
 @job

@@ -30,7 +30,7 @@ from mmpipe.benchmarks.base import (
 from mmpipe.benchmarks.choices import extract_letter_lmms
 from mmpipe.benchmarks.pictures import hub_picture
 from mmpipe.benchmarks.records import iter_rows
-from mmpipe.benchmarks.stats import Estimate, estimate_mean
+from mmpipe.benchmarks.stats import Estimate, bootstrap, estimate_mean
 
 _FIELDS = ("index", "question", "answer", "category", "l2_category")
 _YES_NO = " Please answer yes or no."
@@ -82,7 +82,19 @@ class MmStar(Benchmark):
         }
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
-        return estimate_mean("accuracy_by_count", [i.score for i in items], [i.unit for i in items])
+        if protocol.rule == "official":
+            return estimate_mean("accuracy_by_count", [i.score for i in items], [i.unit for i in items])
+        names = list(_grouped(items, "ability"))
+        totals = {}
+        for item in items:
+            row = [0.0] * (2 * len(names))
+            first = 2 * names.index(item.facts["ability"])
+            row[first : first + 2] = item.score, 1.0
+            totals[item.unit] = row
+        value = metrics["average_of_l2_means"]
+        return bootstrap(
+            "average_of_l2_means", totals, lambda t: (t[..., 0::2] / t[..., 1::2]).mean(axis=-1), value
+        )
 
 
 def _official(items: Sequence[Item]) -> Record:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
+from mmpipe.benchmarks.published import PublishedTable
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.config.models import Config, Recipe
 from mmpipe.data.spec import MixtureSpec
@@ -26,6 +27,7 @@ def configuration_schema() -> dict[str, Any]:
         "datasets.yaml": dict[str, source_type()],  # type: ignore[misc]
         "mixtures.yaml": dict[str, MixtureSpec],
         "benchmarks.yaml": dict[str, BenchmarkEntry],
+        "published.yaml": dict[str, PublishedTable],
     }
     adapters = [(name, "validation", TypeAdapter(kind)) for name, kind in files.items()]
     references, definitions = TypeAdapter.json_schemas(adapters)  # type: ignore[arg-type]

@@ -59,4 +59,12 @@ def print_comparison(path: Path) -> None:
             str(row["units"]),
             style="dim" if row["control"] else None,
         )
+    for row in content.get("published", []):
+        table.add_row(
+            escape(f"{row['model']} ({row['system']})"),
+            f"{row['score']:.3f}",
+            "published",
+            "",
+            style="italic",
+        )
     Console().print(table)
