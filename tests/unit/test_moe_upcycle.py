@@ -150,3 +150,8 @@ def test_a_router_that_errs_is_named_with_its_place() -> None:
     moe.router.weight.data.fill_(float("nan"))
     with pytest.raises(MmpipeError, match=r"router 'topk' in language_model.layers.2.mlp: .*not finite"):
         model(**batch())
+
+
+def test_a_router_that_adds_its_input_needs_equal_widths() -> None:
+    with pytest.raises(ConfigError, match="the projector: the router 'moepp' adds its input"):
+        upcycle(llava(hidden_size=48), MoESettings(router="moepp"), part="multi_modal_projector")

@@ -100,6 +100,8 @@ def assemble(
     with torch.device("meta"):
         shell: Any = kind(config)
     parameters = dict(shell.named_parameters())
+    buffers = dict(shell.named_buffers())
+    parameters |= {name: buffers[name] for name in shell.state_dict() if name in buffers}
     if config.tie_word_embeddings:
         tensors = _without_tied_head(shell, tensors)
     problems = {
@@ -118,8 +120,9 @@ def assemble(
     most = common_dtype(tensors.values()) if dtype == "auto" else dtype
     model: Model = load.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=most)
     if dtype == "auto":
-        for name, parameter in model.named_parameters():
-            parameter.data = tensors[name]
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in tensors:
+                tensor.data = tensors[name]
     return model.eval()
 
 

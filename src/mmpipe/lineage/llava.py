@@ -42,13 +42,13 @@ class Llava(Layout):
 
         written = _tensors.read_config(directory / CONFIG)
         text, packed = text_config(directory, written)
-        tower = _tower(directory, written, parts)
+        tower = named_tower(directory, written, parts)
         tensors = {f"{_names.TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
         own = self.tensors(directory, parts, text, packed)
         if any(name.startswith(_names.TOWER) for name in own):
             tensors = {}  # a tower in the checkpoint is the one that was trained
         tensors |= own
-        tokenizer = vlm.with_image_token(_tokenizer(directory, parts, packed), directory)
+        tokenizer = vlm.with_image_token(checkpoint_tokenizer(directory, parts, packed), directory)
         config = vlm.joined_config(
             tower.config,
             text,
@@ -167,7 +167,8 @@ def _merged(directory: Path, tensors: Mapping[str, Tensor], text: Any) -> dict[s
     return dict(tensors) | {_names.to_stock(name): tensor for name, tensor in merged.state_dict().items()}
 
 
-def _tower(directory: Path, written: Mapping[str, Any], parts: Mapping[str, Part]) -> Any:
+def named_tower(directory: Path, written: Mapping[str, Any], parts: Mapping[str, Part]) -> Any:
+    """The vision tower that a recipe names beside a checkpoint; ConfigError when it names none."""
     from mmpipe.models import vlm
 
     if "vision" not in parts:
@@ -178,7 +179,7 @@ def _tower(directory: Path, written: Mapping[str, Any], parts: Mapping[str, Part
     return vlm.vision_tower(parts["vision"].directory, "auto")
 
 
-def _tokenizer(directory: Path, parts: Mapping[str, Part], packed: PackedLanguage | None) -> Any:
+def checkpoint_tokenizer(directory: Path, parts: Mapping[str, Part], packed: PackedLanguage | None) -> Any:
     """The tokenizer beside the checkpoint, else that of its base."""
     here = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     if here or "language" not in parts:

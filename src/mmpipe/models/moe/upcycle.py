@@ -133,6 +133,11 @@ def empty_layer(site: Site, settings: MoESettings) -> MoELayer:
     dense = read(network, site.name)
     experts = dense.experts(settings.experts, site.activation)
     router = build(settings, dense.width)
+    if router.ADDS and len(dense.tensors["down_proj"]) != dense.width:
+        raise ConfigError(
+            f"{site.name}: the router '{settings.router}' adds its input to the output, which has another width here; "
+            "give this part another router"
+        )
     layer = MoELayer(experts, router, settings, network if settings.residual else None)
     like = dense.tensors["down_proj"]
     return layer.to(device=like.device, dtype=like.dtype).train(network.training)

@@ -55,6 +55,8 @@ class BaseRouter(FollowsTraining):
 
     NORMALISED: ClassVar[bool] = True
     """Whether the weights of a token add up to one; others are on their honour."""
+    ADDS: ClassVar[bool] = False
+    """Whether it adds something as wide as the input to the output (``Routing.addition_TD``)."""
     STARTS_ALIKE: ClassVar[bool] = False
     """Whether the ``reference`` form starts every layer with the same numbers, as LibMoE 2.0 does."""
 

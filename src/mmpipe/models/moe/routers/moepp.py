@@ -25,6 +25,7 @@ class Router(BaseRouter):
     """
 
     NORMALISED: ClassVar[bool] = False
+    ADDS: ClassVar[bool] = True
     STARTS_ALIKE: ClassVar[bool] = True
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
