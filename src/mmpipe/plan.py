@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe import registry
+from mmpipe.analysis.plan import ExpertLogs
 from mmpipe.artifacts.files import canonical_json, sha256
 from mmpipe.benchmarks.base import get
 from mmpipe.benchmarks.published import PublishedTable
@@ -75,6 +76,11 @@ class StagePlan:
         """This stage and all before it, first one first."""
         return [*(self.parent.path() if self.parent else []), self]
 
+    @property
+    def sparse(self) -> bool:
+        """Whether the checkpoint has experts."""
+        return any(stage.settings.grows_experts() for stage in self.path())
+
 
 class Plan:
     """All recipes, catalogues and choices of one configuration.
@@ -109,6 +115,8 @@ class Plan:
             self._resolve(name, ())
         self._check_names()
         self._check_references()
+        self.expert_logs = ExpertLogs(self)
+        self.benchmarks |= self.expert_logs.variants
 
     # --- catalogues -----------------------------------------------------------------------------------------------
 
@@ -595,6 +603,7 @@ class Plan:
             *(f"resources/mixtures/{mixture}/report.html" for mixture in mixtures),
             *self.per_checkpoint("samples.html", out),
             *(f"{out}/{benchmark}.html" for benchmark in self.compared_benchmarks),
+            *self.expert_logs.figures(out),
         ]
 
     def job(self, stage: StagePlan, out: str = "results", **use: Any) -> StageJob:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -197,8 +197,10 @@ def answer(snakemake: Any, plan: Plan) -> None:
     from mmpipe.benchmarks.prepare import read_questions
     from mmpipe.data.templates import get_template
     from mmpipe.inference.chunks import answer_chunk, split
+    from mmpipe.inference.expert_log import merge, pieces
     from mmpipe.inference.generate import Answerer
     from mmpipe.models import vlm
+    from mmpipe.models.moe.watch import without_first
 
     torch.set_num_threads(snakemake.threads)
     _quiet_transformers()
@@ -207,11 +209,13 @@ def answer(snakemake: Any, plan: Plan) -> None:
     checkpoint = Path(snakemake.input.checkpoint).parent
     prepared = Path(snakemake.input.benchmark).parent
     index, _, chunks = wildcards.chunk.partition("-of-")
-    questions = split(read_questions(prepared), int(chunks))[int(index)]
+    parts = split(read_questions(prepared), int(chunks))
+    questions = parts[int(index)]
     out = Path(snakemake.output[0])
     inputs = manifest.input_hashes([checkpoint / manifest.NAME, prepared / manifest.NAME])
     state = out.parent.parent / "state" / wildcards.chunk
-    with open_state(state, manifest.fingerprint(wildcards.chunk, inputs)):
+    logs = plan.expert_logs.spec() if hasattr(snakemake.output, "experts") else ""
+    with open_state(state, manifest.fingerprint(wildcards.chunk + logs, inputs)):
         device = _device(snakemake)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model, processor, card = vlm.load(checkpoint, dtype)
@@ -223,23 +227,45 @@ def answer(snakemake: Any, plan: Plan) -> None:
         )
         protocol = get(entry.task).protocol(entry.protocol)
         log.info("%d questions on %s in %s", len(questions), device, dtype)
-        done = answer_chunk(
-            questions,
-            lambda left: _with_progress(
-                answerer.answer(
-                    left,
-                    batch_size=entry.batch_size,
-                    max_new_tokens=entry.max_new_tokens or protocol.max_new_tokens,
-                    num_beams=protocol.num_beams,
+        start = sum(map(len, parts[: int(index)]))
+        experts = _expert_log(snakemake, plan, answerer.model, state / "experts", questions, start)
+        leaving_out = entry.control == "without_first_expert"
+        with without_first(answerer.model) if leaving_out else nullcontext():
+            done = answer_chunk(
+                questions,
+                lambda left: _with_progress(
+                    answerer.answer(
+                        left,
+                        batch_size=entry.batch_size,
+                        max_new_tokens=entry.max_new_tokens or protocol.max_new_tokens,
+                        num_beams=protocol.num_beams,
+                        log=experts,
+                    ),
+                    len(left),
+                    f"{wildcards.checkpoint} {wildcards.benchmark}",
                 ),
-                len(left),
-                f"{wildcards.checkpoint} {wildcards.benchmark}",
-            ),
-            state,
-            out,
-        )
+                state,
+                out,
+                keep=experts.recover if experts else None,
+            )
         log.info("%(asked)d answered, %(resumed)d kept from an interrupted run", done)
+        if experts:
+            rows = merge(pieces(experts.folder), Path(snakemake.output.experts))
+            log.info("%d choices of experts logged", rows)
     shutil.rmtree(state)
+
+
+def _expert_log(
+    snakemake: Any, plan: Plan, model: Any, folder: Path, questions: list[Any], start: int
+) -> Any:
+    """The log of experts where the rule declares one."""
+    from mmpipe.inference.expert_log import ExpertLog
+
+    settings = plan.expert_logs.settings
+    if not hasattr(snakemake.output, "experts") or settings is None:
+        return None
+    _unchanged(snakemake, plan.expert_logs.spec())
+    return ExpertLog(model, folder, questions, start, settings.layers)
 
 
 def _with_progress(things: Iterator[Any], total: int, title: str) -> Iterator[Any]:
@@ -257,6 +283,33 @@ def gather(snakemake: Any, plan: Plan) -> None:
     questions = read_questions(Path(snakemake.input.questions).parent)
     count = gather(questions, [Path(path) for path in snakemake.input.chunks], Path(snakemake.output[0]))
     log.info("%d answers", count)
+
+
+@job
+def gather_experts(snakemake: Any, plan: Plan) -> None:
+    """Join the chunks of a log of experts."""
+    from mmpipe.inference.expert_log import merge
+
+    rows = merge([Path(path) for path in snakemake.input], Path(snakemake.output[0]))
+    log.info("%d choices of experts", rows)
+
+
+@job
+def analyse(snakemake: Any, plan: Plan) -> None:
+    """Compute one family of metrics of experts, and draw it."""
+    from mmpipe.analysis.base import Source, draw, write_table
+
+    family = plan.expert_logs.families[snakemake.wildcards.family]
+    sources = [Source.of(path) for path in snakemake.input]
+    if family.runs_model:
+        settings = plan.expert_logs.settings
+        assert settings is not None
+        _quiet_transformers()
+        rows = family.measure(sources, _device(snakemake), settings.similarity_questions)
+    else:
+        rows = family.table(sources)
+    write_table(rows, Path(snakemake.output.table))
+    draw(family, rows, Path(snakemake.output.figure))
 
 
 @job

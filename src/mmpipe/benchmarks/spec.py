@@ -71,9 +71,9 @@ class BenchmarkEntry(Settings):
     """Ask only the first so many question groups (a circular question counts once); for trials, never for
     reports."""
 
-    control: Literal["shuffle_images"] | None = None
+    control: Literal["shuffle_images", "without_first_expert"] | None = None
     """``shuffle_images`` asks every question with the picture of another one: what a model scores without
-    seeing."""
+    seeing. ``without_first_expert`` leaves out the first expert each token chooses."""
 
     title: str = ""
     """How tables and the report call the benchmark; without it the name of the entry."""

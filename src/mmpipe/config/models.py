@@ -19,6 +19,21 @@ class Smoke(Settings):
     """Questions asked of each benchmark."""
 
 
+class LogExperts(Settings):
+    """Which expert choices are written down while benchmarks are answered, for the analysis of routers."""
+
+    layers: tuple[int, ...] | None = Field(None, min_length=1)
+    """Layers to log, of tower and language model alike; default: every layer with experts. A projector is always logged."""
+    benchmarks: list[str] = Field(["*"], min_length=1)
+    """Chosen benchmarks to log, patterns; controls never are."""
+    checkpoints: list[str] | None = Field(None, min_length=1)
+    """Chosen checkpoints to log, patterns; default: those whose recipe grows experts."""
+    without_first: bool = False
+    """Also answer with each token's first expert left out, to see how much hangs on it."""
+    similarity_questions: int = Field(32, ge=1)
+    """Questions for which the outputs of the chosen experts are compared."""
+
+
 class Config(Settings):
     """The main configuration: what is trained and compared."""
 
@@ -26,6 +41,8 @@ class Config(Settings):
     """Recipes whose checkpoints are compared; ``recipe@stage`` names an earlier checkpoint, ``*`` matches many."""
     benchmarks: list[str | dict[str, dict[str, Any]]] = Field(min_length=1)
     """Benchmarks of ``benchmarks.yaml``; ``- name: {key: value}`` changes settings of the entry."""
+    log_experts: bool | LogExperts = False
+    """Write down which experts tokens are sent to while benchmarks are answered, and draw the analysis of it."""
     smoke: Smoke = Smoke()
     gpu_request: str = Field("gpu", pattern="^(gpu|gres)$")
     """How GPUs are asked for on the cluster: ``gpu`` (``--gpus``) or ``gres`` (``--gres``)."""

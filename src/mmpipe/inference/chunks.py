@@ -45,19 +45,23 @@ def answer_chunk(
     ask: Callable[[list[Question]], Iterable[Answer]],
     state: Path,
     out: Path,
+    keep: Callable[[Iterable[Key]], set[Key]] | None = None,
 ) -> dict[str, int]:
     """Answer ``questions`` by ``ask``, which yields one record each in any order, and publish them as
     ``out``.
 
-    Records that ``state`` holds already are kept. The caller makes sure that ``state`` belongs to the same
-    model and settings. Returns how many were resumed and asked. Raises ArtifactError when ``ask`` leaves a
-    question unanswered.
+    Records that ``state`` holds already are kept, those alone that ``keep`` chooses if given. The caller
+    makes sure that ``state`` belongs to the same model and settings. Returns how many were resumed and asked.
+    Raises ArtifactError when ``ask`` leaves a question unanswered.
     """
     partial = state / PARTIAL
     state.mkdir(parents=True, exist_ok=True)
-    wanted = [_question_key(question) for question in questions]
+    wanted = [question_key(question) for question in questions]
     asked_for = set(wanted)
     done = {k: answer for answer in _recover(partial) if (k := _answer_key(answer)) in asked_for}
+    if keep is not None:
+        kept = keep(done)
+        done = {k: answer for k, answer in done.items() if k in kept}
     resumed = len(done)
     left = [question for question, k in zip(questions, wanted, strict=True) if k not in done]
     if left:
@@ -81,7 +85,7 @@ def gather(questions: Sequence[Question], parts: Sequence[Path], out: Path) -> i
     """
     answers = [answer for part in parts for answer in read_jsonl(part)]
     by_key = {_answer_key(answer): answer for answer in answers}
-    wanted = [_question_key(question) for question in questions]
+    wanted = [question_key(question) for question in questions]
     known = set(wanted)
     counts = Counter(map(_answer_key, answers))
     faults = {
@@ -102,7 +106,7 @@ def gather(questions: Sequence[Question], parts: Sequence[Path], out: Path) -> i
     return len(answers)
 
 
-def _question_key(question: Question) -> Key:
+def question_key(question: Question) -> Key:
     """Some benchmarks ask two things under one id; the prompt tells them apart."""
     return str(question.id), question.text if question.prompt is None else question.prompt
 

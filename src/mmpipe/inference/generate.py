@@ -28,6 +28,8 @@ from mmpipe.models.sparsity.wrap import of_prompt, shares_prompts
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mmpipe.inference.expert_log import ExpertLog, Owner
+
 Answer = dict[str, Any]
 
 
@@ -88,14 +90,15 @@ class Answerer:
         max_new_tokens: int = 128,
         num_beams: int = 1,
         share_prefix: bool = True,
+        log: ExpertLog | None = None,
     ) -> Iterator[Answer]:
         """Yield one answer record a question, in the order they are finished.
 
         The records have LLaVA's fields (``question_id, prompt, text, answer_id, model_id, metadata``) and the
         question's own. Decoding is greedy, or by beam search with ``num_beams`` > 1. ``share_prefix=False``
         hands whole prompts to the model's own ``generate``; the answers are the same (a model that drops tokens of
-        questions never shares). Raises DataError for a
-        question whose pictures and image marks do not agree.
+        questions never shares). ``log`` is told which experts were chosen; a batch is in it before its answers are
+        yielded. Raises DataError for a question whose pictures and image marks do not agree.
         """
         rows = [Row(question, self._encode(question)) for question in questions]
         plain = num_beams > 1 or not share_prefix or not shares_prompts(self.model)
@@ -103,10 +106,12 @@ class Answerer:
         for batch in _batches(families, batch_size):
             asked = [row for family in batch for row in family.rows]
             replies = (
-                self._generate(asked, max_new_tokens, num_beams)
+                self._generate(asked, max_new_tokens, num_beams, log)
                 if plain
-                else self._greedy(batch, max_new_tokens, batch_size)
+                else self._greedy(batch, max_new_tokens, batch_size, log)
             )
+            if log is not None:
+                log.write(row.question for row in asked)
             for row, reply in zip(asked, replies, strict=True):
                 yield self._record(row.question, reply)
 
@@ -160,7 +165,9 @@ class Answerer:
     # ---- running the model
 
     @torch.inference_mode()
-    def _greedy(self, families: Sequence[Family], max_new_tokens: int, batch_size: int) -> list[Reply]:
+    def _greedy(
+        self, families: Sequence[Family], max_new_tokens: int, batch_size: int, log: ExpertLog | None
+    ) -> list[Reply]:
         """Greedy decoding of families, one reply a row, at most ``batch_size`` rows at a time."""
         beginnings = [family.rows[0].ids[: family.shared] for family in families]
         ids, mask = self._pad(beginnings)
@@ -173,6 +180,13 @@ class Answerer:
             logits_to_keep=1,
             **of_prompt(self.model),
         )
+        if log is not None:
+            log.prompts(
+                [(family.rows[0].question, len(family.rows)) for family in families],
+                ids,
+                mask,
+                _positions(mask),
+            )
         rows = [(owner, row) for owner, family in enumerate(families) for row in family.rows]
         parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         replies: list[Reply] = []
@@ -181,10 +195,20 @@ class Answerer:
             owners = torch.tensor([owner for owner, _ in part], device=self.model.device)
             cache.batch_select_indices(owners)
             ids, own_mask = self._pad([row.ids[families[owner].shared :] for owner, row in part])
-            replies += self._decode(ids, torch.cat([mask[owners], own_mask], dim=1), cache, max_new_tokens)
+            whole_mask = torch.cat([mask[owners], own_mask], dim=1)
+            asked = [(row.question, 1) for _, row in part]
+            replies += self._decode(ids, whole_mask, cache, max_new_tokens, asked, log)
         return replies
 
-    def _decode(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, max_new_tokens: int) -> list[Reply]:
+    def _decode(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        cache: Any,
+        max_new_tokens: int,
+        asked: Sequence[Owner],
+        log: ExpertLog | None,
+    ) -> list[Reply]:
         """Continue rows ``ids`` (B, S) on ``cache``; ``mask`` (B, P + S) covers what is cached and
         ``ids``."""
         width = ids.shape[1]
@@ -192,7 +216,7 @@ class Answerer:
         ended = [False] * len(ids)
         position = _positions(mask)[:, -width:]
         given = of_prompt(self.model)
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
             out = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -202,6 +226,10 @@ class Answerer:
                 logits_to_keep=1,
                 **given,
             )
+            if log is not None and step == 0:
+                log.prompts(asked, ids, mask[:, -width:], position)
+            elif log is not None:
+                log.generated(asked, [not end for end in ended], position)
             ids = out.logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
             for row, token in enumerate(ids[:, 0].tolist()):
                 if not ended[row]:
@@ -215,7 +243,9 @@ class Answerer:
         return [Reply(tokens, end) for tokens, end in zip(generated, ended, strict=True)]
 
     @torch.inference_mode()
-    def _generate(self, rows: Sequence[Row], max_new_tokens: int, num_beams: int) -> list[Reply]:
+    def _generate(
+        self, rows: Sequence[Row], max_new_tokens: int, num_beams: int, log: ExpertLog | None
+    ) -> list[Reply]:
         """The same through ``model.generate``, which also searches with beams."""
         ids, mask = self._pad([row.ids for row in rows])
         pixels = self._pixels([row.question for row in rows])
@@ -244,6 +274,8 @@ class Answerer:
                 if self._stopped(kept):
                     break
             replies.append(Reply(kept, self._stopped(kept)))
+        if log is not None:
+            log.generate([(row.question, 1) for row in rows], ids, mask, [len(r.ids) for r in replies])
         return replies
 
     @property

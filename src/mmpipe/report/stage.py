@@ -8,55 +8,48 @@ from typing import Any
 import yaml
 
 from mmpipe.artifacts.files import read_json, read_jsonl
+from mmpipe.objectives.collapse import ALARM
+from mmpipe.report.figure import COLOURS, figure
 from mmpipe.report.page import write_page
 
 _NOT_LOSSES = {"step", "tokens", "loss", "learning_rate", "grad_norm"}
-_ROUTING = "routing."
+_ROUTING, _COLLAPSE = "routing.", ".top_set"
+_ROUTING_PANELS = {".load": "busiest expert's share", _COLLAPSE: "most common choice, worst layer"}
 _MOST_POINTS = 2000
-# Okabe and Ito's colours, told apart by colour-blind readers too
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def draw_history(history: Path, figure: Path) -> None:
-    """Draw loss terms, learning rate and gradient norm over the steps, as SVG."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
+def draw_history(history: Path, out: Path) -> None:
+    """Draw loss terms, learning rate, gradient norm and, of a sparse model, how its experts are used over the steps, as
+    SVG."""
     rows = _thinned(read_jsonl(history))
     steps = [row["step"] for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
     terms = [name for name in names if name not in _NOT_LOSSES and not name.startswith(_ROUTING)]
-    loads = [name for name in names if name.startswith(_ROUTING) and name.endswith(".load")]
-    # fixed ids and no date: the same history draws the same bytes
-    with mpl.rc_context(
-        {"svg.hashsalt": "mmpipe", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        columns = 4 if loads else 3
-        canvas, axes = plt.subplots(1, columns, figsize=(11 * columns / 3, 3.2), layout="constrained")
-        panels = [
-            (axes[0], ["loss", *(t for t in terms if len(terms) > 1)]),
-            (axes[1], ["learning_rate"]),
-            (axes[2], ["grad_norm"]),
-        ]
-        if loads:
-            panels.append((axes[3], loads))
-        for axis, names in panels:
-            for name, colour in zip(names, _COLOURS, strict=False):
+    panels = [
+        ("loss", ["loss", *(t for t in terms if len(terms) > 1)]),
+        ("learning rate", ["learning_rate"]),
+        ("grad norm", ["grad_norm"]),
+        *(
+            (title, measured)
+            for ending, title in _ROUTING_PANELS.items()
+            if (measured := [n for n in names if n.startswith(_ROUTING) and n.endswith(ending)])
+        ),
+    ]
+    with figure(out, 1, len(panels), (3.7 * len(panels), 3.2)) as axes:
+        for axis, (title, names) in zip(axes.flat, panels, strict=True):
+            for name, colour in zip(names, COLOURS, strict=False):
                 values = [row.get(name) for row in rows]
                 if len(rows) == 1:
                     axis.plot(steps, values, "o", color=colour, label=_label(name))
                 else:
                     axis.plot(steps, values, color=colour, linewidth=1, label=_label(name))
             axis.set_xlabel("step")
-            title = "busiest expert's share" if names is loads else names[0].replace("_", " ")
-            axis.set_title(title, loc="left")
+            axis.set_title(title)
             if len(names) > 1:
-                axis.legend(frameon=False)
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        canvas.savefig(figure, format="svg", metadata={"Date": None})
-        plt.close(canvas)
+                axis.legend()
+            if title == _ROUTING_PANELS[_COLLAPSE]:
+                axis.axhline(ALARM, color="grey", linestyle=":", linewidth=1)
+                axis.set_ylim(0, 1.03)
 
 
 def _label(name: str) -> str:

@@ -144,6 +144,10 @@ class Stage(Settings):
         """What other checkpoints must write down first, by role."""
         return {}
 
+    def grows_experts(self) -> bool:
+        """Whether the stage makes a dense model sparse."""
+        return False
+
     def spec(self) -> dict[str, Any]:
         """The settings that change the result, without those at their default."""
         return self.model_dump(mode="json", exclude_defaults=True, exclude={"hardware"})

@@ -53,6 +53,9 @@ class Upcycle(Stage):
         code = {router: hashlib.sha256(source_file(router).read_bytes()).hexdigest() for router in own}
         return super().spec() | ({"router_code": code} if code else {})
 
+    def grows_experts(self) -> bool:
+        return True
+
     def run(self, job: StageJob) -> None:
         from mmpipe.training.upcycle import upcycle_stage
 

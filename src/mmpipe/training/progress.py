@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmpipe.artifacts.files import write_json
+from mmpipe.training.collapse import LAYERS
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,10 @@ class Progress(TrainerCallback):
         rate = self._tokens_per_second(state)
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
-            self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            collapsed = f", {row[LAYERS]:.0f} layers collapsed" if row.get(LAYERS) else ""
+            self.bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s{collapsed}", refresh=False
+            )
         every = max(1, state.max_steps // _LINES)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             elapsed = time.perf_counter() - self.started

@@ -17,6 +17,7 @@ from mmpipe.artifacts.files import sync
 from mmpipe.errors import MmpipeError
 from mmpipe.models.progress import tell_progress
 from mmpipe.models.trainable import learning_rate_groups
+from mmpipe.training.collapse import CollapseWatch
 from mmpipe.training.objective import Batch, Normaliser, Task
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class StageTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._sums: dict[str, Tensor] = {}
         self.replaced = 0
+        self.collapse = CollapseWatch()
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -95,6 +97,7 @@ class StageTrainer(Trainer):
             raise MmpipeError(
                 f"{where}: the loss is {loss.item()}; lower the learning rate, or look at these records"
             )
+        self.collapse.see(self.task.model)
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value
         # gradients are averaged over processes, our sums are not
@@ -110,6 +113,7 @@ class StageTrainer(Trainer):
             elif total[1] > 0:  # a mean over something that this step had
                 logs[name] = (total[0] / total[1]).item()
         self._sums = {}
+        logs |= self.collapse.take(self.state.global_step)
         super().log(logs, start_time)
 
     # --- optimizer --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmpipe.models.moe.forward_pass import Report, latest
 from mmpipe.models.moe.layer import MoELayer
+from mmpipe.objectives.collapse import top_set_share
 
 _COUNTS = ("load", "tokens", "dropped")
 
@@ -69,6 +70,18 @@ def collect_statistics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 def part_of(layer: str) -> str:
     """The part of the model that a layer stands in, by the layer's name."""
     return layer.partition(".")[0]
+
+
+def collect_collapse(model: nn.Module) -> dict[str, Tensor]:
+    """Share of the tokens of the last forward pass that made each layer's most common ordered choice, by the layer's
+    name; near one, the layer has collapsed."""
+    layers = moe_layers(model)
+    return {
+        name: top_set_share(
+            torch.cat([report.indices_TK for report in reports]), layers[name].router.experts + 1
+        )
+        for name, reports in _reports(model).items()
+    }
 
 
 def _reports(model: nn.Module) -> dict[str, list[Report]]:

@@ -31,6 +31,8 @@ class Report:
     statistics: dict[str, Tensor]
     """Detached: ``load`` ``[N]`` (choices an expert took), ``tokens``, ``dropped`` (choices), and the
     router's own."""
+    indices_TK: Tensor
+    """The choices; N stands for one that does nothing."""
 
 
 class ForwardPass:

@@ -107,11 +107,13 @@ class MoELayer(TakesForwardPass):
         with torch.no_grad():
             statistics = {name: value.detach() for name, value in routing.statistics.items()}
             # dropped choices and those that do nothing (a null or free expert) have weight zero
-            carried_out = routing.indices_TK[routing.weights_TK != 0]
+            works_TK = routing.weights_TK != 0
+            carried_out = routing.indices_TK[works_TK]
             statistics["load"] = torch.bincount(carried_out, minlength=self.router.experts)
             statistics["tokens"] = torch.tensor(len(kept_TK), device=kept_TK.device)
             statistics["dropped"] = (~kept_TK).sum()
-        return Report(losses, statistics)
+            indices_TK = routing.indices_TK.where(works_TK | ~kept_TK, self.router.experts)
+        return Report(losses, statistics, indices_TK)
 
     def _mix(self, hidden_BLD: Tensor, output_BLD: Tensor) -> Tensor:
         if self.dense is None or self.mixture is None:

@@ -1,0 +1,97 @@
+# What experts do. Nothing here is planned unless the configuration says `log_experts`.
+localrules:
+    gather_experts,
+    analyse_answers,
+    analyse_checkpoint,
+
+
+ruleorder: answer_chunk_and_log > answer_chunk
+
+
+# answers as ever; the choices of the routers beside them
+use rule answer_chunk as answer_chunk_and_log with:
+    output:
+        answers=temp("results/{smoke}{checkpoint}/eval/{benchmark}/chunks/{chunk}.jsonl"),
+        experts=temp("results/{smoke}{checkpoint}/eval/{benchmark}/chunks/{chunk}.experts.parquet"),
+    wildcard_constraints:
+        checkpoint=one_of(PLAN.expert_logs.checkpoints),
+        benchmark=one_of(PLAN.expert_logs.benchmarks),
+    params:
+        spec=PLAN.expert_logs.spec(),
+
+
+rule gather_experts:
+    input:
+        lambda wildcards: PLAN.expert_logs.chunk_files(
+            out(wildcards), wildcards.checkpoint, wildcards.benchmark
+        ),
+    output:
+        "results/{smoke}{checkpoint}/eval/{benchmark}/experts.parquet",
+    log:
+        "logs/{smoke}{checkpoint}/eval/{benchmark}/gather-experts.log",
+    resources:
+        **light(memory_gb=8, minutes=60),
+    params:
+        spec=PLAN.expert_logs.spec(),
+    message:
+        "Gathering the experts that {wildcards.checkpoint} chose on {wildcards.benchmark}"
+    script:
+        "../workflow/scripts/gather_experts.py"
+
+
+rule analyse_answers:
+    input:
+        lambda wildcards: PLAN.expert_logs.inputs(
+            wildcards.family, out(wildcards), wildcards.checkpoint, wildcards.benchmark
+        ),
+    output:
+        table="results/{smoke}{checkpoint}/eval/{benchmark}/experts/{family}.csv",
+        figure=report(
+            "results/{smoke}{checkpoint}/eval/{benchmark}/experts/{family}.svg",
+            caption="../workflow/report/experts.rst",
+            category="Experts",
+            subcategory="{checkpoint}",
+            labels={"benchmark": "{benchmark}", "shown": "{family}"},
+        ),
+    log:
+        "logs/{smoke}{checkpoint}/eval/{benchmark}/experts-{family}.log",
+    wildcard_constraints:
+        family=one_of(PLAN.expert_logs.named(per="benchmark", runs_model=False)),
+    resources:
+        **light(memory_gb=8, minutes=60),
+    message:
+        "Analysing the experts of {wildcards.checkpoint} on {wildcards.benchmark}: {wildcards.family}"
+    script:
+        "../workflow/scripts/analyse.py"
+
+
+use rule analyse_answers as analyse_checkpoint with:
+    input:
+        lambda wildcards: PLAN.expert_logs.inputs(wildcards.family, out(wildcards), wildcards.checkpoint),
+    output:
+        table="results/{smoke}{checkpoint}/experts/{family}.csv",
+        figure=report(
+            "results/{smoke}{checkpoint}/experts/{family}.svg",
+            caption="../workflow/report/experts.rst",
+            category="Experts",
+            subcategory="{checkpoint}",
+            labels={"benchmark": "all", "shown": "{family}"},
+        ),
+    log:
+        "logs/{smoke}{checkpoint}/experts-{family}.log",
+    wildcard_constraints:
+        family=one_of(PLAN.expert_logs.named(per="checkpoint", runs_model=False)),
+    message:
+        "Analysing the experts of {wildcards.checkpoint}: {wildcards.family}"
+
+
+use rule analyse_answers as run_experts with:
+    log:
+        "logs/{smoke}{checkpoint}/eval/{benchmark}/experts-{family}.log",
+    wildcard_constraints:
+        family=one_of(PLAN.expert_logs.named(per="benchmark", runs_model=True)),
+    threads: lambda wildcards: answer_hardware(wildcards).cpus
+    resources:
+        **resources_of(answer_hardware),
+    params:
+        spec=PLAN.expert_logs.probe_spec(),

@@ -1,0 +1,120 @@
+"""Looking into a model's experts from outside: which are chosen, and what happens without the first of them.
+
+Both hang on hooks, so that a model nobody watches pays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmpipe.errors import ConfigError
+from mmpipe.models.moe.collect import moe_layers
+from mmpipe.models.moe.layer import MoELayer
+from mmpipe.models.moe.routers.base import Routing, rescaled
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a MoE layer stands."""
+
+    part: str
+    """``language_model``, ``vision_tower`` or ``multi_modal_projector``."""
+    layer: int
+    """Index of the layer in its part; 0 for a projector, which has no layers."""
+    experts: int = field(default=0, compare=False)
+    """How many experts it has."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a router decided in one call: experts and weights ``[T, K]`` of the tokens it was given."""
+
+    indices_TK: Tensor
+    weights_TK: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices_TK)
+
+
+def placed_layers(model: nn.Module, layers: Collection[int] | None = None) -> dict[Place, MoELayer]:
+    """The MoE layers of a model by their place, those numbered ``layers`` only if given.
+
+    A projector is always among them: it has no layers to choose from. Raises ConfigError for a number that no
+    layer with experts has.
+    """
+    found = {place_of(name, layer.router.experts): layer for name, layer in moe_layers(model).items()}
+    if layers is None:
+        return found
+    numbered = {place.layer for place in found if place.part != "multi_modal_projector"}
+    missing = sorted(set(layers) - numbered)
+    if missing:
+        raise ConfigError(
+            f"log_experts: layers: {missing} have no experts; layers with experts: {sorted(numbered) or 'none'}"
+        )
+    return {
+        place: layer
+        for place, layer in found.items()
+        if place.layer in layers or place.part == "multi_modal_projector"
+    }
+
+
+def place_of(name: str, experts: int = 0) -> Place:
+    """The place of a module or tensor named ``{part}.(...).{layer}.(...)``."""
+    part, *inner = name.split(".")
+    return Place(part, next((int(piece) for piece in inner if piece.isdigit()), 0), experts)
+
+
+class Recorder:
+    """Remembers what the routers of the given layers choose, call by call, until it is taken."""
+
+    def __init__(self, layers: dict[Place, MoELayer]) -> None:
+        self._calls: dict[Place, list[Choices]] = {}
+        for place, layer in layers.items():
+            layer.router.register_forward_hook(self._hook(place))
+
+    def _hook(self, place: Place) -> Any:
+        def see(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+            choices = Choices(routing.indices_TK.detach(), routing.weights_TK.detach())
+            self._calls.setdefault(place, []).append(choices)
+
+        return see
+
+    def take(self) -> dict[Place, list[Choices]]:
+        """The calls since the last time."""
+        taken, self._calls = self._calls, {}
+        return taken
+
+
+@contextmanager
+def without_first(model: nn.Module) -> Iterator[None]:
+    """Leave out each token's first choice in every MoE layer while the block lasts.
+
+    The other choices are scaled up to the weight all had together, where the router's weights add up to one.
+    A token with a single expert passes through the residual stream only.
+    """
+    handles = [
+        layer.experts.register_forward_pre_hook(_leave_out_first(layer))
+        for layer in moe_layers(model).values()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _leave_out_first(layer: MoELayer) -> Any:
+    def hook(experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        hidden_TD, indices_TK, weights_TK = args
+        left_TK = weights_TK.clone()
+        left_TK[:, 0] = 0
+        if layer.router.normalised:
+            left_TK = rescaled(left_TK)
+        return hidden_TD, indices_TK, left_TK
+
+    return hook

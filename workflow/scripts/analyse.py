@@ -1,0 +1,3 @@
+from mmpipe.workflow import analyse
+
+analyse(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,0 +1,3 @@
+from mmpipe.workflow import gather_experts
+
+gather_experts(snakemake)  # noqa: F821 - provided by Snakemake
