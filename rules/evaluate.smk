@@ -5,6 +5,7 @@ localrules:
     score_answers,
     convert_submission,
     compare,
+    rank,
 
 
 rule prepare_benchmark:
@@ -129,3 +130,19 @@ rule compare:
         "Comparing the chosen checkpoints on {wildcards.benchmark}"
     script:
         "../workflow/scripts/compare.py"
+
+
+rule rank:
+    input:
+        lambda wildcards: PLAN.leaderboard_files(out(wildcards)),
+    output:
+        json="results/{smoke}leaderboard.json",
+        csv="results/{smoke}leaderboard.csv",
+    log:
+        "logs/{smoke}compare/leaderboard.log",
+    resources:
+        **light(memory_gb=4, minutes=60),
+    message:
+        "Ranking the chosen checkpoints over all benchmarks"
+    script:
+        "../workflow/scripts/rank.py"

@@ -5,6 +5,7 @@ localrules:
     show_mixture,
     show_samples,
     show_comparison,
+    show_leaderboard,
 
 
 rule show_training:
@@ -107,3 +108,23 @@ rule show_comparison:
         "Laying out the comparison on {wildcards.benchmark}"
     script:
         "../workflow/scripts/show_comparison.py"
+
+
+rule show_leaderboard:
+    input:
+        "results/{smoke}leaderboard.json",
+    output:
+        report(
+            "results/{smoke}leaderboard.html",
+            caption="../workflow/report/leaderboard.rst",
+            category="Results",
+            labels={"benchmark": "all"},
+        ),
+    log:
+        "logs/{smoke}compare/leaderboard-report.log",
+    resources:
+        **light(memory_gb=2, minutes=10),
+    message:
+        "Laying out the ranking over all benchmarks"
+    script:
+        "../workflow/scripts/show_leaderboard.py"

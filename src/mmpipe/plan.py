@@ -543,6 +543,15 @@ class Plan:
             for checkpoint in self.chosen_recipes
         ]
 
+    def leaderboard_files(self, out: str) -> list[str]:
+        """Scores and verdicts of every chosen checkpoint on every compared benchmark."""
+        return [
+            f"{out}/{checkpoint}/eval/{benchmark}/{file}"
+            for benchmark in self.compared_benchmarks
+            for checkpoint in self.chosen_recipes
+            for file in ("score.json", "per_item.jsonl")
+        ]
+
     def judge_files(self, out: str, checkpoint: str, benchmark: str) -> list[str]:
         """The judge's replies that a score reads, if a judge is asked."""
         return (
@@ -603,6 +612,11 @@ class Plan:
             *(f"resources/mixtures/{mixture}/report.html" for mixture in mixtures),
             *self.per_checkpoint("samples.html", out),
             *(f"{out}/{benchmark}.html" for benchmark in self.compared_benchmarks),
+            *(
+                [f"{out}/leaderboard.html"]
+                if len(self.chosen_recipes) > 1 and self.compared_benchmarks
+                else []
+            ),
             *self.expert_logs.figures(out),
         ]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import atomic_open, read_json, sha256, staged_directory, write_json
+from mmpipe.artifacts.files import atomic_open, read_json, sha256, staged_directory, write_csv, write_json
 from mmpipe.benchmarks.base import get
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.plan import Plan
@@ -297,7 +297,7 @@ def gather_experts(snakemake: Any, plan: Plan) -> None:
 @job
 def analyse(snakemake: Any, plan: Plan) -> None:
     """Compute one family of metrics of experts, and draw it."""
-    from mmpipe.analysis.base import Source, draw, write_table
+    from mmpipe.analysis.base import Source, draw
 
     family = plan.expert_logs.families[snakemake.wildcards.family]
     sources = [Source.of(path) for path in snakemake.input]
@@ -308,7 +308,7 @@ def analyse(snakemake: Any, plan: Plan) -> None:
         rows = family.measure(sources, _device(snakemake), settings.similarity_questions)
     else:
         rows = family.table(sources)
-    write_table(rows, Path(snakemake.output.table))
+    write_csv(Path(snakemake.output.table), rows)
     draw(family, rows, Path(snakemake.output.figure))
 
 
@@ -396,6 +396,37 @@ def compare(snakemake: Any, plan: Plan) -> None:
     }
     published = json.loads(_unchanged(snakemake, plan.published(name), "published"))
     write_json(Path(snakemake.output.json), {**comparison, "published": beside(comparison, published)})
+
+
+@job
+def rank(snakemake: Any, plan: Plan) -> None:
+    """Set all chosen checkpoints side by side on all benchmarks."""
+    from mmpipe.artifacts.files import read_jsonl
+    from mmpipe.benchmarks.leaderboard import as_table, leaderboard
+
+    out = Path(snakemake.output.json).parent
+
+    def of_each(read: Callable[[Path], Any], file: str) -> dict[str, dict[str, Any]]:
+        return {
+            benchmark: {
+                checkpoint: read(out / checkpoint / "eval" / benchmark / file)
+                for checkpoint in plan.chosen_recipes
+            }
+            for benchmark in plan.compared_benchmarks
+        }
+
+    family = {checkpoint: plan.family(checkpoint) for checkpoint in plan.chosen_recipes}
+    board = leaderboard(of_each(read_json, "score.json"), of_each(read_jsonl, "per_item.jsonl"), family)
+    write_json(Path(snakemake.output.json), board)
+    write_csv(Path(snakemake.output.csv), as_table(board))
+
+
+@job
+def show_leaderboard(snakemake: Any, plan: Plan) -> None:
+    """Lay out the ranking as a table."""
+    from mmpipe.report.tables import leaderboard_page
+
+    leaderboard_page(Path(snakemake.input[0]), Path(snakemake.output[0]))
 
 
 @job

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mmpipe.analysis.base import Layer, Source, families, read_layers, write_table
+from mmpipe.analysis.base import Layer, Source, families, read_layers
 from mmpipe.analysis.families.balance import (
     load_ratio,
     normalised_entropy,
@@ -26,6 +26,7 @@ from mmpipe.analysis.families.drift import relative_change, row_cosine
 from mmpipe.analysis.families.frequency import selection_counts
 from mmpipe.analysis.families.modality import divergence
 from mmpipe.analysis.families.similarity import pairwise_cosine, reference_diversity
+from mmpipe.artifacts.files import write_csv
 from mmpipe.inference.expert_log import GENERATED, SCHEMA, TEXT, merge
 from mmpipe.objectives.collapse import top_set_share
 
@@ -169,7 +170,7 @@ def test_every_family_of_logs_makes_a_table_and_a_figure(tmp_path: Path) -> None
     for name in ("frequency", "balance", "coactivation", "confidence", "modality", "change", "benchmarks"):
         family = families()[name]
         rows = family.table(sources)
-        write_table(rows, tmp_path / f"{name}.csv")
+        write_csv(tmp_path / f"{name}.csv", rows)
         family.draw(rows, tmp_path / f"{name}.svg")
         first = (tmp_path / f"{name}.svg").read_bytes()
         family.draw(rows, tmp_path / f"{name}.svg")

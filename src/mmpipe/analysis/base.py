@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from mmpipe.artifacts.files import write_text
 from mmpipe.registry import modules
 
 if TYPE_CHECKING:
@@ -149,16 +146,6 @@ def read_layer(path: Path, place: Any) -> Layer | None:
         indices_TK=lists("experts").astype(np.int64),
         weights_TK=lists("weights").astype(np.float64),
     )
-
-
-def write_table(rows: Sequence[Row], path: Path) -> None:
-    """Write CSV; numbers with six digits, so that the same log writes the same bytes."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_text(path, text.getvalue())
 
 
 def draw(family: Family, rows: Sequence[Row], path: Path) -> None:

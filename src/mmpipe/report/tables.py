@@ -14,6 +14,11 @@ def comparison_page(comparison: Path, page: Path) -> None:
     write_page(page, "comparison.html", title=content["title"], comparison=content)
 
 
+def leaderboard_page(board: Path, page: Path) -> None:
+    """Lay out ``results/leaderboard.json``."""
+    write_page(page, "leaderboard.html", title="All benchmarks", board=read_json(board))
+
+
 def mixture_page(report: Path, page: Path) -> None:
     """Lay out a mixture's ``report.json``."""
     write_page(page, "mixture.html", title=f"Data of {report.parent.name}", report=read_json(report))

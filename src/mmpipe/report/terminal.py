@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -39,13 +41,15 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
 
 
 def print_comparison(path: Path) -> None:
-    """Print ``results/{benchmark}.json``: a row a checkpoint, controls marked.
+    """Print ``results/{benchmark}.json``, a row a checkpoint, controls marked; or ``results/leaderboard.json``.
 
     Raises ArtifactError when the file is not there.
     """
     if not path.is_file():
         raise ArtifactError(f"{path}: not there; make it: snakemake --cores 2 {path}")
     content = read_json(path)
+    if "benchmarks" in content:
+        return _print_leaderboard(content)
     table = Table(title=f"{content['title']}, protocol {content['protocol']}")
     table.add_column("checkpoint")
     for name in (str(content["metric"]), "95 % interval", "questions"):
@@ -68,3 +72,26 @@ def print_comparison(path: Path) -> None:
             style="italic",
         )
     Console().print(table)
+
+
+def _print_leaderboard(board: Mapping[str, Any]) -> None:
+    table = Table(title="All benchmarks", caption="~ within noise of the best of its column")
+    table.add_column("checkpoint")
+    for name in (*board["benchmarks"], "mean", "mean rank"):
+        table.add_column(name, justify="right")
+    for row in board["rows"]:
+        mean = "" if row["mean"] is None else f"{row['mean']:.3f}"
+        cells = [_cell(row["cells"][name]) for name in board["benchmarks"]]
+        table.add_row(escape(row["checkpoint"]), *cells, mean, f"{row['mean_rank']:.2f}")
+    Console().print(table)
+
+
+def _cell(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    best = cell["against_best"]
+    spread = "" if cell["sd"] is None else f" ± {cell['sd']:.3f}"
+    text = f"{cell['score']:.3f}{spread}"
+    if best is None:
+        return f"[bold]{text}[/]"
+    return f"~ {text}" if best["within_noise"] else text

@@ -1,0 +1,3 @@
+from mmpipe.workflow import rank
+
+rank(snakemake)  # noqa: F821 - provided by Snakemake
