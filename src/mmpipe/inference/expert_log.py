@@ -224,8 +224,13 @@ class ExpertLog:
             each = real.sum(1).cpu().numpy()
             starts = np.concatenate([[0], np.cumsum(each * beams)[:-1]])
             rows = np.concatenate([np.arange(n) + start for n, start in zip(each, starts, strict=True)])
-        elif len(call) != len(tokens.position):
+        elif len(call) == real.numel():
             rows = np.flatnonzero(real.cpu().numpy().ravel())
+        elif len(call) != len(tokens.position):
+            raise ConfigError(
+                f"log_experts: {len(call)} of {len(tokens.position)} tokens reach a layer: this model leaves tokens out; "
+                "log the checkpoint before it was made to"
+            )
         return replace(tokens, rows=rows)
 
     def _pictures(self, owners: Sequence[Owner], taken: Mapping[Place, list[Choices]]) -> None:
