@@ -92,3 +92,35 @@ def test_the_real_model_has_the_published_number_of_parameters():
     with torch.device("meta"):
         shell = LlamaForCausalLM(config)
     assert sum(parameter.numel() for parameter in shell.parameters()) == VECTOR["real_param_count"]
+
+
+TEXTS = (
+    "[INST] What is shown?\n[/INST] A red circle.",
+    "two  spaces, a\ttab and \u4f60\u597d",
+)
+
+
+def test_the_tokenizer_cuts_as_sentencepiece_does(tmp_path):
+    """``tokenizer.model`` alone, as the model is published: the beginning mark in front, no end mark."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(
+        "What is shown? A red circle beside two blue squares.\n" * 3 + "[INST] again [/INST] squares\n"
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=310,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    cut = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    (tmp_path / "config.json").write_text(json.dumps(VECTOR["config"] | {"model_type": "Moss2"}))
+    tokenizer = get("moss2").tokenizer(tmp_path)
+    for text in TEXTS:
+        assert tokenizer(text).input_ids == [1, *cut.encode(text)], text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)

@@ -19,6 +19,8 @@ from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.models import vlm
 from mmpipe.stages.base import VisionLanguage
 from mmpipe.stages.construct import Construct
+from mmpipe.stages.pretrain import Pretrain
+from mmpipe.world.moss2 import moss2_tiny
 
 
 @pytest.fixture
@@ -186,6 +188,73 @@ def test_llava_moss2_with_its_packed_language_model(bring, job, tmp_path):
     assert (new["model_type"], new["architectures"]) == ("llava_moss2", ["Moss2ForCausalLM"])
 
 
+def test_a_packed_language_model_is_joined_aligned_and_written_as_the_guide_says(job, tmp_path):
+    """The way of the recipe llava-moss2, in small: the guide's checkpoint, `mm_projector.bin`, `pytorch_model.bin`."""
+    base = tmp_path / "moss2"
+    base.mkdir()
+    moss2_tiny(base, hidden_size=32, layers=2)
+    model = {"vision": "clip-tiny", "language": "moss2-tiny"}
+    facts = {
+        "backbones": {"vision": made.BACKBONES["vision"], "language": base},
+        "layouts": {"language": "moss2"},
+        "spec": json.dumps({"stage": "construct", "model": model, "layouts": {"language": "moss2"}}),
+    }
+    joined = job("construct", mixture=None, manifests=(), **facts)
+    Construct(template="llava_llama_2", image_aspect="square").run(joined)
+    packed = load_file(base / "model.safetensors")
+    written = export(joined.model_dir, tmp_path / "constructed", "--language", "moss2", "--binary")
+    assert_same({name: written[name] for name in packed}, packed)
+    config = json.loads((tmp_path / "constructed/config.json").read_text())
+    guide = GUIDE | {"mm_vision_tower": "openai/clip-tiny", "mm_hidden_size": 32, "torch_dtype": "float32"}
+    assert {key: config[key] for key in guide} == guide
+    words = json.loads((tmp_path / "constructed/tokenizer.json").read_text())["added_tokens"]
+    assert "<image>" not in {word["content"] for word in words}
+
+    aligned = job("pretrain", parent=joined.model_dir, manifests=(), **facts)
+    training = {"data": "mix", "batch_size": 8, "max_steps": 1, "template": "llava_llama_2"}
+    Pretrain(**training, llava_projector=True).run(aligned)
+    names = {path.name for path in aligned.model_dir.iterdir()}
+    assert {"mm_projector.bin", "projector.safetensors"} <= names
+    alone = export_projector(aligned.model_dir, tmp_path / "alone")
+    assert_same(alone, torch.load(aligned.model_dir / "mm_projector.bin", weights_only=True))
+
+
+def export_projector(checkpoint: Path, out: Path) -> dict[str, torch.Tensor]:
+    result = CliRunner().invoke(app, ["export", str(checkpoint), str(out), "--layout", "llava"])
+    assert result.exit_code == 0, result.output
+    return torch.load(out / "mm_projector.bin", weights_only=True)
+
+
+# the config.json of the LLaVA-MOSS2 guide, sizes apart
+GUIDE = {
+    "architectures": ["Moss2ForCausalLM"],
+    "attn_implementation": "eager",
+    "bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "model_type": "llava_moss2",
+    "pad_token_id": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 2.0, "type": "dynamic"},
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "freeze_mm_mlp_adapter": False,
+    "freeze_mm_vision_resampler": False,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_resampler_type": None,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "tune_mm_mlp_adapter": False,
+    "tune_mm_vision_resampler": False,
+    "unfreeze_mm_vision_tower": False,
+    "use_mm_proj": True,
+}
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -275,3 +344,21 @@ def test_files_that_hold_anything_but_tensors_are_refused(bring, job, tmp_path, 
     made.llava_config(folder, made.llama(tmp_path / "base"))
     with pytest.raises(ArtifactError, match=r"mm_projector\.bin: no readable file of tensors"):
         bring(folder, language=tmp_path / "base")
+
+
+def test_what_is_not_there_is_said(job, tmp_path):
+    joined = job("construct", mixture=None)
+    Construct(template="chatml").run(joined)
+    made_twice = ["export", str(joined.model_dir), str(tmp_path), "--layout", "llava"]
+    for command, said in (
+        (made_twice, "exists; name a directory that does not"),
+        ([*made_twice[:2], str(tmp_path / "a"), "--layout", "lava"], "did you mean 'llava'"),
+        (
+            [*made_twice[:2], str(tmp_path / "a"), "--layout", "stock"],
+            "nothing is written in the layout 'stock'",
+        ),
+        ([*made_twice[:2], str(tmp_path / "a"), *made_twice[3:], "--language", "stock"], "none of packed"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            CliRunner().invoke(app, command, catch_exceptions=False)
+    assert not (tmp_path / "a").exists()

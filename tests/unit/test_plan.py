@@ -198,6 +198,17 @@ def test_settings_of_the_construction_stand_where_they_are_written(project):
     assert plan.stages("base")[0].settings.template == "chatml"
 
 
+def test_another_layout_constructs_again_and_fetches_nothing(project):
+    plan = project({"base": WHOLE})
+    other = {
+        "backbones": CATALOGUES["backbones"]
+        | {"whole": CATALOGUES["backbones"]["whole"] | {"layout": "llava"}}
+    }
+    again = project({"base": WHOLE}, other)
+    assert again.spec(again.stages("base")[0]) != plan.spec(plan.stages("base")[0])
+    assert plan.source_spec(plan.backbones["whole"]) == again.source_spec(again.backbones["whole"])
+
+
 def test_the_stock_layout_written_out_changes_nothing(project):
     plan = project({"base": WHOLE})
     other = {

@@ -23,6 +23,7 @@ from transformers import (
 
 from mmpipe.errors import ConfigError
 from mmpipe.world.backbones import clip_tiny, qwen2_tiny
+from mmpipe.world.moss2 import moss2_tiny
 from mmpipe.world.pictures import ATTRIBUTES, PIXELS, Scene, scenes
 from mmpipe.world.questions import ASKED_AS, LETTERS
 
@@ -46,7 +47,9 @@ def tokenizer(language: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(language)
 
 
-@pytest.mark.parametrize(("maker", "options"), [(clip_tiny, {"training_steps": 3}), (qwen2_tiny, {})])
+@pytest.mark.parametrize(
+    ("maker", "options"), [(clip_tiny, {"training_steps": 3}), (qwen2_tiny, {}), (moss2_tiny, {})]
+)
 def test_the_same_seed_writes_the_same_bytes(
     tmp_path: Path, maker: Callable[..., None], options: Any
 ) -> None:

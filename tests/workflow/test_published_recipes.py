@@ -49,3 +49,14 @@ def test_the_demo_of_libmoe(project: Project) -> None:
     assert (jobs["pretrain"], jobs["prefinetune"], jobs["upcycle"], jobs["finetune"]) == (1, 1, 10, 10)
     plan = project.planned("results/mmbench.json")
     assert "prefinetune" not in plan, "not part of the default"
+
+
+def test_llava_moss2_is_constructed_aligned_and_tuned(project: Project) -> None:
+    jobs = project.planned("results/mmbench.json", "--configfile", "config/llava-moss2.yaml")
+    assert jobs["construct"] == jobs["pretrain"] == jobs["finetune"] == jobs["compare"] == 1
+    assert jobs["fetch_backbone"] == 2
+
+
+def test_the_demo_of_moss2_is_made_on_the_spot(project: Project) -> None:
+    jobs = project.planned("results/mmbench.json", "--configfile", "config/demo-moss2.yaml")
+    assert jobs["construct"] == jobs["pretrain"] == jobs["finetune"] == 1

@@ -108,7 +108,7 @@ class Moss2(PackedLanguage):
         from transformers import LlamaTokenizer
 
         try:
-            return LlamaTokenizer.from_pretrained(directory, pad_token="</s>", padding_side="left")
+            return LlamaTokenizer.from_pretrained(directory, add_bos_token=True, pad_token="</s>")
         except (ImportError, OSError, ValueError) as error:
             raise ArtifactError(
                 f"{directory}: its tokenizer cannot be read ({str(error).strip().splitlines()[0]}); reading "

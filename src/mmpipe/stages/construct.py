@@ -10,7 +10,8 @@ from mmpipe.stages.base import Stage, StageJob
 class Construct(Stage):
     """Brings a whole checkpoint in, whatever its layout, or joins a tower and a language model with a fresh projector.
 
-    A recipe whose `model` names a `checkpoint` begins with this stage, named or not. Precisions are kept.
+    A recipe whose `model` names a `checkpoint` begins with this stage, named or not. A whole checkpoint keeps its
+    precision; parts are joined in float32.
     """
 
     ON_GPUS: ClassVar[bool] = False

@@ -74,7 +74,7 @@ def clip_tiny(
     """
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-    _require_whole_heads(hidden_size)
+    require_whole_heads(hidden_size)
     config = CLIPVisionConfig(
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -100,7 +100,7 @@ def qwen2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int =
     """A Qwen2 language model with random weights and a byte-level BPE tokenizer for the world's own text."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-    _require_whole_heads(hidden_size)
+    require_whole_heads(hidden_size)
     tokenizer = _tokenizer()
     vocab_size = -(-(len(tokenizer) + SPARE_ROWS) // 8) * 8
     config = Qwen2Config(
@@ -184,7 +184,7 @@ def _tokenizer() -> PreTrainedTokenizerBase:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     backend = Qwen2Tokenizer().backend_tokenizer
-    backend.train_from_iterator(_texts(), trainer)
+    backend.train_from_iterator(texts(), trainer)
     learned = json.loads(backend.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=learned["vocab"],
@@ -198,7 +198,7 @@ def _tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
-def _texts() -> Iterator[str]:
+def texts() -> Iterator[str]:
     """All words of the made world and of the chat templates, with the punctuation that stands next to them."""
     yield from PROMPT_WORDS
     yield from INSTRUCTIONS
@@ -209,7 +209,7 @@ def _texts() -> Iterator[str]:
     yield from ("What digit is written?\n", "Is there a in the image?\n", "Yes Yes\n", "No No\n")
 
 
-def _require_whole_heads(hidden_size: int) -> None:
+def require_whole_heads(hidden_size: int) -> None:
     """Raise ConfigError unless heads of 16, two query heads to a key-value head, fill ``hidden_size``."""
     if hidden_size % 32 or hidden_size <= 0:
         near = max(32, round(hidden_size / 32) * 32)
