@@ -215,3 +215,36 @@ def test_common_beginning_leaves_every_row_a_token():
     assert _common([Row(row, (1, 2, 3)), Row(row, (1, 2, 3))]) == 2
     assert _common([Row(row, (1, 2)), Row(row, (1, 2, 3))]) == 1
     assert _common([Row(row, (1, 5, 3)), Row(row, (1, 2, 3))]) == 1
+
+
+def test_likelihood_is_that_of_the_tokens_one_by_one(checkpoint, questions):
+    model, _ = checkpoint
+    answerer = Answerer(*checkpoint, get_template("qwen"))
+    pairs = [(question, text) for question in questions[:4] for text in (" Yes", " A longer one", "")]
+    expected = []
+    for question, text in pairs:
+        ids = list(answerer._encode(question))
+        said, greedy = 0.0, True
+        for token in answerer.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            with torch.inference_mode():
+                out = model(input_ids=torch.tensor([ids]), pixel_values=answerer._pixels([question]))
+            scores = out.logits[0, -1].log_softmax(-1)
+            said, greedy = said + float(scores[token]), greedy and int(scores.argmax()) == token
+            ids.append(token)
+        expected.append((pytest.approx(said, abs=1e-3), greedy))
+    assert list(answerer.likelihood(pairs, batch_size=5)) == expected
+    assert list(answerer.likelihood(pairs, batch_size=1)) == expected
+    best = [
+        (question, answerer.tokenizer.decode([_greedy_token(answerer, question)]))
+        for question in questions[:3]
+    ]
+    likely = list(answerer.likelihood(best))
+    assert all(greedy for (_, text), (_, greedy) in zip(best, likely, strict=True) if "\ufffd" not in text)
+
+
+def _greedy_token(answerer, question):
+    ids = torch.tensor([list(answerer._encode(question))])
+    with torch.inference_mode():
+        return int(
+            answerer.model(input_ids=ids, pixel_values=answerer._pixels([question])).logits[0, -1].argmax()
+        )

@@ -115,6 +115,37 @@ class Answerer:
             for row, reply in zip(asked, replies, strict=True):
                 yield self._record(row.question, reply)
 
+    @torch.inference_mode()
+    def likelihood(
+        self, pairs: Sequence[tuple[Question, str]], *, batch_size: int = 16
+    ) -> Iterator[tuple[float, bool]]:
+        """Of each continuation after its question's prompt: the sum of its tokens' log-probabilities, and whether greedy
+        decoding would give it. An empty continuation has 0 and True.
+
+        Prompt and continuation are tokenised together; what differs from the prompt alone is the continuation.
+        """
+        for start in range(0, len(pairs), batch_size):
+            part = pairs[start : start + batch_size]
+            whole = [self._encode(question, text) for question, text in part]
+            lengths = [
+                len(ids) - _agreeing(ids, self._encode(question))
+                for ids, (question, _) in zip(whole, part, strict=True)
+            ]
+            ids, mask = self._pad(whole)
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=_positions(mask),
+                pixel_values=self._pixels([question for question, _ in part]),
+                use_cache=False,
+                logits_to_keep=max(lengths) + 1,
+            ).logits  # (B, longest + 1, vocabulary)
+            for row, length in enumerate(lengths):
+                wanted = ids[row, ids.shape[1] - length :]
+                scores = logits[row, logits.shape[1] - 1 - length : -1].float().log_softmax(dim=-1)
+                said = scores.gather(1, wanted[:, None]).sum()
+                yield float(said), bool((scores.argmax(dim=-1) == wanted).all())
+
     # ---- prompts
 
     def prompt(self, question: Question) -> str:
@@ -132,9 +163,9 @@ class Answerer:
             raise DataError(f"question {question.id}: {marks} image marks for {pictures} pictures")
         return self.template.prompt([Turn("user", text)])
 
-    def _encode(self, question: Question) -> tuple[int, ...]:
+    def _encode(self, question: Question, continuation: str = "") -> tuple[int, ...]:
         per_picture = int(self.model.config.image_seq_length)
-        text = Rendered(self.prompt(question), ())
+        text = Rendered(self.prompt(question) + continuation, ())
         return tuple(encode(self.tokenizer, text, self.image_token, per_picture).input_ids)
 
     def _stop_ids(self) -> frozenset[int]:
@@ -340,6 +371,14 @@ def _common(rows: Sequence[Row]) -> int:
     return next(
         (i for i in range(shortest) if any(row.ids[i] != first[i] for row in rows)),
         shortest,
+    )
+
+
+def _agreeing(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common beginning of two sequences."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
     )
 
 
