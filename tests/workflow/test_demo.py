@@ -158,3 +158,15 @@ def test_llava_mod_runs_from_teacher_to_preferences(project):
     config = json.loads((project.root / "results/demo-mod/prefer/model/config.json").read_text())
     assert config["text_config"]["model_type"] == "qwen2_moe"
     assert project.planned("results/pope.json", "all") == {}
+
+
+@pytest.mark.slow
+def test_libmoe_grows_experts_in_tower_and_projector(project):
+    checkpoint = "results/smoke/demo-libmoe-perturbed_cosine-0/specialise"
+    project.snakemake(f"{checkpoint}/model/manifest.json", f"{checkpoint}/report/loss.svg")
+    config = json.loads((project.root / checkpoint / "model/config.json").read_text())
+    assert config["model_type"] == "mmpipe_llava"
+    assert set(config["mmpipe"]["moe"]) == {"vision_tower", "multi_modal_projector"}
+    row = json.loads((project.root / checkpoint / "report/history.jsonl").read_text().splitlines()[-1])
+    assert row["loss"] == pytest.approx(row["cross_entropy"] + row["router_balance"], rel=1e-4)
+    assert 0.25 <= row["routing.vision_tower.load"] <= 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +57,6 @@ class Router(BaseRouter):
         logits_TN = linear_float(hidden_TD, made[:, :-1], made[:, -1])
         best_TK, indices_TK = logits_TN.topk(self.current_k, dim=1)
         weights_TK = best_TK.softmax(1)
-        if self.reference:
-            return Routing(indices_TK, weights_TK)
         p_TN = logits_TN.softmax(1)
-        return routed(indices_TK, weights_TK, p_TN=p_TN, logits_TN=logits_TN, sequence_T=sequence_T)
+        result = routed(indices_TK, weights_TK, p_TN=p_TN, logits_TN=logits_TN, sequence_T=sequence_T)
+        return replace(result, losses={}) if self.reference else result
