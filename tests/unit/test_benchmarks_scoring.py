@@ -388,3 +388,43 @@ def test_checkpoints_that_differ_in_their_seed_are_averaged(references, tmp_path
         "the sample deviation: 1/6 from the mean twice, divided by 1"
     )
     assert len(table["rows"]) == 4
+
+
+# ---- GQA's figures beside accuracy
+
+
+def gqa_questions() -> dict[str, dict]:
+    return {
+        "1": {"answer": "red", "isBalanced": True, "entailed": ["1", "2", "3", "9"]},
+        "2": {"answer": "yes", "isBalanced": False, "entailed": ["2"]},
+        "3": {"answer": "no", "isBalanced": True, "entailed": []},
+        "4": {"answer": "left", "isBalanced": True, "entailed": ["2"]},
+    }
+
+
+def test_gqa_consistency_counts_what_was_asked(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps(gqa_questions()))
+    replies = {"1": "Red.", "2": "yes", "3": "yes", "4": "right"}
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"question_id": i, "text": t}) + "\n" for i, t in replies.items())
+    )
+    metrics = score_files("gqa", [tmp_path / "q.json"], [tmp_path / "a.jsonl"])["metrics"]
+    assert metrics["accuracy"] == pytest.approx(100 / 3)  # the balanced ones
+    assert metrics["consistency"] == 50  # of question 1, whose entailed 2 is right and 3 is not
+    assert "validity" not in metrics
+    choices = {i: {"valid": ["red", "blue", "right"], "plausible": ["red"]} for i in replies}
+    (tmp_path / "val_choices.json").write_text(json.dumps(choices))
+    files = [tmp_path / "q.json", tmp_path / "val_choices.json"]
+    metrics = score_files("gqa", files, [tmp_path / "a.jsonl"])["metrics"]
+    assert metrics["validity"] == pytest.approx(200 / 3)
+    assert metrics["plausibility"] == pytest.approx(100 / 3)
+    (tmp_path / "val_choices.json").write_text(json.dumps({"7": choices["1"]}))
+    with pytest.raises(DataError, match="choices lack the question 1"):
+        score_files("gqa", files, [tmp_path / "a.jsonl"])
+
+
+def test_gqa_leaves_out_what_the_files_do_not_tell(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps({"1": {"answer": "red", "entailed": ["1", "8"]}}))
+    (tmp_path / "a.jsonl").write_text('{"question_id": "1", "text": "red"}\n')
+    metrics = score_files("gqa", [tmp_path / "q.json"], [tmp_path / "a.jsonl"])["metrics"]
+    assert not {"consistency", "validity", "plausibility", "grounding"} & set(metrics)

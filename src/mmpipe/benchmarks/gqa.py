@@ -5,8 +5,9 @@ LLaVA's question file beside them if there (role ``prompts``), or the two tables
 pictures. The prediction is the reply without periods at the end, in lower case; nothing else is normalised.
 Only balanced questions count.
 
-Validity, plausibility and grounding need files that exist for the validation split alone; consistency needs
-answers to the entailed questions. They are not part of the testdev number.
+Validity and plausibility are reported where the choices of the split stand beside the questions (role
+``choices``), consistency where the answers to entailed questions are there. Grounding needs attention over scene
+graphs and is not.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Gqa(Benchmark):
         "questions": "testdev_balanced_questions.json",
         "images": "images",
         "prompts": "llava_gqa_testdev_balanced.jsonl",
+        "choices": "val_choices.json",
         "parquet": "testdev_balanced_instructions",
         "parquet_images": "testdev_balanced_images",
     }
@@ -90,22 +92,29 @@ class Gqa(Benchmark):
         if on_hub(source):
             rows = hub_records(source, ("id", "imageId", "question", "answer"), _EXTRAS)
             return self.parse_references([Document(source.files["parquet"], rows)])
-        return self.read_references([source.path("questions")])
+        roles = ("questions", "choices") if source.has("choices") else ("questions",)
+        return self.read_references([source.path(role) for role in roles])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
-        """``{id: question}`` or a list of questions with their ``question_id`` or ``id``."""
+        """``{id: question}`` or a list of questions with their ``question_id`` or ``id``; besides, the choices of a
+        split, ``{id: {"valid", "plausible"}}``."""
         records: list[Record] = []
+        choices: dict[str, Record] = {}
         for document in documents:
             content = document.content
             if isinstance(content, dict):
+                choices |= content.get("choices", {})
                 content = content.get("questions", content)
+                if isinstance(content, dict) and all(map(_is_choices, content.values())):
+                    choices |= content
+                    continue
             if isinstance(content, dict):
                 records += [{"question_id": number, **question} for number, question in content.items()]
             else:
                 records += numbered(records_of([Document(document.name, content)]))
         for record in records:
             require(record, ("answer",), f"gqa, question {record['question_id']}")
-        return records
+        return [_with_choices(record, choices) for record in records] if choices else records
 
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
         if protocol.rule in _PLAIN:
@@ -117,7 +126,7 @@ class Gqa(Benchmark):
         if not counted:
             raise DataError("gqa: none of the questions is balanced; there is nothing to score")
         items = [_rate(pair, predicted(pair.text), str(pair.reference["answer"])) for pair in counted]
-        return items, _report(counted, items)
+        return items, {**_report(counted, items), **_sense(counted), **_consistency(pairs)}
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
         scores, units = [item.score for item in items], [item.unit for item in items]
@@ -215,6 +224,50 @@ def _steps(question: Record) -> int | None:
         return None
     texts = [f"{step['operation']}: {step['argument']}" for step in program]
     return sum(not any(pattern in text for pattern in _NO_STEP) for text in texts)
+
+
+def _is_choices(value: Any) -> bool:
+    return isinstance(value, dict) and "answer" not in value and not {"valid", "plausible"}.isdisjoint(value)
+
+
+def _with_choices(record: Record, choices: Mapping[str, Record]) -> Record:
+    """The question with its valid and plausible answers. Raises DataError where the choices lack it."""
+    number = key(record["question_id"])
+    if number not in choices:
+        raise DataError(f"gqa: the choices lack the question {number}; are they of another split?")
+    return {**record, **{name: choices[number].get(name, []) for name in ("valid", "plausible")}}
+
+
+def _sense(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Share of the predictions among the valid answers (a colour where one is asked for) and among the plausible ones
+    (a colour that such a thing has), in percent; nothing where the choices are not there."""
+    return {
+        name: 100 * fmean(p.answered and predicted(p.text) in p.reference[choices] for p in pairs)
+        for name, choices in (("validity", "valid"), ("plausibility", "plausible"))
+        if all(choices in pair.reference for pair in pairs)
+    }
+
+
+def _consistency(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Of the balanced questions answered right, the mean share of their entailed questions that are right too, in
+    percent.
+
+    Entailed questions that are not among the references are left out; where none is, so is the figure.
+    """
+    right = {
+        key(p.reference["question_id"]): p.answered and predicted(p.text) == str(p.reference["answer"])
+        for p in pairs
+    }
+    shares = []
+    for pair in pairs:
+        own = key(pair.reference["question_id"])
+        entailed = pair.reference.get("entailed")
+        others = [
+            e for e in map(key, entailed if isinstance(entailed, list) else ()) if e != own and e in right
+        ]
+        if pair.reference.get("isBalanced", True) and right[own] and others:
+            shares.append(fmean(right[other] for other in others))
+    return {"consistency": 100 * fmean(shares)} if shares else {}
 
 
 def _distribution(pairs: Sequence[Pair], items: Sequence[Item]) -> float:
