@@ -428,3 +428,28 @@ def test_gqa_leaves_out_what_the_files_do_not_tell(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question_id": "1", "text": "red"}\n')
     metrics = score_files("gqa", [tmp_path / "q.json"], [tmp_path / "a.jsonl"])["metrics"]
     assert not {"consistency", "validity", "plausibility", "grounding"} & set(metrics)
+
+
+# ---- the words of Object HalBench
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A man's dog beside the women’s buses", ["man", "dog", "woman", "bus"]),
+        ("Two gentlemen with knives, scarves and an iPhone", ["gentleman", "knife", "iphone"]),
+        ("wine glasses near the toilet seats", ["wine glass", "toilet"]),
+        ("hot-dogs and a hot dog", ["hot dog"]),
+        ("a baby elephant, puppies, sheep and the boys' skis", ["elephant", "puppy", "sheep", "boy", "ski"]),
+        ("Nothing of it is here", []),
+    ],
+)
+def test_words_are_found_in_singular_and_plural(text, words):
+    from mmpipe.benchmarks.objhal import Words
+
+    classes = dict.fromkeys(("man", "woman", "gentleman", "boy"), "person") | {
+        "iPhone": "cell phone",
+        "puppy": "dog",
+    }
+    names = ("dog", "bus", "knife", "wine glass", "toilet", "hot dog", "elephant", "sheep", "ski")
+    assert Words(classes | {name: name for name in names}).in_text(text) == words

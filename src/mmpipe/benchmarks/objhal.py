@@ -11,7 +11,8 @@ classes (CHAIR, Rohrbach et al. 2018, arXiv 1809.02156). The published rates are
 with a hallucinated object among those that mention any) and ``CHAIRi`` (hallucinated mentions among all). The
 published scripts lemmatise with spaCy's transformer model; where the judge's record brings its lemmas
 (``extracted_objects``) they are used, otherwise nouns are singularised by rules against the synonym table,
-which is enough to find its words. The protocol ``chair`` reads the reply itself in that way and needs no
+which finds every word of the published table in singular and plural, so that spaCy would add nothing but its
+sense of what is a noun. The protocol ``chair`` reads the reply itself in that way and needs no
 judge.
 """
 
@@ -46,6 +47,7 @@ from mmpipe.errors import DataError
 _SHORT = 3
 _FIELDS = ("image_id", "question")
 _WORD = re.compile(r"[^\W\d_]+(?:'[a-z]+)?")
+_POSSESSIVE = re.compile(r"['’]s\b|(?<=s)['’](?!\w)")
 
 # Two words that count as one, besides the two-word synonyms; and what young and grown animals are called.
 _PAIRS = {"home plate": "home plate", "train track": "train track", "passenger jet": "jet", "passenger train": "train",
@@ -74,7 +76,8 @@ class Words:
     """The synonym table: every word's COCO class, and the pairs of words that count as one."""
 
     def __init__(self, classes: Mapping[str, str | None]) -> None:
-        self.classes = {word: name for word, name in classes.items() if name}
+        named = {word: name for word, name in classes.items() if name}
+        self.classes = {word.lower(): name for word, name in named.items()} | named
 
     @cached_property
     def pairs(self) -> dict[str, str]:
@@ -95,12 +98,13 @@ class Words:
             word.removesuffix("ies") + "y",
             word.removesuffix("ves") + "fe",
             word.removesuffix("ves") + "f",
+            word.removesuffix("men") + "man",
         )
         return next((c for c in (*candidates, *more) if c in self._single), word)
 
     def in_text(self, text: str) -> list[str]:
         """The words of the table in a text, pairs first, in order and each once."""
-        tokens = [self.singular(word) for word in _WORD.findall(text.lower())]
+        tokens = [self.singular(word) for word in _tokens(text)]
         found, place = [], 0
         while place < len(tokens):
             pair = self.pairs.get(" ".join(tokens[place : place + 2]))
@@ -113,9 +117,14 @@ class Words:
         phrase."""
         lemmas: list[str] = []
         for name in objects:
-            tokens = [self.singular(word) for word in _WORD.findall(name.lower())]
+            tokens = [self.singular(word) for word in _tokens(name)]
             lemmas += double_words(tokens, self.pairs) or [" ".join(tokens)]
         return list(dict.fromkeys(lemmas))
+
+
+def _tokens(text: str) -> list[str]:
+    """The words of a text in lower case, without the mark of possession."""
+    return _WORD.findall(_POSSESSIVE.sub(" ", text.lower()))
 
 
 def double_words(tokens: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
