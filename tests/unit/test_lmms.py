@@ -199,3 +199,37 @@ def test_the_real_registry_takes_it():
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())
     assert registry.get_model_class("mmpipe").__name__ == "Mmpipe"
+
+
+def test_a_log_of_experts_needs_experts(kind, published, tmp_path):
+    requests = asked()
+    model = make(kind, published, requests, experts=str(tmp_path / "experts.parquet"))
+    with pytest.raises(ConfigError, match="has no experts"):
+        model.generate_until(requests)
+    (tmp_path / "experts.parquet").write_text("")
+    with pytest.raises(ConfigError, match="the file is there"):
+        model.generate_until(requests)
+
+
+def test_experts_are_logged_by_task_and_document(kind, published, tmp_path):
+    import pyarrow.parquet as pq
+    from tiny_llava import llava, processor
+
+    from mmpipe.data.templates import get_template
+    from mmpipe.inference.generate import Answerer
+    from mmpipe.models.moe.spec import MoESettings
+    from mmpipe.models.moe.upcycle import upcycle
+
+    requests = asked()
+    model = make(kind, published, requests, experts=str(tmp_path / "experts.parquet"))
+    sparse = llava()
+    sparse.config.image_seq_length = 4
+    upcycle(sparse, MoESettings(experts=4, top_k=2, placement="sparse"), part="language_model", seed=1)
+    model.answerer = Answerer(sparse, processor(), get_template("qwen"))
+    replies = model.generate_until(requests)
+    assert len(replies) == len(requests)
+    table = pq.read_table(tmp_path / "experts.parquet").to_pydict()
+    assert {name.partition("#")[0] for name in table["question_id"]} <= {
+        f"task/{n}" for n in range(len(requests))
+    }
+    assert all(len(chosen) == 2 for chosen in table["experts"])

@@ -27,8 +27,10 @@ _MOST_TOKENS = 1024
 class Mmpipe(lmms):
     """A checkpoint of mmpipe: ``--model_args pretrained=results/demo/finetune/model``.
 
-    ``dtype`` is ``float32``, ``bfloat16`` or ``float16``; without it bfloat16 on a GPU and float32 elsewhere. Under
-    ``accelerate launch`` every process answers its share. Decoding is greedy or by beams; a task that samples is refused.
+    ``experts=experts.parquet`` writes down which experts each token was sent to (``mmpipe.inference.expert_log``; a
+    question's id is ``task/document#request``), one file a process. ``dtype`` is ``float32``, ``bfloat16`` or
+    ``float16``; without it bfloat16 on a GPU and float32 elsewhere. Under ``accelerate launch`` every process answers
+    its share. Decoding is greedy or by beams; a task that samples is refused.
     """
 
     is_simple = True
@@ -40,6 +42,7 @@ class Mmpipe(lmms):
         device: str | None = None,
         dtype: str | None = None,
         max_batch_size: int | None = None,
+        experts: str | None = None,
     ) -> None:
         super().__init__()
         from mmpipe.data.templates import get_template
@@ -50,6 +53,7 @@ class Mmpipe(lmms):
         self.device = torch.device(self._processes(device))
         kind = _dtype(dtype, self.device)
         model, processor, card = vlm.load(Path(pretrained), kind)
+        self._experts = Path(experts) if experts else None
         template = get_template(card["checkpoint"]["template"], processor.tokenizer)
         self.answerer = Answerer(model.to(self.device), processor, template, model_id=pretrained)
 
@@ -73,19 +77,47 @@ class Mmpipe(lmms):
             groups.setdefault(_settings(request.args[1]), []).append(place)
         replies = [""] * len(requests)
         with TemporaryDirectory(prefix="mmpipe-lmms-") as folder:
+            questions = [
+                self._question(_name(place, request), request.args[0], request.args[2:], Path(folder))
+                for place, request in enumerate(requests)
+            ]
+            place_of = {question.id: place for place, question in enumerate(questions)}
+            log = self._log(questions, Path(folder, "experts"))
             for (tokens, beams), places in groups.items():
-                questions = [
-                    self._question(place, requests[place].args[0], requests[place].args[2:], Path(folder))
-                    for place in places
-                ]
                 for answer in self.answerer.answer(
-                    questions, batch_size=self.batch_size, max_new_tokens=tokens, num_beams=beams
+                    [questions[place] for place in places],
+                    batch_size=self.batch_size,
+                    max_new_tokens=tokens,
+                    num_beams=beams,
+                    log=log,
                 ):
-                    place = answer["question_id"]
+                    place = place_of[answer["question_id"]]
                     replies[place] = _cut(answer["text"], requests[place].args[1].get("until"))
                     hook = (requests[place].args[0], requests[place].args[1])
                     self.cache_hook.add_partial("generate_until", hook, replies[place])
+            if log is not None:
+                self._keep(log)
         return replies
+
+    def _log(self, questions: Sequence[Question], folder: Path) -> Any:
+        """The log of experts, if one is wanted. Raises ConfigError when its file is there."""
+        if self._experts is None:
+            return None
+        from mmpipe.inference.expert_log import ExpertLog
+
+        if self._rank:
+            self._experts = self._experts.with_name(
+                f"{self._experts.stem}-{self._rank}{self._experts.suffix}"
+            )
+        if self._experts.exists():
+            raise ConfigError(f"experts={self._experts}: the file is there; name another one or move it away")
+        return ExpertLog(self.answerer.model, folder, questions)
+
+    def _keep(self, log: Any) -> None:
+        from mmpipe.inference.expert_log import merge, pieces
+
+        assert self._experts is not None
+        merge(pieces(log.folder), self._experts)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Log-probability of every continuation, and whether greedy decoding would give it."""
@@ -94,7 +126,7 @@ class Mmpipe(lmms):
             for place, request in enumerate(requests):
                 context, wanted, *rest = request.args
                 text = wanted(self._doc(rest)) if callable(wanted) else wanted
-                pairs.append((self._question(place, context, rest, Path(folder)), str(text)))
+                pairs.append((self._question(str(place), context, rest, Path(folder)), str(text)))
             return list(self.answerer.likelihood(pairs, batch_size=self.batch_size))
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -105,7 +137,7 @@ class Mmpipe(lmms):
         _, number, task, split = rest[:4]
         return self.task_dict[task][split][number]
 
-    def _question(self, place: int, context: str, rest: Sequence[Any], folder: Path) -> Question:
+    def _question(self, name: str, context: str, rest: Sequence[Any], folder: Path) -> Question:
         """A request as a question; equal pictures are stored once, so that their part of the prompt is shared."""
         to_pictures = rest[0]
         pictures = tuple(
@@ -113,7 +145,13 @@ class Mmpipe(lmms):
         )
         # where marks and pictures do not agree, the pictures come first
         text = context if context.count(IMAGE_MARK) == len(pictures) else context.replace(IMAGE_MARK, "")
-        return Question(id=place, text=text, images=pictures)
+        return Question(id=name, text=text, images=pictures)
+
+
+def _name(place: int, request: Any) -> str:
+    """A name for a request that is unique among all: a document may be asked several times."""
+    _, _, _, number, task, *_ = request.args
+    return f"{task}/{number}#{place}"
 
 
 def _settings(asked: Mapping[str, Any]) -> tuple[int, int]:
