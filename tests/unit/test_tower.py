@@ -161,10 +161,11 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 def test_what_nobody_reads_does_not_train(tower: str) -> None:
     model = llava(tower=tower).train()
     model.requires_grad_(True)
-    freeze_idle(model)
+    idle = freeze_idle(model)
     model(**batch(), use_cache=False).logits.square().mean().backward()
     named = model.model.vision_tower.named_parameters()
     assert {name for name, p in named if p.requires_grad} == {
         name for name, p in model.model.vision_tower.named_parameters() if p.grad is not None
     }
-    assert any(not p.requires_grad for p in model.model.vision_tower.parameters())
+    assert idle == [name for name, p in model.model.vision_tower.named_parameters() if not p.requires_grad]
+    assert any(name.startswith("encoder.layers.1.") for name in idle)

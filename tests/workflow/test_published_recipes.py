@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
+import yaml
 from project_fixtures import REPOSITORY, Project
+
+from mmpipe.plan import Plan
 
 
 @pytest.fixture
@@ -35,21 +38,26 @@ def test_libmoe_trains_what_the_routers_share_once_for_each_backbone(project: Pr
     assert jobs["mix_data"] == 3
 
 
-def test_libmoes_data_variants_share_the_upcycled_model(project: Project) -> None:
-    def both(config: dict[str, Any]) -> None:
-        config["recipes"] = ["libmoe-clip336-phi3-topk-*"]
-
-    project.edit("config/libmoe.yaml", both)
-    jobs = project.planned("results/mmbench.json", "--configfile", "config/libmoe.yaml")
-    assert (jobs["pretrain"], jobs["prefinetune"], jobs["upcycle"], jobs["finetune"]) == (1, 1, 3, 6)
+def stages(*recipes: str) -> Counter[str]:
+    """How many stages of each kind the chosen recipes need."""
+    plan = Plan({"recipes": list(recipes), "benchmarks": ["pope"]}, REPOSITORY)
+    return Counter(stage.kind for stage in plan.chosen_stages())
 
 
-def test_the_demo_of_libmoe(project: Project) -> None:
-    jobs = project.planned("results/pope.json", "--configfile", "config/demo-libmoe.yaml")
-    assert (jobs["pretrain"], jobs["prefinetune"], jobs["upcycle"]) == (1, 1, 10)
-    assert jobs["finetune"] == 1 + 10, "the demo's own, and one for each router and seed"
-    plan = project.planned("results/mmbench.json")
-    assert "prefinetune" not in plan, "not part of the default"
+def test_libmoes_data_variants_share_the_upcycled_model() -> None:
+    assert stages("libmoe-clip336-phi3-topk-*") == {
+        "pretrain": 1,
+        "prefinetune": 1,
+        "upcycle": 3,
+        "finetune": 6,
+    }
+
+
+def test_the_demo_of_libmoe_grows_from_the_demo() -> None:
+    expected = {"pretrain": 1, "prefinetune": 1, "upcycle": 10, "finetune": 1 + 10}
+    assert stages("demo-libmoe-*") == stages("demo", "demo-libmoe-*") == expected
+    default = yaml.safe_load((REPOSITORY / "config/config.yaml").read_text())
+    assert "prefinetune" not in stages(*default["recipes"])
 
 
 def test_llava_moss2_is_constructed_aligned_and_tuned(project: Project) -> None:

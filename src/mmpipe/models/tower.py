@@ -46,16 +46,21 @@ def used_blocks(model: LlavaForConditionalGeneration) -> int:
     return max(i % (layers + 1) for i in ([chosen] if isinstance(chosen, int) else chosen))
 
 
-def freeze_idle(model: LlavaForConditionalGeneration) -> None:
-    """Do not train what the projected features do not depend on: it has no gradient, which DDP waits for."""
+def freeze_idle(model: LlavaForConditionalGeneration) -> list[str]:
+    """Do not train what the projected features do not depend on: it has no gradient, which DDP waits for.
+
+    Returns the names, within the tower, of what would have trained.
+    """
     tower: Any = model.model.vision_tower
     found = _blocks(tower)
     if found is None:
-        return
+        return []
     behind = (getattr(tower, name, None) for name in _BEHIND)
-    for module in (*found[used_blocks(model) :], *behind):
-        if module is not None:
-            module.requires_grad_(False)
+    modules = [module for module in (*found[used_blocks(model) :], *behind) if module is not None]
+    idle = {id(p) for module in modules for p in module.parameters() if p.requires_grad}
+    for module in modules:
+        module.requires_grad_(False)
+    return [name for name, parameter in tower.named_parameters() if id(parameter) in idle]
 
 
 def noted_scales(model: LlavaForConditionalGeneration) -> tuple[int, ...] | None:

@@ -19,6 +19,7 @@ from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.models import vlm
+from mmpipe.models.export import some
 from mmpipe.models.tower import freeze_idle
 from mmpipe.models.trainable import select
 from mmpipe.stages.base import StageJob, TrainStage
@@ -51,7 +52,8 @@ def work(stage: TrainStage, job: StageJob) -> None:
     model, processor = starting_model(stage, job)
     stage.prepare(model, job)
     select(model, stage.trainable)
-    freeze_idle(model)
+    if idle := freeze_idle(model):
+        log.info("not trained, for nothing reads it: %s of the vision tower", some(idle))
     if job.mixture is None:
         raise ConfigError(f"{job.recipe}: {job.stage}: the stage needs 'data', a mixture to train on")
     encoder = Encoder(
