@@ -7,7 +7,9 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 SOURCE = os.path.join(workflow.basedir, "src")
+# plan and jobs use this checkout, whatever mmpipe is installed beside Snakemake; jobs inherit the environment
 sys.path.insert(0, SOURCE)
+os.environ["PYTHONPATH"] = os.pathsep.join([SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from mmpipe.errors import MmpipeError
 from mmpipe.plan import Plan
@@ -76,6 +78,11 @@ def checkpoint_inputs(wildcards):
     return {"checkpoint": str(manifest), "weights": ancient(str(manifest.parent / stage.weights))}
 
 
+def asked_tokens(wildcards):
+    """The tokens a stage or an annotation asked for."""
+    return PLAN.tokens[f"{wildcards.mixture}/{wildcards.key}"]
+
+
 def asked_annotation(wildcards):
     """The annotation a stage asked for."""
     return PLAN.annotations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
@@ -88,7 +95,7 @@ def annotation_inputs(wildcards):
     return {
         "checkpoint": str(manifest),
         "weights": ancient(str(manifest.parent / stage.weights)),
-        "mixture": f"resources/mixtures/{wildcards.mixture}/manifest.json",
+        "tokens": str(PLAN.annotated_tokens(asked_annotation(wildcards)).directory / "manifest.json"),
     }
 
 

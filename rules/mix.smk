@@ -17,3 +17,26 @@ rule mix_data:
         "Verifying and mixing the data of {wildcards.mixture}"
     script:
         "../workflow/scripts/mix.py"
+
+
+# The same as one model's tokenizer and one template write it; stages that read it alike share it.
+rule tokenise:
+    input:
+        unpack(lambda wildcards: {role: str(path) for role, path in asked_tokens(wildcards).inputs().items()}),
+    output:
+        shards=directory("resources/tokens/{mixture}/{key}/shards"),
+        report="resources/tokens/{mixture}/{key}/report.json",
+        manifest="resources/tokens/{mixture}/{key}/manifest.json",
+    log:
+        "logs/tokens/{mixture}-{key}.log",
+    wildcard_constraints:
+        key="[0-9a-f]{12}",
+    threads: 4
+    resources:
+        **light(memory_gb=8, minutes=240),
+    params:
+        spec=lambda wildcards: asked_tokens(wildcards).spec(),
+    message:
+        "Tokenising {wildcards.mixture}"
+    script:
+        "../workflow/scripts/tokenise.py"

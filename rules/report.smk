@@ -3,6 +3,7 @@ localrules:
     show_training,
     show_checkpoint,
     show_mixture,
+    show_tokens,
     show_samples,
     show_comparison,
     show_leaderboard,
@@ -56,7 +57,7 @@ rule show_mixture:
             "resources/mixtures/{mixture}/report.html",
             caption="../workflow/report/mixture.rst",
             category="Data",
-            labels={"mixture": "{mixture}"},
+            labels={"mixture": "{mixture}", "shown": "records"},
         ),
     log:
         "logs/mix/{mixture}-report.log",
@@ -66,6 +67,28 @@ rule show_mixture:
         "Laying out the verification of {wildcards.mixture}"
     script:
         "../workflow/scripts/show_mixture.py"
+
+
+rule show_tokens:
+    input:
+        report="resources/tokens/{mixture}/{key}/report.json",
+    output:
+        report(
+            "resources/tokens/{mixture}/{key}/report.html",
+            caption="../workflow/report/tokens.rst",
+            category="Data",
+            labels={"mixture": "{mixture}", "shown": "tokens"},
+        ),
+    log:
+        "logs/tokens/{mixture}-{key}-report.log",
+    wildcard_constraints:
+        key="[0-9a-f]{12}",
+    resources:
+        **light(memory_gb=2, minutes=10),
+    message:
+        "Laying out the tokens of {wildcards.mixture}"
+    script:
+        "../workflow/scripts/show_tokens.py"
 
 
 rule show_samples:

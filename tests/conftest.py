@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_tokens import TINY, write_tokens
 
 from mmpipe.stages.base import StageJob, VisionLanguage
 
@@ -69,6 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             datasets = {part.dataset: Path("resources/datasets", part.dataset)}
             build_mixture(MixtureSpec(parts=[part]), datasets, out, log=lambda line: None, published=out)
             manifest.write(out, kind="mixture", spec="{}", inputs={})
+            write_tokens(out, Path("resources/tokens", name), TINY)
     finally:
         os.chdir(here)
     return root
@@ -87,7 +89,7 @@ def make_job(folder: Path, name: str = "run", **changes: Any) -> StageJob:
         "vision_language": VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
         "backbones": {"vision": backbones["clip"], "language": backbones["qwen2"]},
         "parent": None,
-        "mixture": Path("resources/mixtures/mix"),
+        "tokens": Path("resources/tokens/mix"),
         "manifests": tuple(path / "manifest.json" for path in backbones.values()),
     }
     return StageJob(**{**facts, **changes})

@@ -31,7 +31,7 @@ from mmpipe.registry import source_file
 from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 from mmpipe.stages import stage_kinds
-from mmpipe.stages.base import Annotation, Hardware, Stage, StageJob, VisionLanguage
+from mmpipe.stages.base import Annotation, Encoding, Hardware, Stage, StageJob, VisionLanguage
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 CONSTRUCT = "construct"
@@ -80,6 +80,46 @@ class StagePlan:
     def sparse(self) -> bool:
         """Whether the checkpoint has experts."""
         return any(stage.settings.grows_experts() for stage in self.path())
+
+
+@dataclass(frozen=True)
+class TokensPlan:
+    """A mixture in the tokens of one model, for all stages that read it so."""
+
+    mixture: str
+    encoding: Encoding
+    model: Mapping[str, Any]
+    """What the tokenizer and the number of a picture's tokens come from."""
+    vision_language: VisionLanguage
+    manifests: Mapping[str, Path]
+    directories: Mapping[str, Path]
+    """A published ``checkpoint``, or the ``vision`` and ``language`` backbones."""
+    layouts: Mapping[str, str]
+
+    def spec(self) -> str:
+        """What determines the tokens, the inputs' manifests apart."""
+        return canonical_json(
+            {
+                "mixture": self.mixture,
+                "model": dict(self.model),
+                "template": self.encoding.template,
+                "max_length": self.encoding.max_length,
+            }
+        )
+
+    @property
+    def key(self) -> str:
+        """``mixture/hash``."""
+        return f"{self.mixture}/{hashlib.sha256(self.spec().encode()).hexdigest()[:12]}"
+
+    @property
+    def directory(self) -> Path:
+        """Where the tokens are."""
+        return Path("resources/tokens", self.key)
+
+    def inputs(self) -> dict[str, Path]:
+        """The manifests the tokens are made from, by role."""
+        return {"mixture": Path("resources/mixtures", self.mixture, "manifest.json"), **self.manifests}
 
 
 class Plan:
@@ -415,9 +455,8 @@ class Plan:
         }
         if stage.parent:
             inputs["parent"] = stage.parent.manifest(out)
-        mixture = stage.settings.mixture()
-        if mixture is not None:
-            inputs["mixture"] = Path("resources/mixtures", mixture, "manifest.json")
+        if tokens := self.tokens_of(stage):
+            inputs["tokens"] = tokens.directory / "manifest.json"
         for role, reference in stage.settings.references().items():
             inputs[role] = self.checkpoint(reference).manifest(out)
         for role, annotation in stage.settings.annotations().items():
@@ -473,6 +512,55 @@ class Plan:
         }
 
     # --- data ------------------------------------------------------------------------------------------------------
+
+    def tokens_of(self, stage: StagePlan) -> TokensPlan | None:
+        """The tokens a stage trains on."""
+        mixture, encoding = stage.settings.mixture(), stage.settings.encoding()
+        return self._tokens(mixture, stage, encoding) if mixture and encoding else None
+
+    def annotated_tokens(self, annotation: Annotation) -> TokensPlan:
+        """The mixture as the annotating model reads it."""
+        encoding = Encoding(annotation.settings["template"], annotation.settings["max_length"])
+        return self._tokens(annotation.mixture, self.checkpoint(annotation.checkpoint), encoding)
+
+    def _tokens(self, mixture: str, stage: StagePlan, encoding: Encoding) -> TokensPlan:
+        first = stage.path()[0]
+        model = first.vision_language
+        if model.checkpoint:
+            # a whole model tells its tokenizer when it has been brought in
+            manifest = first.manifest()
+            origin: dict[str, Any] = {"checkpoint": first.id}
+            return TokensPlan(
+                mixture,
+                encoding,
+                origin,
+                model,
+                {"checkpoint": manifest},
+                {"checkpoint": manifest.parent},
+                {},
+            )
+        names, layouts = self.backbones_of(first), self.layouts(first)
+        origin = {**names, "feature_select": model.feature_select}
+        if layouts:
+            origin["layouts"] = layouts
+        return TokensPlan(
+            mixture,
+            encoding,
+            origin,
+            model,
+            {role: Path("resources/backbones", name, "manifest.json") for role, name in names.items()},
+            {role: self.backbone_directory(name) for role, name in names.items()},
+            layouts,
+        )
+
+    @cached_property
+    def tokens(self) -> dict[str, TokensPlan]:
+        """All tokens some stage or annotation needs, by key."""
+        wanted = [
+            *(self.tokens_of(stage) for stage in self.stages()),
+            *map(self.annotated_tokens, self.annotations.values()),
+        ]
+        return {tokens.key: tokens for tokens in wanted if tokens}
 
     @staticmethod
     def source_spec(source: Source) -> str:
@@ -606,10 +694,12 @@ class Plan:
         """What the report shows beside the comparisons."""
         stages = self.chosen_stages()
         mixtures = sorted({m for stage in stages if (m := stage.settings.mixture())})
+        tokens = sorted({t.directory for stage in stages if (t := self.tokens_of(stage))})
         return [
             *(f"{stage.directory(out)}/report/settings.html" for stage in stages),
             *(f"{stage.directory(out)}/report/loss.svg" for stage in stages if stage.settings.mixture()),
             *(f"resources/mixtures/{mixture}/report.html" for mixture in mixtures),
+            *(f"{directory}/report.html" for directory in tokens),
             *self.per_checkpoint("samples.html", out),
             *(f"{out}/{benchmark}.html" for benchmark in self.compared_benchmarks),
             *(
@@ -639,7 +729,7 @@ class Plan:
             parent=inputs["parent"].parent if "parent" in inputs else None,
             references={role: inputs[role].parent for role in stage.settings.references()},
             annotations={role: inputs[f"{role}_annotations"].parent for role in stage.settings.annotations()},
-            mixture=inputs["mixture"].parent if "mixture" in inputs else None,
+            tokens=inputs["tokens"].parent if "tokens" in inputs else None,
             manifests=tuple(inputs.values()),
             max_steps=self.config.smoke.max_steps if out.endswith("/smoke") else None,
             **use,

@@ -123,6 +123,38 @@ def mix(snakemake: Any, plan: Plan) -> None:
 
 
 @job
+def tokenise(snakemake: Any, plan: Plan) -> None:
+    """Encode a mixture as one model's tokenizer and template write it."""
+    from mmpipe.data.templates import get_template
+    from mmpipe.data.tokens import TextEncoder, tokenise
+    from mmpipe.models import vlm
+
+    wildcards = snakemake.wildcards
+    wanted = plan.tokens[f"{wildcards.mixture}/{wildcards.key}"]
+    spec = _unchanged(snakemake, wanted.spec())
+    inputs = wanted.inputs()
+    tokenizer, picture_tokens = vlm.text_side(wanted.directories, wanted.vision_language, wanted.layouts)
+    encoder = TextEncoder(
+        template=get_template(wanted.encoding.template, tokenizer),
+        tokenizer=tokenizer,
+        image_token=vlm.IMAGE_TOKEN,
+        image_tokens_per_picture=picture_tokens,
+        max_length=wanted.encoding.max_length,
+    )
+    with staged_directory(Path(snakemake.output.manifest).parent) as staged:
+        report = tokenise(
+            inputs["mixture"].parent / "records.arrow",
+            encoder,
+            staged,
+            max_bad=plan.mixtures[wildcards.mixture].max_bad,
+            workers=snakemake.threads,
+            log=log.info,
+        )
+        hashes = manifest.input_hashes(list(inputs.values()))
+        manifest.write(staged, kind="tokens", spec=spec, inputs=hashes, records=report["kept"])
+
+
+@job
 def stage(snakemake: Any, plan: Plan) -> None:
     """Run one stage of a recipe."""
     wildcards = snakemake.wildcards
@@ -154,7 +186,7 @@ def annotate(snakemake: Any, plan: Plan) -> None:
     spec = _unchanged(snakemake, plan.annotation_spec(wanted))
     annotate(
         Path(snakemake.input.checkpoint).parent,
-        Path(snakemake.input.mixture).parent,
+        Path(snakemake.input.tokens).parent,
         spec,
         dict(wanted.settings),
         Path(snakemake.output.manifest).parent,
@@ -451,6 +483,14 @@ def show_mixture(snakemake: Any, plan: Plan) -> None:
     from mmpipe.report.tables import mixture_page
 
     mixture_page(Path(snakemake.input.report), Path(snakemake.output[0]))
+
+
+@job
+def show_tokens(snakemake: Any, plan: Plan) -> None:
+    """Lay out what became of a mixture in tokens as a table."""
+    from mmpipe.report.tables import tokens_page
+
+    tokens_page(Path(snakemake.input.report), Path(snakemake.output[0]))
 
 
 @job

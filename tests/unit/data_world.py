@@ -12,10 +12,10 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlavaImageProcessorPil, PreTrainedTokenizerFast
 
-from mmpipe.data.dataset import Encoder
 from mmpipe.data.mixture import build_mixture
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.data.templates import get_template
+from mmpipe.data.tokens import TextEncoder, TokenTable, tokenise
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|end|>", "<image>"]
 IMAGE_TOKENS = 4
@@ -50,16 +50,22 @@ def processor(aspect: str = "pad") -> LlavaImageProcessorPil:
     )
 
 
-def encoder(template: str = "vicuna_v1", max_length: int | None = None, **changes: Any) -> Encoder:
+def encoder(template: str = "vicuna_v1", max_length: int | None = None, **changes: Any) -> TextEncoder:
     parts = {
         "template": get_template(template),
         "tokenizer": char_tokenizer(),
-        "image_processor": processor(),
         "image_token": "<image>",
         "image_tokens_per_picture": IMAGE_TOKENS,
         "max_length": max_length,
     }
-    return Encoder(**(parts | changes))
+    return TextEncoder(**(parts | changes))
+
+
+def in_tokens(records: Path, with_encoder: TextEncoder | None = None, max_bad: float = 1.0) -> TokenTable:
+    """The records of a file in tokens, beside it."""
+    out = records.parent / "tokens"
+    tokenise(records, with_encoder or encoder(), out, max_bad=max_bad)
+    return TokenTable(out)
 
 
 def entry(number: int, image: str | list[str] | None = None, **changes: Any) -> Entry:

@@ -25,7 +25,7 @@ def bringing_in(job, source, name="construct", **changes):
         "vision_language": VisionLanguage(checkpoint="whole"),
         "backbones": {"checkpoint": source},
         "manifests": (),
-        "mixture": None,
+        "tokens": None,
     }
     return job(name, **{**facts, **changes})
 
@@ -72,7 +72,7 @@ def test_it_can_be_trained_further_and_a_projector_finds_its_way_back(whole, job
 
 
 def test_parts_are_joined_and_published(job):
-    joined = job("construct", mixture=None)
+    joined = job("construct", tokens=None)
     Construct(template="chatml").run(joined)
     model, _, card = vlm.load(joined.model_dir)
     assert card["kind"] == "model"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 from pathlib import Path
@@ -13,44 +12,43 @@ from data_world import (
     Entry,
     char_tokenizer,
     data_set,
-    encoder,
     entry,
+    in_tokens,
     mix,
     picture,
     processor,
     said,
 )
-from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
 from mmpipe.data.dataset import (
     Collator,
-    Encoder,
     PreferenceCollator,
     PreferenceDataset,
     SupervisedDataset,
-    check_supervision,
 )
 from mmpipe.data.images import open_picture
 from mmpipe.data.labels import IGNORE
 from mmpipe.data.records import PreferenceRecord, Record, Turn
 from mmpipe.data.sampler import BatchPlan
-from mmpipe.data.store import RecordTable, write_records
-from mmpipe.errors import ArtifactError, DataError
+from mmpipe.data.store import write_records
+from mmpipe.data.tokens import TextEncoder
+from mmpipe.errors import DataError
 
 COLLATE = Collator(char_tokenizer().pad_token_id, (SIDE, SIDE))
 
 
-def made(tmp_path: Path, entries: list[Entry], with_encoder: Encoder | None = None) -> SupervisedDataset:
+def made(tmp_path: Path, entries: list[Entry], with_encoder: TextEncoder | None = None) -> SupervisedDataset:
     mix(data_set(tmp_path / "made", entries), tmp_path / "out")
-    return SupervisedDataset(tmp_path / "out" / "records.arrow", with_encoder or encoder())
+    return SupervisedDataset(in_tokens(tmp_path / "out" / "records.arrow", with_encoder), processor())
 
 
-def stored(tmp_path: Path, records: list[Record], with_encoder: Encoder | None = None) -> SupervisedDataset:
+def stored(
+    tmp_path: Path, records: list[Record], with_encoder: TextEncoder | None = None
+) -> SupervisedDataset:
     """Without the verification of a mixture."""
     write_records(tmp_path / "records.arrow", records)
-    return SupervisedDataset(tmp_path / "records.arrow", with_encoder or encoder())
+    return SupervisedDataset(in_tokens(tmp_path / "records.arrow", with_encoder), processor())
 
 
 def record(
@@ -141,17 +139,10 @@ def test_a_picture_gone_since_is_replaced_by_the_next_record(
     assert dataset[1]["id"] == "made/r2"
 
 
-def test_a_text_too_long_for_its_pictures_is_replaced(tmp_path: Path) -> None:
-    long = entry(0, image="0.png", conversations=said("x" * 400 + "<image>", "y"))
-    dataset = made(tmp_path, [long, entry(1)], encoder(max_length=300))
-    assert dataset[0]["id"] == "made/r1"
-    assert "too long for its pictures" in dataset[0]["replaced"][0]
-
-
 def test_when_nothing_can_be_read_training_stops(tmp_path: Path) -> None:
     dataset = stored(tmp_path, [record(i, "<image>?", images=("gone.png",)) for i in range(3)])
     with pytest.raises(
-        DataError, match=r"none of 3 records in a row can be read; the first: made/r1: gone\.png"
+        DataError, match=r"the pictures of 3 records in a row cannot be read; the first: made/r1: gone\.png"
     ):
         dataset[1]
 
@@ -180,7 +171,7 @@ def preferences(tmp_path: Path) -> PreferenceDataset:
     paths = [str(picture(tmp_path / f"{i}.png", seed=i)) for i in range(2)]
     records = [pair(0, paths[0], "a cat", "a"), pair(1, None, "b", "a dog"), pair(2, paths[1], "c", "d")]
     write_records(tmp_path / "records.arrow", records)
-    return PreferenceDataset(tmp_path / "records.arrow", encoder())
+    return PreferenceDataset(in_tokens(tmp_path / "records.arrow"), processor())
 
 
 def test_pairs_share_their_pictures(tmp_path: Path) -> None:
@@ -195,84 +186,11 @@ def test_pairs_share_their_pictures(tmp_path: Path) -> None:
     )
     image_id = char_tokenizer().convert_tokens_to_ids("<image>")
     assert (batch["input_ids"] == image_id).sum() == 2 * 2 * IMAGE_TOKENS
-    assert check_supervision(dataset).samples == 3
 
 
 def test_a_dataset_refuses_records_of_the_other_kind(tmp_path: Path) -> None:
-    preferences(tmp_path)
+    pairs, conversations = preferences(tmp_path), made(tmp_path, mixed())
     with pytest.raises(DataError, match="holds preferences, but the stage trains on conversations"):
-        SupervisedDataset(tmp_path / "records.arrow", encoder())
-    made(tmp_path, mixed())
+        SupervisedDataset(pairs.tokens, processor())
     with pytest.raises(DataError, match="holds conversations, but the stage trains on preferences"):
-        PreferenceDataset(tmp_path / "out" / "records.arrow", encoder())
-
-
-def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
-    (tmp_path / "records.arrow").write_bytes(b"nothing")
-    for name in ("records.arrow", "absent.arrow"):
-        with pytest.raises(ArtifactError, match=name):
-            RecordTable(tmp_path / name)
-
-
-def test_equal_records_are_equal_bytes(tmp_path: Path) -> None:
-    records = [record(i, "ü" * i + "?") for i in range(2500)]
-    for name in ("a", "b"):
-        assert write_records(tmp_path / name, iter(records)) == 2500
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert list(RecordTable(tmp_path / "a")) == records
-
-
-def test_supervision_is_measured(tmp_path: Path) -> None:
-    dataset = made(tmp_path, mixed())
-    found = check_supervision(dataset)
-    samples = [dataset[i] for i in range(3)]
-    image_id = char_tokenizer().convert_tokens_to_ids("<image>")
-    assert found.samples == 3
-    assert found.supervised_tokens == sum(int((s["labels"] != IGNORE).sum()) for s in samples)
-    assert found.text_tokens == sum(int((s["input_ids"] != image_id).sum()) for s in samples)
-    assert 0.04 < found.share < 0.1
-
-
-def test_supervision_looks_at_the_whole_data_set(tmp_path: Path) -> None:
-    bad = [record(i, "no mark", images=("0.png",)) for i in range(50)]
-    dataset = stored(tmp_path, [*(record(i) for i in range(50)), *bad])
-    with pytest.raises(DataError, match=r"5 of 10 records cannot be trained on, e.g. made/r0"):
-        check_supervision(dataset, samples=10)
-
-
-def without_end() -> PreTrainedTokenizerFast:
-    description = json.loads(char_tokenizer().backend_tokenizer.to_str())
-    description["added_tokens"] = [t for t in description["added_tokens"] if t["content"] != "</s>"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(description)),
-        unk_token="<unk>",
-        name_or_path="foreign",
-    )
-
-
-def test_supervision_refuses_a_template_of_another_model(tmp_path: Path) -> None:
-    dataset = made(tmp_path, mixed(), encoder(tokenizer=without_end()))
-    with pytest.raises(DataError, match=r"'vicuna_v1' ends answers with '</s>'.*foreign"):
-        check_supervision(dataset)
-
-
-@pytest.mark.parametrize("bounds", [{"minimum": 0.5}, {"maximum": 0.01}])
-def test_supervision_out_of_bounds_names_template_tokenizer_and_record(
-    tmp_path: Path, bounds: dict[str, float]
-) -> None:
-    with pytest.raises(DataError) as error:
-        check_supervision(made(tmp_path, mixed()), **bounds)
-    message = str(error.value)
-    assert "template 'vicuna_v1'" in message
-    assert "of the text tokens are supervised, expected" in message
-    assert "made/r" in message
-
-
-def test_supervision_allows_captions_to_be_all_there_is(tmp_path: Path) -> None:
-    dataset = made(tmp_path, [entry(0, "0.png")], encoder("plain", tokenizer=char_tokenizer(bos=False)))
-    assert check_supervision(dataset).share == 1
-
-
-def test_supervision_of_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there are no records"):
-        check_supervision(stored(tmp_path, []))
+        PreferenceDataset(conversations.tokens, processor())

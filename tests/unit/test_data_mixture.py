@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mmpipe.data.mixture import build_mixture, images_first
-from mmpipe.data.records import PreferenceRecord, Record
+from mmpipe.data.records import PreferenceRecord, Record, length_in_words
 from mmpipe.data.spec import MixtureSpec, PartSpec
 from mmpipe.data.store import RecordTable
 from mmpipe.errors import ConfigError, DataError
@@ -37,9 +37,9 @@ def test_writes_records_report_and_lengths(tmp_path: Path) -> None:
     assert record.source == "made"
     assert [turn.role for turn in record.turns] == ["user", "assistant"]
     assert Path(record.images[0]).is_file()
-    assert table.has_image == [bool(i % 3) for i in range(9)]
+    assert [bool(record.images) for record in table] == [bool(i % 3) for i in range(9)]
     # "What is 0?" and "It is 0." are six words; a picture adds its mark and 128.
-    assert table.lengths[:2] == [6, 6 + 1 + 128]
+    assert [length_in_words(record) for record in table][:2] == [6, 6 + 1 + 128]
     assert (report["kept"], report["wanted"], report["with_images"]) == (9, 9, 6)
     assert report["words_up_to"] == {"8": 3, "256": 6}
     assert report["longer_side_up_to"] == {"64": 6}
@@ -311,7 +311,7 @@ def test_preferences_are_verified_and_kept(tmp_path: Path) -> None:
     assert isinstance(record, PreferenceRecord)
     assert (record.chosen, record.rejected) == ("a cat", "a dog on a very long leash")
     assert [turn.text for turn in record.prompt] == ["<image>\nWhat?"]
-    assert RecordTable(tmp_path / "out/records.arrow").lengths == [2 + 7 + 128]
+    assert length_in_words(record) == 2 + 7 + 128
     assert {reason: facts["count"] for reason, facts in report["parts"][0]["dropped"].items()} == {
         "different questions": 1,
         "empty answer": 1,

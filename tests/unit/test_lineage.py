@@ -10,6 +10,7 @@ from pathlib import Path
 import lineage_world as made
 import pytest
 import torch
+from made_tokens import write_tokens
 from safetensors.torch import load_file
 from test_construct import bringing_in
 from typer.testing import CliRunner
@@ -199,7 +200,7 @@ def test_a_packed_language_model_is_joined_aligned_and_written_as_the_guide_says
         "layouts": {"language": "moss2"},
         "spec": json.dumps({"stage": "construct", "model": model, "layouts": {"language": "moss2"}}),
     }
-    joined = job("construct", mixture=None, manifests=(), **facts)
+    joined = job("construct", tokens=None, manifests=(), **facts)
     Construct(template="llava_llama_2", image_aspect="square").run(joined)
     packed = load_file(base / "model.safetensors")
     written = export(joined.model_dir, tmp_path / "constructed", "--language", "moss2", "--binary")
@@ -210,7 +211,9 @@ def test_a_packed_language_model_is_joined_aligned_and_written_as_the_guide_says
     words = json.loads((tmp_path / "constructed/tokenizer.json").read_text())["added_tokens"]
     assert "<image>" not in {word["content"] for word in words}
 
-    aligned = job("pretrain", parent=joined.model_dir, manifests=(), **facts)
+    mixture = Path("resources/mixtures/mix")
+    tokens = write_tokens(mixture, tmp_path / "tokens", {"checkpoint": joined.model_dir}, "llava_llama_2")
+    aligned = job("pretrain", parent=joined.model_dir, manifests=(), tokens=tokens, **facts)
     training = {"data": "mix", "batch_size": 8, "max_steps": 1, "template": "llava_llama_2"}
     Pretrain(**training, llava_projector=True).run(aligned)
     names = {path.name for path in aligned.model_dir.iterdir()}
@@ -347,7 +350,7 @@ def test_files_that_hold_anything_but_tensors_are_refused(bring, job, tmp_path, 
 
 
 def test_what_is_not_there_is_said(job, tmp_path):
-    joined = job("construct", mixture=None)
+    joined = job("construct", tokens=None)
     Construct(template="chatml").run(joined)
     made_twice = ["export", str(joined.model_dir), str(tmp_path), "--layout", "llava"]
     for command, said in (

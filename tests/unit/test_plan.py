@@ -178,10 +178,41 @@ def test_a_whole_checkpoint_is_constructed_first(project):
     assert [path.as_posix() for path in plan.inputs(construct).values()] == [
         "resources/backbones/whole/manifest.json"
     ]
-    assert plan.inputs(finetune).keys() == {"parent", "mixture"}
+    assert plan.inputs(finetune).keys() == {"parent", "tokens"}
+    assert plan.tokens_of(finetune).inputs()["checkpoint"] == plan.inputs(finetune)["parent"]
     job = plan.job(construct)
     assert job.backbones == {"checkpoint": Path("resources/backbones/whole/llava")}
     assert json.loads(job.spec)["subfolders"] == {"checkpoint": "llava"}
+
+
+def test_stages_that_read_a_mixture_alike_share_its_tokens(project):
+    other = {
+        "extends": "base",
+        "stages": {"finetune": {"learning_rate": 1.0}, "prefinetune": {"kind": "finetune"}},
+    }
+    other["stages"]["prefinetune"] |= {"data": "mix", "template": "chatml"}
+    plan = project(
+        {"base": BASE, "more": other, "ear": {"extends": "base", "model": {**MODEL, "vision": "ear"}}}
+    )
+    pretrain, finetune = map(plan.tokens_of, plan.stages("base"))
+    assert pretrain.key != finetune.key, "captions have a template of their own"
+    again, chatml = map(plan.tokens_of, plan.stages("more")[1:])
+    assert again.key == finetune.key != chatml.key
+    assert plan.tokens_of(plan.stages("ear")[1]).key != finetune.key, "another tower, other picture tokens"
+    assert set(finetune.inputs()) == {"mixture", "vision", "language"}
+    assert plan.tokens.keys() >= {pretrain.key, finetune.key, chatml.key}
+    assert f"{finetune.directory}/report.html" in plan.report_items()
+
+
+def test_a_teacher_that_writes_down_reads_its_own_tokens(project):
+    student = {
+        "model": {**MODEL, "vision": "ear"},
+        "stages": {"distill_dense": {"data": "mix", "teacher": "base", "teacher_cache": {"k": 4}}},
+    }
+    plan = project({"base": BASE, "student": student})
+    (annotation,) = plan.annotations.values()
+    assert plan.annotated_tokens(annotation).directories["vision"] == Path("resources/backbones/eye")
+    assert plan.tokens_of(plan.stages("student")[0]).directories["vision"] == Path("resources/backbones/ear")
 
 
 def test_a_whole_checkpoint_can_be_measured_as_it_is(project):

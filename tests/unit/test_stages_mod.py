@@ -60,7 +60,7 @@ def written(tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any
     settings = {"template": "qwen", "max_length": 2048, "image_aspect": "pad", **settings}
     annotate(
         teacher,
-        Path("resources/mixtures", mixture),
+        Path("resources/tokens", mixture),
         "{}",
         settings,
         out,
@@ -182,7 +182,7 @@ def test_preferences_are_learnt_relative_to_the_reference(job, dense, tmp_path, 
     made = job(
         "preferred",
         parent=dense.model_dir,
-        mixture=Path("resources/mixtures/pairs"),
+        tokens=Path("resources/tokens/pairs"),
         annotations={"reference": notes},
     )
     settings = {**COMMON, "data": "pairs", "reference": "dense", "loss_type": loss_type, "max_steps": 6}

@@ -26,7 +26,7 @@ def changed(*, train: list[str] = (), also: dict[str, int] | None = None) -> Cou
 def test_from_nothing(fresh):
     assert fresh.planned("results/mmbench.json") == changed(
         train=["pretrain", "finetune"],
-        also={"fetch_backbone": 2, "fetch_dataset": 5, "mix_data": 2, "prepare_benchmark": 2},
+        also={"fetch_backbone": 2, "fetch_dataset": 5, "mix_data": 2, "tokenise": 2, "prepare_benchmark": 2},
     )
 
 
@@ -92,7 +92,7 @@ def test_a_deleted_checkpoint_is_not_missed_where_nothing_needs_it(project):
 def test_other_data_run_everything_that_saw_it(project):
     project.edit("config/datasets.yaml", lambda c: c["digits"].update(seed=7))
     assert project.planned("results/mmbench.json") == changed(
-        train=["finetune"], also={"fetch_dataset": 1, "mix_data": 1}
+        train=["finetune"], also={"fetch_dataset": 1, "mix_data": 1, "tokenise": 1}
     )
 
 

@@ -1,4 +1,4 @@
-"""From a record on disk to a batch: what the trainer reads.
+"""From a record in tokens and its pictures to a batch: what the trainer reads.
 
 Shapes: T tokens of a sample, B samples and N pictures of a batch, H x W pixels of a processed picture.
 """
@@ -10,26 +10,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar
 
 import torch
 from torch.utils.data import Dataset
 
 from mmpipe.data.images import open_picture
-from mmpipe.data.labels import IGNORE, Encoded, encode
-from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks
-from mmpipe.data.store import RecordTable
-from mmpipe.data.templates import Template
+from mmpipe.data.labels import IGNORE, Encoded
+from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import LlavaImageProcessorPil, PreTrainedTokenizerBase
+    from transformers import LlavaImageProcessorPil
 
 log = logging.getLogger(__name__)
 
 S = TypeVar("S")
 
-_KINDS = {Record: "conversations", PreferenceRecord: "preferences"}
+_KINDS = {False: "conversations", True: "preferences"}
 
 MAX_REPLACEMENTS = 32
 """So many records in a row that cannot be read mean that something else is wrong."""
@@ -72,60 +70,30 @@ def as_tensors(encoded: Encoded) -> Tokens:
     return Tokens(input_ids=torch.tensor(encoded.input_ids), labels=torch.tensor(encoded.labels))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """How text and pictures become numbers; what training and preference data share."""
-
-    template: Template
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: LlavaImageProcessorPil
-    image_token: str
-    image_tokens_per_picture: int
-    max_length: int | None = None
-    """In tokens, pictures counted; longer texts are cut from the right."""
-
-    def text(self, record: Record) -> Encoded:
-        """Token ids and labels. Raises BadRecord if the record cannot be trained on."""
-        check_marks(record)
-        return encode(
-            self.tokenizer,
-            self.template.render(record.turns),
-            self.image_token,
-            self.image_tokens_per_picture,
-            self.max_length,
-        )
-
-    def pictures(self, paths: Sequence[str]) -> list[torch.Tensor]:
-        """Each picture as [3, H, W] float32. Raises DataError if one cannot be opened."""
-        images = [open_picture(Path(path)).image for path in paths]
-        if not images:
-            return []
-        return list(self.image_processor(images, return_tensors="pt")["pixel_values"])
+def pixels(paths: Sequence[str], processor: LlavaImageProcessorPil) -> list[torch.Tensor]:
+    """Each picture as [3, H, W] float32. Raises DataError if one cannot be opened."""
+    images = [open_picture(Path(path)).image for path in paths]
+    return list(processor(images, return_tensors="pt")["pixel_values"]) if images else []
 
 
 class RecordDataset(Dataset[S], Generic[S], ABC):
     """The records of a mixture as samples.
 
-    A record that cannot be read although the mixture was verified (a picture gone since, a text too long for
-    its pictures) is replaced by the next one, so that the same run gives the same batches; the sample says so
-    in ``replaced`` and a warning is logged. Nothing is replaced silently or at random.
+    A record whose pictures cannot be read although the mixture was verified is replaced by the next one, so that the same
+    run gives the same batches; the sample says so in ``replaced`` and a warning is logged. Nothing is replaced silently or
+    at random.
     """
 
-    kind: type[AnyRecord]
-    """What the file must hold."""
+    preferences: bool
+    """Whether the records must have two answers."""
 
-    def __init__(self, records: Path, encoder: Encoder, with_images: bool = False) -> None:
-        """``with_images`` leaves out the records without pictures."""
-        self.records = RecordTable(records, with_images)
-        self.encoder = encoder
-        if with_images and not len(self):
+    def __init__(self, tokens: TokenTable, processor: LlavaImageProcessorPil) -> None:
+        self.tokens = tokens
+        self.processor = processor
+        if tokens.preferences != self.preferences:
             raise DataError(
-                f"{records}: no record has a picture; choose another mixture, or set requires_image: false"
-            )
-        if len(self) and not isinstance(self.records[0], self.kind):
-            raise DataError(
-                f"{records} holds {_KINDS[type(self.records[0])]}, but the stage trains on {_KINDS[self.kind]}; "
-                "choose another mixture for it"
+                f"{tokens.directory} holds {_KINDS[tokens.preferences]}, but the stage trains on "
+                f"{_KINDS[self.preferences]}; choose another mixture for it"
             )
 
     @abstractmethod
@@ -133,46 +101,40 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
         """Put together what was read of one record; ``encoded`` has an entry for each conversation."""
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.tokens)
 
     @property
     def lengths(self) -> list[int]:
         """Length of each record in words, pictures counted."""
-        return self.records.lengths
+        return self.tokens.words
 
     @property
     def has_image(self) -> list[bool]:
         """Whether each record has pictures."""
-        return self.records.has_image
+        return self.tokens.has_image
 
-    def __getitem__(self, index: int) -> S:
+    def __getitem__(self, place: int) -> S:
         faults: list[str] = []
         for step in range(min(len(self), MAX_REPLACEMENTS)):
-            place = (index + step) % len(self)
-            record = self.records[place]
-            name = f"{record.source}/{record.id}"
+            row = self.tokens[(place + step) % len(self)]
             try:
-                encoded = [self.encoder.text(conversation) for conversation in record.conversations]
-                pictures = self.encoder.pictures(record.images)
+                pictures = pixels(row.images, self.processor)
             except DataError as error:
-                faults.append(f"{name}: {error}")
+                faults.append(f"{row.id}: {error}")
                 log.warning("replaced by the next record: %s", faults[-1])
                 continue
-            return self.sample(
-                encoded,
-                Facts(
-                    id=name, index=self.records.places[place], pixel_values=pictures, replaced=tuple(faults)
-                ),
-            )
+            facts = Facts(id=row.id, index=row.place, pixel_values=pictures, replaced=tuple(faults))
+            return self.sample(row.conversations, facts)
         raise DataError(
-            f"{self.records.path}: none of {len(faults)} records in a row can be read; the first: {faults[0]}"
+            f"{self.tokens.directory}: the pictures of {len(faults)} records in a row cannot be read; "
+            f"the first: {faults[0]}"
         )
 
 
 class SupervisedDataset(RecordDataset[Sample]):
     """Conversations whose answers are learnt."""
 
-    kind = Record
+    preferences = False
 
     def sample(self, encoded: Sequence[Encoded], facts: Facts) -> Sample:
         """See RecordDataset."""
@@ -183,7 +145,7 @@ class SupervisedDataset(RecordDataset[Sample]):
 class PreferenceDataset(RecordDataset[Pair]):
     """Conversations with a chosen and a rejected last answer."""
 
-    kind = PreferenceRecord
+    preferences = True
 
     def sample(self, encoded: Sequence[Encoded], facts: Facts) -> Pair:
         """See RecordDataset."""
@@ -263,73 +225,3 @@ class PreferenceCollator(Padding):
     def __call__(self, samples: Sequence[Pair]) -> Batch:
         rows = [pair["chosen"] for pair in samples] + [pair["rejected"] for pair in samples]
         return self.batch(rows, samples)
-
-
-@dataclass(frozen=True)
-class Supervision:
-    """How much of a data set is supervised, over the samples looked at."""
-
-    samples: int
-    text_tokens: int
-    """Tokens other than those of pictures."""
-    supervised_tokens: int
-    bad: int
-    """Samples that cannot be trained on."""
-
-    @property
-    def share(self) -> float:
-        """Supervised tokens among the text tokens."""
-        return self.supervised_tokens / max(1, self.text_tokens)
-
-
-def check_supervision(
-    dataset: RecordDataset[Any],
-    samples: int = 256,
-    minimum: float = 0.001,
-    maximum: float | None = None,
-    max_bad: float = 0.1,
-) -> Supervision:
-    """Measure what is supervised in records spread evenly over the data set, before training on them.
-
-    Raises DataError, naming template, tokenizer and a record, when the template and the tokenizer do not
-    belong together, when the share of supervised text tokens is below ``minimum`` or above ``maximum`` (by
-    default what a template can reach at most), or when more than ``max_bad`` of the samples cannot be trained
-    on: nothing to learn, or marks and pictures that differ.
-    """
-    encoder = dataset.encoder
-    if not len(dataset):
-        raise DataError(f"{dataset.records.path}: there are no records")
-    encoder.template.check(encoder.tokenizer)
-    if maximum is None:
-        maximum = 1.0 if encoder.template.captions else 0.999
-    image_id = encoder.tokenizer.convert_tokens_to_ids(encoder.image_token)
-    count = min(samples, len(dataset))
-    looked_at = [position * len(dataset) // count for position in range(count)]
-    text_tokens = supervised_tokens = 0
-    faults: list[str] = []
-    for index in looked_at:
-        record = dataset.records[index]
-        where = f"{record.source}/{record.id}"
-        try:
-            conversations = [encoder.text(conversation) for conversation in record.conversations]
-        except BadRecord as error:
-            faults.append(f"{where}: {error}")
-            continue
-        if not all(encoded.supervised for encoded in conversations):
-            faults.append(f"{where}: no token is supervised")
-        for encoded in conversations:
-            text_tokens += sum(token != image_id for token in encoded.input_ids)
-            supervised_tokens += encoded.supervised
-    found = Supervision(count, text_tokens, supervised_tokens, len(faults))
-    how = f"with the template '{encoder.template.name}' and the tokenizer {encoder.tokenizer.name_or_path}"
-    if len(faults) > max_bad * count:
-        raise DataError(
-            f"{dataset.records.path}: {how}, {len(faults)} of {count} records cannot be trained on, "
-            f"e.g. {faults[0]}; choose the template that belongs to the model, or mend the records"
-        )
-    if not minimum <= found.share <= maximum:
-        raise DataError(
-            f"{dataset.records.path}: {how}, {found.share:.2%} of the text tokens are supervised, expected "
-            f"{minimum:.2%} to {maximum:.2%}, e.g. in {where}; choose the template that belongs to the model"
-        )
-    return found

@@ -46,6 +46,8 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
+    cut: int = 0
+    """Tokens cut off on the right."""
 
     @property
     def supervised(self) -> int:
@@ -129,7 +131,8 @@ def _cut(encoded: Encoded, max_length: int, image_id: int) -> Encoded:
             f"cut to {max_length} tokens, the {len(encoded.input_ids)} tokens would lose part of a picture; "
             "raise max_length or leave the record out",
         )
-    cut = Encoded(encoded.input_ids[:max_length], encoded.labels[:max_length])
+    lost = len(encoded.input_ids) - max_length
+    cut = Encoded(encoded.input_ids[:max_length], encoded.labels[:max_length], lost)
     if encoded.supervised and not cut.supervised:
         raise BadRecord(
             "question too long",

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +19,11 @@ from mmpipe.data.pictures import EmbeddedPictures, Found, PictureFinder
 from mmpipe.data.records import IMAGE_MARK, AnyRecord, BadRecord, check_record, length_in_words
 from mmpipe.data.spec import MixtureSpec, PartSpec
 from mmpipe.data.store import write_records
+from mmpipe.data.tally import Tally, histogram, up_to
 from mmpipe.errors import ConfigError, DataError, did_you_mean
 
 RECORDS = "records.arrow"
 REPORT = "report.json"
-EXAMPLES = 10
-"""So many records are named for each reason; all of them are in the log."""
 _BLOCK = 4096
 _SIDES = (64, 128, 224, 336, 448, 672, 1024, 2048, 4096)
 """Upper bounds of the longer side in the histogram of picture sizes."""
@@ -61,26 +60,6 @@ def build_mixture(
     write_json(out / REPORT, report)
     log(f"kept {report['kept']} of {report['wanted']} records")
     return report
-
-
-@dataclass
-class _Tally:
-    """How often each of several things happened, and to whom first."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, what: str, example: str) -> None:
-        self.counts[what] += 1
-        examples = self.examples.setdefault(what, [])
-        if len(examples) < EXAMPLES:
-            examples.append(example)
-
-    def report(self) -> dict[str, Any]:
-        return {
-            what: {"count": count, "examples": self.examples[what]}
-            for what, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        }
 
 
 class _Ids:
@@ -124,8 +103,8 @@ class _Part:
         self.wanted = 0
         self.kept = 0
         self.with_images = 0
-        self.dropped = _Tally()
-        self.notes = _Tally()
+        self.dropped = Tally()
+        self.notes = Tally()
         self.lengths: Counter[int] = Counter()
         self.sides: Counter[int] = Counter()
         self._seed = seed
@@ -221,7 +200,7 @@ class _Part:
     def _count(self, record: AnyRecord) -> None:
         self.kept += 1
         self.with_images += bool(record.images)
-        self.lengths[1 << (length_in_words(record) - 1).bit_length()] += 1
+        self.lengths[up_to(length_in_words(record))] += 1
 
     @property
     def bad(self) -> int:
@@ -241,8 +220,8 @@ class _Part:
             "with_images": self.with_images,
             "dropped": self.dropped.report(),
             "notes": self.notes.report(),
-            "words_up_to": _histogram(self.lengths),
-            "longer_side_up_to": _histogram(self.sides),
+            "words_up_to": histogram(self.lengths),
+            "longer_side_up_to": histogram(self.sides),
         }
 
 
@@ -272,10 +251,6 @@ def _files(directory: Path, name: str) -> list[Path]:
     return found
 
 
-def _histogram(counts: Counter[int]) -> dict[str, int]:
-    return {str(bound): counts[bound] for bound in sorted(counts)}
-
-
 def _report(spec: MixtureSpec, parts: Sequence[_Part]) -> dict[str, Any]:
     lengths, sides = Counter[int](), Counter[int]()
     for part in parts:
@@ -287,8 +262,8 @@ def _report(spec: MixtureSpec, parts: Sequence[_Part]) -> dict[str, Any]:
         "dropped": sum(part.bad for part in parts),
         "with_images": sum(part.with_images for part in parts),
         "max_bad": spec.max_bad,
-        "words_up_to": _histogram(lengths),
-        "longer_side_up_to": _histogram(sides),
+        "words_up_to": histogram(lengths),
+        "longer_side_up_to": histogram(sides),
         "parts": [part.report() for part in parts],
     }
 

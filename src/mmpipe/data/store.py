@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from mmpipe.data.records import AnyRecord, PreferenceRecord, Record, Turn, length_in_words
+from mmpipe.data.records import AnyRecord, PreferenceRecord, Record, Turn
 from mmpipe.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ SCHEMA = pa.schema(
         pa.field("source", pa.string()),
         pa.field("images", pa.list_(pa.string())),
         pa.field("turns", pa.list_(_TURN)),
-        pa.field("length", pa.int32()),
-        pa.field("has_image", pa.bool_()),
         pa.field("chosen", pa.string()),
         pa.field("rejected", pa.string()),
     ]
@@ -52,8 +50,6 @@ def _row(record: AnyRecord) -> dict[str, Any]:
         "source": record.source,
         "images": list(record.images),
         "turns": [{"role": turn.role, "text": turn.text} for turn in turns],
-        "length": length_in_words(record),
-        "has_image": bool(record.images),
         "chosen": record.chosen if isinstance(record, PreferenceRecord) else None,
         "rejected": record.rejected if isinstance(record, PreferenceRecord) else None,
     }
@@ -62,8 +58,7 @@ def _row(record: AnyRecord) -> dict[str, Any]:
 class RecordTable:
     """The records of a file, memory mapped: quick to open however many there are, shared by all workers."""
 
-    def __init__(self, path: Path, with_images: bool = False) -> None:
-        """``with_images`` leaves out records without pictures; places then count those that stay."""
+    def __init__(self, path: Path) -> None:
         import datasets
 
         self.path = path
@@ -73,16 +68,12 @@ class RecordTable:
             raise ArtifactError(f"{path}: no file of records ({error}); build the mixture again") from error
         if missing := set(SCHEMA.names) - set(self._table.column_names):
             raise ArtifactError(f"{path}: the columns {sorted(missing)} are missing; build the mixture again")
-        self.places: Sequence[int] = range(len(self._table))
-        """Where in the file each record stands."""
-        if with_images:
-            self.places = [place for place, has_image in enumerate(self.has_image) if has_image]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self._table)
 
     def __getitem__(self, index: int) -> AnyRecord:
-        row = self._table[self.places[index]]
+        row = self._table[index]
         turns = tuple(Turn(turn["role"], turn["text"]) for turn in row["turns"])
         identity = row["id"], row["source"], tuple(row["images"])
         if row["chosen"] is not None:
@@ -91,17 +82,3 @@ class RecordTable:
 
     def __iter__(self) -> Iterator[AnyRecord]:
         return (self[index] for index in range(len(self)))
-
-    @property
-    def lengths(self) -> list[int]:
-        """Length of each record in words, pictures counted: what batches are grouped by."""
-        return self._column("length")
-
-    @property
-    def has_image(self) -> list[bool]:
-        """Whether each record has pictures."""
-        return self._column("has_image")
-
-    def _column(self, name: str) -> list[Any]:
-        column = self._table.data.column(name).to_pylist()
-        return column if isinstance(self.places, range) else [column[place] for place in self.places]

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -130,6 +131,23 @@ def make_room(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> None
         torch.manual_seed(seed)
         # whole multiples of 64 suit GPUs; a row more than the tokens need costs nothing
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+
+
+def text_side(
+    directories: Mapping[str, Path], settings: VisionLanguage, layouts: Mapping[str, str] = {}
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of a model, and how many tokens it gives a picture; no weights are read.
+
+    ``directories`` gives a published ``checkpoint``, or the ``vision`` and ``language`` backbones it is built from.
+    """
+    if "checkpoint" in directories:
+        directory = directories["checkpoint"]
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return tokenizer, AutoConfig.from_pretrained(directory, local_files_only=True).image_seq_length
+    language = _parts(directories, layouts)["language"]
+    config = AutoConfig.from_pretrained(directories["vision"])
+    tokens = _picture_tokens(getattr(config, "vision_config", config), settings.feature_select)
+    return with_image_token(language.layout.tokenizer(language.directory), language.directory), tokens
 
 
 def _assemble(

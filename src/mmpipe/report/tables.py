@@ -1,4 +1,4 @@
-"""Comparisons and verification reports as tables."""
+"""Comparisons and reports on data as tables."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def leaderboard_page(board: Path, page: Path) -> None:
 def mixture_page(report: Path, page: Path) -> None:
     """Lay out a mixture's ``report.json``."""
     write_page(page, "mixture.html", title=f"Data of {report.parent.name}", report=read_json(report))
+
+
+def tokens_page(report: Path, page: Path) -> None:
+    """Lay out the ``report.json`` of a mixture in tokens."""
+    write_page(page, "tokens.html", title=f"Tokens of {report.parent.parent.name}", report=read_json(report))

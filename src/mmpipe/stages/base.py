@@ -99,7 +99,8 @@ class StageJob:
     """How the backbones name their tensors, by role, where that is not the stock way."""
     annotations: Mapping[str, Path] = field(default_factory=dict)
     """What other checkpoints wrote down about the mixture, by role."""
-    mixture: Path | None = None
+    tokens: Path | None = None
+    """The mixture this stage trains on, in tokens."""
     manifests: tuple[Path, ...] = ()
     """Manifests of all inputs."""
     threads: int = 1
@@ -107,6 +108,14 @@ class StageJob:
     max_steps: int | None = None
     """Smoke runs stop here."""
     log: Path | None = None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How text becomes tokens, the tokenizer apart."""
+
+    template: str
+    max_length: int
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,10 @@ class Stage(Settings):
 
     def mixture(self) -> str | None:
         """The mixture this stage reads, if any."""
+        return None
+
+    def encoding(self) -> Encoding | None:
+        """How the mixture's text becomes tokens; None for a stage that reads none."""
         return None
 
     def references(self) -> dict[str, str]:
@@ -207,11 +220,14 @@ class TrainStage(Stage):
     def prepare(self, model: Any, job: StageJob) -> None:
         """Change the starting model before it trains, in place."""
 
-    def dataset(self, records: Path, encoder: Any) -> Any:
-        """The samples of a mixture's records."""
+    def encoding(self) -> Encoding:
+        return Encoding(self.template, self.max_length)
+
+    def dataset(self, tokens: Any, processor: Any) -> Any:
+        """The samples of a mixture's records (:class:`mmpipe.data.tokens.TokenTable`)."""
         from mmpipe.data.dataset import SupervisedDataset
 
-        return SupervisedDataset(records, encoder)
+        return SupervisedDataset(tokens, processor)
 
     def collator(self, pad_token_id: int, picture_size: tuple[int, int]) -> Any:
         """What puts samples into a batch."""

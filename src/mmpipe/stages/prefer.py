@@ -26,10 +26,10 @@ class Prefer(TrainStage):
     def annotations(self) -> dict[str, Annotation]:
         return {"reference": self.annotation(self.reference, {"kind": "log_probabilities"})}
 
-    def dataset(self, records: Any, encoder: Any) -> Any:
+    def dataset(self, tokens: Any, processor: Any) -> Any:
         from mmpipe.data.dataset import PreferenceDataset
 
-        return PreferenceDataset(records, encoder)
+        return PreferenceDataset(tokens, processor)
 
     def collator(self, pad_token_id: int, picture_size: tuple[int, int]) -> Any:
         from mmpipe.data.dataset import PreferenceCollator

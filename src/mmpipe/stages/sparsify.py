@@ -42,10 +42,10 @@ class Sparsify(TrainStage):
             )
         sparsify(model, self.sparsity, seed=self.seed)
 
-    def dataset(self, records: Any, encoder: Any) -> Any:
+    def dataset(self, tokens: Any, processor: Any) -> Any:
         from mmpipe.data.dataset import SupervisedDataset
 
-        return SupervisedDataset(records, encoder, with_images=self.requires_image)
+        return SupervisedDataset(tokens.with_images() if self.requires_image else tokens, processor)
 
     def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
         from mmpipe.training.sparsification import Sparsification

@@ -8,7 +8,8 @@ Kinds:
 * ``sampled``            k tokens drawn with replacement from the same distribution: an unbiased estimate of the
                          divergence, which ``top_k`` is not.
 
-One row a record, in the mixture's order. Ids are stored as int32 and log-probabilities as float32: 8 k bytes a position.
+One row a record, named by its place in the mixture. Ids are stored as int32 and log-probabilities as float32:
+8 k bytes a position.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import canonical_json, staged_directory
-from mmpipe.data.dataset import Collator, Encoder, PreferenceCollator, PreferenceDataset, SupervisedDataset
-from mmpipe.data.templates import get_template
+from mmpipe.data.dataset import Collator, PreferenceCollator, PreferenceDataset, SupervisedDataset
+from mmpipe.data.tokens import TokenTable, tokenizer_hash
 from mmpipe.errors import ArtifactError
 from mmpipe.models import vlm
 from mmpipe.objectives import positions
@@ -37,13 +39,19 @@ from mmpipe.training.objective import Batch, hidden_states
 log = logging.getLogger(__name__)
 
 FILE = "annotations.arrow"
-_PAIRS = pa.schema([("chosen", pa.float64()), ("rejected", pa.float64())])
-_TOKENS = pa.schema([("ids", pa.list_(pa.int32())), ("log_probabilities", pa.list_(pa.float32()))])
+_PAIRS = pa.schema([("index", pa.int32()), ("chosen", pa.float64()), ("rejected", pa.float64())])
+_TOKENS = pa.schema(
+    [
+        ("index", pa.int32()),
+        ("ids", pa.list_(pa.int32())),
+        ("log_probabilities", pa.list_(pa.float32())),
+    ]
+)
 
 
 def annotate(
     checkpoint: Path,
-    mixture: Path,
+    tokens: Path,
     spec: str,
     settings: dict[str, Any],
     out: Path,
@@ -52,23 +60,20 @@ def annotate(
     batch_size: int,
     report: Callable[[Iterator[Any], int], Iterator[Any]],
 ) -> None:
-    """Let the model of ``checkpoint`` annotate every record of ``mixture`` and publish the result in ``out``."""
+    """Let the model of ``checkpoint`` annotate every record of a mixture and publish the result in ``out``.
+
+    ``tokens`` holds the mixture as that model's tokenizer writes it.
+    """
     model, processor, _ = vlm.load(checkpoint, torch.bfloat16 if device == "cuda" else torch.float32)
     model.to(device).requires_grad_(False).eval()
-    encoder = Encoder(
-        template=get_template(settings["template"], processor.tokenizer),
-        tokenizer=processor.tokenizer,
-        image_processor=processor.image_processor,
-        image_token=vlm.IMAGE_TOKEN,
-        image_tokens_per_picture=model.config.image_seq_length,
-        max_length=settings["max_length"],
-    )
+    table = TokenTable(tokens)
+    table.require(processor.tokenizer, model.config.image_seq_length)
     pairs = settings["kind"] == "log_probabilities"
-    dataset = (PreferenceDataset if pairs else SupervisedDataset)(mixture / "records.arrow", encoder)
+    dataset = (PreferenceDataset if pairs else SupervisedDataset)(table, processor.image_processor)
     size = model.config.vision_config.image_size
     collate = (PreferenceCollator if pairs else Collator)(processor.tokenizer.pad_token_id, (size, size))
     read, schema = (_pair_rows, _PAIRS) if pairs else (_token_rows, _TOKENS)
-    inputs = manifest.input_hashes([checkpoint / manifest.NAME, mixture / manifest.NAME])
+    inputs = manifest.input_hashes([checkpoint / manifest.NAME, tokens / manifest.NAME])
     with staged_directory(out) as stage:
         with (
             pa.OSFile(str(stage / FILE), "wb") as file,
@@ -100,7 +105,8 @@ def _pair_rows(model: Any, batch: Batch, settings: dict[str, Any]) -> list[dict[
     sums_B, _ = response_log_probabilities(hidden_BLD, model.lm_head.weight, batch["labels"])
     _require_finite(sums_B, batch)
     chosen, rejected = sums_B.double().cpu().chunk(2)
-    return [{"chosen": c, "rejected": r} for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    rows = zip(batch["indices"], chosen.tolist(), rejected.tolist(), strict=True)
+    return [{"index": index, "chosen": c, "rejected": r} for index, c, r in rows]
 
 
 @torch.no_grad()
@@ -118,10 +124,11 @@ def _token_rows(model: Any, batch: Batch, settings: dict[str, Any]) -> list[dict
     ids_RK, log_RK = ids_RK.cpu(), log_RK.cpu()
     return [
         {
+            "index": index,
             "ids": ids_RK[owner_R == row].flatten().tolist(),
             "log_probabilities": log_RK[owner_R == row].flatten().tolist(),
         }
-        for row in range(len(batch["ids"]))
+        for row, index in enumerate(batch["indices"])
     ]
 
 
@@ -151,6 +158,9 @@ class Annotations:
         self.vocabulary: int = card["vocabulary"]
         self._tokenizer: str = card["tokenizer"]
         self._rows = datasets.Dataset.from_file(str(directory / FILE))
+        index = self._rows.data.column("index").to_numpy()
+        self._row_of = np.full(index.max(initial=-1) + 1, -1)
+        self._row_of[index] = np.arange(len(index))
 
     def require_tokenizer(self, tokenizer: Any) -> None:
         """Raise ArtifactError unless the annotating model had the same tokens under the same ids."""
@@ -162,20 +172,27 @@ class Annotations:
 
     def log_probabilities(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of the chosen and of the rejected answers, ``[B]`` float64 each."""
-        rows = self._rows[list(indices)]
+        rows = self._annotated(indices)
         return torch.tensor(rows["chosen"], dtype=torch.float64), torch.tensor(
             rows["rejected"], dtype=torch.float64
         )
 
     def tokens(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Token ids and log-probabilities ``[R, K]`` of the response positions of the records, in order."""
-        rows = self._rows[list(indices)]
+        rows = self._annotated(indices)
         ids = [token for row in rows["ids"] for token in row]
         values = [value for row in rows["log_probabilities"] for value in row]
         k = min(self.settings["k"], self.vocabulary)
         return torch.tensor(ids, dtype=torch.long).view(-1, k), torch.tensor(values).view(-1, k)
 
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of a tokenizer's tokens and ids."""
-    return hashlib.sha256(canonical_json(tokenizer.get_vocab()).encode()).hexdigest()
+    def _annotated(self, indices: Sequence[int]) -> dict[str, list[Any]]:
+        """The rows of records by their places in the mixture. Raises ArtifactError for one that has none."""
+        known = len(self._row_of)
+        missing = [index for index in indices if index >= known or self._row_of[index] < 0]
+        if missing:
+            raise ArtifactError(
+                f"{self.directory}: nothing is written about record {missing[0]} of the mixture: it did not fit "
+                "into max_length with the other model's image tokens; raise max_length of the stage"
+            )
+        rows: dict[str, list[Any]] = self._rows[self._row_of[list(indices)]]
+        return rows

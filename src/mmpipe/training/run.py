@@ -14,9 +14,8 @@ from transformers import TrainingArguments, set_seed
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, sync, write_json
 from mmpipe.artifacts.state import open_state
-from mmpipe.data.dataset import Encoder, check_supervision
 from mmpipe.data.sampler import BatchPlan
-from mmpipe.data.templates import get_template
+from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.models import vlm
 from mmpipe.models.export import some
@@ -54,19 +53,14 @@ def work(stage: TrainStage, job: StageJob) -> None:
     select(model, stage.trainable)
     if idle := freeze_idle(model):
         log.info("not trained, for nothing reads it: %s of the vision tower", some(idle))
-    if job.mixture is None:
+    if job.tokens is None:
         raise ConfigError(f"{job.recipe}: {job.stage}: the stage needs 'data', a mixture to train on")
-    encoder = Encoder(
-        template=get_template(stage.template, processor.tokenizer),
-        tokenizer=processor.tokenizer,
-        image_processor=processor.image_processor,
-        image_token=vlm.IMAGE_TOKEN,
-        image_tokens_per_picture=model.config.image_seq_length,
-        max_length=stage.max_length,
+    tokens = TokenTable(job.tokens)
+    share = tokens.require(
+        processor.tokenizer, model.config.image_seq_length, minimum=stage.minimum_supervised
     )
-    dataset = stage.dataset(job.mixture / "records.arrow", encoder)
-    found = check_supervision(dataset, minimum=stage.minimum_supervised)
-    log.info("%d records; %.1f %% of the text tokens are supervised", len(dataset), 100 * found.share)
+    log.info("%d records; %.1f %% of the text tokens are supervised", len(tokens), 100 * share)
+    dataset = stage.dataset(tokens, processor.image_processor)
     trainer = make_trainer(stage, job, model, processor, dataset)
     run_trainer(trainer, job)
     if trainer.is_world_process_zero():

@@ -1,0 +1,53 @@
+"""Counting what happens to records, with a few names for each kind of thing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+EXAMPLES = 10
+"""So many records are named for each reason; all of them are in the log."""
+
+
+@dataclass
+class Tally:
+    """How often each of several things happened, and to whom first."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, what: str, example: str) -> None:
+        """Count ``what``, which happened to ``example``."""
+        self.counts[what] += 1
+        examples = self.examples.setdefault(what, [])
+        if len(examples) < EXAMPLES:
+            examples.append(example)
+
+    def update(self, later: Tally) -> None:
+        """Add what was counted after this."""
+        self.counts += later.counts
+        for what, examples in later.examples.items():
+            own = self.examples.setdefault(what, [])
+            own += examples[: EXAMPLES - len(own)]
+
+    def total(self) -> int:
+        """All things together."""
+        return self.counts.total()
+
+    def report(self) -> dict[str, Any]:
+        """What is published: the most frequent first."""
+        return {
+            what: {"count": count, "examples": self.examples[what]}
+            for what, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+        }
+
+
+def up_to(value: int) -> int:
+    """The bound of a value in a histogram: the next power of two."""
+    return 1 << (value - 1).bit_length() if value > 0 else 0
+
+
+def histogram(counts: Counter[int]) -> dict[str, int]:
+    """Counts by upper bound, in order."""
+    return {str(bound): counts[bound] for bound in sorted(counts)}

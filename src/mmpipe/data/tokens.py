@@ -1,0 +1,377 @@
+"""A mixture in tokens: every record encoded once, in shards that training reads memory mapped.
+
+On disk a picture is one token, however many positions it takes in the model, and labels are the ranges that are supervised:
+a record costs a few bytes a word. Pictures stay files, by reference. Equal records and settings give equal bytes, however
+many processes worked.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+
+from mmpipe.artifacts.files import canonical_json, read_json, write_json
+from mmpipe.data.labels import IGNORE, Encoded, encode
+from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
+from mmpipe.data.store import RecordTable
+from mmpipe.data.tally import Tally, histogram, up_to
+from mmpipe.data.templates import Template
+from mmpipe.errors import ArtifactError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+SHARDS = "shards"
+REPORT = "report.json"
+ROWS_PER_SHARD = 65_536
+_ROWS_PER_BATCH = 1024
+
+_CONVERSATION = pa.struct(
+    [pa.field("ids", pa.list_(pa.int32())), pa.field("supervised", pa.list_(pa.int32()))]
+)
+SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int32()),
+        pa.field("id", pa.string()),
+        pa.field("images", pa.list_(pa.string())),
+        pa.field("conversations", pa.list_(_CONVERSATION)),
+        pa.field("tokens", pa.int32()),
+        pa.field("words", pa.int32()),
+        pa.field("has_image", pa.bool_()),
+    ]
+)
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """How text becomes tokens and labels."""
+
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    image_token: str
+    image_tokens_per_picture: int
+    max_length: int | None = None
+    """In tokens, pictures counted; longer texts are cut from the right."""
+
+    def __call__(self, record: Record) -> Encoded:
+        """Token ids and labels. Raises BadRecord if the record cannot be trained on."""
+        check_marks(record)
+        return encode(
+            self.tokenizer,
+            self.template.render(record.turns),
+            self.image_token,
+            self.image_tokens_per_picture,
+            self.max_length,
+        )
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands for a picture."""
+        found: Any = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        return int(found)
+
+    def __str__(self) -> str:
+        return f"the template '{self.template.name}' and the tokenizer {self.tokenizer.name_or_path}"
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of a tokenizer's tokens and ids."""
+    return hashlib.sha256(canonical_json(tokenizer.get_vocab()).encode()).hexdigest()
+
+
+class Packed(NamedTuple):
+    """A conversation on disk: one token a picture, and ``[start, end)`` pairs of what is supervised, flat."""
+
+    ids: list[int]
+    supervised: list[int]
+
+
+def pack(encoded: Encoded, image_id: int, picture_tokens: int) -> Packed:
+    """Leave one token of every picture, and the ranges of the labels.
+
+    >>> pack(Encoded([9, 9, 9, 5, 6], [-100, -100, -100, -100, 6]), image_id=9, picture_tokens=3)
+    Packed(ids=[9, 5, 6], supervised=[2, 3])
+    """
+    ids: list[int] = []
+    supervised: list[int] = []
+    position = 0
+    while position < len(encoded.input_ids):
+        token = encoded.input_ids[position]
+        if encoded.labels[position] != IGNORE:
+            if supervised and supervised[-1] == len(ids):
+                supervised[-1] += 1
+            else:
+                supervised += [len(ids), len(ids) + 1]
+        ids.append(token)
+        position += picture_tokens if token == image_id else 1
+    return Packed(ids, supervised)
+
+
+def unpack(packed: Packed, image_id: int, picture_tokens: int) -> Encoded:
+    """What :func:`pack` was given."""
+    input_ids: list[int] = []
+    labels: list[int] = []
+    ranges = iter(packed.supervised)
+    start, end = next(ranges, -1), next(ranges, -1)
+    for place, token in enumerate(packed.ids):
+        if place == end:
+            start, end = next(ranges, -1), next(ranges, -1)
+        if token == image_id:
+            input_ids += [token] * picture_tokens
+            labels += [IGNORE] * picture_tokens
+        else:
+            input_ids.append(token)
+            labels.append(token if start <= place < end else IGNORE)
+    return Encoded(input_ids, labels)
+
+
+@dataclass
+class _Counts:
+    """What is counted while tokenising."""
+
+    records: int = 0
+    kept: int = 0
+    text_tokens: int = 0
+    supervised_tokens: int = 0
+    picture_tokens: int = 0
+    cut: int = 0
+    dropped: Tally = field(default_factory=Tally)
+    lengths: Counter[int] = field(default_factory=Counter)
+
+    def update(self, later: _Counts) -> None:
+        for name in ("records", "kept", "text_tokens", "supervised_tokens", "picture_tokens", "cut"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.dropped.update(later.dropped)
+        self.lengths += later.lengths
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "records": self.records,
+            "kept": self.kept,
+            "cut": self.cut,
+            "text_tokens": self.text_tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "picture_tokens": self.picture_tokens,
+            "dropped": self.dropped.report(),
+            "tokens_up_to": histogram(self.lengths),
+        }
+
+
+def tokenise(
+    records: Path, encoder: TextEncoder, out: Path, *, max_bad: float, workers: int = 1, log: Log = print
+) -> dict[str, Any]:
+    """Write ``shards/*.arrow`` and ``report.json`` into ``out`` and return the report.
+
+    A record without a single supervised token, or whose pictures do not fit into ``max_length``, is dropped and counted. One
+    process a core encodes shard after shard; memory does not grow with the number of records.
+
+    Raises DataError, naming template, tokenizer and records, when the template does not belong to the tokenizer, when more than
+    ``max_bad`` of the records are dropped, or when everything is supervised although the template has questions.
+    """
+    encoder.template.check(encoder.tokenizer)
+    table = RecordTable(records)
+    if not len(table):
+        raise DataError(f"{records}: there are no records")
+    (out / SHARDS).mkdir(parents=True, exist_ok=True)
+    everything = range(len(table))
+    ranges = [everything[start : start + ROWS_PER_SHARD] for start in everything[::ROWS_PER_SHARD]]
+    jobs = [
+        (records, encoder, places, out / SHARDS / f"{number:05d}-of-{len(ranges):05d}.arrow")
+        for number, places in enumerate(ranges)
+    ]
+    counts = _Counts()
+    for found in _encoded(jobs, workers):
+        counts.update(found)
+        log(f"{counts.records} of {len(table)} records, {counts.dropped.total()} dropped")
+    _check(records, encoder, counts, max_bad)
+    report = {
+        "template": encoder.template.name,
+        "tokenizer": tokenizer_hash(encoder.tokenizer),
+        "image_token_id": encoder.image_token_id,
+        "tokens_per_picture": encoder.image_tokens_per_picture,
+        "max_length": encoder.max_length,
+        "preferences": isinstance(table[0], PreferenceRecord),
+        **counts.report(),
+    }
+    write_json(out / REPORT, report)
+    return report
+
+
+_Job = tuple[Path, TextEncoder, range, Path]
+
+
+def _encoded(jobs: Sequence[_Job], workers: int) -> Iterator[_Counts]:
+    if min(workers, len(jobs)) <= 1:
+        yield from map(_shard, jobs)
+        return
+    # a fork would copy the locks of threads that Arrow and the tokenizer have started
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_shard, jobs)
+
+
+def _shard(job: _Job) -> _Counts:
+    """Encode the records of some places into one file."""
+    records, encoder, places, file = job
+    table, counts = RecordTable(records), _Counts()
+    rows = (row for place in places if (row := _row(place, table[place], encoder, counts)))
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        while batch := list(islice(rows, _ROWS_PER_BATCH)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+    return counts
+
+
+def _row(place: int, record: AnyRecord, encoder: TextEncoder, counts: _Counts) -> dict[str, Any] | None:
+    """One record's row, or None for one that cannot be trained on; both are counted."""
+    counts.records += 1
+    name = f"{record.source}/{record.id}"
+    try:
+        encoded = [encoder(conversation) for conversation in record.conversations]
+        if not all(conversation.supervised for conversation in encoded):
+            raise BadRecord("nothing supervised", "no token is supervised")
+    except BadRecord as fault:
+        counts.dropped.add(fault.reason, f"{name}: {fault.detail}")
+        return None
+    longest = max(len(conversation.input_ids) for conversation in encoded)
+    pictures = len(record.images) * encoder.image_tokens_per_picture
+    counts.kept += 1
+    counts.cut += any(conversation.cut for conversation in encoded)
+    counts.lengths[up_to(longest)] += 1
+    counts.picture_tokens += pictures * len(encoded)
+    counts.text_tokens += sum(len(conversation.input_ids) - pictures for conversation in encoded)
+    counts.supervised_tokens += sum(conversation.supervised for conversation in encoded)
+    size = encoder.image_token_id, encoder.image_tokens_per_picture
+    return {
+        "index": place,
+        "id": name,
+        "images": list(record.images),
+        "conversations": [pack(conversation, *size)._asdict() for conversation in encoded],
+        "tokens": longest,
+        "words": length_in_words(record),
+        "has_image": bool(record.images),
+    }
+
+
+def _check(records: Path, encoder: TextEncoder, counts: _Counts, max_bad: float) -> None:
+    """Raise DataError when too much was dropped, or when the template does not fit what was found."""
+    dropped = counts.dropped.total()
+    if not counts.kept or dropped > max_bad * counts.records:
+        lines = [
+            f"  {reason}: {facts['count']}, e.g. {facts['examples'][0]}"
+            for reason, facts in counts.dropped.report().items()
+        ]
+        raise DataError(
+            f"{records}: with {encoder}, {dropped} of {counts.records} records cannot be trained on "
+            f"(max_bad is {max_bad:.1%}):\n"
+            + "\n".join(lines)
+            + "\nchoose the template that belongs to the model, mend the records, or raise max_bad of the mixture"
+        )
+    if counts.supervised_tokens == counts.text_tokens and not encoder.template.captions:
+        raise DataError(
+            f"{records}: with {encoder}, every token is supervised, questions too; "
+            "choose the template that belongs to the model"
+        )
+
+
+class TokenRow(NamedTuple):
+    """One record in tokens."""
+
+    place: int
+    """In the mixture."""
+    id: str
+    images: tuple[str, ...]
+    conversations: tuple[Encoded, ...]
+    """One, or the chosen and the rejected one."""
+
+
+class TokenTable:
+    """The records of a mixture in tokens, memory mapped: quick to open however many there are, shared by all workers."""
+
+    def __init__(self, directory: Path) -> None:
+        import datasets
+
+        self.directory = directory
+        try:
+            self.report: Mapping[str, Any] = read_json(directory / REPORT)
+            shards = [
+                datasets.Dataset.from_file(str(path)) for path in sorted((directory / SHARDS).glob("*.arrow"))
+            ]
+            self._table: datasets.Dataset = datasets.concatenate_datasets(shards)
+        except (OSError, ValueError, pa.ArrowInvalid) as error:
+            raise ArtifactError(f"{directory}: no records in tokens ({error}); make them again") from error
+        if len(self._table) != self.report["kept"]:
+            raise ArtifactError(
+                f"{directory}: {len(self._table)} records, but its {REPORT} counts {self.report['kept']}; "
+                "delete the directory to make it again"
+            )
+
+    def with_images(self) -> TokenTable:
+        """The records with pictures alone. Raises DataError when there is none."""
+        chosen = [row for row, has_image in enumerate(self.has_image) if has_image]
+        if not chosen:
+            raise DataError(
+                f"{self.directory}: no record has a picture; choose another mixture, or set requires_image: false"
+            )
+        others = copy.copy(self)
+        others._table = self._table.select(chosen)
+        return others
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, place: int) -> TokenRow:
+        row = self._table[place]
+        size = self.report["image_token_id"], self.report["tokens_per_picture"]
+        conversations = tuple(unpack(Packed(**packed), *size) for packed in row["conversations"])
+        return TokenRow(row["index"], row["id"], tuple(row["images"]), conversations)
+
+    def require(self, tokenizer: PreTrainedTokenizerBase, picture_tokens: int, minimum: float = 0.0) -> float:
+        """Check that a model can train on these tokens; returns the supervised share of the text tokens.
+
+        Raises ArtifactError when they were made for another tokenizer or picture size, DataError when a smaller share than
+        ``minimum`` is supervised.
+        """
+        made_for = self.report["tokenizer"], self.report["tokens_per_picture"]
+        if made_for != (tokenizer_hash(tokenizer), picture_tokens):
+            raise ArtifactError(
+                f"{self.directory}: made with another tokenizer or number of tokens a picture than the model's; "
+                "delete the directory to make it again"
+            )
+        share: float = self.report["supervised_tokens"] / max(1, self.report["text_tokens"])
+        if share < minimum:
+            raise DataError(
+                f"{self.directory}: with the template '{self.report['template']}', {share:.2%} of the text tokens are "
+                f"supervised, expected at least {minimum:.2%}; "
+                "choose the template that belongs to the model, or lower minimum_supervised"
+            )
+        return share
+
+    @property
+    def preferences(self) -> bool:
+        """Whether every record has a chosen and a rejected answer."""
+        return bool(self.report["preferences"])
+
+    @property
+    def words(self) -> list[int]:
+        """Length of each record in words, pictures counted: what batches are grouped by."""
+        return self._column("words")
+
+    @property
+    def has_image(self) -> list[bool]:
+        """Whether each record has pictures."""
+        return self._column("has_image")
+
+    def _column(self, name: str) -> list[Any]:
+        return list(self._table[name])

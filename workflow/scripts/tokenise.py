@@ -1,0 +1,3 @@
+from mmpipe.workflow import tokenise
+
+tokenise(snakemake)  # noqa: F821 - provided by Snakemake
