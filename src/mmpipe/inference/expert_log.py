@@ -172,6 +172,10 @@ class ExpertLog:
             numbers,
         )
 
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._recorder.close()
+
     # ---- after an interruption
 
     def recover(self, answered: Iterable[Key]) -> set[Key]:

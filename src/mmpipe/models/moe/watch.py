@@ -74,8 +74,14 @@ class Recorder:
 
     def __init__(self, layers: dict[Place, MoELayer]) -> None:
         self._calls: dict[Place, list[Choices]] = {}
-        for place, layer in layers.items():
-            layer.router.register_forward_hook(self._hook(place))
+        self._handles = [
+            layer.router.register_forward_hook(self._hook(place)) for place, layer in layers.items()
+        ]
+
+    def close(self) -> None:
+        """Stop looking."""
+        for handle in self._handles:
+            handle.remove()
 
     def _hook(self, place: Place) -> Any:
         def see(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
