@@ -1,6 +1,6 @@
 """What logging the experts costs: answering with and without the log, interleaved.
 
-    python bench/expert_log.py            # 8 layers of width 256, 4 experts in each, 144 picture tokens, 48 questions
+    python bench/expert_log.py            # 8 layers of width 512, 4 experts in each, 144 picture tokens, 48 questions
     python bench/expert_log.py --quick    # a smaller model, for a first look
 
 Every layer of the language model, every second one of the tower and the projector have experts, and every one is logged; the
@@ -80,7 +80,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -341,15 +341,16 @@ def read_layer(path: Path, place: Place, columns: Sequence[str] | None = None) -
 def merge(logs: Sequence[Path], out: Path) -> int:
     """Join logs into ``out``, one layer at a time in memory, rows by question, scale and position; returns
     the number of rows."""
-    found = {path: places(path) for path in logs}
-    every = sorted({place for some in found.values() for place in some}, key=_order)
+    found = [(path, places(path), pq.read_metadata(path)) for path in logs]
+    every = sorted({place for _, some, _ in found for place in some}, key=_order)
+
+    def read(path: Path, group: int, metadata: Any) -> pa.Table:
+        # a group is small: threads would cost more than they save; a thousand open files are too many
+        with pq.ParquetFile(path, metadata=metadata) as file:
+            return file.read_row_group(group, use_threads=False)
 
     def joined(place: Place) -> pa.Table:
-        tables = [
-            pq.ParquetFile(path).read_row_group(some.index(place))
-            for path, some in found.items()
-            if place in some
-        ]
+        tables = [read(path, some.index(place), meta) for path, some, meta in found if place in some]
         table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
         return table.sort_by([(name, "ascending") for name in ("question", "scale", "position")])
 
