@@ -49,15 +49,29 @@ def open_picture(path: Path, *, upright: bool = False) -> Picture:
     Raises DataError, naming the file, if it is missing, damaged, no picture, or too large.
     """
     image, notes = _identify(path)
+    return Picture(_pixels(image, str(path), upright=upright), notes)
+
+
+def decode_picture(
+    content: bytes, where: str, *, upright: bool = False, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """The picture in ``content`` as :func:`open_picture` decodes it; ``where`` names it in messages.
+
+    ``formats`` are Pillow's names of the only formats to read: fewer decoders see what a stranger sent.
+    """
+    return _pixels(_recognise(content, where, formats), where, upright=upright)
+
+
+def _pixels(image: Image.Image, where: str, *, upright: bool) -> Image.Image:
     try:
         image.load()
         if upright:
             image = ImageOps.exif_transpose(image)
         if image.mode in _DEEP_GREY:
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        return Picture(image.convert("RGB"), notes)
+        return image.convert("RGB")
     except _DAMAGE as error:
-        raise DataError(f"{path}: the picture is damaged ({error}); fetch it again") from error
+        raise DataError(f"{where}: the picture is damaged ({error}); fetch it again") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +108,7 @@ def _identify(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: the picture cannot be read ({error.strerror})") from error
-    try:
-        image = Image.open(io.BytesIO(content))
-    except Image.UnidentifiedImageError as error:
-        what = "an empty file" if not content else "in no known picture format"
-        raise DataError(f"{path}: the picture is {what}; fetch it again") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: {error}") from error
-    except _DAMAGE as error:
-        raise DataError(f"{path}: the picture is damaged ({error}); fetch it again") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise DataError(f"{path}: {image.width}x{image.height} are more than {MAX_PIXELS} pixels; shrink it")
-    if image.mode == "F":
-        raise DataError(f"{path}: a picture of floating-point numbers has no defined brightness; convert it")
+    image = _recognise(content, str(path), None)
     notes = []
     named = Image.registered_extensions().get(path.suffix.lower())
     if named != _SAME_FORMAT.get(str(image.format), image.format):
@@ -116,6 +118,25 @@ def _identify(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
     if image.mode in _DEEP_GREY:
         notes.append("16-bit grey scaled to 8 bits")
     return image, tuple(notes)
+
+
+def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> Image.Image:
+    """Read the header of a picture."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats)
+    except Image.UnidentifiedImageError as error:
+        known = "no known picture format" if formats is None else f"none of the formats {', '.join(formats)}"
+        what = f"in {known}" if content else "an empty file"
+        raise DataError(f"{where}: the picture is {what}; fetch it again") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: {error}") from error
+    except _DAMAGE as error:
+        raise DataError(f"{where}: the picture is damaged ({error}); fetch it again") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{where}: {image.width}x{image.height} are more than {MAX_PIXELS} pixels; shrink it")
+    if image.mode == "F":
+        raise DataError(f"{where}: a picture of floating-point numbers has no defined brightness; convert it")
+    return image
 
 
 def image_processor(vision_dir: Path, aspect: Aspect) -> LlavaImageProcessorPil:
