@@ -28,6 +28,22 @@ ConfigFile = Annotated[
 ]
 
 
+Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda:1, ...")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto spreads the layers over all GPUs, then main memory.")
+]
+Load4Bit = Annotated[bool, typer.Option("--load-4bit", help="The language model in 4 bits (bitsandbytes).")]
+Load8Bit = Annotated[bool, typer.Option("--load-8bit", help="The language model in 8 bits (bitsandbytes).")]
+TemplateName = Annotated[
+    str | None,
+    typer.Option("--template", "--conv-mode", help="Checked against the checkpoint's own."),
+]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest word.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest words of this total probability.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "--max-new-tokens", help="Longest answer.")]
+
+
 def main() -> None:
     """Run the command line; errors a user can mend end it with status 1 and no traceback."""
     try:
@@ -237,6 +253,55 @@ def judge(
     }
     ask = price if dry_run else judge_answers
     _print_json(ask(benchmark, references, answers, out, validate(JudgeSettings, chosen, "mmpipe judge")))
+
+
+@app.command()
+def chat(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A directory, recipe, recipe@stage, or owner/name[@revision] on the Hugging Face hub."
+        ),
+    ],
+    image: Annotated[
+        list[str] | None, typer.Option(help="A file or address; repeat it for several pictures.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Ask this once and end; '-' reads it from the standard input.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print everything as JSON.")] = False,
+    template: TemplateName = None,
+    temperature: Temperature = 0.2,
+    top_p: TopP = 1.0,
+    max_tokens: MaxTokens = 512,
+    seed: Annotated[int | None, typer.Option(help="The same draws every time.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    load_4bit: Load4Bit = False,
+    load_8bit: Load8Bit = False,
+    configfile: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Talk to a checkpoint about pictures."""
+    from mmpipe.chat.messages import ChatError, Sampling
+    from mmpipe.chat.run import chat as talk
+
+    if as_json and prompt is None:
+        raise ChatError("--json needs --prompt")
+    loading = _loading(template, dtype, device, device_map, load_4bit, load_8bit)
+    sampling = Sampling(temperature, top_p, max_tokens, seed)
+    talk(checkpoint, configfile, loading, sampling, image or [], prompt, as_json)
+
+
+def _loading(
+    template: str | None, dtype: str, device: str, device_map: str | None, four: bool, eight: bool
+) -> Any:
+    from mmpipe.chat.loading import Loading
+    from mmpipe.chat.messages import ChatError
+
+    if four and eight:
+        raise ChatError("choose one of --load-4bit and --load-8bit")
+    return Loading(template, dtype, device, device_map, 4 if four else 8 if eight else None)
 
 
 @app.command()

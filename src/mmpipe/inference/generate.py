@@ -23,6 +23,7 @@ from mmpipe.data.labels import encode
 from mmpipe.data.records import IMAGE_MARK, Turn
 from mmpipe.data.templates import Rendered, Template
 from mmpipe.errors import DataError
+from mmpipe.inference.stopping import stop_ids
 from mmpipe.models.sparsity.wrap import of_prompt, shares_prompts
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Answerer:
         self.model_id = model_id
         self.image_token: str = getattr(processor, "image_token", IMAGE_MARK)
         self.image_id = int(self.tokenizer.convert_tokens_to_ids(self.image_token))
-        self.stop_ids = self._stop_ids()
+        self.stop_ids = stop_ids(model, self.tokenizer, template.stop)
         pad = self.tokenizer.pad_token_id
         self.pad_id = int(min(self.stop_ids) if pad is None else pad)
 
@@ -167,15 +168,6 @@ class Answerer:
         per_picture = int(self.model.config.image_seq_length)
         text = Rendered(self.prompt(question) + continuation, ())
         return tuple(encode(self.tokenizer, text, self.image_token, per_picture).input_ids)
-
-    def _stop_ids(self) -> frozenset[int]:
-        configured = self.model.generation_config.eos_token_id
-        ids = set(configured if isinstance(configured, list) else [configured])
-        ids.add(self.tokenizer.eos_token_id)
-        stop = self.tokenizer.convert_tokens_to_ids(self.template.stop)
-        if stop != self.tokenizer.unk_token_id:
-            ids.add(stop)
-        return frozenset(int(i) for i in ids if i is not None)
 
     def _families(self, rows: Sequence[Row]) -> list[Family]:
         """Rows by their pictures and all that stands before and between them; without pictures each is

@@ -64,12 +64,13 @@ def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProces
 
 
 def load_checkpoint(
-    path: Path, dtype: torch.dtype | Literal["auto"] = torch.float32
+    path: Path, dtype: torch.dtype | Literal["auto"] = torch.float32, **placement: Any
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Open a checkpoint directory: the model in evaluation mode with weights of ``dtype`` (``auto``: as stored), and
     its processor.
 
     Pictures are processed with Pillow on every machine, so that pixels do not depend on what is installed.
+    ``placement`` goes to ``from_pretrained`` (``device_map``, ``quantization_config``).
 
     Raises ArtifactError when the directory is not a LLaVA checkpoint, or naming the tensors on which its
     configuration and its weights do not agree.
@@ -80,7 +81,12 @@ def load_checkpoint(
     load: Any = _model_class(path).from_pretrained
     try:
         model, info = load(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **placement,
         )
         processor = AutoProcessor.from_pretrained(path, local_files_only=True, backend="pil")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -89,6 +95,12 @@ def load_checkpoint(
     model = stock.adopt(model).eval()
     artifact.load(model, path)
     return model, processor
+
+
+def empty_model(path: Path) -> LlavaForConditionalGeneration:
+    """The model of a checkpoint directory with fresh weights; on the meta device it costs nothing."""
+    kind: Any = _model_class(path)
+    return kind(kind.config_class.from_pretrained(path, local_files_only=True))
 
 
 def _disk_tensors(

@@ -235,17 +235,25 @@ def _greedy(base: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -
     )
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, dict[str, Any]]:
+def load(
+    directory: Path, dtype: torch.dtype = torch.float32, **placement: Any
+) -> tuple[Any, Any, dict[str, Any]]:
     """Open a published checkpoint of either kind: ``(model, processor, manifest)``.
 
-    A projector alone is put on the checkpoint or the backbones its manifest names. Raises ArtifactError when files are
-    missing or do not fit.
+    A projector alone is put on the checkpoint or the backbones its manifest names. ``placement`` is what
+    ``from_pretrained`` takes to put a model elsewhere (``device_map``, ``quantization_config``). Raises ArtifactError when
+    files are missing or do not fit.
     """
     card = manifest.read(directory)
     if card["kind"] != "projector":
-        model, processor = load_checkpoint(directory, dtype)
+        model, processor = load_checkpoint(directory, dtype, **placement)
         _check_tokenizer(directory, model, processor.tokenizer)
         return model, processor, card
+    if "quantization_config" in placement:
+        raise ArtifactError(
+            f"{directory}: holds a projector alone, which is put on backbones in full precision; load it without "
+            "--load-4bit and --load-8bit, or take a later stage of the recipe"
+        )
     facts = card["checkpoint"]
     how = {"template": facts["template"], "image_aspect": facts["image_aspect"]}
     if "base" in facts:
@@ -261,7 +269,23 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any,
             **how,
         )
     projector.load(model, directory / projector.FILE)
-    return model.to(dtype=dtype), processor, card  # type: ignore[call-arg]
+    model = model.to(dtype=dtype)  # type: ignore[call-arg]
+    return _placed(model, placement.get("device_map")), processor, card
+
+
+def _placed(model: Any, device_map: Any) -> Any:
+    """A model that was built in main memory, where ``device_map`` wants it."""
+    if device_map is None:
+        return model
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    if device_map == "auto":
+        device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
+    return (
+        dispatch_model(model, device_map)
+        if len(device_map) > 1
+        else model.to(next(iter(device_map.values())))
+    )
 
 
 def pictures_of(directory: Path, card: Mapping[str, Any]) -> Path:

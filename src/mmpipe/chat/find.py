@@ -1,0 +1,92 @@
+"""From what somebody typed to a checkpoint on this machine. No torch here: a wrong name is found at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmpipe.artifacts import manifest
+from mmpipe.artifacts.files import read_json
+from mmpipe.errors import ArtifactError, did_you_mean
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint directory."""
+
+    path: Path
+    name: str
+    """What to call it: ``recipe@stage``, a hub name, or the directory's."""
+    ours: bool
+    """Whether it has a manifest of ours, which says how it was trained."""
+
+
+def find(checkpoint: str, configfile: Path = Path("config/config.yaml")) -> Found:
+    """The checkpoint called ``checkpoint``: a directory, ``recipe``, ``recipe@stage``, or ``owner/name[@revision]`` on the hub.
+
+    A directory that exists comes first, then the recipes of the project in the working directory, then the hub, from
+    which safetensors and configuration are fetched, never code. Raises ArtifactError.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        return _directory(path)
+    if configfile.is_file() and "/" not in checkpoint:
+        return _planned(checkpoint, configfile)
+    if _HUB_ID.fullmatch(checkpoint) and not path.parent.is_dir():
+        return Found(_from_hub(checkpoint), checkpoint, ours=False)
+    raise ArtifactError(
+        f"{checkpoint}: there is no such directory, and it is neither a recipe of a project here (no {configfile}) "
+        "nor a name on the hub (owner/name)"
+    )
+
+
+def _directory(path: Path) -> Found:
+    published = path / "model"
+    if not (path / "config.json").is_file() and (published / manifest.NAME).is_file():
+        path = published
+    if not (path / manifest.NAME).is_file():
+        if not (path / "config.json").is_file():
+            raise ArtifactError(f"{path}: not a checkpoint: neither {manifest.NAME} nor config.json is in it")
+        return Found(path, path.resolve().name, ours=False)
+    card = read_json(path / manifest.NAME)
+    if "checkpoint" not in card:
+        raise ArtifactError(f"{path}: holds a {card.get('kind')}, not a trained checkpoint")
+    name = (
+        f"{card['recipe']}@{card['stage']}" if "recipe" in card and "stage" in card else path.resolve().name
+    )
+    return Found(path, name, ours=True)
+
+
+def _planned(reference: str, configfile: Path) -> Found:
+    from mmpipe.config.loader import read_mapping
+    from mmpipe.plan import Plan
+
+    plan = Plan(read_mapping(configfile), where=str(configfile))
+    recipe = reference.partition("@")[0]
+    if recipe not in plan.recipes:
+        raise ArtifactError(
+            f"{reference}: neither a directory nor a recipe of this project{did_you_mean(recipe, plan.recipes)}"
+        )
+    stage = plan.checkpoint(reference, f"checkpoint '{reference}'")
+    card = stage.manifest()
+    if not card.is_file():
+        raise ArtifactError(f"{stage.id} is not made yet; make it: snakemake --cores all {card}")
+    return Found(card.parent, stage.id, ours=True)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ArtifactError(
+            f"{name}: no directory of this name, and the hub does not give it ({first}); a private one needs HF_TOKEN"
+        ) from error

@@ -1,0 +1,60 @@
+"""What ``mmpipe chat`` does: everything that can be wrong is found before anything slow is imported."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmpipe.chat import pictures
+from mmpipe.chat.find import Found, find
+from mmpipe.chat.loading import Loading
+from mmpipe.chat.messages import Sampling
+
+if TYPE_CHECKING:
+    from mmpipe.chat.desk import Desk
+    from mmpipe.chat.model import ChatModel
+
+
+def chat(
+    checkpoint: str,
+    configfile: Path,
+    loading: Loading,
+    sampling: Sampling,
+    images: Sequence[str],
+    prompt: str | None,
+    as_json: bool,
+) -> None:
+    """Talk, or with ``prompt`` ask once (``-`` reads it from the standard input)."""
+    found = find(checkpoint, configfile)
+    for where in images:
+        pictures.check(where)
+    shown = [pictures.from_anywhere(where) for where in images]
+    from mmpipe.chat.desk import Desk
+    from mmpipe.chat.terminal import Terminal, aloud, once
+
+    with closing(Desk()) as desk:
+        model = open_model(found, loading, desk)
+        if prompt is None:
+            return Terminal(model, sampling, shown).run()
+        question = sys.stdin.read().strip() if prompt == "-" else prompt
+        if as_json:
+            # control characters are escaped: a script may show this in a terminal
+            return print(json.dumps(once(model, question, shown, sampling), indent=2))
+        aloud(model, question, shown, sampling)
+
+
+def open_model(found: Found, loading: Loading, desk: Desk) -> ChatModel:
+    """Load a checkpoint for talking."""
+    import transformers.utils.logging as talk
+
+    talk.set_verbosity_error()
+    if not sys.stderr.isatty():
+        talk.disable_progress_bar()
+    from mmpipe.chat.model import ChatModel
+    from mmpipe.chat.opening import open_checkpoint
+
+    return ChatModel(open_checkpoint(found, loading), desk)
