@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mmpipe import registry
-from mmpipe.benchmarks.base import Question, get, names
+from mmpipe.benchmarks.base import Document, Question, get, names
 from mmpipe.benchmarks.compare import compare
 from mmpipe.benchmarks.prepare import prepare, read_questions, shuffle_images
 from mmpipe.benchmarks.scoring import convert_files, describe, score_files
@@ -453,3 +453,19 @@ def test_words_are_found_in_singular_and_plural(text, words):
     }
     names = ("dog", "bus", "knife", "wine glass", "toilet", "hot dog", "elephant", "sheep", "ski")
     assert Words(classes | {name: name for name in names}).in_text(text) == words
+
+
+def test_hallusionbench_tells_a_bias_to_yes():
+    task = get("hallusionbench")
+    rows = [
+        {"category": "VD", "subcategory": "c", "set_id": "0", "figure_id": "1", "question_id": str(n), "question": "?",
+         "gt_answer": gold, "visual_input": "1"}
+        for n, gold in enumerate("1100")
+    ]  # fmt: skip
+    asked = task.parse_references([Document("x", rows)])
+    answers = [{"question_id": r["key"], "text": "Yes"} for r in asked]
+    judged = [
+        {"question_id": r["key"], "reply": "correct" if r["gt_answer"] == "1" else "incorrect"} for r in asked
+    ]
+    metrics = task.score(asked, answers, "hallusionbench", judged).metrics
+    assert (metrics["aAcc"], metrics["yes_pct_diff"], metrics["fp_ratio"]) == (50, 0.5, 1)

@@ -122,6 +122,7 @@ class HallusionBench(Benchmark):
             metrics["average"] = fmean(metrics.values())
         if protocol.rule.startswith("judge"):
             metrics = {name: round(value, 4) for name, value in metrics.items()} | _by_difficulty(items)
+            metrics |= _bias(items)
         return items, metrics
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
@@ -210,6 +211,7 @@ def _rate(pair: Pair, rule: str) -> Item:
             "figure": "_".join(names[:4]),
             "pair": "_".join([*names[:3], names[4]]),
             "unseen": unseen,
+            "gold": str(reference["gt_answer"]) if "gt_answer" in reference else None,
             "hard": str(reference.get("visual_input")) == "2",
         },
     )
@@ -221,6 +223,21 @@ def _all_right(items: Sequence[Item], label: str) -> float:
     for item in items:
         groups[item.facts[label]] = groups.get(item.facts[label], True) and item.score == 1
     return fmean(groups.values()) if groups else 0.0
+
+
+def _bias(items: Sequence[Item]) -> Record:
+    """How much more often yes is said than right (``yes_pct_diff``), and the share of wrong yeses among the wrong answers
+    (``fp_ratio``; 0 where none is wrong, where the official script stops). A wrong answer counts as the opposite one.
+    """
+    if any(item.facts["gold"] is None for item in items):
+        return {}
+    gold = [item.facts["gold"] == "1" for item in items]
+    said = [(item.score == 1) == yes for item, yes in zip(items, gold, strict=True)]
+    wrong = [yes for item, yes in zip(items, gold, strict=True) if item.score != 1]
+    return {
+        "yes_pct_diff": fmean(said) - fmean(gold),
+        "fp_ratio": sum(not yes for yes in wrong) / len(wrong) if wrong else 0.0,
+    }
 
 
 def _by_difficulty(items: Sequence[Item]) -> Record:
