@@ -782,7 +782,7 @@ def _check_protocol(entry: BenchmarkEntry, where: str, chosen: bool) -> None:
 
 def _overridden(entry: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
     """A benchmark's entry with a configuration's changes; a known number of questions is one of the known files."""
-    known = {"questions": None} if {"data", "files", "protocol"} & set(override) else {}
+    known = {"questions": None} if {"data", "files"} & set(override) else {}
     return {**entry, **known, **override}
 
 

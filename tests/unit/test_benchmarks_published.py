@@ -84,3 +84,21 @@ def test_a_number_that_nothing_measures_is_named(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"published.yaml, entry 'mine'.*how b was measured"):
         Plan(read_mapping(tmp_path / "config/config.yaml"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["libmoe", "llava-1.5", "llava-mod"])
+def test_the_systems_configurations_ask_by_their_own_protocols(name):
+    from mmpipe.config.loader import read_mapping
+
+    plan = Plan(read_mapping(REPOSITORY / f"config/{name}.yaml"), REPOSITORY)
+    asked = {
+        (get(entry.task).name, get(entry.task).protocol(entry.protocol).name, entry.questions)
+        for entry in (plan.benchmarks[chosen] for chosen in plan.chosen_benchmarks)
+    }
+    tables = [
+        t for key, t in read_mapping(REPOSITORY / "config/published.yaml").items() if key.startswith(name)
+    ]
+    measures = [m for table in tables for m in table["measures"].values() if "@" not in m["protocol"]]
+    assert measures
+    for measure in measures:
+        assert (measure["benchmark"], measure["protocol"], measure["questions"]) in asked, measure

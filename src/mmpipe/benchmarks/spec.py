@@ -64,8 +64,8 @@ class BenchmarkEntry(Settings):
     """Longest answer in tokens; without it the protocol's own."""
 
     questions: int | None = Field(default=None, ge=1)
-    """How many questions the real files hold; another number is an error. A configuration that names other ``data``,
-    ``files`` or ``protocol`` and no number drops it."""
+    """How many questions the real files hold; another number is an error. A configuration that names other ``data`` or
+    ``files`` and no number drops it."""
 
     limit: int | None = Field(default=None, ge=1)
     """Ask only the first so many question groups (a circular question counts once); for trials, never for
