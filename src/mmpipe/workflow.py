@@ -83,7 +83,7 @@ def _hint(error: OSError) -> str:
 
 def _unchanged(snakemake: Any, spec: str, parameter: str = "spec") -> str:
     """The spec, after checking that the configuration still says what it said when the job was planned."""
-    if snakemake.params.get(parameter) != spec:
+    if getattr(snakemake.params, parameter) != spec:
         raise ConfigError(
             f"{snakemake.output[0]}: the configuration changed after this job was planned; run the same command again"
         )
