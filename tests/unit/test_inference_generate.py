@@ -134,9 +134,9 @@ def test_answer_record_is_llava_s_and_deterministic(checkpoint, questions):
 def test_generation_stops_at_the_end_token(checkpoint, questions):
     model, processor = checkpoint
     answerer = Answerer(model, processor, get_template("qwen"))
-    reply = answerer._greedy(answerer._families([Row(questions[0], answerer._encode(questions[0]))]), 12, 4)[
-        0
-    ]
+    reply = answerer._greedy(
+        answerer._families([Row(questions[0], answerer._encode(questions[0]))]), 12, 4, None
+    )[0]
     assert (reply.ended, len(reply.ids)) == (False, 12)
     answerer.stop_ids = frozenset({reply.ids[4]})
     cut = texts(answerer, questions[:1])[0]
