@@ -11,6 +11,9 @@ SOURCE = os.path.join(workflow.basedir, "src")
 sys.path.insert(0, SOURCE)
 os.environ["PYTHONPATH"] = os.pathsep.join([SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])])
 
+# Slurm sends SIGTERM to every process of a job. The shell around a job must not die of it while the job saves its progress.
+shell.prefix("trap '' TERM; ")
+
 from mmpipe.errors import MmpipeError
 from mmpipe.plan import Plan
 from mmpipe.stages.base import Hardware
@@ -106,17 +109,28 @@ def resources_of(hardware):
     def gpus(wildcards):
         return hardware(wildcards).gpus or None
 
+    def nodes(wildcards):
+        count = PLAN.nodes(hardware(wildcards))
+        return count if count > 1 else None
+
+    def for_nodes(value):
+        return lambda wildcards: value if nodes(wildcards) else None
+
     return {
         "mem_mb": lambda wildcards: 1000 * hardware(wildcards).memory_gb,
         "runtime": lambda wildcards: hardware(wildcards).runtime_minutes,
         "gpu": (lambda wildcards: None) if gres else gpus,
         "gres": (
-            (lambda wildcards: gpus(wildcards) and f"gpu:{gpus(wildcards)}")
+            (lambda wildcards: gpus(wildcards) and f"gpu:{gpus(wildcards) // (nodes(wildcards) or 1)}")
             if gres
             else (lambda wildcards: None)
         ),
         # without this the Slurm plugin starts one copy of the job per GPU
         "tasks_per_gpu": lambda wildcards: 0 if gpus(wildcards) else None,
+        # several machines: Slurm starts the job on the first one, and the job starts the others
+        "nodes": nodes,
+        "tasks": nodes,
+        "mpi": for_nodes("srun"),
     }
 
 

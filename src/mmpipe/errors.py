@@ -7,6 +7,7 @@ scripts print the message without a traceback and exit with a non-zero status.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -36,3 +37,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def explained(error: Exception) -> str:
+    """What went wrong in a line, and what to do when the disk is full (libraries say that in several ways)."""
+    text = f"{type(error).__name__}: {error}"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or any(sign in text for sign in _FULL_DISK):
+        text += "; the disk is full: free some space and run the same command again, nothing is lost"
+    return text
+
+
+_FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
+"""How safetensors and torch report a full disk; neither raises OSError."""

@@ -155,6 +155,7 @@ class Plan:
             self._resolve(name, ())
         self._check_names()
         self._check_references()
+        self._check_nodes()
         self.expert_logs = ExpertLogs(self)
         self.benchmarks |= self.expert_logs.variants
 
@@ -363,12 +364,34 @@ class Plan:
             needed = [self.checkpoint(name, "") for name in _all_references(current.settings).values()]
             waiting += [*needed, *([current.parent] if current.parent else [])]
 
+    def _check_nodes(self) -> None:
+        for stage in self.stages():
+            for hardware in (stage.settings.hardware, stage.answering):
+                try:
+                    self.nodes(hardware)
+                except ConfigError as error:
+                    raise ConfigError(f"{stage.where}: stages.{stage.name}: {error}") from None
+
     # --- what the rules ask ---------------------------------------------------------------------------------------
 
     @property
     def recipes(self) -> list[str]:
         """All recipe names."""
         return list(self._paths)
+
+    def nodes(self, hardware: Hardware) -> int:
+        """How many machines of the cluster a job runs on.
+
+        Raises ConfigError when its GPUs cannot be spread evenly over them.
+        """
+        per_node = self.config.gpus_per_node
+        nodes = hardware.nodes or -(-hardware.gpus // per_node) or 1
+        if hardware.gpus % nodes or (hardware.nodes is None and nodes > 1 and hardware.gpus % per_node):
+            raise ConfigError(
+                f"hardware.gpus: {hardware.gpus} GPUs do not fill whole machines of {per_node} (gpus_per_node of the "
+                "configuration); ask for a multiple, or say hardware.nodes"
+            )
+        return nodes
 
     def stages(self, recipe: str | None = None) -> list[StagePlan]:
         """The stages of one recipe, or every owned stage of all recipes."""

@@ -6,22 +6,26 @@ with status 1.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import logging
 import os
+import re
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from mmpipe import slurm
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import atomic_open, read_json, sha256, staged_directory, write_csv, write_json
 from mmpipe.benchmarks.base import get
-from mmpipe.errors import ConfigError, MmpipeError
+from mmpipe.errors import ConfigError, MmpipeError, explained
 from mmpipe.plan import Plan
 
 log = logging.getLogger("mmpipe")
@@ -45,27 +49,73 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 
 def job(function: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
-    """Wrap a job: open the log, read the plan, respect the threads, print errors for people."""
+    """Wrap a job: open the log, read the plan, respect the threads and GPUs, print errors for people."""
 
     @wraps(function)
     def run(snakemake: Any) -> None:
+        from mmpipe.training.lease import leased
+
+        # the shell around this process ignores SIGTERM, and what is ignored is inherited
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.setdefault("OMP_NUM_THREADS", str(snakemake.threads))
         with _logging_to(Path(snakemake.log[0])):
             try:
-                function(snakemake, Plan(snakemake.config))
+                with leased(_gpus(snakemake)):
+                    function(snakemake, Plan(snakemake.config))
             except MmpipeError as error:
                 log.error("%s", error)
                 print(f"mmpipe: {error}", file=sys.stderr)
                 raise SystemExit(1) from None
             except OSError as error:
                 log.exception("the operating system refused")
-                print(f"mmpipe: {error}{_hint(error)}", file=sys.stderr)
+                print(f"mmpipe: {explained(error)}", file=sys.stderr)
                 raise SystemExit(1) from None
-            except Exception:
-                log.exception("unexpected failure")
+            except Exception as error:
+                log.exception("unexpected failure: %s", explained(error))
                 raise
 
     return run
+
+
+def offline_job(function: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
+    """A job that computes: what it needs was fetched before, and it must not look for anything on the network."""
+
+    @wraps(function)
+    def run(snakemake: Any) -> None:
+        # before any of these libraries is imported
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+        job(function)(snakemake)
+
+    return run
+
+
+def _gpus(snakemake: Any) -> int:
+    """GPUs the job was given in all, however they were asked for."""
+    resources = snakemake.resources
+    per_node = re.match(r"gpu(?::[^:]+)?:(\d+)$", str(resources.get("gres", "")))
+    if per_node:
+        return int(per_node[1]) * int(resources.get("nodes", 1))
+    return int(resources.get("gpu", 0))
+
+
+def _hosts(snakemake: Any) -> tuple[str, ...]:
+    """The machines of a job that Slurm gave several."""
+    slurm_job = slurm.job_id()
+    if slurm_job is None or not snakemake.resources.get("mpi"):
+        return ()
+    found = slurm.hosts(slurm_job)
+    return found if len(found) > 1 else ()
+
+
+def _end_time(snakemake: Any) -> float | None:
+    """When this Slurm job's time is up; counted from now when the controller does not answer."""
+    slurm_job = slurm.job_id()
+    if slurm_job is None:
+        return None
+    answer = slurm.end_time(slurm_job)
+    with contextlib.suppress(TypeError, ValueError):
+        return answer or time.time() + 60 * float(snakemake.resources.get("runtime"))
+    return None
 
 
 def _quiet_transformers() -> None:
@@ -73,12 +123,6 @@ def _quiet_transformers() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-
-
-def _hint(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "; the disk is full: free some space and run the same command again, nothing is lost"
-    return ""
 
 
 def _unchanged(snakemake: Any, spec: str, parameter: str = "spec") -> str:
@@ -105,7 +149,7 @@ def fetch(snakemake: Any, plan: Plan) -> None:
     manifest.write(out, kind="source", spec=spec, inputs=manifest.input_hashes(needed), **facts)
 
 
-@job
+@offline_job
 def mix(snakemake: Any, plan: Plan) -> None:
     """Verify the records of a mixture and write them in one file."""
     from mmpipe.data.mixture import build_mixture
@@ -122,7 +166,7 @@ def mix(snakemake: Any, plan: Plan) -> None:
         manifest.write(stage, kind="mixture", spec=spec, inputs=inputs, records=report["kept"])
 
 
-@job
+@offline_job
 def tokenise(snakemake: Any, plan: Plan) -> None:
     """Encode a mixture as one model's tokenizer and template write it."""
     from mmpipe.data.templates import get_template
@@ -154,7 +198,7 @@ def tokenise(snakemake: Any, plan: Plan) -> None:
         manifest.write(staged, kind="tokens", spec=spec, inputs=hashes, records=report["kept"])
 
 
-@job
+@offline_job
 def stage(snakemake: Any, plan: Plan) -> None:
     """Run one stage of a recipe."""
     wildcards = snakemake.wildcards
@@ -166,13 +210,15 @@ def stage(snakemake: Any, plan: Plan) -> None:
             planned,
             f"results/{wildcards.smoke}".rstrip("/"),
             threads=snakemake.threads,
-            gpus=int(snakemake.resources.get("gpu", 0)),
+            gpus=_gpus(snakemake),
+            hosts=_hosts(snakemake),
+            end_time=_end_time(snakemake),
             log=Path(snakemake.log[0]),
         )
     )
 
 
-@job
+@offline_job
 def annotate(snakemake: Any, plan: Plan) -> None:
     """Let a checkpoint write down what it says about a mixture."""
     import torch
@@ -200,10 +246,10 @@ def _device(snakemake: Any) -> str:
     """Where a model runs that answers or annotates."""
     import torch
 
-    return "cuda" if int(snakemake.resources.get("gpu", 0)) and torch.cuda.is_available() else "cpu"
+    return "cuda" if _gpus(snakemake) and torch.cuda.is_available() else "cpu"
 
 
-@job
+@offline_job
 def prepare_benchmark(snakemake: Any, plan: Plan) -> None:
     """Turn a benchmark's official files into questions, references and pictures."""
     from mmpipe.benchmarks.prepare import prepare
@@ -220,7 +266,7 @@ def prepare_benchmark(snakemake: Any, plan: Plan) -> None:
         manifest.write(staged, kind="benchmark", spec=spec, inputs=inputs, **facts)
 
 
-@job
+@offline_job
 def answer(snakemake: Any, plan: Plan) -> None:
     """Answer one chunk of a benchmark's questions, going on from the answers an interrupted run left."""
     import torch
@@ -306,7 +352,7 @@ def _with_progress(things: Iterator[Any], total: int, title: str) -> Iterator[An
     return iter(tqdm(things, total=total, desc=title, disable=not sys.stderr.isatty()))
 
 
-@job
+@offline_job
 def gather(snakemake: Any, plan: Plan) -> None:
     """Join the chunks of answers after proving them complete."""
     from mmpipe.benchmarks.prepare import read_questions
@@ -317,7 +363,7 @@ def gather(snakemake: Any, plan: Plan) -> None:
     log.info("%d answers", count)
 
 
-@job
+@offline_job
 def gather_experts(snakemake: Any, plan: Plan) -> None:
     """Join the chunks of a log of experts."""
     from mmpipe.inference.expert_log import merge
@@ -326,7 +372,7 @@ def gather_experts(snakemake: Any, plan: Plan) -> None:
     log.info("%d choices of experts", rows)
 
 
-@job
+@offline_job
 def analyse(snakemake: Any, plan: Plan) -> None:
     """Compute one family of metrics of experts, and draw it."""
     from mmpipe.analysis.base import Source, draw
@@ -365,7 +411,7 @@ def judge(snakemake: Any, plan: Plan) -> None:
         file.write(progress.read_bytes())
 
 
-@job
+@offline_job
 def score(snakemake: Any, plan: Plan) -> None:
     """Score the answers of one checkpoint."""
     from mmpipe.benchmarks.scoring import score_files
@@ -385,7 +431,7 @@ def score(snakemake: Any, plan: Plan) -> None:
     log.info("%s", result["metrics"])
 
 
-@job
+@offline_job
 def convert(snakemake: Any, plan: Plan) -> None:
     """Write the submission of one checkpoint to one benchmark."""
     from mmpipe.benchmarks.scoring import convert_files
@@ -400,7 +446,7 @@ def convert(snakemake: Any, plan: Plan) -> None:
     log.info("%s", report)
 
 
-@job
+@offline_job
 def compare(snakemake: Any, plan: Plan) -> None:
     """Set the scores of all chosen checkpoints side by side."""
     from mmpipe.benchmarks.compare import compare
@@ -430,7 +476,7 @@ def compare(snakemake: Any, plan: Plan) -> None:
     write_json(Path(snakemake.output.json), {**comparison, "published": beside(comparison, published)})
 
 
-@job
+@offline_job
 def rank(snakemake: Any, plan: Plan) -> None:
     """Set all chosen checkpoints side by side on all benchmarks."""
     from mmpipe.artifacts.files import read_jsonl
@@ -453,7 +499,7 @@ def rank(snakemake: Any, plan: Plan) -> None:
     write_csv(Path(snakemake.output.csv), as_table(board))
 
 
-@job
+@offline_job
 def show_leaderboard(snakemake: Any, plan: Plan) -> None:
     """Lay out the ranking as a table."""
     from mmpipe.report.tables import leaderboard_page
@@ -461,7 +507,7 @@ def show_leaderboard(snakemake: Any, plan: Plan) -> None:
     leaderboard_page(Path(snakemake.input[0]), Path(snakemake.output[0]))
 
 
-@job
+@offline_job
 def show_training(snakemake: Any, plan: Plan) -> None:
     """Draw a stage's loss curves for the report."""
     from mmpipe.report.stage import draw_history
@@ -469,7 +515,7 @@ def show_training(snakemake: Any, plan: Plan) -> None:
     draw_history(Path(snakemake.input[0]), Path(snakemake.output[0]))
 
 
-@job
+@offline_job
 def show_checkpoint(snakemake: Any, plan: Plan) -> None:
     """Lay out what a checkpoint was made from for the report."""
     from mmpipe.report.stage import settings_page
@@ -477,7 +523,7 @@ def show_checkpoint(snakemake: Any, plan: Plan) -> None:
     settings_page(Path(snakemake.input[0]), Path(snakemake.output[0]))
 
 
-@job
+@offline_job
 def show_mixture(snakemake: Any, plan: Plan) -> None:
     """Lay out a mixture's verification report as a table."""
     from mmpipe.report.tables import mixture_page
@@ -485,7 +531,7 @@ def show_mixture(snakemake: Any, plan: Plan) -> None:
     mixture_page(Path(snakemake.input.report), Path(snakemake.output[0]))
 
 
-@job
+@offline_job
 def show_tokens(snakemake: Any, plan: Plan) -> None:
     """Lay out what became of a mixture in tokens as a table."""
     from mmpipe.report.tables import tokens_page
@@ -493,7 +539,7 @@ def show_tokens(snakemake: Any, plan: Plan) -> None:
     tokens_page(Path(snakemake.input.report), Path(snakemake.output[0]))
 
 
-@job
+@offline_job
 def show_samples(snakemake: Any, plan: Plan) -> None:
     """Show some questions with their pictures, the answers and the verdicts."""
     from mmpipe.report.samples import samples_page
@@ -506,7 +552,7 @@ def show_samples(snakemake: Any, plan: Plan) -> None:
     )
 
 
-@job
+@offline_job
 def show_comparison(snakemake: Any, plan: Plan) -> None:
     """Lay out a comparison as a table."""
     from mmpipe.report.tables import comparison_page

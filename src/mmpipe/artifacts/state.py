@@ -7,6 +7,7 @@ one step apart.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
+from mmpipe import slurm
 from mmpipe.artifacts.files import read_json, write_json
 from mmpipe.errors import ArtifactError
 
@@ -26,29 +29,71 @@ _FINGERPRINT = "fingerprint.json"
 def open_state(path: Path, fingerprint: str) -> Iterator[bool]:
     """Hold the state directory; yields True when it carries progress of the same fingerprint.
 
-    The lock is the kernel's: it vanishes with the process, however that ends. Raises ArtifactError when another live
-    process holds it, naming that process.
+    The lock is the kernel's: it vanishes with the process, however that ends. Where a file system does not carry locks from
+    one machine to another, Slurm is asked about the last holder. Raises ArtifactError when another live process holds it,
+    naming that process and saying how to end it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f"{path.name}.lock")
-    with lock.open("a+") as file:
+    with path.with_name(f"{path.name}.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
+            raise ArtifactError(f"{path}: {_who_works(file, _holder(file))}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
             raise ArtifactError(
-                f"{path}: another run is working on this step ({file.read().strip() or 'holder unknown'}); "
-                "wait for it or stop it, then run the same command again"
-            ) from None
-        file.truncate(0)
-        holder = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        }
-        file.write(json.dumps(holder))
-        file.flush()
-        yield _resumable(path, fingerprint)
+                f"{path}: this file system has no file locks ({error.strerror}); mount it with them (Lustre: -o flock), or "
+                "let 'results' be a link to another one"
+            ) from error
+        last = _holder(file)
+        job = last.get("slurm_job")
+        if job and job != slurm.job_id() and slurm.state(job) == "RUNNING":
+            raise ArtifactError(f"{path}: {_who_works(file, last)}")
+        _write_holder(file)
+        try:
+            yield _resumable(path, fingerprint)
+        finally:
+            file.truncate(0)
+
+
+def _holder(file: IO[str]) -> dict[str, Any]:
+    """What the last process to hold the lock said of itself."""
+    file.seek(0)
+    try:
+        return dict(json.loads(file.read() or "{}"))
+    except json.JSONDecodeError:  # it was killed while writing
+        return {}
+
+
+def _write_holder(file: IO[str]) -> None:
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "slurm_job": slurm.job_id()}))
+    file.flush()
+
+
+def _who_works(file: IO[str], holder: dict[str, Any]) -> str:
+    """Who holds the lock, whether that is still alive, and what to do about it."""
+    again = "then run the same command again"
+    if not holder:
+        return f"another run is working on this step; wait for it or stop it, {again}"
+    who = f"process {holder['pid']} on {holder['host']}"
+    job = holder.get("slurm_job")
+    if not job:
+        return (
+            f"another run is working on this step: {who} (a Snakemake that was killed can leave its jobs running); wait for "
+            f"it, or stop it (kill {holder['pid']}), {again}"
+        )
+    state = slurm.state(job)
+    if state == "GONE":
+        return (
+            f"the lock of {who} is left over: Slurm does not know its job {job} any more. A file server notices a lost node "
+            f"after some minutes; if the lock stays, delete {file.name}, {again}"
+        )
+    return (
+        f"another run is working on this step: Slurm job {job} ({state or 'Slurm does not answer'}), {who}; wait for it, or "
+        f"stop it (scancel {job}), {again}"
+    )
 
 
 def _resumable(path: Path, fingerprint: str) -> bool:

@@ -46,6 +46,8 @@ class Config(Settings):
     smoke: Smoke = Smoke()
     gpu_request: str = Field("gpu", pattern="^(gpu|gres)$")
     """How GPUs are asked for on the cluster: ``gpu`` (``--gpus``) or ``gres`` (``--gres``)."""
+    gpus_per_node: int = Field(8, ge=1)
+    """GPUs of one machine of the cluster; a stage that asks for more runs on several."""
 
 
 class Recipe(Settings):

@@ -11,28 +11,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmpipe.config.base import Settings
+from mmpipe.errors import did_you_mean
 
 
 class Hardware(Settings):
     """What a stage runs on. Nothing here changes the result, so nothing here makes a stage stale."""
 
     gpus: int = Field(0, ge=0)
-    """0 trains on the CPU; more than one trains with one process a GPU."""
+    """GPUs in all; 0 trains on the CPU, more than one with one process a GPU."""
+    nodes: int | None = Field(None, ge=1)
+    """Machines on a cluster. Default: as many as ``gpus`` fill at ``gpus_per_node``; one process each without GPUs."""
     cpus: int = Field(2, ge=1)
-    """CPU cores; what ``workers`` leaves over computes."""
+    """CPU cores of each machine; what ``workers`` leaves over computes."""
     memory_gb: int = Field(8, ge=1)
-    """Main memory."""
+    """Main memory of each machine."""
     runtime_minutes: int = Field(60, ge=1)
+    """Time limit of a job. A training that needs longer saves in time and goes on in the next job."""
     micro_batch: int | None = Field(None, ge=1)
     """Samples a process computes at once; the rest of the batch is accumulated. Default: the whole batch on a CPU."""
     workers: int = Field(0, ge=0)
     """Data-loading processes per training process."""
     gradient_checkpointing: bool = False
+    deepspeed: str | None = None
+    """``zero2``, ``zero2_offload``, ``zero3`` or ``zero3_offload`` spread the training over the processes with DeepSpeed.
+    Without the package the same recipe trains with plain data parallelism."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """How a training attends: ``auto`` takes flash attention 2 where it is installed and supported, PyTorch's own (``sdpa``) elsewhere."""
+    tf32: bool = False
+    """Let GPUs multiply float32 matrices with shortened mantissas (TensorFloat-32)."""
     checkpoint_every: int = Field(500, ge=1)
     """Optimizer steps between checkpoints in progress."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _known_kind(cls, kind: str | None) -> str | None:
+        from mmpipe.training.zero import kinds
+
+        if kind is not None and kind not in kinds():
+            raise ValueError(f"there is no kind '{kind}'{did_you_mean(kind, kinds())}")
+        return kind
 
 
 class VisionLanguage(Settings):
@@ -105,6 +125,11 @@ class StageJob:
     """Manifests of all inputs."""
     threads: int = 1
     gpus: int = 0
+    """In all."""
+    hosts: tuple[str, ...] = ()
+    """The machines of this job, when there are several."""
+    end_time: float | None = None
+    """When the job's time is up, in seconds since the epoch."""
     max_steps: int | None = None
     """Smoke runs stop here."""
     log: Path | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpipe.errors import ConfigError
-from mmpipe.models import vlm
+from mmpipe.models import attention, vlm
 from mmpipe.objectives import positions
 from mmpipe.objectives.distillation import (
     cached_distillation_loss,
@@ -123,7 +123,9 @@ class LiveTeacher:
 
     def _on(self, device: torch.device) -> Any:
         if self.model.device != device:
-            self.model.to(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            self.model.to(device=device, dtype=dtype)
+            attention.use(self.model, attention.choose("auto", device.type, dtype))
         return self.model
 
     def _as_teacher_sees(self, batch: Batch, image_token: int) -> Batch:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mmpipe.errors import MmpipeError
 from mmpipe.models.moe.collect import collect_losses, collect_statistics, part_of
 from mmpipe.models.moe.forward_pass import nothing_counts
 from mmpipe.objectives.language_modelling import language_modelling_loss
@@ -144,6 +145,17 @@ class Task(nn.Module):
     def config(self) -> Any:
         """The model's configuration, where the trainer looks for it."""
         return self.model.config
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """What is frozen may be missing: checkpoints in progress leave it out."""
+        loaded = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        wrong = sorted(trained & set(loaded.missing_keys)) + list(loaded.unexpected_keys)
+        if strict and wrong:
+            raise MmpipeError(f"the checkpoint holds other parameters than this stage trains: {wrong[:5]}")
+        return loaded
 
     def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
         return self.objective(self.model, batch, normaliser)

@@ -11,22 +11,32 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
+from mmpipe import slurm
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, sync, write_json
 from mmpipe.artifacts.state import open_state
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import ConfigError, MmpipeError
-from mmpipe.models import vlm
+from mmpipe.models import attention, vlm
 from mmpipe.models.export import some
 from mmpipe.models.tower import freeze_idle
 from mmpipe.models.trainable import select
 from mmpipe.stages.base import StageJob, TrainStage
-from mmpipe.training import launch
+from mmpipe.training import launch, stop, zero
 from mmpipe.training.objective import Task
 from mmpipe.training.progress import Progress
 from mmpipe.training.publish import publish
-from mmpipe.training.trainer import StageTrainer, last_checkpoint, load_trainable, warmup_steps
+from mmpipe.training.trainer import (
+    Layout,
+    StageTrainer,
+    last_checkpoint,
+    load_trainable,
+    put_trainable,
+    trainable_bytes,
+    trainable_state,
+    warmup_steps,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,20 +49,35 @@ def train(stage: TrainStage, job: StageJob) -> None:
     limits = {"max_steps": str(job.max_steps)} if job.max_steps else {}
     with open_state(job.state_dir, manifest.fingerprint(job.spec, inputs | limits)) as resumable:
         log.info("%s %s: %s", job.recipe, job.stage, "resuming" if resumable else "starting afresh")
+        (job.state_dir / stop.RECORD).unlink(missing_ok=True)
         launch.run(stage, job)
+        _require_finished(job)
         shutil.rmtree(job.state_dir / "checkpoints", ignore_errors=True)
 
 
-def work(stage: TrainStage, job: StageJob) -> None:
+def _require_finished(job: StageJob) -> None:
+    """Raise Stopped when training stopped early; a job whose time is up puts itself back into Slurm's queue."""
+    record = job.state_dir / stop.RECORD
+    if not record.is_file():
+        return
+    stopped = read_json(record)
+    message = f"{job.recipe} {job.stage}: stopped at step {stopped['step']} ({stopped['reason']}) with a checkpoint; "
+    slurm_job = slurm.job_id()
+    if stopped["reason"] == stop.TIME_LIMIT and slurm_job and slurm.requeue(slurm_job):
+        raise stop.Stopped(f"{message}Slurm runs the job again, and it goes on from there")
+    raise stop.Stopped(f"{message}run the same command again, and it goes on from there")
+
+
+def work(stage: TrainStage, job: StageJob, requests: stop.Requests) -> None:
     """The work of one process: train, and publish where this is the first one."""
-    # data-loading processes take a core each
-    torch.set_num_threads(max(1, job.threads - stage.hardware.workers))
+    # the processes of a machine share its cores, and data-loading processes take one each
+    cores = job.threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, cores - stage.hardware.workers))
+    if stage.hardware.tf32 and job.gpus:
+        torch.set_float32_matmul_precision("high")
     set_seed(stage.seed)
-    model, processor = starting_model(stage, job)
-    stage.prepare(model, job)
-    select(model, stage.trainable)
-    if idle := freeze_idle(model):
-        log.info("not trained, for nothing reads it: %s of the vision tower", some(idle))
+    model, processor = untrained_model(stage, job)
+    attention.use(model, _attention(stage, job))
     if job.tokens is None:
         raise ConfigError(f"{job.recipe}: {job.stage}: the stage needs 'data', a mixture to train on")
     tokens = TokenTable(job.tokens)
@@ -62,9 +87,50 @@ def work(stage: TrainStage, job: StageJob) -> None:
     log.info("%d records; %.1f %% of the text tokens are supervised", len(tokens), 100 * share)
     dataset = stage.dataset(tokens, processor.image_processor)
     trainer = make_trainer(stage, job, model, processor, dataset)
+    stopper = stop.make_callback(requests, job.state_dir, job.end_time, 3 * trainable_bytes(trainer.task))
+    trainer.add_callback(stopper)
     run_trainer(trainer, job)
+    if stopper.reason:
+        if trainer.is_world_process_zero():
+            record = {"step": trainer.state.global_step, "reason": stopper.reason}
+            write_json(job.state_dir / stop.RECORD, record)
+        return
+    model = trained_model(stage, job, model, trainer)
     if trainer.is_world_process_zero():
         finish(stage, job, model, processor, trainer)
+
+
+def _attention(stage: TrainStage, job: StageJob) -> str:
+    dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
+    return attention.choose(stage.hardware.attention, "cuda" if job.gpus else "cpu", dtype)
+
+
+def trained_model(stage: TrainStage, job: StageJob, model: Any, trainer: StageTrainer) -> Any:
+    """The model with what was learnt, ready to be published by the first process.
+
+    DeepSpeed's stage 3 leaves only fragments in the model. So with DeepSpeed the first process takes a fresh model and puts
+    what was trained into it; what was frozen is what it was by construction.
+    """
+    if trainer.layout.engine is None:
+        attention.use(model, "sdpa")
+        return model
+    learnt = trainable_state(trainer.task, keep=trainer.is_world_process_zero())
+    if not trainer.is_world_process_zero():
+        return None
+    zero.forget()
+    fresh, _ = untrained_model(stage, job)
+    put_trainable(fresh, learnt, where=f"{job.recipe} {job.stage}")
+    return fresh
+
+
+def untrained_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
+    """The model before the first step, with what trains chosen, and its processor."""
+    model, processor = starting_model(stage, job)
+    stage.prepare(model, job)
+    select(model, stage.trainable)
+    if idle := freeze_idle(model):
+        log.info("not trained, for nothing reads it: %s of the vision tower", some(idle))
+    return model, processor
 
 
 def starting_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
@@ -106,7 +172,7 @@ def split_batch(batch_size: int, processes: int, wanted: int | None, on_gpu: boo
     if rest or share == 0:
         raise ConfigError(
             f"a batch of {batch_size} cannot be shared evenly by {processes} processes; "
-            "change hardware.gpus, or batch_size (which changes the result)"
+            "change hardware.gpus (or nodes), or batch_size (which changes the result)"
         )
     most = min(share, wanted or (8 if on_gpu else share))
     micro = next(size for size in range(most, 0, -1) if share % size == 0)
@@ -115,7 +181,11 @@ def split_batch(batch_size: int, processes: int, wanted: int | None, on_gpu: boo
 
 def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, dataset: Any) -> StageTrainer:
     """The trainer of a stage, not yet started."""
+    # before the trainer's arguments: with stage 3 in them, transformers would spread every model that is loaded, the
+    # teacher's too
+    task = Task(model, stage.objective(job, model, processor))
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    kind = launch.zero_kind(stage)
     split = split_batch(stage.batch_size, world, stage.hardware.micro_batch, job.gpus > 0)
     plan = BatchPlan(
         lengths=dataset.lengths,
@@ -129,7 +199,11 @@ def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, d
     steps = job.max_steps or stage.max_steps or max(1, round(stage.epochs * plan.steps_per_epoch))
     size = model.config.vision_config.image_size
     checkpoints = job.state_dir / "checkpoints"
+    layout = Layout(kind, world)
     found = last_checkpoint(checkpoints)
+    if found:
+        layout.require_resumable(found[0])
+    special = _deepspeed(stage, job, kind, split, world) if kind else _plain(stage, job)
     args = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -142,9 +216,6 @@ def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, d
         adam_beta1=stage.adam_betas[0],
         adam_beta2=stage.adam_betas[1],
         max_grad_norm=stage.max_gradient_norm,
-        optim="adamw_torch",
-        bf16=stage.precision == "bfloat16",
-        use_cpu=job.gpus == 0,
         seed=stage.seed,
         save_strategy="steps",
         save_steps=stage.hardware.checkpoint_every,
@@ -158,6 +229,7 @@ def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, d
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
+        **special,
     )
     if stage.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -165,24 +237,50 @@ def make_trainer(stage: TrainStage, job: StageJob, model: Any, processor: Any, d
         raise MmpipeError(f"started {world} processes, but the trainer sees {args.world_size}")
     start = found[1] if found else 0
     log.info(
-        "%d steps of %d samples: %d process(es) x %d accumulated x %d; from step %d",
-        steps, stage.batch_size, world, split.accumulation, split.micro, start,
+        "%d steps of %d samples: %d process(es) x %d accumulated x %d%s; from step %d",
+        steps, stage.batch_size, world, split.accumulation, split.micro, f", {kind}" if kind else "", start,
     )  # fmt: skip
     return StageTrainer(
-        Task(model, stage.objective(job, model, processor)),
+        task,
         args,
         dataset,
         stage.collator(processor.tokenizer.pad_token_id, (size, size)),
         plan.batches(int(os.environ.get("RANK", "0")), start, steps - start),
         learning_rates=stage.learning_rates,
+        layout=layout,
         callbacks=[Progress(job.state_dir / HISTORY, f"{job.recipe} {job.stage}", start)],
     )
+
+
+def _plain(stage: TrainStage, job: StageJob) -> dict[str, Any]:
+    """What the trainer is told without DeepSpeed."""
+    return {"optim": "adamw_torch", "bf16": stage.precision == "bfloat16", "use_cpu": job.gpus == 0}
+
+
+def _deepspeed(stage: TrainStage, job: StageJob, kind: str, split: Split, world: int) -> dict[str, Any]:
+    """What the trainer is told with DeepSpeed, whose own autocast gives the precision."""
+    configuration = zero.settings(
+        kind,
+        micro_batch=split.micro,
+        accumulation=split.accumulation,
+        world=world,
+        clipping=stage.max_gradient_norm,
+        precision=stage.precision,
+    )
+    offloaded = "offload_optimizer" in configuration["zero_optimization"]
+    return {
+        # moments in main memory: the fused update runs on all cores
+        "optim": "adamw_torch_fused" if offloaded else "adamw_torch",
+        "deepspeed": configuration,
+        **zero.join_processes(job.gpus > 0),
+    }
 
 
 def run_trainer(trainer: StageTrainer, job: StageJob) -> None:
     """Train to the end, from the last complete checkpoint if there is one."""
     found = last_checkpoint(job.state_dir / "checkpoints")
     if found and found[1] >= trainer.args.max_steps:
+        # nothing is left to train, so no engine has spread the parameters
         load_trainable(trainer.task, found[0])
         trainer.state = type(trainer.state).load_from_json(str(found[0] / "trainer_state.json"))
         return

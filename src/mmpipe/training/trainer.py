@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mmpipe.artifacts.files import sync
-from mmpipe.errors import MmpipeError
+from mmpipe.artifacts.files import read_json, sync, write_json
+from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.models.progress import tell_progress
 from mmpipe.models.trainable import learning_rate_groups
+from mmpipe.training import stop, zero
 from mmpipe.training.collapse import CollapseWatch
 from mmpipe.training.objective import Batch, Normaliser, Task
 
@@ -24,6 +27,33 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "trainable.safetensors"
 COMPLETE = "complete"
+LAYOUT = "layout.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a training is spread: checkpoints of DeepSpeed can be resumed only as they were written."""
+
+    engine: str | None
+    """A kind of :mod:`mmpipe.training.zero`; None for plain training."""
+    world: int
+    """Processes."""
+
+    def require_resumable(self, checkpoint: Path) -> None:
+        """Raise ConfigError when the optimizer's state in ``checkpoint`` cannot be read in this layout."""
+        written = (
+            Layout(**read_json(checkpoint / LAYOUT)) if (checkpoint / LAYOUT).is_file() else Layout(None, 1)
+        )
+        if written == self or (written.engine is None and self.engine is None):
+            return
+        raise ConfigError(
+            f"{checkpoint}: written by {written}, and now the stage runs with {self}. DeepSpeed keeps the optimizer's state in "
+            "pieces that fit no other number of processes or kind. Give the stage its former hardware until it is done, or "
+            f"delete {checkpoint.parent} to train it afresh"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.world} process(es) with {self.engine or 'plain data parallelism'}"
 
 
 class StageTrainer(Trainer):
@@ -42,6 +72,7 @@ class StageTrainer(Trainer):
         collate: Any,
         batches: Any,
         learning_rates: dict[str, float],
+        layout: Layout,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=task, args=args, train_dataset=dataset, data_collator=collate, **kwargs)
@@ -50,10 +81,14 @@ class StageTrainer(Trainer):
         self.dataset = dataset
         self.batches = batches
         self.learning_rates = learning_rates
+        self.layout = layout
+        self.add_callback(_Start(self))
         self.loss_is_scaled_for_ga = True
         self._sums: dict[str, Tensor] = {}
         self.replaced = 0
         self.collapse = CollapseWatch()
+        if layout.engine:
+            zero.mark_experts(task)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -65,6 +100,7 @@ class StageTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_num_workers > 0,
+            worker_init_fn=stop.as_helper,
         )
 
     def _get_num_items_in_batch(  # type: ignore[override]
@@ -132,40 +168,81 @@ class StageTrainer(Trainer):
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains, and how the training is spread."""
         folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(self.task), folder / WEIGHTS)
+        tensors = trainable_state(self.task, keep=self.args.should_save)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / WEIGHTS)
+            write_json(folder / LAYOUT, asdict(self.layout))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.layout.engine:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        engine: Any = self.model_wrapped
+        engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        schedule: Any = self.lr_scheduler
+        if self.args.should_save:
+            torch.save(schedule.state_dict(), Path(output_dir, "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trainable(self.task, Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        if self.args.world_size > 1:
+            # complete only when every process has written its share
+            self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            for path in sorted(folder.iterdir()):
+            for path in sorted(folder.rglob("*")):
                 sync(path)
             (folder / COMPLETE).touch()
             sync(folder)
 
 
-def trainable_state(task: Task) -> dict[str, Tensor]:
-    """The parameters that train, by name, on the CPU; a tensor shared by two names is kept once."""
-    return {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in task.model.named_parameters()
-        if parameter.requires_grad
-    }
+class _Start(TrainerCallback):
+    """What must hold before the first step."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        zero.require_engine(self.trainer)
+
+
+def trainable_state(task: Task, keep: bool = True) -> dict[str, Tensor]:
+    """The parameters that train, by name, on the CPU; a tensor shared by two names is kept once.
+
+    Every process must call it when they are spread over processes; those with ``keep`` false get nothing.
+    """
+    state = {}
+    for name, parameter in task.model.named_parameters():
+        if parameter.requires_grad:
+            with zero.whole(parameter):
+                if keep:
+                    state[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return state
+
+
+def trainable_bytes(task: Task) -> int:
+    """Size of what trains."""
+    return sum(p.numel() * p.element_size() for p in task.model.parameters() if p.requires_grad)
 
 
 def load_trainable(task: Task, checkpoint: Path) -> None:
     """Put a checkpoint's parameters back; names and shapes must match exactly."""
-    tensors = load_file(checkpoint / WEIGHTS)
-    parameters = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
+    put_trainable(task.model, load_file(checkpoint / WEIGHTS), where=str(checkpoint))
+
+
+def put_trainable(model: Any, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Give the parameters that train new values; names and shapes must match exactly."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if parameters.keys() != tensors.keys():
         raise MmpipeError(
-            f"{checkpoint}: the checkpoint holds other parameters than this stage trains; delete {checkpoint.parent}"
+            f"{where}: the checkpoint holds other parameters than this stage trains; delete the stage's folder 'state'"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

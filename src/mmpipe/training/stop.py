@@ -1,0 +1,160 @@
+"""Stopping in time: a request to end (SIGTERM, a time limit that comes near) becomes a checkpoint and a clean exit.
+
+Requests come from three sides. Slurm sends SIGTERM to every process when it preempts or cancels a job; the process that
+started the ranks leaves a file when it alone is told; and the clock tells when the job's time is nearly up. The ranks agree
+after each step, so that all of them save the same one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmpipe.errors import MmpipeError
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+REQUEST = "stop-requested"
+"""A file in the state directory: please stop."""
+RECORD = "stopped.json"
+"""A file in the state directory: training stopped early, at which step and why."""
+TIME_LIMIT = "time limit"
+SIGNAL = "SIGTERM"
+
+_KILLED = 128 + signal.SIGTERM
+
+
+class Stopped(MmpipeError):
+    """Training was asked to stop, wrote a checkpoint and did."""
+
+
+class Requests:
+    """What this process was told."""
+
+    def __init__(self) -> None:
+        self.signalled = threading.Event()
+
+    @contextmanager
+    def listening(self, *, leave_with_parent: bool = False) -> Iterator[Requests]:
+        """Take SIGTERM as a request for as long as the block runs.
+
+        A thread waits for the signal, because the main one may be inside a collective operation that never ends when
+        another rank died. With ``leave_with_parent``, a SIGTERM of the parent means just that (torchrun clears up after
+        a rank that failed), and the process ends at once.
+        """
+        handler = signal.signal(signal.SIGTERM, lambda *_: self.signalled.set())
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        done = threading.Event()
+        waiting = threading.Thread(target=self._wait, args=(done, leave_with_parent), daemon=True)
+        waiting.start()
+        try:
+            yield self
+        finally:
+            done.set()
+            waiting.join()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.signal(signal.SIGTERM, handler)
+
+    def _wait(self, done: threading.Event, leave_with_parent: bool) -> None:
+        parent = os.getppid()
+        while not done.is_set():
+            found = signal.sigtimedwait({signal.SIGTERM}, 0.2)
+            if found is None:
+                continue
+            if leave_with_parent and found.si_pid == parent:
+                os._exit(_KILLED)
+            self.signalled.set()
+
+
+def as_helper(number: int = 0) -> None:
+    """In a data-loading process: end when the training process says so or dies, and not when all are told to stop."""
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=Requests()._wait, args=(threading.Event(), True), daemon=True).start()
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent dies, however that happens: nobody trains unseen (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class Deadline:
+    """When to stop so that a last checkpoint still fits before ``end`` (seconds since the epoch).
+
+    The reserve is two steps and two checkpoints as slow as the slowest so far, and a tenth of the time, two minutes at most,
+    for everything else. Before the first checkpoint its duration is guessed from its size.
+    """
+
+    def __init__(self, end: float, checkpoint_bytes: int) -> None:
+        self.end = end
+        self.step = 0.0
+        self.checkpoint = checkpoint_bytes / 500e6
+        self.rest = min(120.0, 0.1 * max(0.0, end - time.time()))
+
+    def near(self) -> bool:
+        """Whether it is time to stop."""
+        return time.time() > self.end - self.rest - 2 * self.step - 2 * self.checkpoint
+
+
+def make_callback(requests: Requests, state_dir: Path, end: float | None, checkpoint_bytes: int) -> Any:
+    """A trainer callback that stops training, with a checkpoint, when any rank was told to.
+
+    Its ``reason`` tells afterwards why training stopped early; None when it did not.
+    """
+    from transformers import TrainerCallback
+
+    class Stopper(TrainerCallback):
+        reason: str | None = None
+
+        def __init__(self) -> None:
+            self.deadline = Deadline(end, checkpoint_bytes) if end else None
+            self.began = time.monotonic()
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = time.monotonic()
+
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            if self.deadline:
+                self.deadline.step = max(self.deadline.step, time.monotonic() - self.began)
+            self.began = time.monotonic()
+            reason = _agreed(self._own_reason(state.is_world_process_zero), args)
+            if reason and state.global_step < state.max_steps:
+                self.reason = reason
+                control.should_save = control.should_training_stop = True
+
+        def on_save(self, *args: Any, **kwargs: Any) -> None:
+            if self.deadline:
+                self.deadline.checkpoint = max(self.deadline.checkpoint, time.monotonic() - self.began)
+
+        def _own_reason(self, first: bool) -> str | None:
+            if requests.signalled.is_set() or (first and (state_dir / REQUEST).exists()):
+                return SIGNAL
+            return TIME_LIMIT if first and self.deadline and self.deadline.near() else None
+
+    return Stopper()
+
+
+_CODES = (None, TIME_LIMIT, SIGNAL)
+
+
+def _agreed(reason: str | None, args: TrainingArguments) -> str | None:
+    """The most urgent reason of any rank."""
+    if args.world_size == 1:
+        return reason
+    import torch
+
+    code = torch.tensor(_CODES.index(reason), device=args.device)
+    torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
+    return _CODES[int(code)]

@@ -1,0 +1,99 @@
+"""DeepSpeed trains what plain training trains, over two processes on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmpipe.artifacts.files import read_jsonl, sha256
+from mmpipe.errors import ConfigError
+from mmpipe.models import vlm
+from mmpipe.models.moe.collect import moe_layers
+from mmpipe.models.moe.spec import MoESettings
+from mmpipe.stages.base import Hardware, StageJob
+from mmpipe.stages.distill_sparse import DistillSparse
+from mmpipe.stages.finetune import Finetune
+from mmpipe.stages.upcycle import Upcycle
+from mmpipe.training import launch
+from mmpipe.training.run import work
+from mmpipe.training.stop import Requests
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"),
+]
+
+
+def finetune(**changes: Any) -> Finetune:
+    settings = {
+        "data": "mix",
+        "template": "qwen",
+        "batch_size": 8,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "hardware": {"checkpoint_every": 2},
+    }
+    return Finetune(**{**settings, **changes})
+
+
+def losses(job: StageJob) -> torch.Tensor:
+    return torch.tensor([row["loss"] for row in read_jsonl(job.report_dir / "history.jsonl")])
+
+
+def on_two(stage: Finetune, job: StageJob) -> None:
+    job.state_dir.mkdir(parents=True, exist_ok=True)
+    launch.run_processes(stage, job, 2)
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_two_processes_with_deepspeed_train_like_one_without(job, kind):
+    one, two = job("one"), job("two")
+    finetune().run(one)
+    on_two(finetune(hardware={"deepspeed": kind, "checkpoint_every": 2}), two)
+    torch.testing.assert_close(losses(one), losses(two), atol=1e-5, rtol=1e-5)
+    ours, theirs = (load_file(made.model_dir / "model.safetensors") for made in (one, two))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, kind):
+    """Experts under stage 3, a teacher nothing spreads, and the same bytes after an interruption."""
+    teacher, sparse = job("teacher"), job("sparse")
+    finetune(max_steps=1).run(teacher)
+    Upcycle(moe=MoESettings(experts=4, top_k=2, placement="dense")).run(
+        replace(sparse, parent=teacher.model_dir)
+    )
+    stage = DistillSparse(
+        data="mix", template="qwen", teacher="t", batch_size=8, max_steps=4, learning_rate=1e-2,
+        hardware={"deepspeed": kind, "checkpoint_every": 2, "gradient_checkpointing": True},
+    )  # fmt: skip
+    facts = {"parent": sparse.model_dir, "references": {"teacher": teacher.model_dir}}
+    plain, whole, halved = (job(name, **facts) for name in ("plain", "whole", "halved"))
+    # balance losses are means over what is computed at once, so the same four samples at once
+    stage.model_copy(update={"hardware": Hardware(micro_batch=4)}).run(plain)
+    on_two(stage, whole)
+    torch.testing.assert_close(losses(plain), losses(whole), atol=1e-5, rtol=1e-5)
+    shutil.rmtree(whole.state_dir / "checkpoints" / "checkpoint-4")
+    shutil.copytree(whole.state_dir, halved.state_dir)
+    on_two(stage, halved)
+    assert sha256(halved.model_dir / "model.safetensors") == sha256(whole.model_dir / "model.safetensors")
+    model, _, _ = vlm.load(halved.model_dir)
+    assert len(moe_layers(model)) == 2
+
+
+def test_a_checkpoint_in_pieces_is_not_resumed_in_another_way(job):
+    made = job("run")
+    on_two(finetune(hardware={"deepspeed": "zero2", "checkpoint_every": 2}), made)
+    shutil.rmtree(made.state_dir / "checkpoints" / "checkpoint-4")
+    with pytest.raises(
+        ConfigError, match=r"written by 2 process\(es\) with zero2, and now the stage runs with 1"
+    ):
+        work(finetune(), made, Requests())

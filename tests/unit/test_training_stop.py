@@ -1,0 +1,70 @@
+"""Stopping in time, and knowing when that is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from mmpipe.artifacts.files import read_json
+from mmpipe.errors import explained
+from mmpipe.stages.finetune import Finetune
+from mmpipe.training import run, stop
+
+
+def finetune(**changes) -> Finetune:
+    settings = {"data": "mix", "template": "qwen", "batch_size": 8, "max_steps": 6, "learning_rate": 1e-3}
+    return Finetune(**{**settings, **changes})
+
+
+def test_sigterm_is_a_request_while_somebody_listens():
+    requests = stop.Requests()
+    before = signal.getsignal(signal.SIGTERM)
+    with requests.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.signalled.wait(5)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_the_deadline_leaves_room_for_what_is_slow():
+    deadline = stop.Deadline(time.time() + 1000, checkpoint_bytes=0)
+    assert not deadline.near()
+    deadline.step, deadline.checkpoint = 200, 100
+    assert not deadline.near()
+    deadline.checkpoint = 300
+    assert deadline.near()
+
+
+def test_a_training_whose_time_is_up_saves_and_goes_on(job, monkeypatch):
+    asked = []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(run.slurm, "requeue", lambda job: asked.append(job) or True)
+    made = job("run", end_time=time.time() - 1)
+    with pytest.raises(stop.Stopped, match=r"stopped at step 1 \(time limit\) .* Slurm runs the job again"):
+        finetune().run(made)
+    assert asked == ["7"]
+    monkeypatch.setattr(run.slurm, "requeue", lambda job: False)
+    with pytest.raises(stop.Stopped, match=r"stopped at step 2 .* run the same command again"):
+        finetune().run(made)
+    made = job("run")
+    finetune().run(made)
+    assert read_json(made.model_dir / "manifest.json")["steps"] == 6
+    assert not (made.state_dir / stop.RECORD).exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError(
+            "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/3"
+        ),
+        RuntimeError('Error while serializing: I/O error: Os { message: "No space left on device" }'),
+    ],
+)
+def test_a_full_disk_is_named_however_it_shows(error):
+    assert "the disk is full: free some space" in explained(error)
+    assert "disk is full" not in explained(ValueError("something else"))
