@@ -39,7 +39,8 @@ class Hardware(Settings):
     """``zero2``, ``zero2_offload``, ``zero3`` or ``zero3_offload`` spread the training over the processes with DeepSpeed.
     Without the package the same recipe trains with plain data parallelism."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """How a training attends: ``auto`` takes flash attention 2 where it is installed and supported, PyTorch's own (``sdpa``) elsewhere."""
+    """How a training attends: ``auto`` takes flash attention 2 where it is installed and supported, and PyTorch's own
+    (``sdpa``) elsewhere."""
     tf32: bool = False
     """Let GPUs multiply float32 matrices with shortened mantissas (TensorFloat-32)."""
     checkpoint_every: int = Field(500, ge=1)
