@@ -41,6 +41,10 @@ except MmpipeError as error:
 """
 
 
+# each starts processes that import torch, which is most of its time
+pytestmark = pytest.mark.slow
+
+
 def finetune(**changes: Any) -> Finetune:
     settings = {
         "data": "mix",
@@ -172,7 +176,7 @@ def half_without_pictures(job: StageJob, out: Path) -> StageJob:
     return replace(job, mixture=out)
 
 
-@pytest.mark.parametrize("kind", [None, pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [None, "zero3"])
 def test_a_batch_without_pictures_on_one_rank_does_not_hang_the_others(job, tmp_path, kind):
     if kind:
         pytest.importorskip("deepspeed")
