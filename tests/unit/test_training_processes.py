@@ -15,10 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
+from made_tokens import TINY, write_tokens
 
 from mmpipe.artifacts.files import read_json, read_jsonl, sha256
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.store import RecordTable, write_records
+from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import MmpipeError
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.finetune import Finetune
@@ -170,10 +172,10 @@ def half_without_pictures(job: StageJob, out: Path) -> StageJob:
         )
         if number % 2
         else record
-        for number, record in enumerate(RecordTable(job.mixture / "records.arrow"))
+        for number, record in enumerate(RecordTable(Path("resources/mixtures/mix/records.arrow")))
     ]
     write_records(out / "records.arrow", records)
-    return replace(job, mixture=out)
+    return replace(job, tokens=write_tokens(out, out / "tokens", TINY))
 
 
 @pytest.mark.parametrize("kind", [None, "zero3"])
@@ -181,7 +183,7 @@ def test_a_batch_without_pictures_on_one_rank_does_not_hang_the_others(job, tmp_
     if kind:
         pytest.importorskip("deepspeed")
     made = half_without_pictures(job("run"), tmp_path)
-    table = RecordTable(made.mixture / "records.arrow")
+    table = TokenTable(made.tokens)
     plan = BatchPlan(lengths=table.lengths, has_image=table.has_image, micro_batch=1, world_size=2)
     pictures = [[table.has_image[plan.step(step, rank)[0][0]] for rank in (0, 1)] for step in range(8)]
     assert [True, False] in pictures
