@@ -17,6 +17,7 @@ shell.prefix("trap '' TERM; ")
 from mmpipe.errors import MmpipeError
 from mmpipe.plan import Plan
 from mmpipe.stages.base import Hardware
+from mmpipe.variants import PATTERN as VARIANT
 
 try:
     PLAN = Plan(config, Path(workflow.basedir))
@@ -32,7 +33,7 @@ def one_of(names):
 wildcard_constraints:
     smoke=r"(?:smoke/)?",
     recipe=one_of(PLAN.recipes),
-    checkpoint=rf"(?:{one_of(PLAN.recipes)})(?:@[a-z0-9_]+)?",
+    checkpoint=rf"(?:{one_of(PLAN.recipes)})(?:@[a-z0-9_]+)?(?:{VARIANT})?",
     benchmark=one_of(PLAN.benchmarks),
     mixture=one_of(PLAN.mixtures),
     backbone=one_of(PLAN.backbones),

@@ -32,6 +32,7 @@ from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 from mmpipe.stages import stage_kinds
 from mmpipe.stages.base import Annotation, Encoding, Hardware, Stage, StageJob, VisionLanguage
+from mmpipe.variants import Variant, split
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 CONSTRUCT = "construct"
@@ -71,6 +72,11 @@ class StagePlan:
     def weights(self) -> str:
         """File name of the published weights."""
         return f"{self.settings.PUBLISHES}.safetensors"
+
+    @property
+    def sparsified(self) -> bool:
+        """Whether the checkpoint has predictors of what to keep."""
+        return any(stage.settings.SPARSIFIES for stage in self.path())
 
     def path(self) -> list[StagePlan]:
         """This stage and all before it, first one first."""
@@ -347,6 +353,10 @@ class Plan:
     def _check_references(self) -> None:
         for stage in self.stages():
             for role, reference in _all_references(stage.settings).items():
+                if split(reference, f"{stage.where}: stages.{stage.name}.{role}")[1]:
+                    raise ConfigError(
+                        f"{stage.where}: stages.{stage.name}.{role}: '{reference}': variants answer benchmarks only"
+                    )
                 other = self.checkpoint(reference, f"{stage.where}: stages.{stage.name}.{role}")
                 self._check_no_circle(stage, other, role)
         self.chosen_recipes  # noqa: B018 - an unknown name in the configuration is found here
@@ -413,25 +423,34 @@ class Plan:
         return found[name]
 
     def checkpoint(self, reference: str, where: str = "") -> StagePlan:
-        """The stage behind ``recipe`` (its last) or ``recipe@stage``."""
-        recipe, _, stage = reference.partition("@")
+        """The stage behind ``recipe`` (its last) or ``recipe@stage``, whatever the variant."""
+        base, variant = split(reference, where or self.where)
+        recipe, _, stage = base.partition("@")
         self._known(recipe, self._paths, where or self.where, "recipe")
         path = {s.name: s for s in self._paths[recipe]}
-        if not stage:
-            return self._paths[recipe][-1]
-        self._known(stage, path, where or self.where, f"stage of '{recipe}'")
-        return path[stage]
+        if stage:
+            self._known(stage, path, where or self.where, f"stage of '{recipe}'")
+        found = path[stage] if stage else self._paths[recipe][-1]
+        if variant and not found.sparsified:
+            raise ConfigError(
+                f"{where or self.where}: '{reference}': the checkpoint has no predictors that could keep more or less; "
+                "only what follows a stage 'sparsify' has variants"
+            )
+        return found
 
     def family(self, reference: str) -> str:
         """What checkpoints that differ in nothing but their seed have in common: the reference with ``*`` for the value
         of the matrix axis ``seed``, else itself. A stage shared by the seeds is one checkpoint, not many."""
-        recipe, at, stage = reference.partition("@")
-        owned = self.checkpoint(reference).owner == recipe
-        return f"{self._recipes[recipe].family}{at}{stage}" if owned else reference
+        base, variant = split(reference)
+        recipe, at, stage = base.partition("@")
+        owned = self.checkpoint(base).owner == recipe
+        suffix = variant.suffix if variant else ""
+        return f"{self._recipes[recipe].family}{at}{stage}{suffix}" if owned else reference
 
     @cached_property
     def chosen_recipes(self) -> list[str]:
-        """The checkpoints to compare, patterns (``demo-*``, ``demo@*``) expanded, in the order of the configuration."""
+        """The checkpoints to compare, patterns (``demo-*``, ``demo@*``) expanded, in the order of the configuration;
+        sparsified ones also at every rate of ``keep_rates``."""
         last = {recipe: path[-1].name for recipe, path in self._paths.items()}
         full = [f"{recipe}@{stage.name}" for recipe, path in self._paths.items() for stage in path]
         projectors = {
@@ -441,7 +460,8 @@ class Plan:
             if stage.settings.PUBLISHES == "projector"
         }
         chosen: dict[str, None] = {}
-        for pattern in self.config.recipes:
+        for wanted in self.config.recipes:
+            pattern, variant = split(wanted, f"{self.where}: recipes")
             names = full if "@" in pattern else self.recipes
             # a projector that saw captions alone answers no questions: only who names it gets it
             hits = [hit for hit in fnmatch.filter(names, pattern) if hit == pattern or hit not in projectors]
@@ -450,8 +470,17 @@ class Plan:
                 raise ConfigError(f"{self.where}: recipes: there is no recipe '{pattern}'{hint}")
             for hit in hits:
                 recipe, _, stage = hit.partition("@")
-                chosen[recipe if stage == last[recipe] else hit] = None
+                name = recipe if stage == last[recipe] else hit
+                chosen |= dict.fromkeys(self._variants(name, variant))
         return list(chosen)
+
+    def _variants(self, name: str, variant: Variant | None) -> list[str]:
+        """The variant of a checkpoint that is asked for; without one, itself and what ``keep_rates`` adds."""
+        if variant:
+            self.checkpoint(f"{name}{variant.suffix}", f"{self.where}: recipes")
+            return [f"{name}{variant.suffix}"]
+        rates = self.config.keep_rates if self.checkpoint(name).sparsified else []
+        return [name, *(f"{name}{Variant(rate).suffix}" for rate in rates)]
 
     def spec(self, stage: StagePlan) -> str:
         """Canonical JSON of what determines a stage's checkpoint, hardware left out."""

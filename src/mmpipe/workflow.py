@@ -21,7 +21,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from mmpipe import slurm
+from mmpipe import slurm, variants
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import atomic_open, read_json, sha256, staged_directory, write_csv, write_json
 from mmpipe.benchmarks.base import get
@@ -279,6 +279,7 @@ def answer(snakemake: Any, plan: Plan) -> None:
     from mmpipe.inference.generate import Answerer
     from mmpipe.models import vlm
     from mmpipe.models.moe.watch import without_first
+    from mmpipe.models.sparsity.wrap import set_keep_rate
 
     torch.set_num_threads(snakemake.threads)
     _quiet_transformers()
@@ -297,6 +298,9 @@ def answer(snakemake: Any, plan: Plan) -> None:
         device = _device(snakemake)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model, processor, card = vlm.load(checkpoint, dtype)
+        variant = variants.split(wildcards.checkpoint)[1]
+        if variant:
+            set_keep_rate(model, variant.keep_rate, wildcards.checkpoint)
         answerer = Answerer(
             model.to(device),
             processor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -38,11 +38,14 @@ class Config(Settings):
     """The main configuration: what is trained and compared."""
 
     recipes: list[str] = Field(min_length=1)
-    """Recipes whose checkpoints are compared; ``recipe@stage`` names an earlier checkpoint, ``*`` matches many."""
+    """Recipes whose checkpoints are compared; ``recipe@stage`` names an earlier checkpoint, ``*`` matches many.
+    A sparsified one can be told to keep more or less: ``recipe+keep0.5``, ``recipe+whole``."""
     benchmarks: list[str | dict[str, dict[str, Any]]] = Field(min_length=1)
     """Benchmarks of ``benchmarks.yaml``; ``- name: {key: value}`` changes settings of the entry."""
     log_experts: bool | LogExperts = False
     """Write down which experts tokens are sent to while benchmarks are answered, and draw the analysis of it."""
+    keep_rates: list[Annotated[float, Field(gt=0, le=1)]] = []
+    """Sparsified checkpoints are also compared with these shares of each picture's tokens kept, one row a rate."""
     smoke: Smoke = Smoke()
     gpu_request: str = Field("gpu", pattern="^(gpu|gres)$")
     """How GPUs are asked for on the cluster: ``gpu`` (``--gpus``) or ``gres`` (``--gres``)."""

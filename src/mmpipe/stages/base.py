@@ -161,6 +161,8 @@ class Stage(Settings):
 
     VERSION: ClassVar[int] = 1
     PUBLISHES: ClassVar[Literal["projector", "model"]] = "model"
+    SPARSIFIES: ClassVar[bool] = False
+    """Whether checkpoints from here on have predictors of what to keep of a context."""
     ON_GPUS: ClassVar[bool] = True
     """Whether the GPUs of a recipe's ``hardware`` are of use to this stage."""
 

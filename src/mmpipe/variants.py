@@ -1,0 +1,49 @@
+"""Checkpoints answered in another way than they were trained: a suffix of the reference, ``recipe@stage+keep0.5``.
+
+``+keep0.5`` keeps half of each picture's tokens, ``+whole`` keeps everything, as the dense model does. Only sparsified checkpoints
+have variants. Plain Python: the plan and the rules read it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mmpipe.errors import ConfigError
+
+PATTERN = r"\+(?:keep[0-9.]+|whole)"
+"""What the rules accept behind a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How much of its context a checkpoint keeps."""
+
+    keep_rate: float | None
+    """Share of each picture's tokens; None keeps everything."""
+
+    @property
+    def suffix(self) -> str:
+        """As in a reference."""
+        return "+whole" if self.keep_rate is None else f"+keep{self.keep_rate:g}"
+
+
+def split(reference: str, where: str = "") -> tuple[str, Variant | None]:
+    """A reference without its variant, and the variant if it has one.
+
+    Raises ConfigError, opened by ``where``, for a suffix that is none and for rates outside (0, 1].
+
+    >>> split("demo@sparsify+keep0.5")
+    ('demo@sparsify', Variant(keep_rate=0.5))
+    """
+    base, plus, suffix = reference.partition("+")
+    if not plus:
+        return base, None
+    if suffix == "whole":
+        return base, Variant(None)
+    rate = re.fullmatch(r"keep([0-9]*\.?[0-9]+)", suffix)
+    if not rate:
+        raise ConfigError(f"{where}: '{reference}': '+{suffix}' is no variant; known: +keep0.5 (any rate), +whole")
+    if not 0 < float(rate[1]) <= 1:
+        raise ConfigError(f"{where}: '{reference}': a keep rate is above 0 and at most 1")
+    return base, Variant(float(rate[1]))
