@@ -729,12 +729,12 @@ class Plan:
         ]
 
     def submissions(self, out: str = "results") -> list[str]:
-        """The submission of every chosen checkpoint to every chosen benchmark that is no control."""
+        """The submission of every chosen checkpoint, as it was trained, to every chosen benchmark that is no control."""
         return [
             f"{out}/{checkpoint}/submit/{benchmark}.{get(self.benchmarks[benchmark].task).submission}"
             for checkpoint in self.chosen_recipes
             for benchmark in self.chosen_benchmarks
-            if not self.benchmarks[benchmark].control
+            if not self.benchmarks[benchmark].control and not split(checkpoint)[1]
         ]
 
     def chosen_stages(self) -> list[StagePlan]:

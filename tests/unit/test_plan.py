@@ -392,3 +392,66 @@ def test_data_sets_have_no_layout(project):
     wrong = {"datasets": CATALOGUES["datasets"] | {"captions": maker | {"layout": "stock"}}}
     with pytest.raises(ConfigError, match=r"datasets\.yaml, entry 'captions'.*only backbones"):
         project({"base": BASE}, wrong)
+
+
+SPARSE = {
+    "base": BASE,
+    "lean": {"extends": "base", "stages": {"sparsify": {"data": "mix"}}},
+    "later": {"extends": "lean", "stages": {"prefer": {"data": "mix", "reference": "lean"}}},
+}
+
+
+def test_keep_rates_add_rows_of_sparsified_checkpoints(project):
+    plan = project(SPARSE, recipes=["base", "lean", "later@sparsify", "later"], keep_rates=[0.5, 1.0])
+    assert plan.chosen_recipes == [
+        *("base", "lean", "lean+keep0.5", "lean+keep1"),
+        *("later@sparsify", "later@sparsify+keep0.5", "later@sparsify+keep1"),
+        *("later", "later+keep0.5", "later+keep1"),
+    ]
+    assert plan.checkpoint("lean+keep0.5") is plan.checkpoint("lean")
+    assert "results/lean+keep0.5/eval/mmbench/score.json" in plan.score_files("results", "mmbench")
+    assert not [file for file in plan.submissions() if "+" in file], "servers grade what was trained"
+
+
+def test_variants_are_chosen_by_name(project):
+    plan = project(SPARSE, recipes=["l*+whole", "later@sparsify+keep0.25"])
+    assert plan.chosen_recipes == ["lean+whole", "later+whole", "later@sparsify+keep0.25"]
+    assert [stage.id for stage in plan.chosen_stages()][-1] == "later@prefer"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("base+keep0.5", "has no predictors that could keep more or less"),
+        ("lean+keep0", "above 0 and at most 1"),
+        ("lean+keep1.5", "above 0 and at most 1"),
+        ("lean+kep0.5", r"'\+kep0\.5' is no variant; known: \+keep0\.5 \(any rate\), \+whole"),
+        ("laen+keep0.5", "there is no recipe 'laen'; did you mean 'lean'"),
+    ],
+)
+def test_variants_that_cannot_be(project, recipe, message):
+    with pytest.raises(ConfigError, match=message):
+        project(SPARSE, recipes=[recipe])
+
+
+def test_variants_teach_nothing(project):
+    learner = {
+        "extends": "base@pretrain",
+        "stages": {"distill_dense": {"data": "mix", "teacher": "lean+whole"}},
+    }
+    with pytest.raises(ConfigError, match="variants answer benchmarks only"):
+        project({**SPARSE, "learner": learner})
+
+
+def test_a_keep_rate_outside_its_range_is_found(project):
+    with pytest.raises(ConfigError, match=r"keep_rates"):
+        project(SPARSE, keep_rates=[0.0])
+    wrong = {
+        **SPARSE,
+        "lean": {
+            "extends": "base",
+            "stages": {"sparsify": {"data": "mix", "sparsity": {"vision_keep_rate": 2}}},
+        },
+    }
+    with pytest.raises(ConfigError, match=r"lean\.yaml: stages\.sparsify.*sparsity\.vision_keep_rate"):
+        project(wrong)
