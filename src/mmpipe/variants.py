@@ -1,7 +1,7 @@
 """Checkpoints answered in another way than they were trained: a suffix of the reference, ``recipe@stage+keep0.5``.
 
-``+keep0.5`` keeps half of each picture's tokens, ``+whole`` keeps everything, as the dense model does. Only sparsified checkpoints
-have variants. Plain Python: the plan and the rules read it.
+``+keep0.5`` keeps half of each picture's tokens, ``+whole`` keeps everything, as the dense model does. Only sparsified
+checkpoints have variants. Plain Python: the plan and the rules read it.
 """
 
 from __future__ import annotations
