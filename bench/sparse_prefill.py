@@ -4,10 +4,10 @@
     python bench/sparse_prefill.py --rates 0.1 0.2 0.5 1.0 --rows 4
     python bench/sparse_prefill.py --device cuda --width 2048 --layers 24 --predictor 512 --dtype bfloat16
 
-A text model of random weights reads 576 picture tokens and 64 of text; predictors stand before layer 2. FLOPs are counted by
-PyTorch while the model runs, dense and sparse, the predictor's included. Then the same with a vision tower of CLIP-L's
-proportions before it, whose work sparsification does not touch. Repetitions are interleaved and the table gives medians; on a CPU it is processor
-time, which other work on the machine changes least.
+A text model of random weights reads 576 picture tokens and 64 of text; predictors stand before layer 2. FLOPs are
+counted by PyTorch while the model runs, dense and sparse, the predictor's included. Then the same with a vision tower of
+CLIP-L's proportions before it, whose work sparsification does not touch. Repetitions are interleaved and the table gives
+medians; on a CPU it is processor time, which other work on the machine changes least.
 """
 
 from __future__ import annotations
