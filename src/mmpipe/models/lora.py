@@ -4,12 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from mmpipe.errors import ArtifactError
 from mmpipe.models.export import some
+from mmpipe.models.trainable import matching
+
+if TYPE_CHECKING:
+    from mmpipe.stages.base import LoraSettings
+
+_CONFIGS = "peft_config"  # where peft leaves its settings on a model
+
+FOLDER = "adapter"
+"""Where a published checkpoint keeps the adapter that is merged into it."""
+
+
+def put_on(model: nn.Module, settings: LoraSettings, seed: int) -> None:
+    """Put fresh adapters on the chosen linear layers of ``model``, in place; they change nothing before they learn.
+
+    Raises ConfigError for a pattern that names no linear layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = {
+        name.removeprefix("model."): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    chosen = {
+        linear[name] for pattern in settings.targets for name in matching(pattern, linear, "linear layer")
+    }
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # need not be whole
+        lora_dropout=settings.dropout,
+        target_modules=sorted(chosen),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+
+
+def is_on(model: nn.Module) -> bool:
+    """Whether there are adapters on ``model``."""
+    return hasattr(model, _CONFIGS)
+
+
+def save(model: nn.Module, out: Path, *, base: str) -> None:
+    """Write the adapters on ``model`` into the directory ``out`` as peft does; ``base`` is what they were trained on."""
+    from peft import get_peft_model_state_dict
+
+    out.mkdir()
+    config = getattr(model, _CONFIGS)["default"]
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(str(out))
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    named = {
+        f"base_model.model.{name}": tensors[name].detach().cpu().contiguous() for name in sorted(tensors)
+    }
+    path = out / "adapter_model.safetensors"
+    save_file(named, path)
+    path.chmod(0o644)
+
+
+def merge(model: nn.Module) -> None:
+    """Add the adapters on ``model`` to its weights and take them off."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, layer in adapted:
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    delattr(model, _CONFIGS)
 
 
 def merge_file(model: Any, directory: Path, tensors: Mapping[str, Tensor]) -> Any:

@@ -24,7 +24,7 @@ def select(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     meant.
     """
     named = _named(model)
-    chosen = {name for pattern in patterns for name in _matching(pattern, named)}
+    chosen = {name for pattern in patterns for name in matching(pattern, named)}
     for parameter in named.values():
         parameter.requires_grad_(False)
     for name in chosen:
@@ -45,7 +45,7 @@ def learning_rate_groups(
     named = _named(model)
     rates = {id(parameter): base for parameter in named.values()}
     for pattern, rate in others.items():
-        rates |= {id(named[name]): rate for name in _matching(pattern, named)}
+        rates |= {id(named[name]): rate for name in matching(pattern, named)}
 
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -64,12 +64,11 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+def matching(pattern: str, names: Iterable[str], what: str = "parameter") -> list[str]:
+    """The names a pattern matches. ConfigError, with the nearest names, when there is none."""
     names = list(names)
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
         near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-        raise ConfigError(
-            f"the pattern '{pattern}' matches no parameter; the nearest names: {', '.join(near)}"
-        )
+        raise ConfigError(f"the pattern '{pattern}' matches no {what}; the nearest names: {', '.join(near)}")
     return found

@@ -198,6 +198,20 @@ class Stage(Settings):
         raise NotImplementedError
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) instead of whole weights; defaults are LLaVA-1.5's
+    ``finetune_lora.sh``, whose learning rates are 2e-4 and 2e-5 for the projector."""
+
+    rank: int = Field(128, ge=1)
+    alpha: float = Field(256, gt=0)
+    """The adapters' product is scaled by ``alpha / rank``."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: tuple[str, ...] = ("language_model.layers.*_proj",)
+    """Glob patterns of the linear layers that get an adapter, by their full names: towers stay out unless named."""
+    beside: tuple[str, ...] = ("multi_modal_projector.*",)
+    """Glob patterns of the parameters that train whole beside the adapters."""
+
+
 class TrainStage(Stage):
     """A stage that trains on a mixture."""
 
@@ -211,6 +225,8 @@ class TrainStage(Stage):
     """Tokens per sample, picture tokens included; longer texts are cut on the right."""
     trainable: tuple[str, ...] = ("language_model.*", "lm_head.*", "multi_modal_projector.*")
     """Glob patterns of the parameters that train; the others stay bit-identical."""
+    lora: LoraSettings | None = None
+    """Train adapters instead. They are published in ``adapter/`` and merged into the checkpoint beside it."""
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps; overrides ``epochs``."""
@@ -232,6 +248,21 @@ class TrainStage(Stage):
     """Training stops at once when a smaller share of the text tokens is supervised: the template does not fit."""
     llava_projector: bool = False
     """Also write the projector as ``mm_projector.bin``, under LLaVA's names."""
+
+    @model_validator(mode="after")
+    def _adapters_or_whole_weights(self) -> TrainStage:
+        if self.lora is not None:
+            if self.PUBLISHES == "projector":
+                raise ValueError("'lora' adapts the language model, which this stage does not train")
+            if self.trainable != type(self).model_fields["trainable"].default:
+                raise ValueError(
+                    "with 'lora', 'trainable' says nothing; name what trains whole in 'lora.beside'"
+                )
+        return self
+
+    def trains(self) -> tuple[str, ...]:
+        """Glob patterns of everything that trains, adapters included."""
+        return self.trainable if self.lora is None else (*self.lora.beside, "*.lora_[AB].*")
 
     def mixture(self) -> str | None:
         return self.data

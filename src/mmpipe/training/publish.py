@@ -10,7 +10,7 @@ import torch
 
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import staged_directory
-from mmpipe.models import gate, projector
+from mmpipe.models import gate, lora, projector
 from mmpipe.models.export import save_checkpoint
 from mmpipe.models.moe import stock
 from mmpipe.models.moe.collect import moe_layers
@@ -35,11 +35,15 @@ def publish(
 ) -> None:
     """Write model or projector, let a fresh process read a sparse or sparsified model back, then publish with a manifest.
 
-    ``facts`` says how the checkpoint is to be used (template, pictures, backbones); ``statements`` are further entries of
-    the manifest. Raises ArtifactError when stock transformers computes something else from the files.
+    Adapters on the model are written on their own and merged first. ``facts`` says how the checkpoint is to be used
+    (template, pictures, backbones); ``statements`` are further entries of the manifest. Raises ArtifactError when stock
+    transformers computes something else from the files.
     """
     model.eval()
     with staged_directory(job.model_dir) as out:
+        if lora.is_on(model):
+            lora.save(model, out / lora.FOLDER, base=str(job.parent or ""))
+            lora.merge(model)
         if stage.PUBLISHES == "model":
             save_checkpoint(model, processor, out)
             _read_back(model, out)

@@ -18,7 +18,7 @@ from mmpipe.artifacts.state import open_state
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import ConfigError, MmpipeError
-from mmpipe.models import attention, vlm
+from mmpipe.models import attention, lora, vlm
 from mmpipe.models.export import some
 from mmpipe.models.tower import freeze_idle
 from mmpipe.models.trainable import select
@@ -127,7 +127,9 @@ def untrained_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
     """The model before the first step, with what trains chosen, and its processor."""
     model, processor = starting_model(stage, job)
     stage.prepare(model, job)
-    select(model, stage.trainable)
+    if stage.lora:
+        lora.put_on(model, stage.lora, stage.seed)
+    select(model, stage.trains())
     if idle := freeze_idle(model):
         log.info("not trained, for nothing reads it: %s of the vision tower", some(idle))
     return model, processor
