@@ -101,28 +101,85 @@ def loop(
 def automatic(
     self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not aligned,
-    other width at the output).
+    """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not aligned).
 
     Autocast does not know grouped products, which would then run in the weights' float32. So its dtype is
     taken here, for input, weights and output, as it is for a linear layer.
     """
     dtype = _autocast_dtype(hidden_TD.device) or self.down_proj.dtype
-    if not (_groups(self, dtype) and len(hidden_TD) and self.down_proj.shape[1] == hidden_TD.shape[1]):
+    if not (_groups(self, dtype) and len(hidden_TD)):
         return loop(self, hidden_TD, indices_TK, weights_TK)
-    experts: Any = self if dtype == self.down_proj.dtype else _Cast(self, dtype)
-    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_TD.to(dtype), indices_TK, weights_TK.to(dtype))
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        return grouped(self, hidden_TD, indices_TK, weights_TK, dtype)
 
 
-class _Cast:
-    """Experts seen through another dtype; gradients reach the tensors themselves."""
+def grouped(
+    self: SwiGLUExperts | MLPExperts,
+    hidden_TD: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """All experts at once: tokens sorted by expert, one grouped product a layer of the networks.
 
-    def __init__(self, experts: nn.Module, dtype: torch.dtype) -> None:
-        self._experts, self._dtype = experts, dtype
+    The number of tokens of an expert never leaves the device.
+    """
+    experts_S, order_S = indices_TK.flatten().sort(stable=True)
+    place_S = torch.empty_like(order_S).scatter_(
+        0, order_S, torch.arange(len(order_S), device=order_S.device)
+    )
+    every_N = torch.arange(self.num_experts, device=experts_S.device)
+    ends_N = torch.searchsorted(experts_S, every_N, right=True, out_int32=True)
 
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._experts, name)
-        return value.to(self._dtype) if isinstance(value, Tensor) else value
+    def linear(x: Tensor, name: str) -> Tensor:
+        result = F.grouped_mm(x, getattr(self, name).to(dtype).transpose(1, 2), offs=ends_N)
+        bias_NF = getattr(self, f"{name}_bias", None)
+        return result if bias_NF is None else result + bias_NF.to(dtype).index_select(0, experts_S)
+
+    rows_SD = _Dispatch.apply(hidden_TD.to(dtype), order_S, place_S, indices_TK.shape[1])
+    if isinstance(self, MLPExperts):
+        inner = self.act_fn(linear(rows_SD, "up_proj"))
+    else:
+        gate, up = linear(rows_SD, "gate_up_proj").chunk(2, dim=-1)
+        inner = self.act_fn(gate) * up
+    return _Combine.apply(linear(inner, "down_proj"), weights_TK.to(dtype), order_S, place_S)
+
+
+class _Dispatch(torch.autograd.Function):
+    """A copy of each token for each of its choices, in the order of the experts.
+
+    The gradient of a token is the sum over its k copies: a gather and a sum. Left to autograd it would be a
+    scatter into rows that occur k times, which is slow on a CPU and not deterministic on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, order_S: Tensor, place_S: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(place_S)
+        ctx.k = k
+        return hidden_TD.index_select(0, order_S // k)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None, None]:
+        (place_S,) = ctx.saved_tensors
+        return grad_SD.index_select(0, place_S).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The weighted sum of each token's k results; its gradients are gathers, too."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, weights_TK: Tensor, order_S: Tensor, place_S: Tensor) -> Tensor:
+        chosen_TKD = rows_SD.index_select(0, place_S).unflatten(0, weights_TK.shape)
+        ctx.save_for_backward(chosen_TKD, weights_TK, order_S)
+        return torch.bmm(weights_TK[:, None], chosen_TKD).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        chosen_TKD, weights_TK, order_S = ctx.saved_tensors
+        grad_weights_TK = torch.bmm(chosen_TKD, grad_TD[:, :, None]).squeeze(2)
+        grad_rows_SD = grad_TD.index_select(0, order_S // weights_TK.shape[1])
+        grad_rows_SD = grad_rows_SD * weights_TK.flatten().index_select(0, order_S)[:, None]
+        return grad_rows_SD, grad_weights_TK, None, None
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
