@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import Server
+from judge_server import Server, running
 
 from mmpipe.benchmarks.judge import BudgetError, JudgeSettings, judge_answers, messages
 from mmpipe.benchmarks.judging import JudgeRequest
@@ -22,13 +21,8 @@ RECORDS = [{"question": f"Q{n}?", "gt_answer": "A cat.", "image_content": ["Cat"
 
 @pytest.fixture
 def server():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with running() as server:
+        yield server
 
 
 @pytest.fixture

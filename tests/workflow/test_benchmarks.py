@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmark_layouts import LAYOUTS, VERDICTS
-from judge_server import Server
+from judge_server import running
 from project_fixtures import Project
 
 from mmpipe.benchmarks.base import get
@@ -46,14 +45,9 @@ def everything(project: Project, tmp_path: Path) -> Project:
 
 @pytest.fixture
 def judge():
-    server = Server()
-    server.reply = VERDICTS["mmhal"]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with running() as server:
+        server.reply = VERDICTS["mmhal"]
+        yield server
 
 
 def with_judge(project: Project, url: str) -> None:
