@@ -365,3 +365,23 @@ def test_what_is_not_there_is_said(job, tmp_path):
         with pytest.raises(ConfigError, match=said):
             CliRunner().invoke(app, command, catch_exceptions=False)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_tokenizer_that_takes_more_packages_says_which(monkeypatch, tmp_path):
+    from mmpipe.lineage import base, get
+
+    (tmp_path / "tokenizer.model").write_bytes(b"a sentencepiece model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(base, "_is_installed", lambda module: False)
+    for layout in ("stock", "moss2"):
+        with pytest.raises(
+            ArtifactError, match="takes sentencepiece and protobuf: pip install sentencepiece"
+        ):
+            get(layout).tokenizer(tmp_path)
+
+
+def test_another_treatment_of_pictures_than_in_training_is_pointed_out(bring, job, tmp_path, caplog):
+    made.whole_llava(tmp_path / "llava", image_aspect_ratio="square")
+    bring(tmp_path / "llava")
+    assert "trained with the pictures' aspect 'square'; the recipe says 'pad'" in caplog.text

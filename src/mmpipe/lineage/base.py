@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class Whole:
     tokenizer: PreTrainedTokenizerBase
     pictures: Path
     """The directory whose ``preprocessor_config.json`` says how pictures are prepared."""
+    image_aspect: str | None = None
+    """How pictures were made square in its training (``pad``, ``square``), where the files say it."""
 
 
 class Layout:
@@ -51,10 +54,16 @@ class Layout:
         raise ConfigError(f"{directory}: the layout '{self}' holds no language model")
 
     def tokenizer(self, directory: Path) -> PreTrainedTokenizerBase:
-        """The tokenizer beside a language model."""
+        """The tokenizer beside a language model.
+
+        Raises ArtifactError when it cannot be read.
+        """
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(directory)
+        try:
+            return AutoTokenizer.from_pretrained(directory)
+        except (ImportError, OSError, ValueError) as error:
+            raise unreadable_tokenizer(directory, error) from error
 
     def whole(self, directory: Path, parts: Mapping[str, Part]) -> Whole:
         """The whole model. ``parts`` are the backbones named beside it (``vision``, ``language``).
@@ -75,6 +84,26 @@ class Layout:
 
     def __str__(self) -> str:
         return type(self).__module__.rpartition(".")[2]
+
+
+def unreadable_tokenizer(directory: Path, error: Exception) -> ArtifactError:
+    """What to say of a tokenizer that ``error`` kept from being read; transformers' own words can mislead."""
+    lacking = [
+        package
+        for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
+        if not _is_installed(module)
+    ]
+    if lacking and (directory / "tokenizer.model").is_file():
+        return ArtifactError(
+            f"{directory}: reading its tokenizer.model takes {' and '.join(lacking)}: pip install {' '.join(lacking)}"
+        )
+    reason = str(error).strip().partition("\n")[0]
+    return ArtifactError(f"{directory}: its tokenizer cannot be read ({reason})")
+
+
+def _is_installed(module: str) -> bool:
+    package = module.partition(".")[0]
+    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
 
 class PackedLanguage(Layout):

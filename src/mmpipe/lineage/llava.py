@@ -57,7 +57,7 @@ class Llava(Layout):
             feature_select=_feature_select(directory, written),
         )
         model = _tensors.assemble(LlavaForConditionalGeneration, config, tensors, directory, "auto")
-        return Whole(model, tokenizer, parts["vision"].directory)
+        return Whole(model, tokenizer, parts["vision"].directory, written.get("image_aspect_ratio"))
 
     def write(self, checkpoint: Path, out: Path, *, language: str | None, tower: str, binary: bool) -> None:
         from mmpipe.lineage._write_llava import write

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mmpipe.errors import ArtifactError
-from mmpipe.lineage.base import PackedLanguage
+from mmpipe.lineage.base import PackedLanguage, unreadable_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
@@ -110,10 +110,7 @@ class Moss2(PackedLanguage):
         try:
             return LlamaTokenizer.from_pretrained(directory, add_bos_token=True, pad_token="</s>")
         except (ImportError, OSError, ValueError) as error:
-            raise ArtifactError(
-                f"{directory}: its tokenizer cannot be read ({str(error).strip().splitlines()[0]}); reading "
-                "'tokenizer.model' takes the packages sentencepiece and protobuf"
-            ) from error
+            raise unreadable_tokenizer(directory, error) from error
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,8 @@ from mmpipe.models import projector
 from mmpipe.models.export import load_checkpoint
 from mmpipe.models.tower import look_at
 from mmpipe.stages.base import VisionLanguage
+
+log = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
 Aspect = Literal["pad", "square"]
@@ -103,6 +106,11 @@ def bring_in(
     parts = _parts(backbones, layouts)
     source = parts.pop("checkpoint")
     whole = source.layout.whole(source.directory, parts)
+    if whole.image_aspect not in (None, image_aspect):
+        log.warning(
+            "%s was trained with the pictures' aspect '%s'; the recipe says '%s' (image_aspect of construct)",
+            *(source, whole.image_aspect, image_aspect),
+        )
     tokenizer = with_image_token(whole.tokenizer, source.directory)
     make_room(whole.model, tokenizer, seed)
     _check_tokenizer(source.directory, whole.model, tokenizer)
