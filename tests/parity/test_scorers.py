@@ -284,3 +284,13 @@ def test_prompts():
             assert text == item["prompt"], item["benchmark"]
             seen += 1
     assert seen >= 24
+
+
+def test_mathvista_output_file_of_the_official_scripts(tmp_path):
+    vector, task = load("mathvista"), get("mathvista")
+    task.convert(task.pair(references("mathvista", vector), vector["answers"]), tmp_path / "output.json")
+    written = json.loads((tmp_path / "output.json").read_text())
+    assert list(written) == [record["pid"] for record in vector["references"]]
+    replies = {answer["question_id"]: answer["text"] for answer in vector["answers"]}
+    for record in vector["references"]:
+        assert written[record["pid"]] == {**record, "response": replies[record["pid"]]}

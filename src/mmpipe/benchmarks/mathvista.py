@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ from mmpipe.benchmarks.base import (
 from mmpipe.benchmarks.choices import LETTERS, infer_option, options_block
 from mmpipe.benchmarks.forms import hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.records import read_document
+from mmpipe.benchmarks.records import read_document, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 
 _FIELDS = ("pid", "question_type", "answer_type", "answer")
@@ -58,6 +59,7 @@ class MathVista(Benchmark):
     """MathVista's testmini split."""
 
     name = "mathvista"
+    submission = "json"
     files: ClassVar[Mapping[str, str]] = {"questions": "testmini.json", "images": ".", "parquet": "data"}
     protocols = (
         Protocol("mathvista", "the official scorer with a judge's extraction", prompt="query", max_new_tokens=1024,
@@ -108,6 +110,22 @@ class MathVista(Benchmark):
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
         scale = 100.0 if protocol.rule in ("lmms", "libmoe") else 1.0
         return estimate_mean("accuracy", [i.score for i in items], [i.unit for i in items], scale)
+
+    def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
+        """The official output file ``{pid: record}`` with the replies in ``response``, for its extraction and
+        scoring scripts."""
+        write_document(
+            out,
+            {
+                key(pair.reference["pid"]): {
+                    **{name: value for name, value in pair.reference.items() if name != "question_id"},
+                    "response": pair.text,
+                }
+                for pair in pairs
+            },
+            indent=2,
+        )
+        return {}
 
     def judge_request(self, pair: Pair) -> JudgeRequest | None:
         """Ask for the answer inside the reply, unless the type of the question settles it."""

@@ -69,7 +69,13 @@ def describe() -> list[Record]:
             "files": dict(get(name).files),
             "submission": get(name).submission,
             "protocols": [
-                {"name": p.name, "about": p.about, "judged": p.judged, "max_new_tokens": p.max_new_tokens}
+                {
+                    "name": p.name,
+                    "aliases": list(p.aliases),
+                    "about": p.about,
+                    "judged": p.judged,
+                    "max_new_tokens": p.max_new_tokens,
+                }
                 for p in get(name).protocols
             ],
         }
