@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -251,12 +252,20 @@ def test_mmbench_submission_sheet(tmp_path):
     ]
 
 
-def test_mme_files_of_the_official_tool():
+def test_mme_files_of_the_official_tool(tmp_path):
     from mmpipe.benchmarks.mme import eval_tool_files
 
     vector, task = load("mme"), get("mme")
     pairs = task.pair(references("mme", vector), vector["answers"])
-    assert eval_tool_files(pairs) == vector["expected"]["eval_tool_files"]
+    files = vector["expected"]["eval_tool_files"]
+    assert eval_tool_files(pairs) == files
+    task.convert(pairs, tmp_path / "answers")
+    assert {path.stem: path.read_text() for path in (tmp_path / "answers").iterdir()} == files
+    task.convert(pairs, tmp_path / "answers.zip")
+    with zipfile.ZipFile(tmp_path / "answers.zip") as archive:
+        assert {
+            name.removesuffix(".txt"): archive.read(name).decode() for name in archive.namelist()
+        } == files
 
 
 def test_prompts():

@@ -154,13 +154,18 @@ class Mme(Benchmark):
         return bootstrap(_TOTALS[protocol.rule][0], totals, score, sum(scores.values()))
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
-        """The files that ``calculation.py`` reads, one a category, packed into a zip.
+        """The files that ``calculation.py`` reads, one a category: packed, where ``out`` ends in ``.zip``, otherwise in
+        the folder ``out``.
 
         Tabs and line ends of a reply would break their lines; they become blanks and are counted.
         """
         files = eval_tool_files(pairs)
-        with atomic_open(out) as file:
-            file.write(_zipped(files))
+        packed = {out: _zipped(files)} if out.suffix == ".zip" else {}
+        for path, content in (
+            packed or {out / f"{c}.txt": _lines(text) for c, text in files.items()}
+        ).items():
+            with atomic_open(path) as file:
+                file.write(content)
         broken = sum(pair.text != _one_cell(pair.text) for pair in pairs)
         return {"files": sorted(files), "replies_with_tabs_or_line_ends": broken}
 
@@ -180,13 +185,17 @@ def _one_cell(text: str) -> str:
     return " ".join(text.replace("\t", "\n").splitlines()) if any(c in text for c in "\t\n\r") else text
 
 
+def _lines(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
 def _zipped(files: Mapping[str, str]) -> bytes:
     """A zip whose bytes depend on the files alone."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):
             info = zipfile.ZipInfo(f"{name}.txt", date_time=(1980, 1, 1, 0, 0, 0))
-            archive.writestr(info, files[name].encode("utf-8", "replace"), zipfile.ZIP_DEFLATED)
+            archive.writestr(info, _lines(files[name]), zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
