@@ -125,6 +125,14 @@ def finished(fresh: Project, tmp_path_factory: pytest.TempPathFactory) -> Projec
     return project
 
 
+@pytest.fixture(scope="session")
+def pretrained(fresh: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The shrunken project after its first stage. Not to be changed: copy it."""
+    project = fresh.copy(tmp_path_factory.mktemp("pretrained") / "project")
+    project.snakemake("results/demo/pretrain/model/manifest.json")
+    return project
+
+
 @pytest.fixture
 def project(finished: Project, tmp_path: Path) -> Project:
     """A finished project of the test's own."""

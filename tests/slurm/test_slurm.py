@@ -117,7 +117,8 @@ def test_a_failed_job_shows_its_log(fresh, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_two_nodes_train_one_stage(project, finished):
+def test_two_nodes_train_one_stage(pretrained, tmp_path):
+    project = pretrained.copy(tmp_path / "project")
     training = Training(project, steps=3, nodes=2)
     project.snakemake(MANIFEST, *QUICK, "--forcerun", "pretrain")
     assert "3 steps of 8 samples: 2 process(es) x 1 accumulated x 4" in training.log()
@@ -125,14 +126,14 @@ def test_two_nodes_train_one_stage(project, finished):
         torch.tensor(
             [row["loss"] for row in read_jsonl(p.root / "results/demo/pretrain/report/history.jsonl")]
         )
-        for p in (finished, project)
+        for p in (pretrained, project)
     )
     torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_preempted_training_goes_on_after_it_was_queued_again(project):
-    training = Training(project, steps=600)
+def test_a_preempted_training_goes_on_after_it_was_queued_again(pretrained, tmp_path):
+    training = Training(pretrained.copy(tmp_path / "project"), steps=600)
     with training.start("--retries", "0") as process:
         wait_for(lambda: training.steps() >= 5)
         job = training.job()
@@ -151,8 +152,8 @@ def test_a_preempted_training_goes_on_after_it_was_queued_again(project):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_cancelled_training_goes_on_when_it_is_run_again(project):
-    training = Training(project, steps=600)
+def test_a_cancelled_training_goes_on_when_it_is_run_again(pretrained, tmp_path):
+    training = Training(pretrained.copy(tmp_path / "project"), steps=600)
     with training.start("--retries", "0") as process:
         wait_for(lambda: training.steps() >= 5)
         slurm("scancel", training.job())
@@ -165,8 +166,8 @@ def test_a_cancelled_training_goes_on_when_it_is_run_again(project):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_training_longer_than_its_time_limit_queues_itself_again(project):
-    training = Training(project, steps=1200, runtime_minutes=1)
+def test_a_training_longer_than_its_time_limit_queues_itself_again(pretrained, tmp_path):
+    training = Training(pretrained.copy(tmp_path / "project"), steps=1200, runtime_minutes=1)
     with training.start("--retries", "0") as process:
         job = wait_for(training.job)
         wait_for(lambda: slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "PENDING", 90)

@@ -12,8 +12,9 @@ MANIFEST = "results/demo/pretrain/model/manifest.json"
 
 
 @pytest.fixture
-def asked(project, tmp_path, monkeypatch):
+def asked(pretrained, tmp_path, monkeypatch):
     """What the stage ``pretrain`` asks sbatch for on some hardware: its options, as the Slurm plugin writes them."""
+    project = pretrained.copy(tmp_path / "project")
     commands = tmp_path / "commands"
     commands.mkdir()
     for name in ("sbatch", "squeue", "scontrol", "sinfo"):
