@@ -20,6 +20,7 @@ from mmpipe.errors import ConfigError
 from mmpipe.models import vlm
 from mmpipe.stages.base import LoraSettings
 from mmpipe.stages.pretrain import Pretrain
+from mmpipe.training import launch
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
 STAGE = finetune(lora=LORA, seed=3, max_steps=4)
@@ -96,6 +97,20 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(tuned, job):
 
 def contents(directory: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in directory.iterdir() if path.is_file()}
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(job):
+    stage = finetune(lora=LORA | {"dropout": 0.0}, max_steps=3)
+    one, two = job("one"), job("two")
+    stage.run(one)
+    two.state_dir.mkdir(parents=True)
+    launch.run_processes(stage, two, 2)
+    names = ("model.safetensors", "adapter/adapter_model.safetensors")
+    for before, after in ((load_file(one.model_dir / n), load_file(two.model_dir / n)) for n in names):
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_a_misspelt_target_is_named(job):
