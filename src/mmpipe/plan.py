@@ -319,7 +319,7 @@ class Plan:
         shared = {
             key: value
             for key, value in common.hardware.items()
-            if key != "gpus" or stage_kinds()[kind].ON_GPUS
+            if key not in ("gpus", "nodes") or stage_kinds()[kind].ON_GPUS
         }
         hardware = _merged(shared, own.get("hardware", {}))
         raw = _merged(_merged(base, defaults), own)
