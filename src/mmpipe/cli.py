@@ -39,6 +39,9 @@ TemplateName = Annotated[
     str | None,
     typer.Option("--template", "--conv-mode", help="Checked against the checkpoint's own."),
 ]
+Sparsity = Annotated[
+    str | None, typer.Option(help="Of a sparsified model: the share of a picture to keep (0.2), or off.")
+]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest word.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest words of this total probability.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "--max-new-tokens", help="Longest answer.")]
@@ -280,6 +283,7 @@ def chat(
     device_map: DeviceMap = None,
     load_4bit: Load4Bit = False,
     load_8bit: Load8Bit = False,
+    sparsity: Sparsity = None,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
     """Talk to a checkpoint about pictures."""
@@ -288,20 +292,54 @@ def chat(
 
     if as_json and prompt is None:
         raise ChatError("--json needs --prompt")
-    loading = _loading(template, dtype, device, device_map, load_4bit, load_8bit)
+    loading = _loading(template, dtype, device, device_map, load_4bit, load_8bit, sparsity)
     sampling = Sampling(temperature, top_p, max_tokens, seed)
     talk(checkpoint, configfile, loading, sampling, image or [], prompt, as_json)
 
 
+@app.command()
+def serve(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A directory, recipe, recipe@stage, or owner/name on the hub.")
+    ],
+    other: Annotated[str | None, typer.Argument(help="Another one, to see answers side by side.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 7860,
+    template: TemplateName = None,
+    temperature: Temperature = 0.2,
+    top_p: TopP = 1.0,
+    max_tokens: MaxTokens = 512,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    load_4bit: Load4Bit = False,
+    load_8bit: Load8Bit = False,
+    sparsity: Sparsity = None,
+    configfile: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Serve a checkpoint, or two: a page to talk to them, and OpenAI's protocol below /v1."""
+    from mmpipe.chat.messages import Sampling
+    from mmpipe.chat.run import serve as run
+
+    loading = _loading(template, dtype, device, device_map, load_4bit, load_8bit, sparsity)
+    names = [checkpoint] if other is None else [checkpoint, other]
+    run(names, configfile, loading, Sampling(temperature, top_p, max_tokens), port)
+
+
 def _loading(
-    template: str | None, dtype: str, device: str, device_map: str | None, four: bool, eight: bool
+    template: str | None,
+    dtype: str,
+    device: str,
+    device_map: str | None,
+    four: bool,
+    eight: bool,
+    sparsity: str | None,
 ) -> Any:
     from mmpipe.chat.loading import Loading
     from mmpipe.chat.messages import ChatError
 
     if four and eight:
         raise ChatError("choose one of --load-4bit and --load-8bit")
-    return Loading(template, dtype, device, device_map, 4 if four else 8 if eight else None)
+    return Loading(template, dtype, device, device_map, 4 if four else 8 if eight else None, sparsity)
 
 
 @app.command()

@@ -40,6 +40,11 @@ def model(**changes: Any) -> LlavaForConditionalGeneration:
 def publish(out: Path, template: str = "qwen", **changes: Any) -> Path:
     """A checkpoint of ours at ``out``."""
     save_checkpoint(model(**changes), processor(template), out)
+    return card(out, template)
+
+
+def card(out: Path, template: str = "qwen") -> Path:
+    """The manifest that makes a checkpoint one of ours."""
     manifest.write(
         out,
         kind="model",

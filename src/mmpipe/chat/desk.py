@@ -71,7 +71,7 @@ class Desk:
             if len(self._open) >= self._places:
                 raise Busy(f"{self._places} answers are being waited for already; try again later")
             self._open.add(answer)
-        future = self._worker.submit(make, answer)
+        future = self._worker.submit(_in_turn, make, answer)
         future.add_done_callback(lambda _: self._done(answer))
         answer.follow(future)
         return answer
@@ -80,10 +80,20 @@ class Desk:
         with self._lock:
             self._open.discard(answer)
 
-    def close(self) -> None:
-        """Stop every answer and wait for the one being made."""
+    def stop(self) -> None:
+        """Stop every answer, those waiting too."""
         with self._lock:
             unfinished = list(self._open)
         for answer in unfinished:
             answer.stop()
-        self._worker.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """Stop every answer and wait for the one being made."""
+        self.stop()
+        self._worker.shutdown()
+
+
+def _in_turn(make: Callable[[Answer], Reply], answer: Answer) -> Reply:
+    if answer.is_stopped:
+        raise ChatError("the answer was stopped before its turn came")
+    return make(answer)

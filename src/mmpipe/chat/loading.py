@@ -23,3 +23,5 @@ class Loading:
     """``auto`` spreads the layers over all GPUs, then main memory."""
     bits: Bits | None = None
     """Of the language model's weights."""
+    sparsity: str | None = None
+    """Of a sparsified model: the share of a picture to keep, or ``off`` for the dense model behind it."""

@@ -96,3 +96,5 @@ class Reply:
     """``stop``: the model ended it; ``length``: it was cut at the limit; ``stopped``: somebody stopped it."""
     expert_loads: dict[str, list[float]] = field(default_factory=dict)
     """By layer, the share of the choices that each expert carried out, prompt and answer together."""
+    keep_maps: list[list[bool]] = field(default_factory=list)
+    """Of every picture of the conversation, which of its tokens a sparsified model kept, row by row."""

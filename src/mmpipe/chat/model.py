@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LlavaForConditionalGeneration, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from mmpipe.chat import fit
@@ -21,6 +21,8 @@ from mmpipe.chat.opening import Opened
 from mmpipe.chat.stream import Detokenizer, TextStream
 from mmpipe.inference.stopping import stop_ids
 from mmpipe.models.moe.collect import collect_statistics, moe_layers
+from mmpipe.models.sparsity.record import Record, recording
+from mmpipe.models.sparsity.wrap import of_model
 
 
 class ChatModel:
@@ -44,6 +46,11 @@ class ChatModel:
     def captions_only(self) -> bool:
         """Whether it was trained to describe pictures and reads no words (the stage that trains the projector)."""
         return self.template is not None and self.template.captions
+
+    @property
+    def sparsified(self) -> bool:
+        """Whether it has predictors that say what of a picture is kept."""
+        return isinstance(self.model, LlavaForConditionalGeneration) and of_model(self.model) is not None
 
     def answer(self, messages: Sequence[Message], sampling: Sampling) -> Answer:
         """Have the last message answered. Raises ChatError when the conversation does not suit the checkpoint, or at once
@@ -73,7 +80,7 @@ class ChatModel:
         loads = _ExpertLoads(self.model)
         what = f"a conversation of {length} tokens and an answer of up to {limit}"
         hint = "clear the conversation, show fewer pictures, ask for fewer tokens, or load in fewer bits"
-        with loads.counted(), fit.told(what, hint):
+        with loads.counted(), self._recorded() as kept, fit.told(what, hint):
             self.model.generate(
                 **inputs,
                 generation_config=self._generation(sampling, limit),
@@ -87,6 +94,7 @@ class ChatModel:
             tokens=len(writer.tokens.ids),
             finish="stopped" if answer.is_stopped and finish != "stop" else finish,
             expert_loads=loads.shares(),
+            keep_maps=[kept_map for done in kept.passes for kept_map in done.pictures],
         )
 
     def _encode(self, messages: Sequence[Message]) -> dict[str, Any]:
@@ -109,6 +117,10 @@ class ChatModel:
             return part
         whole = part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of characters
         return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", whole)
+
+    def _recorded(self) -> AbstractContextManager[Record]:
+        """Records what a sparsified model keeps; of another, nothing."""
+        return recording(self.model) if self.sparsified else nullcontext(Record())
 
     def _limit(self, length: int, wanted: int) -> int:
         """How many tokens an answer may have. Raises ChatError when the conversation leaves no room."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from mmpipe.artifacts.files import read_json
 from mmpipe.chat import fit, quantise
@@ -19,6 +19,7 @@ from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError
 from mmpipe.models import vlm
 from mmpipe.models.export import empty_model
+from mmpipe.models.sparsity.wrap import set_keep_rate
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,22 @@ def open_checkpoint(found: Found, loading: Loading) -> Opened:
         options["quantization_config"] = quantise.settings(loading.bits, _empty(found), dtype, device)
     with fit.told(f"{found.name} does not load", fit.advice(fit.weights(found.path), fit.free(device))):
         model, processor, noted = (_ours if found.ours else _stock)(found.path, dtype, options)
+    if loading.sparsity is not None:
+        _sparsify(model, found.name, loading.sparsity)
     template = settle(processor, found.name, asked=loading.template, noted=noted)
     return Opened(found.name, found.path, model.eval(), processor, template)
+
+
+def _sparsify(model: Any, name: str, wanted: str) -> None:
+    if not isinstance(model, LlavaForConditionalGeneration):
+        raise ChatError(
+            f"--sparsity: {name} has no predictors; only a sparsified one can be told what to keep"
+        )
+    try:
+        rate = None if wanted == "off" else float(wanted)
+    except ValueError as error:
+        raise ChatError(f"--sparsity takes a share such as 0.2, or off, not '{wanted}'") from error
+    set_keep_rate(model, rate, f"--sparsity with {name}")
 
 
 def _ours(path: Path, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any, str | None]:

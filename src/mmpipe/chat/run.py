@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from mmpipe.chat import pictures
 from mmpipe.chat.find import Found, find
 from mmpipe.chat.loading import Loading
-from mmpipe.chat.messages import Sampling
+from mmpipe.chat.messages import ChatError, Sampling
 
 if TYPE_CHECKING:
     from mmpipe.chat.desk import Desk
@@ -45,6 +46,23 @@ def chat(
             # control characters are escaped: a script may show this in a terminal
             return print(json.dumps(once(model, question, shown, sampling), indent=2))
         aloud(model, question, shown, sampling)
+
+
+def serve(
+    checkpoints: Sequence[str], configfile: Path, loading: Loading, sampling: Sampling, port: int
+) -> None:
+    """Serve checkpoints on this machine until Ctrl-C."""
+    found = [find(checkpoint, configfile) for checkpoint in checkpoints]
+    if importlib.util.find_spec("gradio") is None:
+        raise ChatError("mmpipe serve needs gradio: pip install 'mmpipe[chat]'")
+    from mmpipe.chat.desk import Desk
+    from mmpipe.chat.server import build, listen
+
+    with closing(Desk()) as desk:
+        models = {one.name: open_model(one, loading, desk) for one in found}
+        if len(models) < len(found):
+            raise ChatError(f"the same checkpoint twice: {found[0].name}")
+        listen(build(models, sampling), port, desk)
 
 
 def open_model(found: Found, loading: Loading, desk: Desk) -> ChatModel:

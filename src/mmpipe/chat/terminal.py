@@ -172,6 +172,7 @@ def once(model: ChatModel, prompt: str, images: Sequence[Image.Image], sampling:
         "prompt_tokens": reply.prompt_tokens,
         "tokens": reply.tokens,
         "expert_loads": reply.expert_loads,
+        "keep_maps": reply.keep_maps,
         "sampling": dataclasses.asdict(sampling),
     }
 

@@ -1,0 +1,75 @@
+"""What goes on inside a model, for the eye: which experts worked, what was kept of a picture."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from mmpipe.chat.model import ChatModel
+
+_SIDE = 336
+"""Pixels of a shown picture."""
+
+
+def expert_bars(loads: Mapping[str, Sequence[float]]) -> str:
+    """HTML: a row a layer, in it a bar an expert as high as its share; empty for a dense model."""
+    if not loads:
+        return ""
+    rows = "".join(_row(layer, shares) for layer, shares in loads.items())
+    return (
+        "<div class='experts'><p style='margin:0 0 6px;font-size:13px'>Share of the work each expert did in this answer "
+        f"(prompt included)</p><table style='border-collapse:collapse;font-size:12px'>{rows}</table></div>"
+    )
+
+
+def _row(layer: str, shares: Sequence[float]) -> str:
+    highest = max(*shares, 1e-9)
+    bars = "".join(
+        f"<td style='padding:2px 5px;vertical-align:bottom;text-align:center' title='expert {number}: {share:.1%}'>"
+        f"<div style='width:30px;height:{round(32 * share / highest)}px;background:#0072b2;margin:auto'></div>"
+        f"{share:.0%}</td>"
+        for number, share in enumerate(shares)
+    )
+    return f"<tr><th style='text-align:left;padding-right:10px;font-weight:500'>{html.escape(layer)}</th>{bars}</tr>"
+
+
+def kept_picture(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -> Image.Image:
+    """The picture as the vision tower gets it, faded where the model did not keep its tokens."""
+    processor = model.processor.image_processor
+    pixels = np.asarray(
+        processor(images=[image], return_tensors="np")["pixel_values"][0]
+    )  # (3, height, width)
+    mean, std = (np.asarray(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    seen = ((pixels * std + mean).clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+    side = math.isqrt(len(kept))
+    light = np.where(np.asarray(kept[: side * side]).reshape(side, side), 255, 45).astype(np.uint8)
+    shown = Image.fromarray(seen).resize((_SIDE, _SIDE))
+    mask = Image.fromarray(light).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+    return Image.composite(shown, Image.new("RGB", shown.size, "white"), mask)
+
+
+def kept_pictures(shown: Sequence[Image.Image]) -> str:
+    """HTML: such pictures side by side; empty without any."""
+    if not shown:
+        return ""
+    images = "".join(
+        f"<img alt='' src='{_data_url(image)}' style='width:200px;border:1px solid #ccc'>" for image in shown
+    )
+    return (
+        "<div class='kept'><p style='margin:0 0 6px;font-size:13px'>What the model kept of the pictures</p>"
+        f"<div style='display:flex;flex-wrap:wrap;gap:8px'>{images}</div></div>"
+    )
+
+
+def _data_url(image: Image.Image) -> str:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
