@@ -2,7 +2,7 @@
 
     python bench/sparse_prefill.py
     python bench/sparse_prefill.py --rates 0.1 0.2 0.5 1.0 --rows 4
-    python bench/sparse_prefill.py --device cuda --width 2048 --layers 24 --predictor 512 --dtype bfloat16
+    python bench/sparse_prefill.py --device cuda --width 2048 --layers 24 --dtype bfloat16
 
 A text model of random weights reads 576 picture tokens and 64 of text; predictors stand before layer 2. FLOPs are
 counted by PyTorch while the model runs, dense and sparse, the predictor's included. Then the same with a vision tower of
@@ -112,7 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--predictor", type=int, default=128, help="width of the predictors")
+    parser.add_argument("--predictor", type=int, default=512, help="width of the predictors")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.2])
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
