@@ -8,16 +8,17 @@ localrules:
 ruleorder: answer_chunk_and_log > answer_chunk
 
 
-# answers as ever; the choices of the routers beside them
+# answers as ever; the choices of the routers beside them. No parameters: whether something is logged must not make answers stale,
+# so what is logged is part of the name
 use rule answer_chunk as answer_chunk_and_log with:
     output:
         answers=temp("results/{smoke}{checkpoint}/eval/{benchmark}/chunks/{chunk}.jsonl"),
-        experts=temp("results/{smoke}{checkpoint}/eval/{benchmark}/chunks/{chunk}.experts.parquet"),
+        experts=temp(
+            "results/{smoke}{checkpoint}/eval/{benchmark}/chunks/{chunk}" + PLAN.expert_logs.chunk_ending
+        ),
     wildcard_constraints:
         checkpoint=one_of(PLAN.expert_logs.checkpoints),
         benchmark=one_of(PLAN.expert_logs.benchmarks),
-    params:
-        spec=PLAN.expert_logs.spec(),
 
 
 rule gather_experts:

@@ -346,7 +346,8 @@ def _expert_log(
     settings = plan.expert_logs.settings
     if not hasattr(snakemake.output, "experts") or settings is None:
         return None
-    _unchanged(snakemake, plan.expert_logs.spec())
+    if not str(snakemake.output.experts).endswith(plan.expert_logs.chunk_ending):
+        raise ConfigError("log_experts changed after this job was planned; run the same command again")
     return ExpertLog(model, folder, questions, start, settings.layers)
 
 
@@ -372,6 +373,7 @@ def gather_experts(snakemake: Any, plan: Plan) -> None:
     """Join the chunks of a log of experts."""
     from mmpipe.inference.expert_log import merge
 
+    _unchanged(snakemake, plan.expert_logs.spec())
     rows = merge([Path(path) for path in snakemake.input], Path(snakemake.output[0]))
     log.info("%d choices of experts", rows)
 

@@ -49,6 +49,7 @@ def test_the_log_comes_with_the_answers_and_the_dense_are_left_alone(project: An
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_figures_and_tables_are_made(project: Any) -> None:
     choose(project, recipes=["grown@upcycle", "later"], log_experts={"layers": [1], "without_first": True})
     names = ("frequency", "balance", "coactivation", "confidence", "modality", "change", "similarity")
@@ -94,7 +95,7 @@ def test_checkpoints_and_benchmarks_can_be_chosen(project: Any) -> None:
     [
         ({"checkpoints": ["latr"]}, "log_experts: checkpoints: 'latr' is not chosen; did you mean 'later'"),
         ({"benchmarks": ["pope"]}, "log_experts: benchmarks: 'pope' is not chosen"),
-        ({"layer": [1]}, "unknown key 'log_experts.LogExperts.layer'; did you mean 'layers'"),
+        ({"layer": [1]}, "unknown key 'log_experts.layer'; did you mean 'layers'"),
     ],
 )
 def test_mistakes_are_named(project: Any, wanted: dict[str, Any], message: str) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mmpipe.artifacts.files import canonical_json
-from mmpipe.config.models import LogExperts
 from mmpipe.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from mmpipe.analysis.base import Family
     from mmpipe.benchmarks.spec import BenchmarkEntry
+    from mmpipe.config.models import LogExperts
     from mmpipe.plan import Plan, StagePlan
 
 WITHOUT_FIRST = "@without_first"
@@ -26,8 +27,7 @@ class ExpertLogs:
     """
 
     def __init__(self, plan: Plan) -> None:
-        wanted = plan.config.log_experts
-        self.settings = LogExperts() if wanted is True else wanted or None
+        self.settings = plan.config.log_experts
         self._plan = plan
         self.benchmarks: list[str] = []
         self.checkpoints: list[str] = []
@@ -76,7 +76,12 @@ class ExpertLogs:
     def chunk_files(self, out: str, checkpoint: str, benchmark: str) -> list[str]:
         """The logs of the chunks of a benchmark."""
         chunks = self._plan.chunk_files(out, checkpoint, benchmark)
-        return [path.removesuffix(".jsonl") + ".experts.parquet" for path in chunks]
+        return [path.removesuffix(".jsonl") + self.chunk_ending for path in chunks]
+
+    @property
+    def chunk_ending(self) -> str:
+        """What the name of a chunk's log ends with: another one for other layers."""
+        return f".experts-{hashlib.sha256(self.spec().encode()).hexdigest()[:8]}.parquet"
 
     def path(self, out: str, checkpoint: str, benchmark: str) -> str:
         """The log of a checkpoint on a benchmark."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mmpipe.config.base import Settings
 from mmpipe.stages.base import Hardware, VisionLanguage
@@ -34,6 +34,11 @@ class LogExperts(Settings):
     """Questions for which the outputs of the chosen experts are compared."""
 
 
+def _switch(value: Any) -> Any:
+    """``true`` is all defaults, ``false`` is nothing."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
 class Config(Settings):
     """The main configuration: what is trained and compared."""
 
@@ -42,7 +47,9 @@ class Config(Settings):
     A sparsified one can be told to keep more or less: ``recipe+keep0.5``, ``recipe+whole``."""
     benchmarks: list[str | dict[str, dict[str, Any]]] = Field(min_length=1)
     """Benchmarks of ``benchmarks.yaml``; ``- name: {key: value}`` changes settings of the entry."""
-    log_experts: bool | LogExperts = False
+    log_experts: Annotated[
+        LogExperts | None, BeforeValidator(_switch, json_schema_input_type=bool | LogExperts)
+    ] = None
     """Write down which experts tokens are sent to while benchmarks are answered, and draw the analysis of it."""
     keep_rates: list[Annotated[float, Field(gt=0, le=1)]] = []
     """Sparsified checkpoints are also compared with these shares of each picture's tokens kept, one row a rate."""
