@@ -19,6 +19,23 @@ rule mix_data:
         "../workflow/scripts/mix.py"
 
 
+# Which of the pictures that benchmarks ask about are trained on.
+rule check_overlap:
+    input:
+        mixture="resources/mixtures/{mixture}/manifest.json",
+        benchmarks=lambda wildcards: PLAN.prepared_benchmarks(wildcards.smoke),
+    output:
+        report="results/{smoke}overlap/{mixture}.json",
+    log:
+        "logs/{smoke}overlap/{mixture}.log",
+    resources:
+        **light(memory_gb=4, minutes=60),
+    message:
+        "Looking for pictures of the benchmarks in {wildcards.mixture}"
+    script:
+        "../workflow/scripts/check_overlap.py"
+
+
 # The same as one model's tokenizer and one template write it; stages that read it alike share it.
 rule tokenise:
     input:

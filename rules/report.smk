@@ -4,6 +4,7 @@ localrules:
     show_checkpoint,
     show_mixture,
     show_tokens,
+    show_overlap,
     show_samples,
     show_comparison,
     show_leaderboard,
@@ -67,6 +68,26 @@ rule show_mixture:
         "Laying out the verification of {wildcards.mixture}"
     script:
         "../workflow/scripts/show_mixture.py"
+
+
+rule show_overlap:
+    input:
+        report="results/{smoke}overlap/{mixture}.json",
+    output:
+        report(
+            "results/{smoke}overlap/{mixture}.html",
+            caption="../workflow/report/overlap.rst",
+            category="Data",
+            labels={"mixture": "{mixture}", "shown": "overlap with benchmarks"},
+        ),
+    log:
+        "logs/{smoke}overlap/{mixture}-report.log",
+    resources:
+        **light(memory_gb=2, minutes=10),
+    message:
+        "Laying out the overlap of {wildcards.mixture}"
+    script:
+        "../workflow/scripts/show_overlap.py"
 
 
 rule show_tokens:

@@ -37,7 +37,7 @@ from mmpipe.variants import Variant, split
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 CONSTRUCT = "construct"
 """The stage that brings a whole checkpoint in; put before the others where a recipe does not name it."""
-_RESERVED = {"smoke", "eval", "submit", "report", "leaderboard"}
+_RESERVED = {"overlap", "smoke", "eval", "submit", "report", "leaderboard"}
 
 
 @dataclass(frozen=True)
@@ -709,6 +709,14 @@ class Plan:
         """The published figures of what ``benchmark`` asks, as canonical JSON."""
         return canonical_json(published_rows(self._published, get(self.benchmarks[benchmark].task).name))
 
+    def prepared_benchmarks(self, smoke: str = "") -> list[str]:
+        """Manifests of the chosen benchmarks' questions, controls apart; ``smoke`` is the folder of smoke runs."""
+        return [
+            f"resources/{smoke}benchmarks/{name}/manifest.json"
+            for name in self.chosen_benchmarks
+            if not self.benchmarks[name].control
+        ]
+
     @property
     def scored_benchmarks(self) -> list[str]:
         """Chosen benchmarks that can be scored here."""
@@ -752,6 +760,7 @@ class Plan:
             *(f"{stage.directory(out)}/report/loss.svg" for stage in stages if stage.settings.mixture()),
             *(f"resources/mixtures/{mixture}/report.html" for mixture in mixtures),
             *(f"{directory}/report.html" for directory in tokens),
+            *(f"{out}/overlap/{mixture}.html" for mixture in mixtures),
             *self.per_checkpoint("samples.html", out),
             *(f"{out}/{benchmark}.html" for benchmark in self.compared_benchmarks),
             *(

@@ -167,6 +167,19 @@ def mix(snakemake: Any, plan: Plan) -> None:
 
 
 @offline_job
+def check_overlap(snakemake: Any, plan: Plan) -> None:
+    """Count the pictures of the benchmarks that a mixture holds."""
+    from mmpipe.data.overlap import overlap
+
+    benchmarks = {Path(path).parent.name: Path(path).parent for path in snakemake.input.benchmarks}
+    found = overlap(Path(snakemake.input.mixture).parent, benchmarks)
+    for name, facts in found["benchmarks"].items():
+        if facts["shared_pictures"]:
+            log.warning("%s: %d pictures are also trained on", name, facts["shared_pictures"])
+    write_json(Path(snakemake.output.report), found)
+
+
+@offline_job
 def tokenise(snakemake: Any, plan: Plan) -> None:
     """Encode a mixture as one model's tokenizer and template write it."""
     from mmpipe.data.templates import get_template
@@ -535,6 +548,14 @@ def show_mixture(snakemake: Any, plan: Plan) -> None:
     from mmpipe.report.tables import mixture_page
 
     mixture_page(Path(snakemake.input.report), Path(snakemake.output[0]))
+
+
+@offline_job
+def show_overlap(snakemake: Any, plan: Plan) -> None:
+    """Lay out the overlap of a mixture with the benchmarks as a table."""
+    from mmpipe.report.tables import overlap_page
+
+    overlap_page(Path(snakemake.input.report), Path(snakemake.output[0]))
 
 
 @offline_job

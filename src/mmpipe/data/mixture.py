@@ -15,6 +15,7 @@ from mmpipe import registry
 from mmpipe.artifacts.files import write_json
 from mmpipe.data import formats
 from mmpipe.data.formats.base import Draft, Format
+from mmpipe.data.overlap import PICTURES, write_digests
 from mmpipe.data.pictures import EmbeddedPictures, Found, PictureFinder
 from mmpipe.data.records import IMAGE_MARK, AnyRecord, BadRecord, check_record, length_in_words
 from mmpipe.data.spec import MixtureSpec, PartSpec
@@ -40,7 +41,7 @@ def build_mixture(
     log: Log = print,
     published: Path | None = None,
 ) -> dict[str, Any]:
-    """Write ``records.arrow`` and ``report.json`` into ``out`` and return the report.
+    """Write ``records.arrow``, ``pictures.arrow`` and ``report.json`` into ``out`` and return the report.
 
     ``datasets`` gives the directory of each data set by name. Pictures are decoded by ``workers`` threads;
     the result does not depend on their number. Each dropped record is a line of ``log``. Pictures that
@@ -57,6 +58,7 @@ def build_mixture(
         write_records(out / RECORDS, (record for part in parts for record in part.records(pool)))
     report = _report(spec, parts)
     _check(spec, parts)
+    write_digests(out / PICTURES, {name: digest for part in parts for name, digest in part.digests.items()})
     write_json(out / REPORT, report)
     log(f"kept {report['kept']} of {report['wanted']} records")
     return report
@@ -107,6 +109,7 @@ class _Part:
         self.notes = Tally()
         self.lengths: Counter[int] = Counter()
         self.sides: Counter[int] = Counter()
+        self.digests: dict[str, bytes] = {}
         self._seed = seed
         self._ids = ids
         self._embedded = embedded
@@ -192,6 +195,7 @@ class _Part:
         return text + self.spec.suffix
 
     def _look_at(self, picture: Found) -> None:
+        self.digests[picture.name] = picture.inspection.digest
         side = max(picture.inspection.width, picture.inspection.height)
         self.sides[next((bound for bound in _SIDES if side <= bound), side)] += 1
         for note in picture.inspection.notes:

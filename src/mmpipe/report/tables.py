@@ -27,3 +27,8 @@ def mixture_page(report: Path, page: Path) -> None:
 def tokens_page(report: Path, page: Path) -> None:
     """Lay out the ``report.json`` of a mixture in tokens."""
     write_page(page, "tokens.html", title=f"Tokens of {report.parent.parent.name}", report=read_json(report))
+
+
+def overlap_page(report: Path, page: Path) -> None:
+    """Lay out which pictures of the benchmarks a mixture holds."""
+    write_page(page, "overlap.html", title=f"Overlap of {report.stem}", report=read_json(report))

@@ -1,0 +1,3 @@
+from mmpipe.workflow import check_overlap
+
+check_overlap(snakemake)  # noqa: F821 - provided by Snakemake
