@@ -17,10 +17,13 @@ def asked(pretrained, tmp_path, monkeypatch):
     project = pretrained.copy(tmp_path / "project")
     commands = tmp_path / "commands"
     commands.mkdir()
-    for name in ("sbatch", "squeue", "scontrol", "sinfo"):
-        script = commands / name
-        script.write_text(f'#!/bin/sh\n[ {name} = sbatch ] && echo "$@" >{tmp_path}/asked\nexit 1\n')
-        script.chmod(0o755)
+    for name, script in {
+        "sbatch": f'echo "$@" >{tmp_path}/asked; exit 1',
+        "sinfo": "echo 'gpu*'",
+        **dict.fromkeys(("squeue", "sacct", "sacctmgr", "sshare", "scontrol"), "exit 1"),
+    }.items():
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n")
+        (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
 
     def ask(config: dict[str, Any] | None = None, **hardware: Any) -> set[str]:
