@@ -140,6 +140,7 @@ def deepspeed_layer(options: argparse.Namespace) -> nn.Module:
 
     for name, value in (
         ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
         ("WORLD_SIZE", "1"),
         ("MASTER_ADDR", "127.0.0.1"),
         ("MASTER_PORT", "29511"),
