@@ -191,3 +191,14 @@ def test_pictures_may_not_lead_out_of_the_data_set(tmp_path):
         lines(tmp_path / "coco/coco_pope_adversarial.json", [record, {**record, "question_id": 2}])
         with pytest.raises(DataError, match=r"outside|is not there"):
             prepare(entry("pope"), tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_adopted_folders_are_links(name, tmp_path):
+    """A data set that is on disk already is linked, folder by folder."""
+    (tmp_path / "disk").mkdir()
+    right = LAYOUTS[name][0](tmp_path / "disk")
+    (tmp_path / "data").mkdir()
+    for path in (tmp_path / "disk").iterdir():
+        (tmp_path / "data" / path.name).symlink_to(path)
+    assert prepare(entry(name), tmp_path / "data", tmp_path / "out")["questions"] == len(right)

@@ -12,6 +12,7 @@ stand beside it.
 from __future__ import annotations
 
 import ast
+import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -221,9 +222,15 @@ def open_match(reply: str, gold: str | Sequence[str]) -> bool:
     )
 
 
+def _validation_files(root: Path) -> list[Path]:
+    """The parquet files of validation below ``root``, also through links: an adopted folder's subjects are links."""
+    folders = (Path(folder) for folder, _, _ in os.walk(root, followlinks=True))
+    return sorted(path for folder in folders for path in folder.glob("*validation*.parquet"))
+
+
 def _rows(root: Path) -> Iterator[Record]:
     """Rows of all subjects; of a folder the parquet files of validation, at any depth."""
-    files = sorted(root.rglob("*validation*.parquet")) if root.is_dir() else [root]
+    files = _validation_files(root) if root.is_dir() else [root]
     if not files:
         raise DataError(f"{root}: there are no parquet files of the validation split")
     for path in files:
