@@ -85,6 +85,26 @@ def plan(
 
 
 @app.command()
+def doctor(
+    profile: Annotated[
+        str, typer.Option(help="The profile jobs would run with: local, gpu, slurm.")
+    ] = "local",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    configfile: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Check this machine: versions, driver, GPUs, disks, Slurm, profile; says what to do. Status 1 on a problem."""
+    from mmpipe.doctor import Machine, examine
+    from mmpipe.report import findings
+
+    found = examine(Machine(Path(), profile, configfile))
+    if as_json:
+        print(findings.as_json(found))
+    else:
+        findings.print_findings(found)
+    raise typer.Exit(any(finding.status == "problem" for finding in found))
+
+
+@app.command()
 def show(
     comparison: Annotated[Path, typer.Argument(help="A comparison, e.g. results/mmbench.json.")],
 ) -> None:

@@ -1,0 +1,1 @@
+"""One check a file: ``check(machine)`` yields findings."""

@@ -1,0 +1,35 @@
+"""What ``mmpipe doctor`` found, in the terminal or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mmpipe.doctor.base import Finding
+
+_COLOURS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print a line a finding: status, what was seen, what to do."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in findings:
+        advice = f"\n[dim]→ {escape(finding.advice)}[/]" if finding.advice else ""
+        table.add_row(
+            f"[{_COLOURS[finding.status]}]{finding.status}[/]", finding.topic, escape(finding.seen) + advice
+        )
+    console = Console()
+    console.print(table)
+    counts = Counter(finding.status for finding in findings)
+    console.print(f"\n{counts['problem']} problem(s), {counts['warning']} warning(s), {counts['ok']} ok")
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """The findings as JSON."""
+    return json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False)
