@@ -30,7 +30,7 @@ demo: install
 	@echo "To go on:        source $(VENV)/bin/activate && snakemake --cores $(CORES) results/mmbench.json"
 
 test: install
-	pytest -m "not slow"
+	OMP_NUM_THREADS=1 pytest -m "not slow" --numprocesses auto --dist loadfile
 
 test-slow: install
 	pytest -m slow

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 def snakemake(tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     config = yaml.safe_load((REPOSITORY / "config/config.yaml").read_text())
-    return SimpleNamespace(log=[str(tmp_path / "logs/job.log")], threads=1, config=config)
+    return SimpleNamespace(log=[str(tmp_path / "logs/job.log")], threads=1, config=config, resources={})
 
 
 def failing(error: BaseException):

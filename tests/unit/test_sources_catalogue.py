@@ -171,6 +171,7 @@ def run(rule: Any, spec: Any, output: dict[str, str], **wildcards: str) -> None:
             output=_Output(output),
             log=[f"logs/{'-'.join(wildcards.values())}.log"],
             threads=1,
+            resources={},
         )
     )
 
