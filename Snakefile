@@ -42,3 +42,7 @@ include: "rules/train.smk"
 include: "rules/evaluate.smk"
 include: "rules/analysis.smk"
 include: "rules/report.smk"
+
+
+onstart:
+    announce(workflow.dag.needrun_jobs())

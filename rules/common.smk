@@ -16,6 +16,7 @@ shell.prefix("trap '' TERM; ")
 
 from mmpipe.errors import MmpipeError
 from mmpipe.plan import Plan
+from mmpipe.report.announcement import announcement
 from mmpipe.stages.base import Hardware
 from mmpipe.variants import PATTERN as VARIANT
 
@@ -23,6 +24,9 @@ try:
     PLAN = Plan(config, Path(workflow.basedir))
 except MmpipeError as error:
     raise WorkflowError(str(error)) from None
+
+
+STAGE_RULES = {stage.kind for stage in PLAN.stages()}
 
 
 def one_of(names):
@@ -147,3 +151,13 @@ def light(memory_gb, minutes):
     """Resources of a job without a model."""
     needs = Hardware(memory_gb=memory_gb, runtime_minutes=minutes)
     return resources_of(lambda wildcards: needs)
+
+
+def announce(jobs):
+    """Say how many stages the ``jobs`` of this run train, smoke runs apart."""
+    making = [job for job in jobs if job.rule.name in STAGE_RULES]
+    for smoke in ("", "smoke/"):
+        stages = [planned(job.wildcards) for job in making if job.wildcards.smoke == smoke]
+        trained = [stage for stage in stages if stage.settings.mixture()]
+        if said := announcement(PLAN, trained, bool(smoke)):
+            print(said, file=sys.stderr)

@@ -58,6 +58,10 @@ class Config(Settings):
     """How GPUs are asked for on the cluster: ``gpu`` (``--gpus``) or ``gres`` (``--gres``)."""
     gpus_per_node: int = Field(8, ge=1)
     """GPUs of one machine of the cluster; a stage that asks for more runs on several."""
+    gpu_memory_gb: float = Field(80.0, gt=0)
+    """Memory of one GPU; ``mmpipe plan`` warns of stages that need more."""
+    gpu_tflops: float = Field(312.0, gt=0)
+    """Peak of one GPU in bfloat16, in 1e12 operations a second, for estimates of GPU-hours; 312 is an A100, 989 an H100."""
 
 
 class Recipe(Settings):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from mmpipe.doctor.base import Machine
 from mmpipe.errors import ConfigError
+from mmpipe.estimate.stage import estimate
 from mmpipe.plan import Plan
 from mmpipe.sources.base import Source
 
@@ -43,6 +42,15 @@ def _sources(plan: Plan) -> dict[str, Source]:
     }
 
 
-def unmade_stages(machine: Machine) -> list[Path]:
-    """The directories of chosen stages without a published checkpoint."""
-    return [s.directory() for s in machine.stages if not (machine.root / s.manifest()).is_file()]
+def checkpoint_bytes(machine: Machine) -> float:
+    """Bytes of the checkpoints still to be made: float32 weights of each, and for the largest one the checkpoints in
+    progress (two are kept while a third is written; weights and two moments of what trains)."""
+    found = [
+        needs
+        for stage in machine.stages
+        if not (machine.root / stage.manifest()).is_file()
+        and (needs := estimate(machine.plan, stage, machine.root))
+    ]
+    return sum(needs.published for needs in found) + max(
+        (3 * 12 * needs.trainable for needs in found), default=0
+    )

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmpipe.objectives.chunk import CHUNK_BYTES
+
 RowValues = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 """``(logits_CV, rows) -> (values_C, measurements)``: the float32 logits of some rows to what is summed of
 each row, and to detached measurements, each of shape ``[C]``."""
-
-CHUNK_BYTES = 64 * 2**20
-"""Size of one chunk of float32 logits; large enough to keep matrix products efficient, small against the
-weight."""
 
 
 def sum_over_rows(

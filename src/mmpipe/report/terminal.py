@@ -14,6 +14,8 @@ from rich.tree import Tree
 
 from mmpipe.artifacts.files import read_json
 from mmpipe.errors import ArtifactError
+from mmpipe.estimate.stage import UTILIZATION, Estimate, estimate
+from mmpipe.estimate.stage import warnings as hopeless_reasons
 from mmpipe.plan import Plan
 
 
@@ -21,6 +23,7 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
     """Print each recipe's stages with owner, data and the settings that differ from the defaults."""
     console = Console()
     references = [recipe] if recipe else plan.chosen_recipes
+    hopeless: dict[str, None] = {}
     for reference in references:
         last = plan.checkpoint(reference)
         tree = Tree(f"[bold]{escape(reference)}[/]")
@@ -34,10 +37,29 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
             if stage.parent is None:
                 model = stage.vision_language
                 branch.add(f"from: {escape(' + '.join(model.parts().values()))}")
+            if found := estimate(plan, stage):
+                branch.add(f"[dim]estimate: {_needs(found, stage.settings.hardware.gpus)}[/]")
+                hopeless |= dict.fromkeys(hopeless_reasons(plan, stage, found))
             branch.add(f"[dim]{stage.directory() / 'model'}[/]")
         console.print(tree)
-    for warning in plan.warnings():
+    for warning in (*plan.warnings(), *hopeless):
         console.print(f"[yellow]{escape(warning)}[/]")
+
+
+def _needs(found: Estimate, gpus: int) -> str:
+    """An estimate in a line."""
+    size = f"{found.trainable / 1e9:.2f} of {found.parameters / 1e9:.2f} billion parameters train"
+    if found.parameters < 1e8:
+        size = f"{found.trainable:,} of {found.parameters:,} parameters train"
+    if not gpus:
+        return f"{size}, about {found.host / 1e9:.1f} GB of main memory"
+    hours = (
+        "unknown"
+        if found.gpu_hours is None
+        else f"about {found.gpu_hours:.{1 if found.gpu_hours < 10 else 0}f}"
+    )
+    length = f"{found.length} tokens a sample{'' if found.measured else ' assumed'}"
+    return f"{size}, about {found.memory.total / 1e9:.0f} GB a GPU ({length}), {hours} GPU-hours at {UTILIZATION:.0%} of the peak"
 
 
 def print_comparison(path: Path) -> None:

@@ -17,7 +17,9 @@ from mmpipe.errors import DataError
 if TYPE_CHECKING:
     from mmpipe.fetching.desk import Desk
 
-_NOTES = frozenset({"description", "licence", "homepage", "size_gb", "records", "layout", "subfolder"})
+_NOTES = frozenset(
+    {"description", "licence", "homepage", "size_gb", "records", "layout", "subfolder", "shape"}
+)
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -39,6 +41,8 @@ class Source(Settings):
     """How many records (or pictures) its publishers name."""
     layout: str = "stock"
     """Backbones: how the files name their tensors, a module of ``mmpipe.lineage``. ``stock`` is what transformers writes."""
+    shape: dict[str, Any] = {}
+    """Backbones: what their ``config.json`` says of their size, for estimates before they are fetched."""
     subfolder: InnerPath | None = None
     """Backbones: the folder of the fetched files that holds the checkpoint; default: their top."""
 

@@ -28,6 +28,8 @@ class Hardware(Settings):
     """CPU cores of each machine; what ``workers`` leaves over computes."""
     memory_gb: int = Field(8, ge=1)
     """Main memory of each machine."""
+    gpu_memory_gb: float | None = Field(None, gt=0)
+    """Memory of each GPU, where it is another than the configuration says; only ``mmpipe plan`` reads it, to warn."""
     runtime_minutes: int = Field(60, ge=1)
     """Time limit of a job. A training that needs longer saves in time and goes on in the next job."""
     micro_batch: int | None = Field(None, ge=1)

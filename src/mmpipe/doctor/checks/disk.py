@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmpipe.doctor.base import Finding, Machine
-from mmpipe.doctor.needs import missing_sources
+from mmpipe.doctor.needs import checkpoint_bytes, missing_sources
 from mmpipe.fetching.space import in_words
 
 _TIGHT = 10e9
@@ -16,6 +16,7 @@ _TIGHT = 10e9
 
 def check(machine: Machine) -> Iterator[Finding]:
     yield _room(machine.root, "resources", _to_fetch(machine), "what is still to be fetched")
+    yield _room(machine.root, "results", checkpoint_bytes(machine), "checkpoints still to be made")
 
 
 def _to_fetch(machine: Machine) -> float:

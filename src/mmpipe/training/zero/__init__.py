@@ -33,6 +33,12 @@ def installed() -> bool:
     return importlib.util.find_spec("deepspeed") is not None
 
 
+def optimization(kind: str) -> dict[str, Any]:
+    """What a kind spreads: ``stage``, and ``offload_optimizer`` and ``offload_param`` where they wait in main memory."""
+    chosen: dict[str, Any] = read_json(Path(__file__).with_name(f"{kind}.json"))["zero_optimization"]
+    return chosen
+
+
 def settings(
     kind: str, *, micro_batch: int, accumulation: int, world: int, clipping: float, precision: str
 ) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""The tensors of a vision-language model, by name and size, from the ``config.json`` of its parts.
+
+Names are those that recipes use in ``trainable``: ``language_model.layers.0.mlp.up_proj.weight``. Tied embeddings are one
+tensor. Covers what Llama, Qwen2, Phi-3 (its fused projections cut apart) and CLIP and SigLIP towers have in common;
+sparsification's predictors (a few million) are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Config = Mapping[str, Any]
+Tensors = dict[str, int]
+"""Elements by name."""
+
+_QKV_BIAS = ("qwen2", "qwen2_moe")
+"""Model types whose query, key and value projections have biases without saying so in ``config.json``."""
+
+
+def heads(config: Config) -> tuple[int, int]:
+    """Widths of all queries and of all keys: ``heads * head_dim`` and ``key_value_heads * head_dim``."""
+    count = config["num_attention_heads"]
+    each = config.get("head_dim") or config["hidden_size"] // count
+    return count * each, (config.get("num_key_value_heads") or count) * each
+
+
+def language(config: Config) -> Tensors:
+    """A decoder with RMS norms and gated feed-forward networks, embeddings and head included."""
+    hidden, inner, vocabulary = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    query, key = heads(config)
+    bias = config.get("attention_bias", config.get("model_type") in _QKV_BIAS)
+    tensors: Tensors = {"language_model.embed_tokens.weight": vocabulary * hidden}
+    for index in range(config["num_hidden_layers"]):
+        layer = f"language_model.layers.{index}"
+        for name, rows in (("q", query), ("k", key), ("v", key)):
+            tensors[f"{layer}.self_attn.{name}_proj.weight"] = rows * hidden
+            if bias:
+                tensors[f"{layer}.self_attn.{name}_proj.bias"] = rows
+        tensors[f"{layer}.self_attn.o_proj.weight"] = hidden * query
+        for name in ("gate", "up", "down"):
+            tensors[f"{layer}.mlp.{name}_proj.weight"] = inner * hidden
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{layer}.{name}.weight"] = hidden
+    tensors["language_model.norm.weight"] = hidden
+    if not config.get("tie_word_embeddings", False):
+        tensors["lm_head.weight"] = vocabulary * hidden
+    return tensors
+
+
+def tower(config: Config) -> Tensors:
+    """A ViT as CLIP and SigLIP have it: biases everywhere, a class token in CLIP, no pooling head."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    clip = "clip" in config.get("model_type", "clip")
+    root = "vision_tower"
+    tensors: Tensors = {
+        f"{root}.embeddings.patch_embedding.weight": config.get("num_channels", 3)
+        * config["patch_size"] ** 2
+        * hidden,
+        f"{root}.embeddings.position_embedding.weight": (picture_tokens(config) + clip) * hidden,
+    }
+    if clip:
+        tensors[f"{root}.embeddings.class_embedding"] = hidden
+    else:
+        tensors[f"{root}.embeddings.patch_embedding.bias"] = hidden
+    for index in range(config["num_hidden_layers"]):
+        layer = f"{root}.encoder.layers.{index}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            tensors[f"{layer}.self_attn.{name}.weight"] = hidden * hidden
+            tensors[f"{layer}.self_attn.{name}.bias"] = hidden
+        for name, size in (("fc1", inner), ("fc2", hidden)):
+            tensors[f"{layer}.mlp.{name}.weight"] = hidden * inner
+            tensors[f"{layer}.mlp.{name}.bias"] = size
+        tensors |= _norm(f"{layer}.layer_norm1", hidden) | _norm(f"{layer}.layer_norm2", hidden)
+    if clip:
+        tensors |= _norm(f"{root}.pre_layrnorm", hidden)
+    return tensors | _norm(f"{root}.post_layernorm", hidden)
+
+
+def projector(vision: Config, text: Config, scales: int = 1) -> Tensors:
+    """Two linear layers; features of several scales stand side by side."""
+    width, hidden = vision["hidden_size"] * scales, text["hidden_size"]
+    root = "multi_modal_projector"
+    return {
+        f"{root}.linear_1.weight": width * hidden,
+        f"{root}.linear_1.bias": hidden,
+        f"{root}.linear_2.weight": hidden * hidden,
+        f"{root}.linear_2.bias": hidden,
+    }
+
+
+def with_experts(tensors: Tensors, layers: Sequence[str], experts: int, width: int) -> Tensors:
+    """The same model with each feed-forward network of ``layers`` (names, without ``.mlp``) made into ``experts`` copies
+    and a linear router of ``width`` inputs."""
+    inside = tuple(f"{layer}.mlp." for layer in layers)
+    grown = {name: size * (experts if name.startswith(inside) else 1) for name, size in tensors.items()}
+    return grown | {f"{layer}.mlp.router.weight": experts * width for layer in layers}
+
+
+def adapters(tensors: Tensors, chosen: Sequence[str], rank: int, config: Config) -> Tensors:
+    """Low-rank adapters (arXiv 2106.09685) on the linear layers ``chosen`` (names without ``.weight``):
+    ``rank * (inputs + outputs)`` elements each; one side of every layer is as wide as the model."""
+    hidden = config["hidden_size"]
+    return {
+        f"{name}.lora_A.default.weight": rank * (hidden + tensors[f"{name}.weight"] // hidden)
+        for name in chosen
+    }
+
+
+def picture_tokens(vision: Config) -> int:
+    """Patches of one picture."""
+    return (vision["image_size"] // vision["patch_size"]) ** 2
+
+
+def _norm(name: str, width: int) -> Tensors:
+    return {f"{name}.weight": width, f"{name}.bias": width}
