@@ -42,6 +42,7 @@ include: "rules/train.smk"
 include: "rules/evaluate.smk"
 include: "rules/analysis.smk"
 include: "rules/report.smk"
+include: "rules/sparsity.smk"
 
 
 onstart:

@@ -28,6 +28,7 @@ from mmpipe.config.models import Config, Recipe
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.errors import ConfigError, did_you_mean
 from mmpipe.registry import source_file
+from mmpipe.savings import Savings
 from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 from mmpipe.stages import stage_kinds
@@ -164,6 +165,7 @@ class Plan:
         self._check_nodes()
         self.expert_logs = ExpertLogs(self)
         self.benchmarks |= self.expert_logs.variants
+        self.savings = Savings(self)
 
     # --- catalogues -----------------------------------------------------------------------------------------------
 
@@ -769,6 +771,7 @@ class Plan:
                 else []
             ),
             *self.expert_logs.figures(out),
+            *self.savings.report_items(out),
         ]
 
     def job(self, stage: StagePlan, out: str = "results", **use: Any) -> StageJob:

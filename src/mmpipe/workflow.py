@@ -282,20 +282,13 @@ def prepare_benchmark(snakemake: Any, plan: Plan) -> None:
 @offline_job
 def answer(snakemake: Any, plan: Plan) -> None:
     """Answer one chunk of a benchmark's questions, going on from the answers an interrupted run left."""
-    import torch
-
     from mmpipe.artifacts.state import open_state
     from mmpipe.benchmarks.prepare import read_questions
-    from mmpipe.data.templates import get_template
     from mmpipe.inference.chunks import answer_chunk, split
     from mmpipe.inference.expert_log import merge, pieces
-    from mmpipe.inference.generate import Answerer
-    from mmpipe.models import vlm
     from mmpipe.models.moe.watch import without_first
     from mmpipe.models.sparsity.wrap import set_keep_rate
 
-    torch.set_num_threads(snakemake.threads)
-    _quiet_transformers()
     wildcards = snakemake.wildcards
     entry = plan.benchmarks[wildcards.benchmark]
     checkpoint = Path(snakemake.input.checkpoint).parent
@@ -308,20 +301,12 @@ def answer(snakemake: Any, plan: Plan) -> None:
     state = out.parent.parent / "state" / wildcards.chunk
     logs = plan.expert_logs.spec() if hasattr(snakemake.output, "experts") else ""
     with open_state(state, manifest.fingerprint(wildcards.chunk + logs, inputs)):
-        device = _device(snakemake)
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        model, processor, card = vlm.load(checkpoint, dtype)
+        answerer = _open_to_ask(snakemake)
         variant = variants.split(wildcards.checkpoint)[1]
         if variant:
-            set_keep_rate(model, variant.keep_rate, wildcards.checkpoint)
-        answerer = Answerer(
-            model.to(device),
-            processor,
-            get_template(card["checkpoint"]["template"], processor.tokenizer),
-            model_id=wildcards.checkpoint,
-        )
+            set_keep_rate(answerer.model, variant.keep_rate, wildcards.checkpoint)
         protocol = get(entry.task).protocol(entry.protocol)
-        log.info("%d questions on %s in %s", len(questions), device, dtype)
+        log.info("%d questions on %s in %s", len(questions), answerer.model.device, answerer.model.dtype)
         start = sum(map(len, parts[: int(index)]))
         experts = _expert_log(snakemake, plan, answerer.model, state / "experts", questions, start)
         leaving_out = entry.control == "without_first_expert"
@@ -348,6 +333,23 @@ def answer(snakemake: Any, plan: Plan) -> None:
             rows = merge(pieces(experts.folder), Path(snakemake.output.experts))
             log.info("%d choices of experts logged", rows)
     shutil.rmtree(state)
+
+
+def _open_to_ask(snakemake: Any) -> Any:
+    """The checkpoint of a job, ready to answer."""
+    import torch
+
+    from mmpipe.data.templates import get_template
+    from mmpipe.inference.generate import Answerer
+    from mmpipe.models import vlm
+
+    torch.set_num_threads(snakemake.threads)
+    _quiet_transformers()
+    device = _device(snakemake)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model, processor, card = vlm.load(Path(snakemake.input.checkpoint).parent, dtype)
+    template = get_template(card["checkpoint"]["template"], processor.tokenizer)
+    return Answerer(model.to(device), processor, template, model_id=snakemake.wildcards.checkpoint)
 
 
 def _expert_log(
@@ -407,6 +409,53 @@ def analyse(snakemake: Any, plan: Plan) -> None:
         rows = family.table(sources)
     write_csv(Path(snakemake.output.table), rows)
     draw(family, rows, Path(snakemake.output.figure))
+
+
+@offline_job
+def measure_efficiency(snakemake: Any, plan: Plan) -> None:
+    """Measure what a sparsified checkpoint saves at every keep rate."""
+    from mmpipe.benchmarks.prepare import read_questions
+    from mmpipe.inference.efficiency import facts, measure
+
+    _unchanged(snakemake, plan.savings.spec())
+    prepared = Path(snakemake.input.benchmark).parent
+    questions = read_questions(prepared)
+    answerer = _open_to_ask(snakemake)
+    rows = measure(answerer, questions, plan.config.keep_rates)
+    where = {"checkpoint": snakemake.wildcards.checkpoint, "benchmark": prepared.name}
+    libraries = {"libraries": manifest.library_versions()}
+    write_json(Path(snakemake.output.json), where | facts(answerer, questions) | libraries | {"rows": rows})
+    write_csv(Path(snakemake.output.csv), rows)
+
+
+@offline_job
+def show_efficiency(snakemake: Any, plan: Plan) -> None:
+    """Lay out and draw what a sparsified checkpoint saves."""
+    from mmpipe.report.sparsity import draw_efficiency, efficiency_page
+
+    efficiency_page(Path(snakemake.input[0]), Path(snakemake.output.table))
+    draw_efficiency(Path(snakemake.input[0]), Path(snakemake.output.figure))
+
+
+@offline_job
+def map_kept(snakemake: Any, plan: Plan) -> None:
+    """Show which tokens of some pictures a sparsified checkpoint keeps."""
+    from mmpipe.benchmarks.prepare import evenly, read_questions
+    from mmpipe.inference.keep_maps import grid, keep_maps, seen
+    from mmpipe.report.samples import SHOWN
+    from mmpipe.report.sparsity import keep_maps_page
+
+    _unchanged(snakemake, plan.savings.spec())
+    prepared = Path(snakemake.input.benchmark).parent
+    # some of those whose answers the samples show
+    questions = [question for question in evenly(read_questions(prepared), SHOWN) if question.images][::2]
+    answerer = _open_to_ask(snakemake)
+    maps = keep_maps(answerer, questions, plan.config.keep_rates)
+    pictures = [picture for question in questions for picture in seen(answerer, question)]
+    write_json(Path(snakemake.output.json), maps)
+    title = f"What {snakemake.wildcards.checkpoint} keeps of pictures of {prepared.name}"
+    places = grid(answerer.model.config.image_seq_length)
+    keep_maps_page(title, maps, pictures, places, Path(snakemake.output.page))
 
 
 @job

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmpipe.artifacts.files import read_jsonl
 from mmpipe.benchmarks.base import Benchmark, Question, Record, get
@@ -19,6 +19,8 @@ from mmpipe.benchmarks.pictures import extension
 from mmpipe.benchmarks.records import write_records
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.errors import DataError
+
+T = TypeVar("T")
 
 QUESTIONS = "questions.jsonl"
 REFERENCES = "references.jsonl"
@@ -106,6 +108,11 @@ def read_questions(directory: Path) -> list[Question]:
         )
         for record in read_jsonl(directory / QUESTIONS)
     ]
+
+
+def evenly(things: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of ``things``, spread evenly."""
+    return list(things[:: max(1, len(things) // count)][:count])
 
 
 def shuffle_images(questions: Sequence[Question], seed: str) -> list[Question]:

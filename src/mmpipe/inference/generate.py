@@ -149,6 +149,13 @@ class Answerer:
 
     # ---- prompts
 
+    def inputs(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        """What the model is given for a batch of whole prompts, padded on the left."""
+        ids, mask = self._pad([self._encode(question) for question in questions])
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask)}
+        pixels = self._pixels(questions)
+        return given if pixels is None else given | {"pixel_values": pixels}
+
     def prompt(self, question: Question) -> str:
         """The text the model continues, with image marks."""
         if self.template.captions:

@@ -7,20 +7,20 @@ import mimetypes
 from pathlib import Path
 
 from mmpipe.artifacts.files import read_jsonl
-from mmpipe.benchmarks.prepare import read_questions
+from mmpipe.benchmarks.prepare import evenly, read_questions
 from mmpipe.report.page import write_page
 
-_SHOWN = 24
+SHOWN = 24
 _LONGEST = 600
 
 
-def samples_page(prepared: Path, answers: Path, per_item: Path, page: Path, shown: int = _SHOWN) -> None:
+def samples_page(prepared: Path, answers: Path, per_item: Path, page: Path, shown: int = SHOWN) -> None:
     """Show ``shown`` questions spread evenly over a benchmark.
 
     Answers and questions stand in the same order (gathering proves it), and so do the verdicts.
     """
     rows = list(zip(read_questions(prepared), read_jsonl(answers), read_jsonl(per_item), strict=True))
-    chosen = rows[:: max(1, len(rows) // shown)][:shown]
+    chosen = evenly(rows, shown)
     samples = [
         {
             "id": question.id,

@@ -128,6 +128,18 @@ def set_keep_rate(model: Any, rate: float | None, where: str) -> None:
     sparsifier.settings = sparsifier.settings.model_copy(update={"vision_keep_rate": rate})
 
 
+@contextmanager
+def keeping(model: Any, rate: float | None) -> Iterator[None]:
+    """``model`` with another keep rate for a while, as :func:`set_keep_rate` sets it."""
+    sparsifier: Any = of_model(model)
+    before = sparsifier and (sparsifier.settings, sparsifier.enabled)
+    set_keep_rate(model, rate, "keep rate")
+    try:
+        yield
+    finally:
+        sparsifier.settings, sparsifier.enabled = before
+
+
 # ---- hooks, in the order in which they run
 
 

@@ -1,0 +1,3 @@
+from mmpipe.workflow import show_efficiency
+
+show_efficiency(snakemake)  # noqa: F821 - provided by Snakemake
