@@ -72,7 +72,6 @@ def prompts(questions: Sequence[Question], count: int) -> list[Question]:
     return list(itertools.islice(itertools.cycle(evenly(asked, count)), count))
 
 
-@torch.inference_mode()
 def measure(answerer: Answerer, questions: Sequence[Question], rates: Sequence[float]) -> list[Row]:
     """Everything in :data:`UNITS` for the dense model, the rate of training and ``rates``, a row a number.
 
@@ -80,16 +79,21 @@ def measure(answerer: Answerer, questions: Sequence[Question], rates: Sequence[f
     dense model ``ratio`` (median of pairs, above 1 is a saving) and ``gain``. Where the device had not memory enough,
     ``value`` is None.
     """
-    rows: list[Row] = []
-    for size in BATCHES:
-        inputs = answerer.inputs(prompts(questions, size))
-        found = _measured(answerer.model, inputs, ways(answerer.model, rates))
-        dense = found[None]
-        for keep, values in found.items():
-            for name, unit in UNITS.items():
-                place = {"batch": size, "keep": keep, "measure": name, "unit": unit}
-                rows.append(place | summary(values.get(name, []), dense.get(name, []), keep is None))
-    return rows
+    batches = (answerer.inputs(prompts(questions, size)) for size in BATCHES)
+    return [row for inputs in batches for row in measure_batch(answerer.model, inputs, rates, REPEATS)]
+
+
+@torch.inference_mode()
+def measure_batch(model: Any, inputs: Inputs, rates: Sequence[float], repeats: int = REPEATS) -> list[Row]:
+    """The rows of one batch of prompts: ``input_ids, attention_mask, position_ids`` padded on the left, ``pixel_values``."""
+    found = _measured(model, inputs, ways(model, rates), repeats)
+    dense, size = found[None], len(inputs["input_ids"])
+    return [
+        {"batch": size, "keep": keep, "measure": name, "unit": unit}
+        | summary(values.get(name, []), dense.get(name, []), keep is None)
+        for keep, values in found.items()
+        for name, unit in UNITS.items()
+    ]
 
 
 def summary(values: Sequence[float], dense: Sequence[float], is_dense: bool = False) -> Row:
@@ -129,7 +133,10 @@ def ways(
 
 
 def _measured(
-    model: Any, inputs: Inputs, runs: Mapping[float | None, Callable[[], AbstractContextManager[None]]]
+    model: Any,
+    inputs: Inputs,
+    runs: Mapping[float | None, Callable[[], AbstractContextManager[None]]],
+    repeats: int,
 ) -> dict[float | None, Values]:
     """The values of every way to run the model on one batch; none of one that the device has not memory for."""
     found: dict[float | None, Values] = {}
@@ -142,8 +149,8 @@ def _measured(
         if inputs["input_ids"].is_cuda:
             torch.cuda.empty_cache()
     fitting = [keep for keep, values in found.items() if values]
-    for repeats, run in ((REPEATS, _timed), (MEMORY_REPEATS, _peak)):
-        for _, keep in itertools.product(range(repeats), fitting):
+    for times, run in ((repeats, _timed), (MEMORY_REPEATS, _peak)):
+        for _, keep in itertools.product(range(times), fitting):
             with runs[keep]():
                 for name, value in run(model, inputs).items():
                     found[keep].setdefault(name, []).append(value)
