@@ -48,7 +48,7 @@ rule tokenise:
         "logs/tokens/{mixture}-{key}.log",
     wildcard_constraints:
         key="[0-9a-f]{12}",
-    threads: 4
+    threads: 2
     resources:
         **light(memory_gb=8, minutes=240),
     params:
