@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from made_tokens import TINY, write_tokens
+from tiny_world import make_job, make_world
 
-from mmpipe.stages.base import StageJob, VisionLanguage
+from mmpipe.stages.base import StageJob
 
 pytest_plugins = ["project_fixtures"]
 
@@ -20,79 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def make_one_sided(path: Path) -> None:
-    """Let every pair prefer "Yes": even a model that sees nothing can learn that."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    for column, answer in (("chosen", "Yes"), ("rejected", "No")):
-        place = table.column_names.index(column)
-        table = table.set_column(place, column, [[answer] * len(table)])
-    pq.write_table(table, path)
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with tiny backbones, a data set and a mixture, laid out as the rules lay them out."""
-    from mmpipe.artifacts import manifest
-    from mmpipe.data.mixture import build_mixture
-    from mmpipe.data.spec import MixtureSpec, PartSpec
-    from mmpipe.world.backbones import clip_tiny, qwen2_tiny
-    from mmpipe.world.datasets import conversations
-    from mmpipe.world.falsehoods import preferences
-
-    root = tmp_path_factory.mktemp("world")
-    backbones = root / "resources/backbones"
-    for name, make in {
-        "clip-tiny": lambda out: clip_tiny(out, hidden_size=32, layers=2, training_steps=2),
-        "qwen2-tiny": lambda out: qwen2_tiny(out, hidden_size=32, layers=2),
-    }.items():
-        (backbones / name).mkdir(parents=True)
-        make(backbones / name)
-        manifest.write(backbones / name, kind="source", spec="{}", inputs={})
-    shapes = root / "resources/datasets/shapes"
-    conversations(shapes, seed=5, records=60)
-    manifest.write(shapes, kind="source", spec="{}", inputs={})
-    pairs = root / "resources/datasets/pairs"
-    pairs.mkdir(parents=True)
-    preferences(pairs, seed=5, pairs=24, shards=1)
-    make_one_sided(pairs / "RLAIF-V-Dataset_000.parquet")
-    manifest.write(pairs, kind="source", spec="{}", inputs={})
-    parts = {
-        "mix": PartSpec(dataset="shapes", annotations="llava_v1_5_mix665k.json", images="."),
-        "pairs": PartSpec(dataset="pairs", annotations="*.parquet", format="rlaif_v"),
-    }
-    here = Path.cwd()
-    os.chdir(root)  # records name pictures relative to the working directory
-    try:
-        for name, part in parts.items():
-            out = Path("resources/mixtures", name)
-            datasets = {part.dataset: Path("resources/datasets", part.dataset)}
-            build_mixture(MixtureSpec(parts=[part]), datasets, out, log=lambda line: None, published=out)
-            manifest.write(out, kind="mixture", spec="{}", inputs={})
-            write_tokens(out, Path("resources/tokens", name), TINY)
-    finally:
-        os.chdir(here)
-    return root
-
-
-def make_job(folder: Path, name: str = "run", **changes: Any) -> StageJob:
-    """A job in the current world that publishes below ``folder``."""
-    backbones = {role: Path("resources/backbones", f"{role}-tiny") for role in ("clip", "qwen2")}
-    facts: dict[str, Any] = {
-        "recipe": "test",
-        "stage": name,
-        "spec": json.dumps({"stage": "finetune", "model": {"vision": "clip-tiny", "language": "qwen2-tiny"}}),
-        "model_dir": folder / name / "model",
-        "state_dir": folder / name / "state",
-        "report_dir": folder / name / "report",
-        "vision_language": VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
-        "backbones": {"vision": backbones["clip"], "language": backbones["qwen2"]},
-        "parent": None,
-        "tokens": Path("resources/tokens/mix"),
-        "manifests": tuple(path / "manifest.json" for path in backbones.values()),
-    }
-    return StageJob(**{**facts, **changes})
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -127,3 +127,14 @@ def test_two_runs_of_one_step_are_kept_apart(tmp_path):
 def test_canonical_json_ignores_the_order_of_keys():
     assert canonical_json({"b": 1, "a": [1.0, True]}) == canonical_json({"a": [1.0, True], "b": 1})
     assert canonical_json({"a": 1}) != canonical_json({"a": True})
+
+
+def test_what_a_killed_process_left_beside_the_target_goes(tmp_path):
+    left = tmp_path / ".model.4194304.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    other = tmp_path / ".model-2.4194304.tmp"
+    other.mkdir()
+    with staged_directory(tmp_path / "model") as stage:
+        (stage / "file").write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model-2.4194304.tmp", "model"]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_job
 from safetensors.torch import load_file, save_file
+from tiny_world import make_job
 
 from mmpipe.artifacts.files import read_jsonl
 from mmpipe.benchmarks.base import Question

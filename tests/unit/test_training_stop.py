@@ -69,3 +69,16 @@ def test_a_training_whose_time_is_up_saves_and_goes_on(job, monkeypatch):
 def test_a_full_disk_is_named_however_it_shows(error):
     assert "the disk is full: free some space" in explained(error)
     assert "disk is full" not in explained(ValueError("something else"))
+
+
+def test_checkpoints_that_are_being_removed_do_not_look_complete(tmp_path, monkeypatch):
+    from mmpipe.training import trainer
+
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / trainer.COMPLETE).touch()
+    assert trainer.last_checkpoint(tmp_path)
+    monkeypatch.setattr(trainer.shutil, "rmtree", lambda *_, **__: None)  # killed before it did anything
+    trainer.drop_checkpoints(tmp_path)
+    assert trainer.last_checkpoint(tmp_path) is None

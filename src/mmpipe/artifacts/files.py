@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -94,11 +95,14 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """A fresh directory beside ``target`` whose files move into ``target`` when the block ends well.
 
     Files of an earlier version that the new one lacks are removed. The move is file by file (Snakemake may have made
-    ``target`` already), ``manifest.json`` last: who finds a manifest finds everything it lists.
+    ``target`` already), ``manifest.json`` last: who finds a manifest finds everything it lists. What a process that was
+    killed left beside ``target`` is removed first; two never make the same artifact at once.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(stage, ignore_errors=True)
+    for left_over in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
     stage.mkdir()
     try:
         yield stage

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmpipe.artifacts.files import write_json
+from mmpipe.artifacts.files import write_json, write_text
 from mmpipe.training.collapse import LAYERS
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _keep_steps(history: Path, last: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > last:
             break
         kept.append(line)
-    history.write_text("".join(kept), encoding="utf-8")
+    write_text(history, "".join(kept))
 
 
 def _clock(seconds: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import TrainingArguments, set_seed
 
 from mmpipe import slurm
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import read_json, sync, write_json
+from mmpipe.artifacts.files import read_json, write_json, write_text
 from mmpipe.artifacts.state import open_state
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.tokens import TokenTable
@@ -30,6 +29,7 @@ from mmpipe.training.publish import publish
 from mmpipe.training.trainer import (
     Layout,
     StageTrainer,
+    drop_checkpoints,
     last_checkpoint,
     load_trainable,
     put_trainable,
@@ -52,7 +52,7 @@ def train(stage: TrainStage, job: StageJob) -> None:
         (job.state_dir / stop.RECORD).unlink(missing_ok=True)
         launch.run(stage, job)
         _require_finished(job)
-        shutil.rmtree(job.state_dir / "checkpoints", ignore_errors=True)
+        drop_checkpoints(job.state_dir / "checkpoints")
 
 
 def _require_finished(job: StageJob) -> None:
@@ -292,9 +292,7 @@ def run_trainer(trainer: StageTrainer, job: StageJob) -> None:
 def finish(stage: TrainStage, job: StageJob, model: Any, processor: Any, trainer: StageTrainer) -> None:
     """Publish the trained checkpoint, and what the report shows of the training."""
     job.report_dir.mkdir(parents=True, exist_ok=True)
-    history = job.report_dir / HISTORY
-    shutil.copyfile(job.state_dir / HISTORY, history)
-    sync(history)
+    write_text(job.report_dir / HISTORY, (job.state_dir / HISTORY).read_text(encoding="utf-8"))
     perf = job.state_dir / "perf.json"
     if perf.is_file():
         write_json(job.report_dir / "perf.json", read_json(perf))

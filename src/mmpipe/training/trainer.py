@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -261,6 +262,13 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
         if (path / COMPLETE).is_file()
     ]
     return (max(found)[1], max(found)[0]) if found else None
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints. Their marks go first: a kill in between must not leave one that looks complete and is not."""
+    for mark in folder.glob(f"checkpoint-*/{COMPLETE}"):
+        mark.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def warmup_steps(ratio: float, steps: int) -> int:
