@@ -16,6 +16,8 @@ from mmpipe.errors import ConfigError
 from mmpipe.inference import efficiency
 from mmpipe.inference.generate import Answerer
 from mmpipe.inference.keep_maps import grid, keep_maps, seen
+from mmpipe.models.moe.spec import MoESettings
+from mmpipe.models.moe.upcycle import upcycle
 from mmpipe.models.sparsity.cost import cache_bytes, paper_flops, paper_picture_flops
 from mmpipe.models.sparsity.record import recording
 from mmpipe.models.sparsity.sparsifier import kept_tokens
@@ -107,6 +109,19 @@ def test_a_gain_must_show_nearly_always() -> None:
     assert (busy["ratio"], busy["gain"]) == (2.0, True), "what slows a pair does not change it"
     assert efficiency.summary([1.0], [1.0])["gain"] is False
     assert efficiency.summary([], [1.0])["value"] is None
+
+
+def test_operations_of_experts_are_counted(asked) -> None:
+    dense, grown = answerer(), answerer()
+    upcycle(grown.model, MoESettings(placement="dense", experts=4, top_k=2))
+    text = grown.model.config.text_config
+    inputs = dense.inputs(asked[1:2])
+    counted = [efficiency._counted(of.model, inputs)["token_flops"][0] for of in (dense, grown)]
+    layers, width, inner = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+    router = 2 * width * 4
+    assert counted[1] - counted[0] == layers * (2 * 3 * width * inner + router), (
+        "a second expert, and its router"
+    )
 
 
 def test_too_little_memory_for_one_way_is_said(asked, monkeypatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import math
 import platform
 import statistics
 import time
@@ -217,7 +218,9 @@ def _timed(model: Any, inputs: Inputs) -> dict[str, float]:
 
 def _counted(model: Any, inputs: Inputs) -> Values:
     """Operations, as PyTorch counts them, and bytes of the cache; they are the same in every run."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}
+    ) as counter:
         (start, seen, read, end), _ = _answer(model, inputs, 1, counter.get_total_flops)
     _, (behind_prompt, behind_answer) = _answer(model, inputs, NEW_TOKENS, float)
     return {
@@ -227,6 +230,11 @@ def _counted(model: Any, inputs: Inputs) -> Values:
         "cache_bytes": [behind_prompt],
         "answered_cache_bytes": [behind_answer],
     }
+
+
+def _grouped_flops(tokens: Sequence[int], experts: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of experts, ``[T, D]`` by ``[E, D, H]``, every token with one of them; PyTorch does not count them."""
+    return 2 * math.prod(tokens) * experts[-1]
 
 
 def _promised(model: Any, inputs: Inputs, keep: float | None) -> Values:
