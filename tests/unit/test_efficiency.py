@@ -118,10 +118,8 @@ def test_operations_of_experts_are_counted(asked) -> None:
     inputs = dense.inputs(asked[1:2])
     counted = [efficiency._counted(of.model, inputs)["token_flops"][0] for of in (dense, grown)]
     layers, width, inner = text.num_hidden_layers, text.hidden_size, text.intermediate_size
-    router = 2 * width * 4
-    assert counted[1] - counted[0] == layers * (2 * 3 * width * inner + router), (
-        "a second expert, and its router"
-    )
+    expert, router, joining = 2 * 3 * width * inner, 2 * width * 4, 2 * 2 * width
+    assert counted[1] - counted[0] == layers * (expert + router + joining), "a second expert"
 
 
 def test_too_little_memory_for_one_way_is_said(asked, monkeypatch) -> None:
