@@ -167,7 +167,8 @@ def test_a_cancelled_training_goes_on_when_it_is_run_again(pretrained, tmp_path)
 
 @pytest.mark.usefixtures("cluster")
 def test_a_training_longer_than_its_time_limit_queues_itself_again(pretrained, tmp_path):
-    training = Training(pretrained.copy(tmp_path / "project"), steps=1200, runtime_minutes=1)
+    # more than any machine trains in a minute
+    training = Training(pretrained.copy(tmp_path / "project"), steps=100_000, runtime_minutes=1)
     with training.start("--retries", "0") as process:
         job = wait_for(training.job)
         wait_for(lambda: slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "PENDING", 90)
