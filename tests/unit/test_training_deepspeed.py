@@ -19,6 +19,7 @@ from mmpipe.models.moe.spec import MoESettings
 from mmpipe.stages.base import Hardware, StageJob
 from mmpipe.stages.distill_sparse import DistillSparse
 from mmpipe.stages.finetune import Finetune
+from mmpipe.stages.sparsify import Sparsify
 from mmpipe.stages.upcycle import Upcycle
 from mmpipe.training import launch
 from mmpipe.training.run import work
@@ -87,6 +88,23 @@ def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, 
     assert sha256(halved.model_dir / "model.safetensors") == sha256(whole.model_dir / "model.safetensors")
     model, _, _ = vlm.load(halved.model_dir)
     assert len(moe_layers(model)) == 2
+
+
+def test_predictors_learn_under_stage_3(job):
+    """The drawing of masks, and hooks on layers whose weights are elsewhere until they run."""
+    dense = job("dense")
+    finetune(max_steps=1).run(dense)
+    stage = Sparsify(
+        data="mix", template="qwen", batch_size=8, max_steps=3, learning_rate=1e-3,
+        sparsity={"sparse_layer": 1, "d_model": 16, "nhead": 2, "dim_feedforward": 32},
+    )  # fmt: skip
+    one, two = job("one", parent=dense.model_dir), job("two", parent=dense.model_dir)
+    stage.run(one)
+    on_two(stage.model_copy(update={"hardware": Hardware(deepspeed="zero3")}), two)
+    torch.testing.assert_close(losses(one), losses(two), atol=1e-4, rtol=1e-4)
+    ours, theirs = (load_file(made.model_dir / "sparsity.safetensors") for made in (one, two))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=1e-3)
 
 
 def test_a_checkpoint_in_pieces_is_not_resumed_in_another_way(job):
