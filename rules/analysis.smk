@@ -14,7 +14,7 @@ use rule answer_chunk as answer_chunk_and_log with:
     output:
         answers=temp("results/{smoke}{checkpoint}/eval/{benchmark}/chunks/{chunk}.jsonl"),
         experts=temp(
-            "results/{smoke}{checkpoint}/eval/{benchmark}/chunks/{chunk}" + PLAN.expert_logs.chunk_ending
+            f"results/{{smoke}}{{checkpoint}}/eval/{{benchmark}}/chunks/{{chunk}}{PLAN.expert_logs.chunk_ending}"
         ),
     wildcard_constraints:
         checkpoint=one_of(PLAN.expert_logs.checkpoints),

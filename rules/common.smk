@@ -7,18 +7,20 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 SOURCE = os.path.join(workflow.basedir, "src")
-# plan and jobs use this checkout, whatever mmpipe is installed beside Snakemake; jobs inherit the environment
+# plan and jobs use this checkout, whatever mmpipe is installed beside Snakemake
 sys.path.insert(0, SOURCE)
-os.environ["PYTHONPATH"] = os.pathsep.join([SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # Slurm sends SIGTERM to every process of a job. The shell around a job must not die of it while the job saves its progress.
 shell.prefix("trap '' TERM; ")
 
+from mmpipe.checkout import tell_jobs
 from mmpipe.errors import MmpipeError
 from mmpipe.plan import Plan
 from mmpipe.report.announcement import announcement
 from mmpipe.stages.base import Hardware
 from mmpipe.variants import PATTERN as VARIANT
+
+tell_jobs(SOURCE)
 
 try:
     PLAN = Plan(config, Path(workflow.basedir))
