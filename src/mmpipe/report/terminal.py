@@ -85,6 +85,14 @@ def print_comparison(path: Path) -> None:
             str(row["units"]),
             style="dim" if row["control"] else None,
         )
+    for row in content.get("seeds", []):
+        table.add_row(
+            escape(row["checkpoint"]),
+            f"{row['score']:.3f} ± {row['sd']:.3f}",
+            f"range {row['low']:.3f} to {row['high']:.3f}",
+            f"{row['seeds']} seeds",
+            style="bold",
+        )
     for row in content.get("published", []):
         table.add_row(
             escape(f"{row['model']} ({row['system']})"),
