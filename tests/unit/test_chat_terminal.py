@@ -165,6 +165,11 @@ def test_mistakes_are_one_line_and_found_before_torch_is_loaded(tiny, arguments,
     assert result.stdout == ""
 
 
+def heeding_ctrl_c() -> None:
+    """A process started in the background inherits that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_the_answer_then_the_program(tiny):
     command = [
         sys.executable,
@@ -180,6 +185,7 @@ def test_ctrl_c_ends_the_answer_then_the_program(tiny):
     with subprocess.Popen(
         command,
         env=ENVIRONMENT,
+        preexec_fn=heeding_ctrl_c,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -216,7 +222,12 @@ def test_ctrl_c_in_a_script(tiny):
         "1",
     ]
     with subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        command,
+        env=ENVIRONMENT,
+        preexec_fn=heeding_ctrl_c,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
     ) as process:
         assert process.stdout
         process.stdout.read(1)
