@@ -126,8 +126,9 @@ class Dense(nn.Module):
         self.down = nn.Linear(options.inner, options.width, bias=False)
         self.top_k = options.top_k
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_BLD.repeat(1, self.top_k, 1)).chunk(2, -1)
+    def forward(self, x_D: Tensor) -> Tensor:
+        rows_D = torch.cat([x_D] * self.top_k, -2) if self.top_k > 1 else x_D
+        gate, up = self.gate_up(rows_D).chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
 
