@@ -26,8 +26,8 @@ app = typer.Typer(
 ConfigFile = Annotated[
     Path, typer.Option("--configfile", help="The main configuration file.", show_default=True)
 ]
-
-
+References = Annotated[list[Path], typer.Option(help="The official file(s), or JSON lines of its records.")]
+Answers = Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda:1, ...")]
 DeviceMap = Annotated[
@@ -162,10 +162,8 @@ def smoke(
 @app.command()
 def score(
     benchmark: Annotated[str, typer.Argument(help="A benchmark, e.g. mmbench.")],
-    references: Annotated[
-        list[Path], typer.Option(help="The official file(s), or JSON lines of its records.")
-    ],
-    answers: Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")],
+    references: References,
+    answers: Answers,
     protocol: Annotated[str, typer.Option(help="The protocol; default: the official one.")] = "",
     judge: Annotated[
         Path | None, typer.Option(help="A judge's replies, for protocols that need them.")
@@ -194,10 +192,8 @@ def benchmarks() -> None:
 @app.command()
 def convert(
     benchmark: Annotated[str, typer.Argument(help="A benchmark, e.g. mmbench.")],
-    references: Annotated[
-        list[Path], typer.Option(help="The official file(s), or JSON lines of its records.")
-    ],
-    answers: Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")],
+    references: References,
+    answers: Answers,
     out: Annotated[Path, typer.Option(help="The submission file.")],
 ) -> None:
     """Write the file a benchmark's server accepts; prints JSON."""
@@ -238,10 +234,8 @@ def export(
 @app.command()
 def judge(
     benchmark: Annotated[str, typer.Argument(help="A benchmark with judged protocols, e.g. mmhal.")],
-    references: Annotated[
-        list[Path], typer.Option(help="The official file(s), or JSON lines of its records.")
-    ],
-    answers: Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")],
+    references: References,
+    answers: Answers,
     model: Annotated[str, typer.Option(help="The judge's name; part of the score's protocol.")],
     base_url: Annotated[
         str, typer.Option(help="An OpenAI-compatible endpoint.")
