@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from source_world import MEMBERS, make_tar, make_zip, tree
@@ -168,3 +170,27 @@ def test_looks_at_the_disk_before_filling_it(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(space, "_MARGIN", 10**18)
     with pytest.raises(DataError, match="are free"):
         unpack([make_zip(tmp_path / "a.zip", MEMBERS)], tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar], ids=["zip", "tar"])
+@pytest.mark.parametrize("room", [1.2, 0.8])
+def test_what_is_unpacked_already_is_not_asked_for_again(
+    make: Callable[..., Path], room: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk with ``room`` times the contents: more than half of it, so that counting them twice would not fit."""
+    members = {f"{n}.jpg": bytes(10_000) for n in range(20)}
+    total, out = sum(map(len, members.values())), tmp_path / "out"
+
+    def usage(folder: Path) -> SimpleNamespace:
+        taken = sum(path.stat().st_size for path in tmp_path.rglob("*.jpg"))
+        return SimpleNamespace(free=int(room * total) - taken)
+
+    monkeypatch.setattr(space, "_MARGIN", 0)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    archive = make(tmp_path / "archive", members)
+    if room > 1:
+        assert unpack([archive], out).size == total
+    else:
+        with pytest.raises(DataError, match="are free"):
+            unpack([archive], out)
+        assert not out.exists()

@@ -90,7 +90,9 @@ def _unpack_zip(file: BinaryIO, target: Path, name: str, packed: int) -> Content
     contents = Contents()
     with zipfile.ZipFile(file) as bundle:
         members = bundle.infolist()
-        _check_growth(sum(member.file_size for member in members), packed, target, name)
+        total = sum(member.file_size for member in members)
+        _check_growth(total, packed, name)
+        check_space(target, total, name)
         for member in members:
             path = inside(target, member.filename, name)
             kind = stat.S_IFMT(member.external_attr >> 16)
@@ -119,7 +121,8 @@ def _unpack_tar(file: BinaryIO, target: Path, name: str, packed: int) -> Content
             source = bundle.extractfile(member) if member.isreg() else None
             if source is None:
                 raise DataError(f"{name}: the member '{member.name}' is a link or a device; not safe")
-            _check_growth(contents.size + member.size, packed, target, name)
+            _check_growth(contents.size + member.size, packed, name)
+            check_space(target, member.size, name)  # those before it took their room already
             with source:
                 _write(source, path, contents)
     return contents
@@ -133,10 +136,9 @@ def _write(source: IO[bytes], path: Path, contents: Contents) -> None:
     contents.files += 1
 
 
-def _check_growth(size: int, packed: int, target: Path, name: str) -> None:
+def _check_growth(size: int, packed: int, name: str) -> None:
     if size > max(_MAX_RATIO * packed, _MODEST):
         raise DataError(f"{name}: {packed} bytes would grow to {size}; the archive is not safe")
-    check_space(target, size, name)
 
 
 def _flatten(stage: Path, name: str) -> None:
