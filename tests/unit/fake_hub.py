@@ -41,14 +41,28 @@ class FakeHub:
 
     def give(self, name: str, body: bytes | None = None) -> server.Answer:
         """A file as the hub gives it; ``body`` is a wrong content."""
-        content = self.files[name]
-        return server.content(
-            content if body is None else body,
-            etag=f'"{self._etag(content)}"',
-            X_Repo_Commit=self.commit,
-            X_Linked_Size=str(len(content)),
-            X_Linked_ETag=f'"{self._etag(content)}"',
-        )
+        return server.content(self.files[name] if body is None else body, **self._headers(name))
+
+    def fail(self, name: str, *faults: server.Fault) -> None:
+        """Let the first requests for a file's content meet ``faults``, and later ones succeed; its head is always told."""
+        honest, waiting = self.give(name), list(faults)
+
+        def answer(request: Request) -> None:
+            if request.command == "HEAD" or not waiting:
+                return honest(request)
+            return waiting.pop(0)(self.files[name], **self._headers(name))(request)
+
+        self.host.serve(self.path(name), answer)
+
+    def rename(self, old: str) -> None:
+        """Let everything of the repository ``old`` lead to where it is now, as the hub does after a renaming."""
+        for path in list(self.host.answers):
+            moved = path.replace("owner/name", old)
+            self.host.serve(moved, server.redirect(self.host.url(path), 307))
+
+    def _headers(self, name: str) -> dict[str, str]:
+        tag, size = f'"{self._etag(self.files[name])}"', str(len(self.files[name]))
+        return {"etag": tag, "X_Repo_Commit": self.commit, "X_Linked_Size": size, "X_Linked_ETag": tag}
 
     def downloads(self) -> list[str]:
         """The files that were asked for, with content."""

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = Callable[["Request"], None]
+Fault = Callable[..., Answer]
+"""Makes an answer of the content that should be given and its headers."""
 
 
 class Request(BaseHTTPRequestHandler):
@@ -102,20 +104,31 @@ def status(code: int, **headers: str) -> Answer:
     return lambda request: request.send(code, b"no", **headers)
 
 
-def redirect(to: str) -> Answer:
-    return lambda request: request.send(302, Location=to)
+def redirect(to: str, code: int = 302) -> Answer:
+    return lambda request: request.send(code, Location=to)
 
 
-def truncated(body: bytes, after: int, etag: str = '"one"') -> Answer:
+def truncated(body: bytes, after: int, etag: str = '"one"', **headers: str) -> Answer:
     """Promises all of the file and hangs up after some bytes."""
-    return lambda request: request.send(200, body[:after], length=len(body), ETag=etag)
+    return lambda request: request.send(200, body[:after], length=len(body), ETag=etag, **headers)
 
 
-def stalled(body: bytes, after: int, seconds: float, etag: str = '"one"') -> Answer:
+def spliced(body: bytes, etag: str, **headers: str) -> Answer:
+    """Gives the part that is asked for of whatever the file is now: does not know If-Range."""
+
+    def answer(request: Request) -> None:
+        first = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        place = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        request.send(206, body[first:], Content_Range=place, ETag=etag, **headers)
+
+    return answer
+
+
+def stalled(body: bytes, after: int, seconds: float, etag: str = '"one"', **headers: str) -> Answer:
     """Promises all of the file, sends some bytes and says nothing more."""
 
     def answer(request: Request) -> None:
-        request.send(200, body[:after], length=len(body), ETag=etag)
+        request.send(200, body[:after], length=len(body), ETag=etag, **headers)
         request.wfile.flush()
         time.sleep(seconds)
 

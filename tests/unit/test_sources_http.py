@@ -98,9 +98,44 @@ def test_goes_on_in_a_later_call(host: FaultyServer, tmp_path: Path) -> None:
     assert host.seen[0][1]["Range"] == "bytes=5000-"
 
 
+def test_what_came_before_a_long_outage_is_kept(host: FaultyServer, tmp_path: Path) -> None:
+    url = host.serve("/a", server.truncated(BODY, 200_000), server.status(503))
+    with pytest.raises(DataError, match=r"503.*3 times in a row"):
+        fetch(url, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    host.seen.clear()
+    fetch(host.serve("/a", server.content(BODY)), tmp_path / "a")
+    assert alone(tmp_path / "a")
+    assert host.seen[0][1]["Range"] == "bytes=196608-"
+
+
 def test_starts_again_when_the_file_changed_meanwhile(host: FaultyServer, tmp_path: Path) -> None:
     old = server.truncated(b"x" * len(BODY), 200_000, etag='"old"')
     fetch(host.serve("/a", old, server.content(BODY, etag='"new"')), tmp_path / "a")
+    assert alone(tmp_path / "a")
+
+
+@pytest.mark.parametrize("answer", [server.content, server.spliced], ids=["knows If-Range", "does not"])
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"old": {"etag": '"old"'}, "new": {"etag": '"new"'}},
+        {
+            "old": {"etag": "", "Last_Modified": "Mon, 05 Feb 2024 10:00:00 GMT"},
+            "new": {"etag": "", "Last_Modified": "Tue, 06 Feb 2024 10:00:00 GMT"},
+        },
+    ],
+    ids=["ETag", "Last-Modified"],
+)
+def test_starts_again_when_the_file_changed_since_an_earlier_call(
+    host: FaultyServer, tmp_path: Path, answer: server.Fault, tags: dict[str, dict[str, str]]
+) -> None:
+    """Half of one version and half of another would be of the right length."""
+    url = host.serve("/a", server.truncated(b"x" * len(BODY), 200_000, **tags["old"]), server.status(503))
+    with pytest.raises(DataError, match="503"):
+        fetch(url, tmp_path / "a")
+    host.serve("/a", answer(BODY, **tags["new"]), server.content(BODY, **tags["new"]))
+    fetch(url, tmp_path / "a")
     assert alone(tmp_path / "a")
 
 

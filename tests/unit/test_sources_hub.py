@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +147,80 @@ def test_a_content_that_stays_wrong_is_refused(hub: FakeHub) -> None:
     with pytest.raises(DataError, match=r"config\.json: not what the hub lists"):
         fetched(repository())
     assert published() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("config.json", partial(server.truncated, after=1)),
+        ("model.safetensors", partial(server.truncated, after=1000)),
+        ("model.safetensors", partial(server.stalled, after=1000, seconds=2.0)),
+        ("model.safetensors", lambda body, **headers: server.status(503)),
+        ("model.safetensors", lambda body, **headers: server.status(429, Retry_After="0")),
+    ],
+    ids=["small truncated", "truncated", "stalled", "503", "429"],
+)
+def test_a_transfer_that_breaks_off_is_repeated(hub: FakeHub, name: str, fault: server.Fault) -> None:
+    hub.fail(name, fault)
+    fetched(repository())
+    assert published() == FILES
+
+
+def test_a_transfer_that_never_ends_leaves_nothing_in_place(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_source, "ATTEMPTS", 1)
+    hub.fail("model.safetensors", *[partial(server.truncated, after=1)] * 1000)
+    with pytest.raises(DataError, match="owner/name: the hub did not give it in 1 attempts"):
+        fetched(repository())
+    assert published() == {}
+
+
+def test_a_process_killed_while_downloading_starts_that_file_again(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library goes on with no part of a file; what it left of one goes, what had come whole stays."""
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "60")
+    monkeypatch.setenv("HF_HUB_CACHE", "cache")
+    hub.fail("model.safetensors", partial(server.stalled, after=1000, seconds=60))
+    program = (
+        "from pathlib import Path; from mmpipe.sources.hub import Hub;"
+        "Hub(repo='owner/name', repo_type='dataset').fetch(Path('resources/datasets/thing'))"
+    )
+    files = Path("resources/datasets/.fetching/thing/files")
+    whole = [files / name for name in FILES if name != "model.safetensors"]
+    parts = f"{files}/.cache/**/*.incomplete"
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        for _ in range(1000):
+            if glob.glob(parts, recursive=True) and all(path.is_file() for path in whole):
+                break
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    left = [Path(part) for part in glob.glob(parts, recursive=True)]
+    assert left
+    assert published() == {}
+    hub.host.seen.clear()
+    kept: list[bool] = []
+
+    def honest(body: bytes, **headers: str) -> server.Answer:
+        kept.extend(path.exists() for path in left)
+        return server.content(body, **headers)
+
+    hub.fail("model.safetensors", honest)
+    fetched(repository())
+    assert published() == FILES
+    assert set(hub.downloads()) == {"model.safetensors"}
+    assert kept == [False] * len(left), "it takes room and is of no use"
+
+
+def test_a_renamed_repository_is_followed(hub: FakeHub) -> None:
+    hub.rename("former/title")
+    source = entry(source="hub", repo="former/title", repo_type="dataset")
+    assert fetched(source)["commit"] == COMMIT
+    assert published() == FILES
 
 
 def test_the_lock_pins_a_branch(hub: FakeHub) -> None:

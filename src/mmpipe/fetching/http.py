@@ -80,13 +80,17 @@ class _Refused(Exception):
     """An address that will not give the file, however often it is asked."""
 
 
+class _Exhausted(Exception):
+    """Patience with an address is at its end; what it gave until then is good for another day."""
+
+
 def download(
     urls: Sequence[str], target: Path, expected: Expected = Expected(), patience: Patience | None = None
 ) -> dict[str, Any]:
     """Download ``target`` from the first of ``urls`` that gives it; returns its ``size`` and ``sha256``.
 
-    Bytes go to ``target.part``, from which a later call goes on. Raises DataError, naming every address and what was wrong
-    with it, when none gives the expected file.
+    Bytes go to ``target.part``, from which a later call goes on, also after this one lost its patience. Raises DataError,
+    naming every address and what was wrong with it, when none gives the expected file.
     """
     patience = patience or Patience()
     part = target.with_name(f"{target.name}.part")
@@ -96,8 +100,9 @@ def download(
         try:
             _persist(url, part, expected, patience)
             facts = expected.check(part, url)
-        except (_Refused, DataError) as fault:
-            _forget(part)
+        except (_Refused, _Exhausted, DataError) as fault:
+            if not isinstance(fault, _Exhausted):
+                _forget(part)
             log.warning("%s", fault)
             faults.append(str(fault))
             continue
@@ -118,7 +123,7 @@ def _persist(url: str, part: Path, expected: Expected, patience: Patience) -> No
         except _Interrupted as fault:
             fruitless = 0 if _size(part) > before else fruitless + 1
             if fruitless >= patience.attempts:
-                raise _Refused(f"{url}: {fault}, {fruitless} times in a row") from fault
+                raise _Exhausted(f"{url}: {fault}, {fruitless} times in a row") from fault
             pause = min(patience.pause * 2**fruitless, patience.longest_pause)
             log.warning("%s: %s; trying again", url, fault)
             time.sleep(max(pause, min(fault.wait, patience.longest_pause)))
@@ -160,10 +165,13 @@ def _check_status(response: requests.Response, url: str) -> None:
 
 def _receive(response: requests.Response, url: str, part: Path, have: int, expected: Expected) -> None:
     """Write the body behind what is there; a server that starts again from the beginning starts the file again."""
-    resumed = response.status_code == 206 and _start(response) == have
-    if response.status_code == 206 and not resumed:
+    resumed = response.status_code == 206
+    if resumed and _start(response) != have:
         _forget(part)
         raise _Interrupted("the server sent another part of the file than it was asked for")
+    if resumed and _changed(response, url, part):
+        _forget(part)
+        raise _Interrupted("the file changed since the first part of it came")
     done = have if resumed else 0
     length = response.headers.get("Content-Length")
     total = done + int(length) if length and not response.headers.get("Content-Encoding") else None
@@ -190,6 +198,12 @@ def _resumable(url: str, part: Path, expected: Expected) -> int:
         return 0
     same = note["url"] == url and note["validator"]
     return _size(part) if same or expected.sha256 else 0
+
+
+def _changed(response: requests.Response, url: str, part: Path) -> bool:
+    """Whether a partial answer is of another version than the part: some servers do not know ``If-Range``."""
+    note = read_json(_note(part))
+    return note["url"] == url and _validator(response) not in (None, note["validator"])
 
 
 def _validator(response: requests.Response) -> str | None:

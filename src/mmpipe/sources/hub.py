@@ -104,7 +104,10 @@ class Hub(Downloaded):
         where: dict[str, Any] = {"repo_id": self.repo, "repo_type": self.repo_type}
         # Resolved here once: the branch may move before the next attempt, and snapshot_download, when the hub fails it, takes a
         # half-filled folder for the snapshot of a branch.
-        commit = str(api.repo_info(**where, revision=self._revision(desk)).sha)
+        info = api.repo_info(**where, revision=self._revision(desk))
+        if info.id != self.repo:
+            log.warning("%s is called %s now; name that in the catalogue", self.repo, info.id)
+        commit = str(info.sha)
         desk.memory["commit"] = commit
         desk.save()
         tree = api.list_repo_tree(**where, revision=commit, recursive=True)
@@ -120,6 +123,8 @@ class Hub(Downloaded):
                 f"{', '.join(sorted(listed)[:10]) or 'none'}"
             )
         missing = [name for name in names if not (desk.files / name).is_file()]
+        for part in (desk.files / ".cache").rglob("*.incomplete"):
+            part.unlink()  # of a process that was killed: the library begins such a file again, under another name
         check_space(desk.files, sum(listed[name].size for name in missing), self.repo)
         log.info("downloading %d files of %s at %s", len(missing), self.repo, commit)
         snapshot_download(**where, **patterns, revision=commit, local_dir=desk.files, endpoint=endpoint)
