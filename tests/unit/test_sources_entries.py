@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from source_world import MEMBERS, entry, fetched, make_zip, published
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, sha256
 from mmpipe.errors import ConfigError, DataError
-from mmpipe.fetching import archives, http
+from mmpipe.fetching import archives, http, progress
 from mmpipe.fetching.lock import locked, write_lock
 from mmpipe.sources.base import Source
 
@@ -234,6 +235,45 @@ def test_needs_the_room_it_announces(host: FaultyServer) -> None:
     assert host.seen == []
 
 
+def test_needs_the_room_that_the_lock_tells_where_nobody_announces_it(host: FaultyServer) -> None:
+    source = entry(source="drive", files=[{"id": "0123456789", "to": "a"}])
+    with pytest.raises(DataError, match=r"needs 5000000000\.0 GB below .*are free"):
+        fetched(source, downloads={"a": {"size": 5 * 10**18, "sha256": "0" * 64}})
+
+
+def test_a_long_download_tells_in_the_log_how_it_goes(
+    host: FaultyServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    body = bytes(100_000)
+    url = host.serve("/a", server.stalled(body, 70_000, seconds=0.2), server.content(body))
+    with caplog.at_level("INFO"):
+        fetched(entry(source="url", files=[{"url": url, "to": "a", "size": len(body)}]))
+    assert re.search(r"thing: .* of 100\.0 kB \(\d+%\) are here, .* a second", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "level", "told"),
+    [
+        ({}, "INFO", "thing: licence not stated"),
+        ({"licence": "MIT"}, "INFO", "thing: MIT"),
+        ({"licence": "X", "restricted": "non-commercial"}, "WARNING", "thing: X; non-commercial"),
+        ({"restricted": ["research only", "consent"]}, "WARNING", "stated; research only; consent"),
+    ],
+)
+def test_the_licence_is_told_when_a_fetch_begins(
+    host: FaultyServer,
+    caplog: pytest.LogCaptureFixture,
+    settings: dict[str, Any],
+    level: str,
+    told: str,
+) -> None:
+    file = {"url": host.serve("/a", server.content(b"a")), "to": "a"}
+    with caplog.at_level("INFO"):
+        fetched(entry(source="url", files=[file], **settings))
+    assert [record.levelname for record in caplog.records if told in record.message] == [level]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -243,6 +283,7 @@ def test_needs_the_room_it_announces(host: FaultyServer) -> None:
         ({"files": [{"url": "http://x/a", "to": "a", "sha256": "abc"}]}, "pattern"),
         ({"files": [{"url": "http://x/a", "to": "a"}], "unpack": {"a": "/tmp"}}, "must lie inside"),
         ({"file": []}, "unknown key"),
+        ({"files": [{"url": "http://x/a", "to": "a"}], "restricted": "no"}, "restricted"),
     ],
 )
 def test_mistakes_in_the_catalogue_are_named(settings: dict[str, Any], message: str) -> None:
@@ -374,6 +415,20 @@ def test_path_adopts_a_directory_and_follows_its_changes() -> None:
     names = {path.name for path in Path("resources/datasets/thing").iterdir()}
     assert names == {"b.json", "folder", manifest.NAME}
     assert (origin / "folder").is_dir(), "replacing links leaves what they lead to"
+
+
+def test_path_counts_what_lies_below_so_that_adopting_again_notices_changes() -> None:
+    origin = Path("elsewhere")
+    (origin / "deep/er").mkdir(parents=True)
+    (origin / "deep/er/1.jpg").write_bytes(b"12345")
+    (origin / "list.json").write_bytes(b"[]")
+    source = entry(source="path", path=str(origin))
+    facts = fetched(source)
+    assert facts["below"] == {"files": 2, "size": 7}
+    assert fetched(source) == facts
+    (origin / "deep/er/2.jpg").write_bytes(b"1")
+    assert fetched(source)["below"] == {"files": 3, "size": 8}
+    assert fetched(entry(source="path", path=str(origin / "list.json")), "one")["below"]["files"] == 1
 
 
 def test_joined_lays_out_others_by_relative_links() -> None:

@@ -23,6 +23,7 @@ from mmpipe.errors import DataError
 from mmpipe.fetching import archives
 from mmpipe.fetching.http import Expected
 from mmpipe.fetching.lock import LOCK
+from mmpipe.fetching.progress import bytes_in
 from mmpipe.fetching.space import clear_directory
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Desk:
 
     memory: dict[str, Any] = field(default_factory=dict)
     """What a source wants to know when it is called again."""
+    total: float = 0
+    """Bytes that will have come in the end, as far as anybody knows."""
 
     @property
     def started(self) -> bool:
@@ -188,6 +191,15 @@ def desk_for(out: Path, spec: Mapping[str, Any], locked: Mapping[str, Any]) -> I
         done = read_json(notes) if notes.is_file() else {}
         yield Desk(files, out.parent.parent / "manual" / out.name, locked, notes, **done)
         shutil.rmtree(work)
+
+
+def partial(out: Path) -> int:
+    """Bytes that an unfinished fetch of an entry has brought so far."""
+    work = out.parent / _BESIDE / out.name
+    done = read_json(work / "done.json") if (work / "done.json").is_file() else {}
+    if done.get("facts_brought") is None:
+        return bytes_in(work / "files")
+    return sum(file["size"] for file in done["downloads"].values())  # archives may be unpacked and gone
 
 
 def take_possession(out: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mmpipe.config.base import Settings
 from mmpipe.data.spec import InnerPath
@@ -17,10 +18,22 @@ from mmpipe.errors import DataError
 if TYPE_CHECKING:
     from mmpipe.fetching.desk import Desk
 
+log = logging.getLogger(__name__)
 _NOTES = frozenset(
-    {"description", "licence", "homepage", "size_gb", "records", "layout", "subfolder", "shape"}
+    {
+        "description",
+        "licence",
+        "restricted",
+        "homepage",
+        "size_gb",
+        "records",
+        "layout",
+        "subfolder",
+        "shape",
+    }
 )
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Restriction = Literal["non-commercial", "research only", "consent"]
 
 
 class Source(Settings):
@@ -32,7 +45,15 @@ class Source(Settings):
     description: str = ""
     """What it is, in one line."""
     licence: str = ""
-    """The licence it is given under, as its publisher names it."""
+    """The licence it is given under, as its publisher names it; empty where none is stated."""
+    restricted: Annotated[
+        tuple[Restriction, ...],
+        BeforeValidator(
+            lambda value: [value] if isinstance(value, str) else value,
+            json_schema_input_type=Restriction | tuple[Restriction, ...],
+        ),
+    ] = ()
+    """What the licence allows no more than, or ``consent``: somebody with an account has to accept terms first."""
     homepage: str = ""
     """Where a person reads about it."""
     size_gb: float | None = Field(None, gt=0)
@@ -53,6 +74,11 @@ class Source(Settings):
         says about the entry: what is fetched must agree with it.
         """
         raise NotImplementedError
+
+    @property
+    def terms(self) -> str:
+        """The licence and what restricts its use, in a line."""
+        return "; ".join([self.licence or "licence not stated", *self.restricted])
 
     def needs(self) -> tuple[str, ...]:
         """Other data sets that must be there first."""
@@ -98,15 +124,30 @@ class Downloaded(Source):
     def bring(self, desk: Desk) -> dict[str, Any]:
         """Bring the files to ``desk.files`` and return facts for the manifest."""
 
+    def wanted(self) -> tuple[WantedFile, ...]:
+        """The files, where the entry names each."""
+        return ()
+
+    def announced(self, locked: Mapping[str, Any]) -> float:
+        """Bytes to be fetched as far as the catalogue or the lock knows; 0 when neither does."""
+        if self.size_gb:
+            return self.size_gb * 1e9
+        pinned = {name: pin["size"] for name, pin in locked.get("downloads", {}).items()}
+        return sum((pinned | {file.to: file.size for file in self.wanted() if file.size}).values())
+
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         from mmpipe.fetching.desk import desk_for
+        from mmpipe.fetching.progress import progress
         from mmpipe.fetching.space import check_space
 
         with desk_for(out, self.spec(), locked or {}) as desk:
-            if self.size_gb and not desk.started:
+            log.log(logging.WARNING if self.restricted else logging.INFO, "%s: %s", out.name, self.terms)
+            desk.total = self.announced(desk.locked)
+            if not desk.started:
                 # an archive and its contents are there at the same time
-                check_space(desk.files, self.size_gb * 1e9 * (2 if self.unpack else 1), str(out))
-            desk.once(lambda: self.bring(desk))
+                check_space(desk.files, desk.total * (2 if self.unpack else 1), str(out))
+            with progress(desk.files, out.name, lambda: desk.total):
+                desk.once(lambda: self.bring(desk))
             for pattern, folder in self.unpack.items():
                 desk.unpack(pattern, folder, self.flat)
             facts = desk.facts()

@@ -48,6 +48,9 @@ class Drive(Downloaded):
             raise ValueError("give either 'files' or 'folder'")
         return self
 
+    def wanted(self) -> tuple[WantedFile, ...]:
+        return self.files
+
     def bring(self, desk: Desk) -> dict[str, Any]:
         for file in self.files:
             desk.place(file, partial(_download, file.id, desk))

@@ -126,6 +126,7 @@ class Hub(Downloaded):
         for part in (desk.files / ".cache").rglob("*.incomplete"):
             part.unlink()  # of a process that was killed: the library begins such a file again, under another name
         check_space(desk.files, sum(listed[name].size for name in missing), self.repo)
+        desk.total = sum(listed[name].size for name in names)
         log.info("downloading %d files of %s at %s", len(missing), self.repo, commit)
         snapshot_download(**where, **patterns, revision=commit, local_dir=desk.files, endpoint=endpoint)
         _prove(desk, [listed[name] for name in names])

@@ -35,13 +35,16 @@ class Manual(Downloaded):
             raise ValueError("give 'files' or 'folders'")
         return self
 
+    def wanted(self) -> tuple[WantedFile, ...]:
+        return self.files
+
     def bring(self, desk: Desk) -> dict[str, Any]:
         missing = [file.to for file in self.files if not desk.has(file) and not desk.has_offer(file)]
         missing += [f"{folder}/" for folder in self.folders if not (desk.offered / folder).is_dir()]
         if missing:
             name = desk.offered.name
             raise DataError(
-                f"{name}: a person has to fetch this ({self.licence or 'its licence is told on its homepage'})\n"
+                f"{name}: a person has to fetch this ({self.terms})\n"
                 f"  how: {self.how}\n"
                 f"  homepage: {self.homepage or '-'}\n"
                 f"  put into {desk.offered}/: {', '.join(missing)}\n"

@@ -12,7 +12,10 @@ from mmpipe.sources.base import Source
 
 
 class Local(Source):
-    """Adopt a directory or a file as it is; nothing is copied, nothing below it is written."""
+    """Adopt a directory or a file as it is; nothing is copied, nothing below it is written.
+
+    The manifest keeps how many files lie there and their size: what changes later is noticed when it is adopted again.
+    """
 
     source: Literal["path"] = "path"
     path: Path
@@ -39,5 +42,17 @@ class Local(Source):
         for entry in entries:
             if entry.name != "manifest.json":
                 (out / entry.name).symlink_to(entry)
-        # its size only: a person's own tree is not ours to read in full
-        return {"path": origin.as_posix(), "hash_files": False}
+        # sizes only: a person's own tree is not ours to read in full
+        return {"path": origin.as_posix(), "below": _measured(origin), "hash_files": False}
+
+
+def _measured(origin: Path) -> dict[str, int]:
+    """How many files lie in a tree, links to other trees followed, and their bytes."""
+    if origin.is_file():
+        return {"files": 1, "size": origin.stat().st_size}
+    files = size = 0
+    for place, _, names in os.walk(origin, followlinks=True):
+        for path in (Path(place, name) for name in names):
+            if path.is_file():  # not a link to nothing
+                files, size = files + 1, size + path.stat().st_size
+    return {"files": files, "size": size}

@@ -39,6 +39,9 @@ class Url(Downloaded):
             file.pop("mirrors", None)
         return spec
 
+    def wanted(self) -> tuple[WantedFile, ...]:
+        return self.files
+
     def bring(self, desk: Desk) -> dict[str, Any]:
         for file in self.files:
             desk.place(file, partial(_download, (file.url, *file.mirrors)))
