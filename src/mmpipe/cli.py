@@ -128,14 +128,17 @@ def why(
 @app.command()
 def data(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Entries to show in full; without them all in brief.")
+        list[str] | None,
+        typer.Argument(
+            help="Entries, mixtures, recipes, benchmarks to show in full; without them all in brief."
+        ),
     ] = None,
     lock: Annotated[
         bool, typer.Option("--lock", help="Pin what is fetched here in config/lock.json.")
     ] = False,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
-    """Show data sets and backbones: from where, how large, which licence, what is here, who uses it."""
+    """Show data sets and backbones: what is here, how large it is, its licence; of a mixture or recipe, what it still needs."""
     from mmpipe.fetching.lock import LOCK, write_lock
     from mmpipe.report.catalogue import print_catalogue
 

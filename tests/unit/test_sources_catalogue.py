@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,25 +122,144 @@ def test_llava_15_is_planned_with_its_published_settings() -> None:
     assert s.grouping == "modality_length"
 
 
-def test_the_table_shows_what_is_here_and_what_needs_a_person(
+# --- what is there, how much, and why not ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+) -> Callable[..., str]:
+    """What ``mmpipe data NAME...`` prints on a terminal of some width, in an empty project."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    here = Path("resources/datasets/mmstar")
-    here.mkdir(parents=True)
-    (here / "mmstar.parquet").write_bytes(bytes(5000))
-    manifest.write(here, kind="source", spec="{}", inputs={})
-    print_catalogue(plan)
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
-    assert re.search(r"mmstar +hub +fetched +5\.0 kB", lines["mmstar"])
-    assert re.search(r"sam-570k +manual +manual .*sharegpt4v-pretrain", lines["sam-570k"])
-    assert re.search(r"coco-train2017 +url +missing +~ 19 GB", lines["coco-train2017"])
-    assert re.search(r"mixture\s+llava-pretrain-558k", lines["llava-pretrain"])
-    print_catalogue(plan, ["sam-570k"])
-    assert "accept the licence on the homepage" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="did you mean 'llava-pretrain'"):
-        print_catalogue(plan, ["llava-pretrian"])
+
+    def show(*names: str, width: int = 200) -> str:
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_catalogue(plan, names)
+        return capsys.readouterr().out
+
+    return show
+
+
+def here(name: str, size: int = 5000, kind: str = "datasets") -> None:
+    place = Path("resources", kind, name)
+    place.mkdir(parents=True)
+    (place / "file").write_bytes(bytes(size))
+    manifest.write(place, kind="source", spec="{}", inputs={})
+
+
+def unfinished(name: str, size: int) -> None:
+    files = Path("resources/datasets/.fetching", name, "files")
+    files.mkdir(parents=True)
+    (files / "a.zip.part").write_bytes(bytes(size))
+
+
+def by_name(table: str) -> dict[str, str]:
+    return {line.split()[0]: line for line in table.splitlines() if line.split()}
+
+
+def test_the_table_shows_what_is_here_and_what_needs_a_person(shown: Callable[..., str]) -> None:
+    here("mmstar")
+    unfinished("coco-train2017", 2_000_000)
+    lines = by_name(shown())
+    assert re.search(r"mmstar +hub +fetched +5\.0 kB +1,500 not stated", lines["mmstar"])
+    assert re.search(r"sam-570k +manual +manual +\? +570,000 ! SA-1B", lines["sam-570k"])
+    assert re.search(r"coco-train2017 +url +partial +2\.0 MB of ~ 19\.0 GB +118,287", lines["coco-train2017"])
+    assert re.search(r"joined +0 of 4 +> \d+\.\d GB +4 parts", lines["sharegpt4v-pretrain"])
+    assert re.search(r"allava-pft +joined +0 of 2 +95\.\d GB", lines["allava-pft"])
+    assert re.search(
+        r"Data sets: \d+ entries, 1 of them here \(2\.0 MB\), \d+\.\d GB to fetch", lines["Data"]
+    )
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_names_and_numbers_stay_whole_on_a_narrow_terminal(
+    shown: Callable[..., str], plan: Plan, width: int
+) -> None:
+    table = shown(width=width)
+    assert max(map(len, table.splitlines())) <= width
+    lines = by_name(table)
+    assert set(lines) >= {*plan.datasets, *plan.backbones}
+    assert re.search(r"missing +~ 19\.0 GB +118,287 Flickr", lines["coco-train2017"])
+
+
+def test_a_mixture_is_resolved_to_what_must_be_fetched(shown: Callable[..., str]) -> None:
+    here("gqa-images")
+    told = shown("llava-mix665k")
+    for fact in (
+        r"records +665,298 published",
+        r"in all +6 entries, 1 of them here \(5\.0 kB\), \d\d\.\d GB to fetch",
+        r"CC BY 4\.0: gqa-images, textvqa-images, visual-genome",
+        r"not stated: ocr-vqa-images",
+        r"in the way +nothing",
+    ):
+        assert re.search(fact, told), fact
+    assert "llava-v1.5-images" not in told, "it is not fetched, but laid out from others"
+
+
+def test_a_recipe_needs_what_its_teacher_needs(shown: Callable[..., str]) -> None:
+    told = shown("llava-mod-qwen1.5-0.5b")
+    lines = by_name(told)
+    assert {"qwen1.5-0.5b", "qwen1.5-7b", "clip-vit-large-patch14-336", "rlaif-v", "allava-laion"} <= set(
+        lines
+    )
+    assert re.search(r"sam-570k: a person has to fetch it: accept the licence on the homepage", told)
+    assert re.search(r"restricted +.*non-commercial: .*sharegpt4v", told, re.DOTALL)
+    assert "qwen1.5-7b" not in shown("llava-1.5-7b@pretrain")
+
+
+def test_an_entry_tells_all_of_itself_and_what_is_in_the_way(shown: Callable[..., str]) -> None:
+    told = shown("sam-570k", "svit", "llava-v1.5-mix665k")
+    assert told.count("accept the licence on the homepage") == 1
+    assert re.search(r"used by +sharegpt4v-pretrain", told)
+    assert re.search(r"in the way +accept its terms at https://\S+ and set HF_TOKEN", told)
+    assert re.search(r"used by +mixture llava-mix665k", told)
+    assert re.search(r"in all +6 entries", told)
+
+
+def test_a_mixture_called_as_a_data_set_is_shown_beside_it(shown: Callable[..., str]) -> None:
+    told = shown("rlaif-v", "mmbench")
+    assert "RLAIF-V preference pairs, pictures inside" in told
+    assert "preference pairs for preference distillation" in told
+    assert "benchmark mmbench" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("llava-pretrian", "did you mean 'llava-pretrain'"),
+        ("llava-mx665k", "did you mean 'llava-mix665k'"),
+        ("coco", "; there is coco-annotations-2014, coco-test2015, coco-train2017, coco-val2014"),
+        ("zzzz", "; list them: mmpipe data, mmpipe plan, mmpipe benchmarks$"),
+    ],
+)
+def test_an_unknown_name_gets_a_short_hint(shown: Callable[..., str], name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint) as told:
+        shown(name)
+    assert len(str(told.value)) < 300
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_archives_that_are_unpacked_count_as_what_came(shown: Callable[..., str], unpacked: bool) -> None:
+    unfinished("gqa-images", 0)
+    files = Path("resources/datasets/.fetching/gqa-images/files")
+    (files / ("1.jpg" if unpacked else "images.zip")).write_bytes(bytes(9_000_000 if unpacked else 3_000_000))
+    done = {"downloads": {"images.zip": {"size": 3_000_000}}, "facts_brought": {}}
+    (files.parent / "done.json").write_text(json.dumps(done))
+    assert "3.0 MB of ~ 20.3 GB" in shown("gqa-images")
+
+
+def test_restricted_licences_are_marked(plan: Plan) -> None:
+    """The mark is a field of its own; no entry whose licence says so may lack it."""
+    signs = {
+        "NC": "non-commercial",
+        "research": "research only",
+        "academic": "research only",
+        "non-commercial": "non-commercial",
+    }
+    for name, source in sources(plan):
+        for sign, restriction in signs.items():
+            if sign in source.licence:
+                assert restriction in source.restricted, name
 
 
 # --- from a server to a mixture ---------------------------------------------------------------------------------------

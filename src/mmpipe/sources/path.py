@@ -51,7 +51,10 @@ def _measured(origin: Path) -> dict[str, int]:
     if origin.is_file():
         return {"files": 1, "size": origin.stat().st_size}
     files = size = 0
-    for place, _, names in os.walk(origin, followlinks=True):
+    seen = set()
+    for place, folders, names in os.walk(origin, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
         for path in (Path(place, name) for name in names):
             if path.is_file():  # not a link to nothing
                 files, size = files + 1, size + path.stat().st_size
