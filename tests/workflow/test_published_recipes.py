@@ -30,6 +30,19 @@ def test_llava_15_fetches_every_shared_picture_once(project: Project) -> None:
     assert jobs["mix_data"] == 2
 
 
+def test_llava_mod_trains_a_teacher_a_family_and_shares_the_students_stages(project: Project) -> None:
+    jobs = project.planned("results/mmbench.json", "--configfile", "config/llava-mod.yaml")
+    assert jobs["compare"] == 1
+    # two teachers and four students; the stages of a student that are compared are those of its path
+    assert (jobs["pretrain"], jobs["finetune"]) == (2 + 4, 2)
+    assert jobs["distill_dense"] == jobs["upcycle"] == jobs["distill_sparse"] == jobs["prefer"] == 4
+    # the log-probabilities of a family's teacher serve both of its students
+    assert jobs["annotate"] == 2
+    assert jobs["fetch_backbone"] == 1 + 2 + 4
+    # captions with the mark in front (teachers) and in place (students), LLaVA's 665K, and the three of the distillation
+    assert jobs["mix_data"] == 6
+
+
 def test_libmoe_trains_what_the_routers_share_once_for_each_backbone(project: Project) -> None:
     jobs = project.planned("results/mmbench.json", "--configfile", "config/libmoe.yaml")
     assert jobs["pretrain"] == jobs["prefinetune"] == 3
