@@ -158,10 +158,32 @@ def test_chair_counts_every_mention():
         [{"question_id": i, "reply": "", "extracted_objects": c["objs"]} for i, c in enumerate(captions)],
     )
     expected = vector["expected"]["overall"]
-    assert score.metrics["CHAIRs_refine"] == pytest.approx(expected["CHAIRs_refine"])
-    assert score.metrics["CHAIRi"] == pytest.approx(expected["CHAIRi"])
-    assert score.metrics["object_recall"] == pytest.approx(expected["obj_rec"])
-    assert score.metrics["coco_word_count"] == expected["coco_word_count"]
+    ours = {
+        "CHAIRs": "CHAIRs_all_responses",
+        "obj_rec": "object_recall",
+        "sentence_num": "n_responses",
+        "coco_sentence_num": "n_responses_with_coco_mention",
+        "correct_rate": "response_correct_percent",
+        "object_correct_rate": "object_correct_percent",
+    }
+    for name, value in expected.items():
+        found = score.metrics[ours.get(name, name)]
+        assert found == pytest.approx(100 * value if name.endswith("rate") else value), name
+    for item, caption in zip(score.items, vector["expected"]["per_caption"], strict=True):
+        assert item.facts["coco_mentions"] == caption["mscoco_generated_words"]
+        assert item.facts["hallucinated"] == [word for word, _ in caption["mscoco_hallucinated_words"]]
+        assert item.facts["hallucinated_response"] == caption["metrics"]["CHAIRs"]
+
+
+def test_chair_reads_lists_and_pairs_of_words():
+    from mmpipe.benchmarks.objhal import Words, double_words, listed_objects
+
+    vector = load("_llava_mod_chair")["expected"]
+    for reply, names in vector["parse_object_list"].items():
+        assert listed_objects(reply) == (None if names == "ValueError" else names), reply
+    pairs = Words({"dining table": "dining table", "hot dog": "hot dog", "dog": "dog"}).pairs
+    for phrase, words in vector["get_double_words_only"].items():
+        assert double_words(phrase.split(), pairs) == words, phrase
 
 
 def test_option_extraction():
@@ -205,6 +227,119 @@ def test_pope_words():
 
     for reply, label in load("_llava_scorers")["pope_text_to_label"]:
         assert llava_pope(reply) == label, reply
+
+
+MOD = load("_llava_mod_scorers")["expected"]
+
+
+def test_llava_mod_textvqa():
+    cases = MOD["textvqa"]["cases"]
+    asked = [
+        {"question_id": i, "image_id": i, "question": "?", "answers": c["gt"]} for i, c in enumerate(cases)
+    ]
+    score = get("textvqa").score(asked, [{"question_id": i, "text": c["pred"]} for i, c in enumerate(cases)])
+    assert [item.score for item in score.items] == pytest.approx([case["score"] for case in cases])
+    assert score.metrics["accuracy_exact"] == pytest.approx(100 * MOD["textvqa"]["mean"])
+
+
+def test_llava_mod_pope():
+    case = MOD["pope"]
+    asked = [{"question_id": i, "label": label} for i, label in enumerate(case["labels"])]
+    asked = get("pope").parse_references([Document("coco_pope_random.json", asked)])
+    answers = [{"question_id": i, "text": text} for i, text in enumerate(case["answers"])]
+    # the published scorer goes by line number; the order of the answers is nothing to ours
+    score = get("pope").score(asked, answers[::-1])
+    assert [item.parsed for item in score.items] == case["parsed"]
+    printed = dict(line.split(": ") for line in case["printed"] if ": " in line)
+    found = score.metrics["random"]
+    for name, value in printed.items():
+        assert found[name.removesuffix(" score").lower().replace(" ", "_")] == pytest.approx(float(value)), (
+            name
+        )
+    tp, fp, tn, fn = map(int, case["printed"][1].split())
+    right = [item.score == 1 for item in score.items]
+    says = [(item.parsed, good) for item, good in zip(score.items, right, strict=True)]
+    assert [says.count(kind) for kind in (("yes", True), ("yes", False), ("no", True), ("no", False))] == [
+        tp,
+        fp,
+        tn,
+        fn,
+    ]
+    # "NO", "I see none" and "Nothing" are a yes to this rule; others are a protocol away
+    plain = get("pope").score(asked, answers, "lmms")
+    read = {
+        text: (o.parsed, p.parsed)
+        for text, o, p in zip(case["answers"], score.items, plain.items, strict=True)
+    }
+    assert (read["NO"], read["Nothing"], read["I see none"]) == (
+        ("yes", "no"),
+        ("yes", "other"),
+        ("yes", "other"),
+    )
+
+
+def test_llava_mod_scienceqa():
+    case = MOD["scienceqa"]
+    documents = [
+        Document("problems.json", case["problems"]),
+        Document("splits", {"test": list(case["problems"])}),
+    ]
+    task = get("scienceqa")
+    score = task.score(task.parse_references(documents), case["predictions"])
+    assert {item.id: item.parsed or "FAILED" for item in score.items} == case["parsed"]
+    found = score.metrics
+    assert found["accuracy"] == pytest.approx(case["acc"])
+    assert case["printed"] == (
+        f"Total: {found['count']}, Correct: {found['correct']}, Accuracy: {found['accuracy']:.2f}%, "
+        f"IMG-Accuracy: {found['img_accuracy']:.2f}%"
+    )
+    assert [item.id for item in score.items if not item.answered] == ["9"]
+
+
+def test_llava_mod_mmhal():
+    case = MOD["mmhal"]
+    places = range(len(case["reviews"]))
+    asked = [{"question": "?", "gt_answer": "", "image_content": []} for _ in places]
+    score = get("mmhal").score(
+        get("mmhal").parse_references([Document("mmhal", asked)]),
+        [{"question_id": i, "text": "So."} for i in places],
+        "",
+        [{"question_id": i, "reply": review} for i, review in enumerate(case["reviews"])],
+    )
+    assert [item.facts["rating"] for item in score.items] == case["scores"]
+    assert score.metrics["average_score_exact"] == pytest.approx(case["average"])
+    assert score.metrics["hallucination_rate_exact"] == pytest.approx(case["hallucination_rate"])
+    # what the published script counts as 0 without a word is counted as unreadable too
+    assert [i for i, item in enumerate(score.items) if item.unparsed] == [3, 4, 7]
+
+
+@pytest.mark.parametrize(("protocol", "suffix"), [("", False), ("llava_mod", True)])
+def test_mmhal_asks_for_short_answers_only_as_llava_mod(protocol, suffix, tmp_path):
+    from benchmark_layouts import mmhal
+
+    mmhal(tmp_path)
+    task = get("mmhal")
+    question = next(task.questions(task.source(tmp_path), task.protocol(protocol)))
+    short = "\nAnswer the question using a single word or phrase."
+    assert question.text == "What?" + (short if suffix else "")
+
+
+def test_llava_mod_gqa_file(tmp_path):
+    task, converted = get("gqa"), MOD["gqa_converted"]
+    asked = [{"question_id": row["questionId"], "answer": "yes"} for row in converted]
+    for change in (str, str.capitalize, lambda text: f"{text.upper()}.", lambda text: f"{text}.."):
+        answers = [{"question_id": row["questionId"], "text": change(row["prediction"])} for row in converted]
+        task.convert(task.pair(asked, answers), tmp_path / "out.json")
+        assert json.loads((tmp_path / "out.json").read_text()) == converted
+    # a question nobody answered: left out there, an empty and wrong prediction here
+    task.convert(task.pair(asked, answers[1:]), tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == [
+        {**converted[0], "prediction": ""},
+        *converted[1:],
+    ]
+    score = task.score(asked, answers[1:])
+    assert score.metrics["accuracy"] == 0
+    assert [item.answered for item in score.items] == [False, True, True]
 
 
 def test_mme_first_four_characters():
