@@ -65,6 +65,20 @@ def test_top_1_is_weighed_by_its_probability() -> None:
     weights_TK, _ = drop(routing.indices_TK, routing.weights_TK, 4, slots, rescale=False)
     combined = torch.tensor(expected["combine_weights_se"])
     torch.testing.assert_close(dense(routing, weights_TK), combined, atol=1e-6, rtol=1e-6)
+    assert routing.losses["balance"].item() == pytest.approx(expected["l_aux"], abs=1e-6)
+    assert torch.bincount(routing.indices_TK.flatten(), minlength=4).tolist() == expected["exp_counts_ds0198"]
+
+
+def test_top_3_without_drops() -> None:
+    expected = GATING["expected"]["topk3_cf1.5_probs_drop_ds0198_only"]
+    routing = route(3)
+    slots = capacity(8, 4, 3, 1.5)
+    assert slots == expected["capacity"]
+    weights_TK, kept_TK = drop(routing.indices_TK, routing.weights_TK, 4, slots, rescale=True)
+    assert kept_TK.all()
+    combined = torch.tensor(expected["combine_weights_se"])
+    torch.testing.assert_close(dense(routing, weights_TK), combined, atol=1e-6, rtol=1e-6)
+    assert torch.bincount(routing.indices_TK.flatten(), minlength=4).tolist() == expected["exp_counts_ds0198"]
 
 
 def test_balance_loss_limits_and_other_definitions() -> None:

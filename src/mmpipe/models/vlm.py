@@ -24,7 +24,7 @@ from mmpipe import lineage
 from mmpipe.artifacts import manifest
 from mmpipe.data.images import image_processor
 from mmpipe.data.templates import get_template
-from mmpipe.errors import ArtifactError
+from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.lineage.base import Part
 from mmpipe.models import projector
 from mmpipe.models.export import load_checkpoint
@@ -190,8 +190,14 @@ def vision_tower(path: Path, dtype: torch.dtype | Literal["auto"] = torch.float3
 
 
 def _picture_tokens(config: Any, select: str) -> int:
+    """Tokens a picture of a tower. ConfigError where dropping the class token would drop a piece of the picture."""
     patches = (config.image_size // config.patch_size) ** 2
     has_class_token = config.model_type == "clip_vision_model"
+    if select == "patch" and not has_class_token:
+        raise ConfigError(
+            f"feature_select 'patch' drops the class token, and a tower of the kind '{config.model_type}' has none: the first "
+            "piece of every picture would be lost. Say 'feature_select: full' under 'model' of the recipe"
+        )
     return patches + (1 if has_class_token and select == "full" else 0)
 
 
