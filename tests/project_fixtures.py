@@ -77,6 +77,7 @@ def shrink(project: Project) -> None:
     def small_data(catalogue: dict[str, Any]) -> None:
         catalogue["shapes-captions"]["options"] = {"records": 24}
         catalogue["shapes-conversations"]["options"] = {"records": 24}
+        catalogue["shapes-crowd"]["options"] |= {"records": 24}
         catalogue["digits"]["options"] = {"records": 8}
         catalogue["shapes-mmbench"]["options"] = {"questions": 6}
         catalogue["shapes-presence"]["options"] = {"records": 8}

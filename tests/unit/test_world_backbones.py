@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,8 @@ from transformers import (
 )
 
 from mmpipe.errors import ConfigError
-from mmpipe.world.backbones import clip_tiny, qwen2_tiny
+from mmpipe.world.backbones import clip_tiny, qwen2_tiny, told_scenes
+from mmpipe.world.datasets import INSTRUCTIONS
 from mmpipe.world.moss2 import moss2_tiny
 from mmpipe.world.pictures import ATTRIBUTES, PIXELS, Scene, scenes
 from mmpipe.world.questions import ASKED_AS, LETTERS
@@ -151,6 +153,37 @@ def test_the_chat_template_marks_what_the_assistant_says(tokenizer: PreTrainedTo
     assert tokenizer.decode(marked) == "red<|im_end|>"
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_what_a_language_model_reads_is_true_of_the_caption_before_it() -> None:
+    kinds = set()
+    for question, answer in islice(told_scenes(0), 200):
+        caption, asked, *rest = question.split("\n")
+        if asked in INSTRUCTIONS:
+            kinds.add("caption")
+            assert answer == caption
+        elif answer in ("Yes", "No"):
+            kinds.add("yes or no")
+            color, shape = re.fullmatch(r"Is there a (\w+) (\w+) in the image\?", asked).groups()
+            assert (f" {color} {shape}" in caption) == (answer == "Yes")
+        else:
+            options = dict(line.split(". ") for line in rest[:-1])
+            kinds.add("letter" if options else "word")
+            assert options.get(answer, answer) in re.sub(r"(circle|square|triangle|cross)e?s", r"\1", caption)
+    assert kinds == {"caption", "yes or no", "letter", "word"}
+
+
+def test_reading_lowers_the_loss_of_what_is_read(tmp_path: Path) -> None:
+    def loss(steps: int) -> float:
+        out = tmp_path / str(steps)
+        qwen2_tiny(out, hidden_size=32, layers=2, training_steps=steps)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+        texts = [f"{question}\n{answer}" for question, answer in islice(told_scenes(7), 8)]
+        ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+        with torch.no_grad():
+            return sum(float(model(input_ids=row, labels=row).loss) for row in ids) / len(ids)
+
+    assert loss(30) < 0.9 * loss(0)
 
 
 def test_a_width_that_heads_do_not_fill_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -76,11 +76,13 @@ def conversations(
     turns: int = 2,
     letters: float = 0.65,
     text_only: float = 0.04,
+    wrong: float = 0.0,
 ) -> None:
     """Conversations about pictures, and some without one, laid out as LLaVA-1.5's ``llava_v1_5_mix665k``.
 
     A share ``letters`` of the records asks one multiple-choice question (in the original: A-OKVQA on COCO pictures),
-    the others ask ``turns`` questions to be answered by a word (GQA). A share ``text_only`` has no picture.
+    the others ask ``turns`` questions to be answered by a word (GQA). A share ``text_only`` has no picture. A share
+    ``wrong`` of the answers about pictures names another value, as hurried annotators do.
     """
     rng = random.Random(seed)
     pictured = scenes(rng.getrandbits(32))
@@ -92,10 +94,12 @@ def conversations(
         scene = next(pictured)
         if rng.random() < letters:
             name = f"coco/train2017/{number:012d}.jpg"
-            dialogue = _by_letter(_ask(scene, rng.choice(list(ATTRIBUTES)), rng))
+            attribute = rng.choice(list(ATTRIBUTES))
+            dialogue = _by_letter(ask(attribute, _annotated(scene, attribute, wrong, rng), rng))
         else:
             name = f"gqa/images/{number:07d}.jpg"
-            dialogue = _by_word(scene, rng.sample(list(ATTRIBUTES), turns))
+            asked = rng.sample(list(ATTRIBUTES), turns)
+            dialogue = _by_word({attribute: _annotated(scene, attribute, wrong, rng) for attribute in asked})
         _save_jpeg(scene.draw(), out / name)
         entries.append(_entry(Path(name).stem, name, _pictured(dialogue)))
     _save_json(entries, out / "llava_v1_5_mix665k.json")
@@ -132,7 +136,7 @@ def mmbench(out: Path, *, seed: int, questions: int = 300) -> None:
 
 def _circular_rows(index: int, scene: Scene, attribute: str, rng: random.Random) -> Iterator[dict[str, Any]]:
     """The rows of one question: as many rotations as it has options."""
-    choice = _ask(scene, attribute, rng)
+    choice = ask(attribute, scene.value(attribute), rng)
     category, l2_category = CATEGORIES[attribute]
     picture = base64.b64encode(_jpeg(scene.draw())).decode("ascii")
     for turn in range(len(choice.options)):
@@ -165,17 +169,21 @@ def _about_digit(digit: int, rng: random.Random) -> Dialogue:
     return _by_letter(Choice(question, tuple(DIGITS[(first + i) % 10] for i in range(len(LETTERS))), answer))
 
 
-def _ask(scene: Scene, attribute: str, rng: random.Random) -> Choice:
-    return ask(attribute, scene.value(attribute), rng)
+def _annotated(scene: Scene, attribute: str, wrong: float, rng: random.Random) -> str:
+    """What an annotator says about a scene who is wrong in a share ``wrong`` of the cases."""
+    value = scene.value(attribute)
+    if wrong and rng.random() < wrong:
+        return rng.choice([other for other in ATTRIBUTES[attribute] if other != value])
+    return value
 
 
 def _by_letter(choice: Choice) -> Dialogue:
     return [(f"{choice.text}\n{LETTER_ANSWER}", choice.letter)]
 
 
-def _by_word(scene: Scene, attributes: Sequence[str]) -> Dialogue:
+def _by_word(answers: dict[str, str]) -> Dialogue:
     """One question an attribute; as in the original, only the first says which form of answer is wanted."""
-    (question, answer), *rest = [(ASKED_AS[attribute], scene.value(attribute)) for attribute in attributes]
+    (question, answer), *rest = [(ASKED_AS[attribute], answer) for attribute, answer in answers.items()]
     return [(f"{question}\n{SHORT_ANSWER}", answer), *rest]
 
 
