@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mmpipe.artifacts.files import read_jsonl
 from mmpipe.benchmarks.base import Question
+from mmpipe.config.loader import validate
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError, DataError
 from mmpipe.inference.generate import Answerer
@@ -69,6 +70,47 @@ def written(tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any
         report=lambda batches, total: batches,
     )
     return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            DistillDense,
+            {"teacher_cache": {}, "divergence": "reverse_kl"},
+            "'divergence: reverse_kl'.*teacher_cache",
+        ),
+        (DistillDense, {"teacher_cache": {}, "divergence": "jsd"}, "'divergence: jsd' would be ignored"),
+        (DistillDense, {"teacher_cache": {}, "temperature": 2.0}, "'temperature: 2.0'.*leave it at '1.0'"),
+        (DistillDense, {"teacher_cache": {}, "tokens": "all"}, "'tokens: all'.*leave it at 'response'"),
+        (DistillSparse, {"teacher_cache": {}, "compat": "reference"}, "'compat: reference' would be ignored"),
+        (DistillDense, {"teacher_cache": {"kind": "sampled"}, "tail": "drop"}, "'tail: drop'.*kind 'top_k'"),
+        (DistillDense, {"tail": "renormalise"}, "'tail: renormalise'.*teacher_cache"),
+        (DistillDense, {"jsd_weight": 0.3}, "'jsd_weight: 0.3'.*divergence: jsd"),
+        (DistillSparse, {"compat": "reference", "divergence": "jsd"}, "published loss"),
+        (DistillSparse, {"compat": "reference", "temperature": 0.5}, "published loss"),
+        (Prefer, {"label_smoothing": 0.1}, "belongs to 'loss_type: sigmoid', not to 'kto_pair'"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(kind, settings, message):
+    needed = {"data": "mix", **({"reference": "base"} if kind is Prefer else {"teacher": "base"})}
+    with pytest.raises(ConfigError, match=message):
+        validate(kind, needed | settings, "here")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (DistillDense, {"teacher_cache": {}, "tail": "drop", "divergence": "forward_kl", "temperature": 1.0}),
+        (DistillDense, {"teacher_cache": {"kind": "sampled"}, "tail": "bucket"}),
+        (DistillDense, {"divergence": "jsd", "jsd_weight": 0.3, "temperature": 2.0, "tokens": "all"}),
+        (DistillSparse, {"compat": "reference", "tokens": "all", "jsd_weight": 0.5}),
+        (Prefer, {"loss_type": "sigmoid", "label_smoothing": 0.1}),
+    ],
+)
+def test_settings_that_mean_something_are_taken(kind, settings):
+    needed = {"data": "mix", **({"reference": "base"} if kind is Prefer else {"teacher": "base"})}
+    validate(kind, needed | settings, "here")
 
 
 def test_upcycling_publishes_a_stock_checkpoint_equal_to_its_parent(dense, sparse):

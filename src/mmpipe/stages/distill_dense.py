@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmpipe.config.base import Settings
 from mmpipe.stages.base import Annotation, StageJob, TrainStage
@@ -36,10 +36,35 @@ class DistillDense(TrainStage):
     """Weight of the teacher in the mixture of ``jsd``."""
     teacher_cache: WrittenTeacherSettings | None = None
     tail: Literal["bucket", "renormalise", "drop"] = "bucket"
-    """What becomes of the probability that the cached most likely tokens do not cover."""
+    """What becomes of the probability that the most likely tokens of ``teacher_cache`` do not cover."""
     compat: Literal["fixed", "reference"] = "fixed"
     """``reference``: as the published code computes it (positions one too late, means per micro batch, router losses
     twice)."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> DistillDense:
+        """A setting that would change nothing stays at its default."""
+        cache = self.teacher_cache
+        written = "what a teacher wrote down ('teacher_cache') gives forward KL on the response at temperature 1 alone"
+        for void, names, why in (
+            (cache is not None, ("divergence", "temperature", "tokens", "compat"), written),
+            (
+                self.compat == "reference",
+                ("divergence", "temperature"),
+                "the published loss ('compat: reference') is forward KL at temperature 1",
+            ),
+            (self.divergence != "jsd", ("jsd_weight",), "only 'divergence: jsd' has a weight"),
+            (
+                cache is None or cache.kind != "top_k",
+                ("tail",),
+                "only a 'teacher_cache' of the kind 'top_k' leaves a tail",
+            ),
+        ):
+            for name in names if void else ():
+                value, default = getattr(self, name), type(self).model_fields[name].default
+                if value != default:
+                    raise ValueError(f"'{name}: {value}' would be ignored: {why}; leave it at '{default}'")
+        return self
 
     def references(self) -> dict[str, str]:
         return {} if self.teacher_cache else {"teacher": self.teacher}

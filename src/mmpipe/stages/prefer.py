@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmpipe.stages.base import Annotation, StageJob, TrainStage
 
@@ -22,6 +22,14 @@ class Prefer(TrainStage):
     trainable: tuple[str, ...] = ("language_model.layers.*.mlp.*", "multi_modal_projector.*")
     compat: Literal["fixed", "reference"] = "fixed"
     """``reference``: the batch means of ``kto_pair`` carry gradients, as in the published code."""
+
+    @model_validator(mode="after")
+    def _smoothing_belongs_to_sigmoid(self) -> Prefer:
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(
+                f"'label_smoothing' belongs to 'loss_type: sigmoid', not to '{self.loss_type}'; leave it out"
+            )
+        return self
 
     def annotations(self) -> dict[str, Annotation]:
         return {"reference": self.annotation(self.reference, {"kind": "log_probabilities"})}
