@@ -73,6 +73,22 @@ def test_divergences_equal_plain_formulas(pair: dict, divergence: str, chunk_byt
     torch.testing.assert_close(metrics["teacher_entropy"], -(log_p.exp() * log_p).sum(-1).mean())
 
 
+@pytest.mark.parametrize("tokens", ["response", "all"])
+@pytest.mark.parametrize("length", [5, 7])
+def test_a_teacher_with_other_positions_is_refused(pair: dict, tokens: str, length: int) -> None:
+    labels = torch.full((2, length), 1)
+    teacher = pair | {"teacher_hidden_BLE": torch.randn(2, length, 5, dtype=torch.float64)}
+    with pytest.raises(DataError, match=r"positions to distil in this batch, the student"):
+        distillation_loss(
+            **teacher,
+            labels_BL=LABELS,
+            attention_mask_BL=torch.ones(2, 6),
+            teacher_labels_BM=labels,
+            teacher_attention_mask_BM=torch.ones(2, length),
+            tokens=tokens,
+        )
+
+
 def test_jensen_shannon_is_bounded() -> None:
     log_p = torch.tensor([[50.0, 0.0]]).log_softmax(-1)
     log_q = torch.tensor([[0.0, 50.0]]).log_softmax(-1)

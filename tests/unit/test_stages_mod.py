@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmpipe.artifacts.files import read_jsonl
+from mmpipe.artifacts import manifest
+from mmpipe.artifacts.files import read_json, read_jsonl, write_json
 from mmpipe.benchmarks.base import Question
 from mmpipe.config.loader import validate
 from mmpipe.data.templates import get_template
@@ -28,7 +29,7 @@ from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.prefer import Prefer
 from mmpipe.stages.upcycle import Upcycle
 from mmpipe.training.annotations import Annotations, annotate
-from mmpipe.training.distillation import resized_pictures
+from mmpipe.training.distillation import LiveTeacher, resized_pictures
 
 COMMON = {"template": "qwen", "batch_size": 8, "max_steps": 4, "learning_rate": 1e-2}
 
@@ -251,15 +252,25 @@ def test_a_teacher_with_another_tokenizer_is_refused(job, dense):
 
 
 def test_a_teacher_of_another_image_size_is_refused(job, dense):
-    for name in ("preprocessor_config.json",):
-        path = dense.model_dir / name
-        content = json.loads(path.read_text())
-        content["size"] = (
-            {"height": 64, "width": 64} if "height" in content["size"] else {"shortest_edge": 64}
-        )
-        path.write_text(json.dumps(content))
-    with pytest.raises((ConfigError, ArtifactError), match=r"other pictures|bytes"):
+    path = dense.model_dir / "preprocessor_config.json"
+    content = json.loads(path.read_text())
+    content["size"] = {name: pixels + 1 for name, pixels in content["size"].items()}
+    path.write_text(json.dumps(content))
+    card = read_json(dense.model_dir / manifest.NAME)
+    card["files"][path.name]["size"] = path.stat().st_size
+    write_json(dense.model_dir / manifest.NAME, card)
+    with pytest.raises(ConfigError, match=r"the teacher was trained on other pictures than.*\(size: student"):
         distill(DistillDense, job("student"), dense.model_dir)
+
+
+@pytest.mark.parametrize("tokens", [3, 5])
+def test_all_tokens_need_a_teacher_with_as_many_picture_tokens(dense, tokens):
+    student, processor, _ = vlm.load(dense.model_dir)
+    assert student.config.image_seq_length not in (3, 5)
+    student.config.image_seq_length = tokens
+    LiveTeacher(dense.model_dir, student, processor, "response")
+    with pytest.raises(ConfigError, match=rf"the student {tokens}: .*tokens: response"):
+        LiveTeacher(dense.model_dir, student, processor, "all")
 
 
 def test_pictures_can_take_another_number_of_tokens():

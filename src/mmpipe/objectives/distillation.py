@@ -85,7 +85,8 @@ def distillation_loss(
     ``compat="reference"`` is LLaVA-MoD's loss: its positions, and the cross entropy H(p) + KL(p || q) as
     value. Its gradient is that of forward KL.
 
-    Raises ConfigError for vocabularies that differ, ArtifactError when the teacher's logits are not finite.
+    Raises ConfigError for vocabularies that differ, DataError when the teacher has another number of chosen
+    positions, ArtifactError when its logits are not finite.
     """
     if temperature <= 0:
         raise ConfigError(f"temperature must be positive, not {temperature}")
@@ -98,6 +99,12 @@ def distillation_loss(
     teacher_rows_R = rows_R
     if teacher_labels_BM is not None:
         teacher_rows_R = select_rows(teacher_labels_BM, teacher_attention_mask_BM, tokens, compat)
+        if len(teacher_rows_R) != len(rows_R):
+            raise DataError(
+                f"the teacher has {len(teacher_rows_R)} positions to distil in this batch, the student {len(rows_R)}: "
+                "they do not stand for the same text; a teacher that gives a picture another number of tokens "
+                "can teach the response alone ('tokens: response')"
+            )
     teacher_RE = teacher_hidden_BLE.detach().flatten(0, 1)[teacher_rows_R].to(teacher_head_UE.dtype)
     teacher_SE = _leading(teacher_head_UE.detach(), shared)
 

@@ -85,7 +85,7 @@ class DistillDense(TrainStage):
             return Distillation(
                 self, WrittenTeacher(Annotations(job.annotations["teacher"]), model, processor)
             )
-        return Distillation(self, LiveTeacher(job.references["teacher"], model, processor))
+        return Distillation(self, LiveTeacher(job.references["teacher"], model, processor, self.tokens))
 
 
 STAGE = DistillDense

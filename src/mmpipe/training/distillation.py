@@ -12,6 +12,7 @@ from mmpipe.errors import ConfigError
 from mmpipe.models import attention, vlm
 from mmpipe.objectives import positions
 from mmpipe.objectives.distillation import (
+    Tokens,
     cached_distillation_loss,
     compose,
     distillation_loss,
@@ -79,13 +80,23 @@ class Distillation:
 class LiveTeacher:
     """A frozen teacher that runs once on every batch, on the student's pictures.
 
-    It may have its own tower and give a picture another number of tokens, as long as it takes the same pixels. Not a
-    module: nothing wraps, trains or saves it.
+    It may have its own tower and give a picture another number of tokens, as long as it takes the same pixels and the
+    response alone is distilled. Not a module: nothing wraps, trains or saves it.
+
+    Raises ConfigError for a teacher that sees other pixels, has other tokens, or, with ``tokens="all"``, another number
+    of positions.
     """
 
-    def __init__(self, checkpoint: Path, student: Any, processor: Any) -> None:
+    def __init__(self, checkpoint: Path, student: Any, processor: Any, tokens: Tokens = "response") -> None:
         model, teacher_processor, _ = vlm.load(checkpoint)
         _require_same_pixels(checkpoint, processor.image_processor, teacher_processor.image_processor)
+        self.picture_tokens = (student.config.image_seq_length, model.config.image_seq_length)
+        ours, theirs = self.picture_tokens
+        if tokens == "all" and ours != theirs:
+            raise ConfigError(
+                f"{checkpoint}: the teacher gives a picture {theirs} tokens, the student {ours}: there is no position of "
+                "the teacher for each of the student's; distil the response alone ('tokens: response')"
+            )
         self.vocabulary = shared_rows(
             processor.tokenizer,
             teacher_processor.tokenizer,
@@ -93,7 +104,6 @@ class LiveTeacher:
             len(model.get_output_embeddings().weight),
         )
         self.model: nn.Module = model.requires_grad_(False).eval()
-        self.picture_tokens = (student.config.image_seq_length, model.config.image_seq_length)
 
     def loss(
         self, settings: DistillDense, model: Any, hidden_BLD: Tensor, batch: Batch, normaliser: Tensor | None
