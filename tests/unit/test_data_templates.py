@@ -318,7 +318,8 @@ def test_records_count_their_marks() -> None:
     for bad in (record("a", "b"), record("<image>a", "b", images=0), record("<image>a", "<image>", images=2)):
         with pytest.raises(BadRecord):
             check_record(bad)
-    with pytest.raises(BadRecord, match="equal answers"):
-        check_record(PreferenceRecord("a", "b", (), tuple(talk("q")), "x", "x"))
+    for same in ("x", "x ", "\nx"):
+        with pytest.raises(BadRecord, match="equal answers"):
+            check_record(PreferenceRecord("a", "b", (), tuple(talk("q")), "x", same))
     with pytest.raises(BadRecord, match="empty answer"):
         check_record(PreferenceRecord("a", "b", (), tuple(talk("q")), "x", " "))

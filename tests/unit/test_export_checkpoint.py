@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import TEXT, batch, llava, processor
 
 from mmpipe.errors import ArtifactError
+from mmpipe.lineage import _write_llava
+from mmpipe.models import lora, projector
 from mmpipe.models.export import load_checkpoint, save_checkpoint
+from mmpipe.stages.base import LoraSettings
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -92,6 +95,21 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o640}
+
+
+def test_what_is_written_alone_has_the_mode_of_the_umask(tmp_path: Path) -> None:
+    model = llava()
+    lora.put_on(model, LoraSettings(rank=2), seed=0)
+    before = os.umask(0o027)
+    try:
+        lora.save(model, tmp_path / "adapter", base="")
+        projector.save(model, tmp_path / projector.FILE)
+        _write_llava._save({"one": torch.zeros(1)}, tmp_path / "model.safetensors", binary=False)
+    finally:
+        os.umask(before)
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 3
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o640}
 
 
 def test_half_precision_is_kept_and_widened_on_request(tmp_path: Path) -> None:

@@ -35,6 +35,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def apply_umask(path: Path) -> None:
+    """Give a file the mode the umask asks for: safetensors makes files that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file for writing that takes the name ``path`` only when the block ends well."""

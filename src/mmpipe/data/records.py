@@ -131,8 +131,10 @@ def check_record(record: AnyRecord) -> None:
     for conversation in record.conversations:
         check_turns(conversation.turns)
         check_marks(conversation)
-    if isinstance(record, PreferenceRecord) and record.chosen == record.rejected:
-        raise BadRecord("equal answers", "the chosen and the rejected answer are the same")
+    if isinstance(record, PreferenceRecord) and record.chosen.strip() == record.rejected.strip():
+        raise BadRecord(
+            "equal answers", "the chosen and the rejected answer are the same, but for space around them"
+        )
 
 
 def length_in_words(record: AnyRecord) -> int:

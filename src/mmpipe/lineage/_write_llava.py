@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmpipe.artifacts import manifest
+from mmpipe.artifacts.files import apply_umask
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.lineage import _names, _tensors, get
 from mmpipe.lineage.base import PackedLanguage
@@ -153,6 +154,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path, *, binary: bool) -> None:
         torch.save(ordered, path)
     else:
         save_file(ordered, path, metadata={"format": "pt"})
+    apply_umask(path)
 
 
 def _write_json(path: Path, value: Any) -> None:

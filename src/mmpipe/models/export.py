@@ -14,7 +14,6 @@ scripts) read version 4's names. So a checkpoint is written the way version 4 wr
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from mmpipe.artifacts.files import apply_umask
 from mmpipe.errors import ArtifactError
 from mmpipe.models.moe import stock
 from mmpipe.models.moe.registered import SparseLlava, SparseLlavaConfig
@@ -60,7 +60,8 @@ def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProces
     named = artifact.without_predictors(named)
     save_file(_disk_tensors(model, named, is_stock), out / WEIGHTS, metadata={"format": "pt"})
     artifact.save(model, out)
-    _apply_umask(out)
+    for file in filter(Path.is_file, out.iterdir()):
+        apply_umask(file)
 
 
 def load_checkpoint(
@@ -195,14 +196,6 @@ def _write_processor(processor: LlavaProcessor, out: Path) -> None:
     if isinstance(extra, list) and extra:
         tokenizer["additional_special_tokens"] = extra
     _write_json(out / "tokenizer_config.json", tokenizer)
-
-
-def _apply_umask(out: Path) -> None:
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in out.iterdir():
-        if file.is_file():
-            file.chmod(0o666 & ~umask)
 
 
 def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmpipe.artifacts.files import apply_umask
 from mmpipe.errors import ArtifactError
 from mmpipe.models.export import some
 from mmpipe.models.trainable import matching
@@ -70,7 +71,7 @@ def save(model: nn.Module, out: Path, *, base: str) -> None:
     }
     path = out / "adapter_model.safetensors"
     save_file(named, path)
-    path.chmod(0o644)
+    apply_umask(path)
 
 
 def merge(model: nn.Module) -> None:

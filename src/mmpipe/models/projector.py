@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmpipe.artifacts.files import apply_umask
 from mmpipe.errors import ArtifactError
 
 FILE = "projector.safetensors"
@@ -29,7 +30,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def save(model: nn.Module, path: Path) -> None:
     """Write ``projector.safetensors``."""
     save_file(state(model), path, metadata={"format": "pt"})
-    path.chmod(0o644)
+    apply_umask(path)
 
 
 def save_llava_bin(model: nn.Module, path: Path) -> None:
