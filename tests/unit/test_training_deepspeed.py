@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from mmpipe.models.moe.spec import MoESettings
 from mmpipe.stages.base import Hardware, StageJob
 from mmpipe.stages.distill_sparse import DistillSparse
 from mmpipe.stages.finetune import Finetune
+from mmpipe.stages.prefer import Prefer
 from mmpipe.stages.sparsify import Sparsify
 from mmpipe.stages.upcycle import Upcycle
 from mmpipe.training import launch
+from mmpipe.training.annotations import annotate
 from mmpipe.training.run import work
 from mmpipe.training.stop import Requests
 
@@ -88,6 +91,35 @@ def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, 
     assert sha256(halved.model_dir / "model.safetensors") == sha256(whole.model_dir / "model.safetensors")
     model, _, _ = vlm.load(halved.model_dir)
     assert len(moe_layers(model)) == 2
+
+
+@pytest.mark.parametrize("kind", [None, "zero2"])
+def test_the_two_passes_of_a_preference_step_train_on_two_processes(job, tmp_path, kind):
+    """Each parameter is used twice a step, under checkpointing and whatever spreads it."""
+    dense, sparse, notes = job("dense"), job("sparse"), tmp_path / "notes"
+    finetune(max_steps=1).run(dense)
+    Upcycle(moe=MoESettings(placement="dense", capacity_factor=0.6)).run(
+        replace(sparse, parent=dense.model_dir)
+    )
+    annotate(
+        dense.model_dir, Path("resources/tokens/pairs"), "{}",
+        {"kind": "log_probabilities", "template": "qwen", "max_length": 2048, "image_aspect": "pad"},
+        notes, device="cpu", batch_size=4, report=lambda batches, total: batches,
+    )  # fmt: skip
+    stage = Prefer(
+        data="pairs", template="qwen", reference="r", batch_size=8, max_steps=3, learning_rate=1e-2,
+        hardware={"deepspeed": kind, "gradient_checkpointing": True},
+    )  # fmt: skip
+    facts = {
+        "parent": sparse.model_dir,
+        "tokens": Path("resources/tokens/pairs"),
+        "annotations": {"reference": notes},
+    }
+    one, two = job("one", **facts), job("two", **facts)
+    # capacity, balance and the means of kto_pair are of what is computed at once
+    stage.model_copy(update={"hardware": Hardware(micro_batch=4)}).run(one)
+    on_two(stage, two)
+    torch.testing.assert_close(losses(one), losses(two), atol=1e-5, rtol=1e-5)
 
 
 def test_predictors_learn_under_stage_3(job):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,8 @@ from mmpipe.stages.base import Annotation, StageJob, TrainStage
 
 class Prefer(TrainStage):
     """Defaults are LLaVA-MoD's ``preference_distillation.sh``: ``kto_pair``, beta 0.1, learning rate 2e-6."""
+
+    VERSION: ClassVar[int] = 2
 
     reference: str
     """The checkpoint whose log-probabilities are the yardstick: the dense teacher, or the student itself before."""
@@ -45,9 +47,18 @@ class Prefer(TrainStage):
         return PreferenceCollator(pad_token_id, picture_size)
 
     def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
+        from mmpipe.errors import ConfigError
+        from mmpipe.models.moe.collect import moe_layers
+        from mmpipe.training import zero
         from mmpipe.training.annotations import Annotations
         from mmpipe.training.preference import Preference
 
+        spread = self.hardware.deepspeed
+        if spread and zero.optimization(spread)["stage"] == 3 and moe_layers(model):
+            raise ConfigError(
+                f"{job.recipe}: {job.stage}: hardware.deepspeed: '{spread}' cannot train experts here: DeepSpeed reduces "
+                "their gradients once a pass, and a preference step has two; take 'zero2' or 'zero2_offload'"
+            )
         written = Annotations(job.annotations["reference"])
         written.require_tokenizer(processor.tokenizer)
         return Preference(self, written)

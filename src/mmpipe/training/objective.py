@@ -108,15 +108,17 @@ def picture_features(model: Any, batch: Batch) -> Tensor:
     return torch.cat(list(output.pooler_output))
 
 
-def hidden_states(model: Any, batch: Batch, **further: Any) -> Tensor:
+def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, **further: Any) -> Tensor:
     """Run the vision-language model without its head; returns hidden states ``[rows, length, width]``.
 
-    ``further`` arguments reach the decoder layers.
+    ``features_FD`` are the batch's :func:`picture_features` where they are known already; ``further`` arguments reach the
+    decoder layers.
 
     A batch of preference pairs has each picture once and two rows for it: the features are repeated as a whole.
     """
     body = model.model
-    features_FD = picture_features(model, batch)
+    if features_FD is None:
+        features_FD = picture_features(model, batch)
     embeddings_BLD = body.get_input_embeddings()(batch["input_ids"])
     if batch["dummy_image"]:
         embeddings_BLD = embeddings_BLD + 0.0 * features_FD.sum()
