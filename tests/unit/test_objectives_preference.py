@@ -44,15 +44,17 @@ def test_fixed_kto_treats_its_batch_means_as_constants() -> None:
     assert grad.all()
 
 
-def test_kto_means_of_a_larger_batch() -> None:
+def test_kto_means_are_of_the_pairs_given() -> None:
     chosen, rejected, *reference = rows()
     whole, _ = preference_loss(chosen, rejected, *reference)
-    means = (chosen - reference[0]).mean(), (rejected - reference[1]).mean()
-    parts = [
-        preference_loss(*(x[i : i + 1] for x in (chosen, rejected, *reference)), kl_means=means)[0]
+    cut = [preference_loss(*(x[i : i + 1] for x in (chosen, rejected, *reference)))[0] for i in range(3)]
+    assert not torch.allclose(torch.stack(cut, 1).flatten(), whole)
+    margin = preference_loss(chosen, rejected, *reference, loss_type="sigmoid")[0]
+    cut = [
+        preference_loss(*(x[i : i + 1] for x in (chosen, rejected, *reference)), loss_type="sigmoid")[0]
         for i in range(3)
     ]
-    torch.testing.assert_close(torch.stack(parts, 1).flatten(), whole)
+    torch.testing.assert_close(torch.cat(cut), margin)
 
 
 def test_no_gradient_reaches_the_reference_model() -> None:

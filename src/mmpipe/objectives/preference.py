@@ -67,15 +67,13 @@ def preference_loss(
     loss_type: LossName = "kto_pair",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-    kl_means: tuple[Tensor, Tensor] | None = None,
     compat: Literal["fixed", "reference"] = "fixed",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses of a batch of pairs, ``[B]`` (``kto_pair``: ``[2B]``, chosen before rejected), and metrics.
 
     Arguments are sums of log-probabilities. Gradients flow through the policy's; ``kto_pair``'s batch means
-    are constants, while the reference implementation (LLaVA-MoD) differentiates them as well. ``kl_means``
-    gives the means of r_c and r_r over a larger batch (all devices and accumulated steps) in place of this
-    one's.
+    are constants, while the reference implementation (LLaVA-MoD) differentiates them as well. They are those
+    of the pairs given: cut into micro batches, a batch has a little another loss.
 
     Metrics, means over the pairs: ``rewards_chosen`` and ``rewards_rejected`` (beta r), their difference
     ``rewards_margin``, and ``rewards_accuracy``, the share of pairs with r_c > r_r.
@@ -96,7 +94,7 @@ def preference_loss(
         label_smoothing,
         detach_kl=compat == "fixed",
     )
-    losses = _kto_pair(pairs, kl_means) if loss_type == "kto_pair" else LOSSES[loss_type](pairs)
+    losses = LOSSES[loss_type](pairs)
     with torch.no_grad():
         chosen_B, rejected_B = beta * pairs.chosen_B, beta * pairs.rejected_B
         metrics = {
@@ -122,8 +120,8 @@ def _ipo(pairs: Pairs) -> Tensor:
     return (pairs.margin_B - 1 / (2 * pairs.beta)) ** 2
 
 
-def _kto_pair(pairs: Pairs, kl_means: tuple[Tensor, Tensor] | None) -> Tensor:
-    kl_chosen, kl_rejected = kl_means or (pairs.chosen_B.mean(), pairs.rejected_B.mean())
+def _kto_pair(pairs: Pairs) -> Tensor:
+    kl_chosen, kl_rejected = pairs.chosen_B.mean(), pairs.rejected_B.mean()
     if pairs.detach_kl:
         kl_chosen, kl_rejected = kl_chosen.detach(), kl_rejected.detach()
     gain_chosen_B = pairs.chosen_B - kl_rejected.clamp_min(0)
@@ -131,4 +129,9 @@ def _kto_pair(pairs: Pairs, kl_means: tuple[Tensor, Tensor] | None) -> Tensor:
     return 1 - torch.sigmoid(pairs.beta * torch.cat([gain_chosen_B, gain_rejected_B]))
 
 
-LOSSES: dict[str, Callable[[Pairs], Tensor]] = {"sigmoid": _sigmoid, "hinge": _hinge, "ipo": _ipo}
+LOSSES: dict[LossName, Callable[[Pairs], Tensor]] = {
+    "kto_pair": _kto_pair,
+    "sigmoid": _sigmoid,
+    "hinge": _hinge,
+    "ipo": _ipo,
+}

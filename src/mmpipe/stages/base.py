@@ -18,7 +18,12 @@ from mmpipe.errors import did_you_mean
 
 
 class Hardware(Settings):
-    """What a stage runs on. Nothing here changes the result, so nothing here makes a stage stale."""
+    """What a stage runs on. Nothing here makes a stage stale.
+
+    How a batch is cut (``gpus``, ``micro_batch``) changes the rounding of sums, and what by its nature belongs to the
+    samples computed at once: router losses, what experts have no room for, the batch means of ``kto_pair``, random draws,
+    and every mean of ``compat: reference``. Compare runs of one cut where such small differences matter.
+    """
 
     gpus: int = Field(0, ge=0)
     """GPUs in all; 0 trains on the CPU, more than one with one process a GPU."""
