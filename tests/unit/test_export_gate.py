@@ -17,8 +17,17 @@ from mmpipe.models.export import load_checkpoint, save_checkpoint
 from mmpipe.models.gate import gate, reference
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
+from mmpipe.models.probe import probe_rows
 
 SAMPLES = [batch(rows=1, padded=0, seed=seed) for seed in (1, 2)]
+
+
+def test_the_gate_asks_eight_samples_of_different_length() -> None:
+    samples = probe_rows(llava())
+    assert len(samples) == 8
+    assert len({sample["input_ids"].shape[1] for sample in samples}) == 8
+    assert all(sample["attention_mask"].all() for sample in samples)
+    assert len({sample["pixel_values"].sum().item() for sample in samples}) == 8
 
 
 @pytest.fixture

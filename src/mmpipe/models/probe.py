@@ -11,13 +11,14 @@ _PROMPT_TOKENS = 48
 
 
 def probe(model: Any, rows: int = 2) -> dict[str, Tensor]:
-    """Made prompts with a picture each, the same every time; ``rows`` of different length."""
+    """Made prompts with a picture each, the same every time; ``rows`` of different length, padded on the right."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.vision_config.image_size
     ids = torch.randint(0, model.config.image_token_id, (rows, _PROMPT_TOKENS), generator=generator)
     pictures = torch.full((rows, model.config.image_seq_length), model.config.image_token_id)
     mask = torch.ones(rows, _PROMPT_TOKENS + pictures.shape[1], dtype=torch.long)
-    mask[1:, -_PROMPT_TOKENS // 3 :] = 0
+    for row in range(1, rows):
+        mask[row, -(row * _PROMPT_TOKENS // (rows + 1)) :] = 0
     return {
         "input_ids": torch.cat([pictures, ids], dim=1),
         "attention_mask": mask,
@@ -25,9 +26,9 @@ def probe(model: Any, rows: int = 2) -> dict[str, Tensor]:
     }
 
 
-def probe_rows(model: Any) -> list[dict[str, Tensor]]:
-    """The same prompts one by one, without padding."""
-    batch = probe(model)
+def probe_rows(model: Any, rows: int = 8) -> list[dict[str, Tensor]]:
+    """Prompts of :func:`probe` one by one, without padding."""
+    batch = probe(model, rows)
     return [
         {
             "input_ids": batch["input_ids"][row : row + 1, mask],
