@@ -133,6 +133,25 @@ def test_the_reference_counts_padding() -> None:
     assert current.reports[id(moe)].statistics["tokens"].item() == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "draws"),
+    [
+        ({"compat": "reference"}, True),
+        ({"compat": "reference", "router_settings": {"form": "fixed"}}, True),
+        ({"compat": "fixed"}, False),
+        ({"compat": "reference", "router_settings": {"form": "reference"}}, False),  # LibMoE's
+        ({"compat": "reference", "router_settings": {"second_choice": "most_likely"}}, False),
+        ({"compat": "reference", "router": "sigmoid"}, False),
+    ],
+)
+def test_one_switch_draws_the_second_expert_in_training(settings: dict, draws: bool) -> None:
+    moe = layer(**settings)
+    x = torch.randn(4, 16, 16)
+    assert torch.equal(moe(x), moe(x)), "evaluation is deterministic"
+    moe.train()
+    assert torch.equal(moe(x), moe(x)) is not draws
+
+
 def test_capacity_drops_in_training_only() -> None:
     moe = layer(capacity_factor=0.5, experts=4, top_k=2)
     x = torch.randn(1, 16, 16)

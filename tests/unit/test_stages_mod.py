@@ -166,6 +166,33 @@ def test_the_loss_types_are_sums_of_their_parts(job, dense, sparse):
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("compat", "counted", "times"),
+    [("reference", True, 2), ("reference", False, 1), ("fixed", True, 1), ("fixed", False, 0)],
+)
+def test_router_losses_count_as_published_or_as_asked(job, dense, compat, counted, times):
+    """The published code adds them to the language-modelling loss, and to the sum of both again."""
+    grown = job("grown", parent=dense.model_dir)
+    Upcycle(moe={"compat": compat, "capacity_factor": 1.5}).run(grown)
+    model, _, _ = vlm.load(grown.model_dir)
+    (layer,) = moe_layers(model).values()
+    assert layer.router.settings.second_choice == ("gumbel" if compat == "reference" else "most_likely")
+    history = distill(
+        DistillSparse,
+        job("student", parent=grown.model_dir),
+        dense.model_dir,
+        compat=compat,
+        router_losses=counted,
+        hardware={"micro_batch": 4},
+        max_steps=2,
+    )
+    for row in history:
+        align = row["kl"] + (row["teacher_entropy"] if compat == "reference" else 0)
+        expected = align + row["cross_entropy"] + times * row["router_balance"]
+        assert row["router_balance"] > 0.009, "0.01 for one layer in balance"
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_experts_and_routers_learn_while_attention_stays(job, dense, sparse):
     made = job("student", parent=sparse.model_dir)
     distill(DistillSparse, made, dense.model_dir)

@@ -82,6 +82,9 @@ def test_router_losses_are_those_of_both_passes() -> None:
     assert expected[0] != expected[1]
     torch.testing.assert_close(metrics["router_balance"], sum(expected))
     torch.testing.assert_close(loss.detach(), metrics["preference"] + metrics["router_balance"])
+    off, measured = step(model, rows, router_losses=False)
+    torch.testing.assert_close(off.detach(), metrics["preference"])
+    torch.testing.assert_close(measured["router_balance"], metrics["router_balance"])
     tokens = metrics["routing.language_model.load"][1]
     assert tokens == rows["attention_mask"].sum() * len(moe_layers(model))
 

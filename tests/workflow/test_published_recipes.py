@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from project_fixtures import REPOSITORY, Project
 
 from mmpipe.plan import Plan
+from mmpipe.stages.base import Stage
 
 
 @pytest.fixture
@@ -64,6 +66,25 @@ def test_libmoes_data_variants_share_the_upcycled_model() -> None:
         "upcycle": 3,
         "finetune": 6,
     }
+
+
+def test_llava_mod_as_its_code_computes_is_the_same_path_with_switches() -> None:
+    plan = Plan({"recipes": ["llava-mod-reference-*"], "benchmarks": ["pope"]}, REPOSITORY)
+    ours, theirs = (plan.stages(f"llava-mod-{name}-1.5b") for name in ("qwen2", "reference"))
+    assert ours[0] is theirs[0], "the projector is shared"
+    for fixed, published in zip(ours[1:], theirs[1:], strict=True):
+        assert _without_switches(published.settings) == _without_switches(fixed.settings)
+        assert published.settings.spec() != fixed.settings.spec()
+        assert published.settings.hardware.deepspeed == fixed.settings.hardware.deepspeed
+    (upcycled,) = (stage.settings.of_parts() for stage in theirs if stage.kind == "upcycle")
+    assert upcycled["language_model"].router_options == {"second_choice": "gumbel"}
+
+
+def _without_switches(settings: Stage) -> dict[str, Any]:
+    spec = settings.spec()
+    moe = {key: value for key, value in spec.get("moe", {}).items() if key != "compat"}
+    kept = {key: value for key, value in spec.items() if key not in ("compat", "router_options")}
+    return kept | ({"moe": moe} if moe else {})
 
 
 def test_the_demo_of_libmoe_grows_from_the_demo() -> None:

@@ -37,9 +37,11 @@ class DistillDense(TrainStage):
     teacher_cache: WrittenTeacherSettings | None = None
     tail: Literal["bucket", "renormalise", "drop"] = "bucket"
     """What becomes of the probability that the most likely tokens of ``teacher_cache`` do not cover."""
+    router_losses: bool = True
+    """Train on the router losses of a student with experts (LLaVA-MoD's ``moe_loss_enable``); they are logged anyway."""
     compat: Literal["fixed", "reference"] = "fixed"
     """``reference``: as the published code computes it (positions one too late, means per micro batch, router losses
-    twice)."""
+    once more under ``kd_lm``)."""
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> DistillDense:

@@ -22,6 +22,8 @@ class Prefer(TrainStage):
     """For ``sigmoid`` only: the share of pairs assumed to be labelled the wrong way round."""
     learning_rate: float = Field(2e-6, gt=0)
     trainable: tuple[str, ...] = ("language_model.layers.*.mlp.*", "multi_modal_projector.*")
+    router_losses: bool = True
+    """Train on the router losses of a student with experts (LLaVA-MoD's ``moe_loss_enable``); they are logged anyway."""
     compat: Literal["fixed", "reference"] = "fixed"
     """``reference``: the batch means of ``kto_pair`` carry gradients, as in the published code."""
 

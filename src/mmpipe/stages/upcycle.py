@@ -48,10 +48,18 @@ class Upcycle(Stage):
         return found
 
     def spec(self) -> dict[str, Any]:
-        """The settings, and the content of files that define routers of the user's own."""
-        own = sorted({its.router for its in self.of_parts().values() if ":" in its.router})
+        """The settings, what ``compat`` adds to a router's, and the content of files that define routers of the user's
+        own."""
+        parts = self.of_parts()
+        own = sorted({its.router for its in parts.values() if ":" in its.router})
         code = {router: hashlib.sha256(source_file(router).read_bytes()).hexdigest() for router in own}
-        return super().spec() | ({"router_code": code} if code else {})
+        added = {
+            part: its.router_options
+            for part, its in parts.items()
+            if its.router_options != its.router_settings
+        }
+        further = {"router_code": code, "router_options": added}
+        return super().spec() | {key: value for key, value in further.items() if value}
 
     def grows_experts(self) -> bool:
         return True

@@ -70,6 +70,7 @@ class Distillation:
             learnt * share,
             auxiliary,
             compat=self.settings.compat,
+            count_auxiliary=self.settings.router_losses,
         )
         metrics = {name: value * share for name, value in metrics.items()}
         if self.settings.loss_type == "kd_lm":

@@ -60,7 +60,8 @@ class Preference:
         share = torch.as_tensor(len(batch["ids"]) / normaliser.counts["pairs"], device=losses.device)
         loss = losses.mean() * share
         scaled = {name: value * share for name, value in metrics.items()}
-        return loss + auxiliary, {"preference": loss.detach(), **scaled, **parts}
+        total = loss + auxiliary if self.settings.router_losses else loss
+        return total, {"preference": loss.detach(), **scaled, **parts}
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:

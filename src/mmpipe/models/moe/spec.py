@@ -48,7 +48,8 @@ class MoESettings(Settings):
     """Mix the experts' output with that of the dense network, which stays beside them (DeepSpeed's residual
     MoE)."""
     compat: Literal["fixed", "reference"] = "fixed"
-    """``reference``: padding is routed and counted like any token, as in LLaVA-MoD."""
+    """``reference``: as LLaVA-MoD trains. Padding is routed and counted like any token, and ``topk`` draws the second
+    expert (``second_choice: gumbel``) unless ``router_settings`` say otherwise or ask for LibMoE's ``form: reference``."""
 
     @model_validator(mode="after")
     def _consistent(self) -> MoESettings:
@@ -56,3 +57,11 @@ class MoESettings(Settings):
             raise ValueError(f"top_k is {self.top_k}, but there are only {self.experts} experts")
         check_name(self.router)
         return self
+
+    @property
+    def router_options(self) -> dict[str, Any]:
+        """``router_settings``, and what ``compat`` adds to them."""
+        draws = self.compat == "reference" and self.router == "topk"
+        if draws and self.router_settings.get("form") != "reference":
+            return {"second_choice": "gumbel", **self.router_settings}
+        return self.router_settings

@@ -150,7 +150,7 @@ def build(settings: MoESettings, width: int) -> BaseRouter:
     if not (isinstance(kind, type) and issubclass(kind, BaseRouter)):
         raise ConfigError(f"{where} is not a subclass of mmpipe.models.moe.routers.base.BaseRouter")
     try:
-        own = kind.Settings(**settings.router_settings)
+        own = kind.Settings(**settings.router_options)
     except ValidationError as error:
         raise ConfigError(f"{where}: router_settings: {error}") from error
     return kind(width, settings.experts, settings.top_k, own)

@@ -23,7 +23,8 @@ class Router(BaseRouter):
     class Settings(BaseRouter.Settings):
         second_choice: Literal["most_likely", "gumbel", "gumbel_always"] = "most_likely"
         """How a second expert is found: the most likely of the others; or by adding Gumbel noise to the
-        logits, in training or also in evaluation. DeepSpeed before 0.15, hence LLaVA-MoD, always samples."""
+        logits, in training or also in evaluation. DeepSpeed before 0.15, hence LLaVA-MoD, always samples;
+        ``compat: reference`` of the experts takes ``gumbel``, so that answers stay the same from run to run."""
 
     STARTS_ALIKE: ClassVar[bool] = True
 
