@@ -108,7 +108,7 @@ def picture_features(model: Any, batch: Batch) -> Tensor:
     return torch.cat(list(output.pooler_output))
 
 
-def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, **further: Any) -> Tensor:
+def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, /, **further: Any) -> Tensor:
     """Run the vision-language model without its head; returns hidden states ``[rows, length, width]``.
 
     ``features_FD`` are the batch's :func:`picture_features` where they are known already; ``further`` arguments reach the
