@@ -145,6 +145,32 @@ def test_a_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_picture(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((60_000, 10), r"60000x10, padded to a square of its longer side, would take 10\.8 GB"),
+        ((10, 12_001), "padded to a square"),
+        ((2010, 10), "2010x10 is more than 200 times as long as it is wide"),
+        ((1, 201), "more than 200 times"),
+    ],
+)
+def test_a_thin_picture_that_preprocessing_would_blow_up_is_refused(
+    tmp_path: Path, size: tuple[int, int], message: str
+) -> None:
+    Image.new("1", size).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=message):
+        open_picture(tmp_path / "a.png")
+    assert inspect_picture(tmp_path / "a.png").fault
+
+
+def test_the_thinnest_picture_that_is_read_can_be_processed(tmp_path: Path) -> None:
+    Image.new("RGB", (1, images.MAX_ASPECT), RED).save(tmp_path / "a.png")
+    picture = open_picture(tmp_path / "a.png").image
+    for aspect in ("pad", "square"):
+        processor = image_processor(clip(tmp_path / "clip", 24), aspect)  # type: ignore[arg-type]
+        assert processor(picture, return_tensors="np")["pixel_values"].shape == (1, 3, 24, 24)
+
+
 def test_a_bomb_that_pillow_itself_refuses(tmp_path: Path) -> None:
     header = b"IHDR" + (60_000).to_bytes(4) + (60_000).to_bytes(4) + bytes([8, 2, 0, 0, 0])
     chunks = [header, b"IDAT" + zlib.compress(b"")]

@@ -24,6 +24,12 @@ Aspect = Literal["pad", "square"]
 MAX_PIXELS = 80_000_000
 """A larger picture is taken for a decompression bomb (an A3 page scanned at 600 dpi has 70 million)."""
 
+MAX_SIDE = 12_000
+"""In pixels. Padding makes a square of the longer side before anything is shrunk: this one takes 430 MB."""
+
+MAX_ASPECT = 200
+"""Longer to shorter side. A tower's own resizing brings the shorter side to its size: 336 pixels make the longer 67,200."""
+
 # What Pillow's decoders are known to raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 # The JPEG of many cameras holds a second picture, a preview.
@@ -146,6 +152,17 @@ def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> I
         raise DataError(f"{where}: the picture is damaged ({error}); fetch it again") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"{where}: {image.width}x{image.height} are more than {MAX_PIXELS} pixels; shrink it")
+    longer, shorter = max(image.size), min(image.size)
+    if longer > MAX_SIDE:
+        raise DataError(
+            f"{where}: {image.width}x{image.height}, padded to a square of its longer side, would take "
+            f"{3 * longer**2 / 1e9:.1f} GB of memory; shrink it to {MAX_SIDE} pixels, or cut it"
+        )
+    if longer > MAX_ASPECT * shorter:
+        raise DataError(
+            f"{where}: {image.width}x{image.height} is more than {MAX_ASPECT} times as long as it is wide, and resizing its "
+            "shorter side to what a vision tower sees would take too much memory; cut it"
+        )
     if image.mode == "F":
         raise DataError(f"{where}: a picture of floating-point numbers has no defined brightness; convert it")
     return image
