@@ -401,3 +401,117 @@ def test_an_unknown_format_is_named_with_the_nearest(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         PartSpec.model_validate({"dataset": "made", "annotations": "data.json"} | change)
+
+
+HALF = "b \ud83d"
+"""The first half of a smiley, as ``"b \\ud83d"`` in a JSON file cut by characters gives it."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"conversations": said("a", HALF)},
+        {"conversations": said(HALF, "b")},
+        {"image": f"{HALF}.png", "conversations": said("<image>a", "b")},
+        {"id": HALF},
+        {"conversations": [{"from": HALF, "value": "x"}]},
+        {"system": HALF},
+    ],
+    ids=["answer", "question", "picture", "id", "role", "system"],
+)
+def test_half_a_character_is_one_bad_record(change: Entry, tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", [entry(1), entry(0, **change), entry(2)])
+    report = mix(data, tmp_path / "out", max_bad=0.5)
+    assert [record.id for record in kept(tmp_path / "out")] == ["r1", "r2"]
+    (reason,) = report["parts"][0]["dropped"]
+    assert reason in ("text that is not Unicode", "unknown role")
+
+
+def test_a_name_too_long_for_any_file_is_a_missing_picture(tmp_path: Path) -> None:
+    entries = [entry(0, "a" * 300 + ".png"), entry(1, "b/" * 3000 + "c.png"), entry(2, "1.png")]
+    report = mix(data_set(tmp_path / "made", entries), tmp_path / "out", max_bad=0.7)
+    dropped = report["parts"][0]["dropped"]["missing picture"]
+    assert dropped["count"] == 2
+    assert all(len(example) < 400 for example in dropped["examples"])
+
+
+@pytest.mark.parametrize("format_name", ["llava", "messages", "preference"])
+def test_a_system_message_beside_the_conversation_is_a_turn(format_name: str, tmp_path: Path) -> None:
+    row = {
+        "llava": {"conversations": said("a", "b")},
+        "messages": {"messages": said("a", "b")},
+        "preference": {"chosen": said("a", "b"), "rejected": said("a", "c")},
+    }[format_name]
+    rows = [
+        row | {"system": "Be brief."},
+        row | {"system": ""},
+        row | {"system": 7},
+        {name: [{"from": "system", "value": "x"}, *turns] for name, turns in row.items()} | {"system": "y"},
+    ]
+    report = mix(data_set(tmp_path / "made", rows), tmp_path / "out", format=format_name, max_bad=0.5)
+    first, second = (record.conversations[0].turns for record in kept(tmp_path / "out"))
+    assert [turn.role for turn in first] == ["system", "user", "assistant"]
+    assert first[0].text == "Be brief."
+    assert [turn.role for turn in second] == ["user", "assistant"]
+    assert set(report["parts"][0]["dropped"]) == {"malformed turn", "two system messages"}
+
+
+def test_sharegpt_names_pictures_in_the_plural(tmp_path: Path) -> None:
+    two = entry(0, ["0.png", "1.png"])
+    two["images"] = two.pop("image")
+    entries = [two, entry(1, "2.png", images=[]), entry(2, "2.png", images=["1.png"])]
+    report = mix(data_set(tmp_path / "made", entries), tmp_path / "out", max_bad=0.5)
+    assert [len(record.images) for record in kept(tmp_path / "out")] == [2, 1]
+    assert set(report["parts"][0]["dropped"]) == {"malformed pictures"}
+
+
+def chat(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+PAIRS: dict[str, Entry] = {
+    "LLaVA-MoD": {"image": "0.png", "chosen": said("<image>\nQ", "a"), "rejected": said("<image>\nQ", "b")},
+    "LLaMA-Factory": {
+        "images": ["0.png"],
+        "conversations": said("<image>\nQ"),
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    },
+    "TRL": {
+        "images": ["0.png"],
+        "prompt": [
+            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\nQ"}]}
+        ],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    },
+    "TRL, without marks": {
+        "images": ["0.png"],
+        "prompt": chat("Q"),
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    },
+    "TRL, with the prompt inside": {
+        "images": ["0.png"],
+        "chosen": chat("Q", "a"),
+        "rejected": chat("Q", "b"),
+    },
+    "TRL, texts": {"images": ["0.png"], "prompt": "Q", "chosen": "a", "rejected": "b"},
+}
+
+
+@pytest.mark.parametrize("way", PAIRS)
+def test_preferences_are_read_however_they_are_written(way: str, tmp_path: Path) -> None:
+    mix(data_set(tmp_path / "made", [PAIRS[way]]), tmp_path / "out", format="preference")
+    (record,) = kept(tmp_path / "out")
+    assert [(turn.role, turn.text) for turn in record.prompt] == [("user", "<image>\nQ")]
+    assert (record.chosen, record.rejected) == ("a", "b")
+    assert len(record.images) == 1
+
+
+def test_messages_without_marks_have_their_pictures_first_and_a_note(tmp_path: Path) -> None:
+    rows = [{"messages": chat("Q", "a", "R", "b"), "images": ["0.png", "1.png"]}]
+    report = mix(data_set(tmp_path / "made", rows), tmp_path / "out", format="messages")
+    texts = [turn.text for turn in kept(tmp_path / "out")[0].turns]
+    assert texts == ["<image><image>\nQ", "a", "R", "b"]
+    assert report["parts"][0]["notes"]["pictures put before the first question"]["count"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -20,6 +21,8 @@ from mmpipe.errors import DataError
 
 _EMBEDDED = "\x00"
 """Begins the names of pictures that were written out; no name in annotations may hold it."""
+
+_LONGEST_NAME = 200
 
 
 class Found(NamedTuple):
@@ -85,7 +88,7 @@ class PictureFinder:
         found = self._found[name]
         if not found.name:
             folders = " or ".join(str(folder) for folder in self._folders)
-            raise BadRecord("missing picture", f"there is no {name} in {folders}")
+            raise BadRecord("missing picture", f"there is no {_short(name)} in {folders}")
         if found.inspection.fault:
             raise BadRecord("corrupt picture", found.inspection.fault)
         return found
@@ -100,6 +103,8 @@ class PictureFinder:
             try:
                 there = path.is_file()
             except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:  # no file can be called so
+                    continue
                 raise DataError(f"{path}: cannot be looked at ({error.strerror})") from error
             if there:
                 return Found(_from_here(path), inspect_picture(path))
@@ -111,6 +116,11 @@ def _suffix(content: bytes) -> str:
         return f".{Image.open(io.BytesIO(content)).format}".lower()
     except UnidentifiedImageError:
         return ".unknown"
+
+
+def _short(name: str) -> str:
+    """A name for messages: a text that took the place of a name can be long."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 
 def _from_here(path: Path) -> str:

@@ -87,6 +87,30 @@ class BadRecord(DataError):
         self.detail = detail
 
 
+def check_unicode(record: AnyRecord) -> None:
+    """Raise BadRecord for half of a surrogate pair, as a JSON escape cut in two leaves it: no file can hold it."""
+    texts = [
+        *record.images,
+        *(turn.text for conversation in record.conversations for turn in conversation.turns),
+    ]
+    for text in texts:
+        if not is_unicode(text):
+            raise BadRecord("text that is not Unicode", f"half of a surrogate pair in {text[:80]!a}")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded.
+
+    >>> is_unicode("\U0001f600"), is_unicode("\ud83d")
+    (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_turns(turns: Sequence[Turn]) -> None:
     """Raise BadRecord unless the turns read [system,] user, assistant, user, ..., none of them empty."""
     dialogue = turns[1:] if turns and turns[0].role == "system" else turns

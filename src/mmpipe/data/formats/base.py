@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -11,7 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmpipe.data.json_stream import read_values
-from mmpipe.data.records import AnyRecord, BadRecord, Role, Turn
+from mmpipe.data.records import (
+    IMAGE_MARK,
+    AnyRecord,
+    BadRecord,
+    Role,
+    Turn,
+    check_unicode,
+    is_unicode,
+)
 from mmpipe.errors import DataError
 
 Row = Mapping[str, Any]
@@ -57,8 +65,16 @@ def drafts(path: Path, make: Callable[[str, Row], Draft]) -> Iterator[Draft]:
             if not isinstance(row, dict):
                 raise BadRecord("not a record", "expected an object with named values")
             if row.get("id") not in (None, ""):
-                record_id = str(row["id"])
-            yield make(record_id, row)
+                given = str(row["id"])
+                if not is_unicode(given):
+                    raise BadRecord(
+                        "text that is not Unicode", f"half of a surrogate pair in the id {given!a}"
+                    )
+                record_id = given
+            draft = make(record_id, row)
+            if draft.record:
+                check_unicode(draft.record)
+            yield draft
         except BadRecord as fault:
             yield Draft(record_id, fault=BadRecord(fault.reason, f"{fault.detail} ({path}, {place})"))
 
@@ -96,15 +112,18 @@ class Pictures:
     embedded: tuple[bytes, ...] = ()
 
 
-def read_pictures(row: Row, key: str) -> Pictures:
-    """What stands under ``key``: nothing, one picture or a list of them.
+def read_pictures(row: Row) -> Pictures:
+    """What stands under ``image`` or ``images``: nothing, one picture or a list of them.
 
     A picture is a file name or, as ``datasets`` writes it, ``{"bytes", "path"}``.
     """
-    value = row.get(key)
-    if value in (None, ""):
+    given = [key for key in ("image", "images") if row.get(key) not in (None, "", [])]
+    if not given:
         return Pictures(())
-    values = value if isinstance(value, list) else [value]
+    if len(given) > 1:
+        raise BadRecord("malformed pictures", "there are pictures under 'image' and under 'images'")
+    (key,) = given
+    values = row[key] if isinstance(row[key], list) else [row[key]]
     contents = [one.get("bytes") if isinstance(one, dict) else None for one in values]
     embedded = tuple(content for content in contents if isinstance(content, bytes))
     if embedded and len(embedded) == len(values):
@@ -116,21 +135,72 @@ def read_pictures(row: Row, key: str) -> Pictures:
     return Pictures(files)
 
 
-def read_turns(conversation: Any, role: str, text: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Turns from a list of ``{role: ..., text: ...}``, and notes.
+def read_turns(conversation: Any, system: Any = None) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """Turns from a list of ``{"from", "value"}`` or ``{"role", "content"}``, and notes.
 
-    An answer before the first question is left out, as LLaVA does.
+    ``system`` is a system message that stands beside the conversation. An answer before the first question is left out,
+    as LLaVA does.
     """
     if not isinstance(conversation, list) or not conversation:
         raise BadRecord("no conversation", "the conversation is missing or empty")
-    turns: list[Turn] = []
-    for position, message in enumerate(conversation):
-        if not isinstance(message, dict) or not isinstance(message.get(text), str):
-            raise BadRecord("malformed turn", f"turn {position + 1} has no text under '{text}'")
-        speaker = message.get(role)
-        if not isinstance(speaker, str) or speaker not in ROLE_NAMES:
-            raise BadRecord("unknown role", f"turn {position + 1} is spoken by {speaker!r}")
-        turns.append(Turn(ROLE_NAMES[speaker], message[text]))
+    turns = [_turn(message, number) for number, message in enumerate(conversation, start=1)]
+    notes: tuple[str, ...] = ()
     if len(turns) > 1 and turns[0].role == "assistant":
-        return tuple(turns[1:]), ("answer before the first question left out",)
-    return tuple(turns), ()
+        turns, notes = turns[1:], ("answer before the first question left out",)
+    return (*_system(system, turns), *turns), notes
+
+
+def _turn(message: Any, number: int) -> Turn:
+    role, text = ("role", "content") if is_chat(message) else ("from", "value")
+    said = message.get(text) if isinstance(message, dict) else None
+    if isinstance(said, list):
+        said = "".join(_part(part, number) for part in said)
+    if not isinstance(said, str):
+        raise BadRecord("malformed turn", f"turn {number} has no text under '{text}'")
+    speaker = message.get(role)
+    if not isinstance(speaker, str) or speaker not in ROLE_NAMES:
+        raise BadRecord("unknown role", f"turn {number} is spoken by {speaker!r}")
+    return Turn(ROLE_NAMES[speaker], said)
+
+
+def is_chat(message: Any) -> bool:
+    """Whether a message names its speaker under ``role``, as chat templates expect, and not under ``from``."""
+    return isinstance(message, dict) and message.get("role") is not None
+
+
+def _part(part: Any, number: int) -> str:
+    """A part of a message's content as text."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image":
+        return IMAGE_MARK
+    if kind == "text" and isinstance(part.get("text"), str):
+        text: str = part["text"]
+        return text
+    raise BadRecord("malformed turn", f"turn {number} has a part of type {kind!r}; expected text or image")
+
+
+def _system(text: Any, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The system message beside a conversation as a turn of its own."""
+    if text is None or text == "":
+        return ()
+    if not isinstance(text, str):
+        raise BadRecord("malformed turn", "'system' is no text")
+    if turns[0].role == "system":
+        raise BadRecord("two system messages", "one under 'system' and one in the conversation")
+    return (Turn("system", text),)
+
+
+def pictures_before_text(
+    turns: tuple[Turn, ...], pictures: Pictures
+) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """Chat messages whose text does not say where pictures go, with all of them before the first question, and notes.
+
+    TRL reads such records so (``prepare_multimodal_messages``).
+    """
+    if not pictures.names or any(IMAGE_MARK in turn.text for turn in turns):
+        return turns, ()
+    first = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        return turns, ()
+    marked = Turn("user", f"{IMAGE_MARK * len(pictures.names)}\n{turns[first].text}")
+    return (*turns[:first], marked, *turns[first + 1 :]), ("pictures put before the first question",)

@@ -1,4 +1,8 @@
-"""LLaVA's format: ``{"id", "image", "conversations": [{"from", "value"}, ...]}``, one array or one a line."""
+"""LLaVA's format, which is ShareGPT's: ``{"id", "image", "conversations": [{"from", "value"}, ...]}``.
+
+One array, or one record a line. Several pictures stand in a list, under ``image`` or ``images``; a ``system`` message may
+stand beside the conversation.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,10 @@ def read(path: Path, source: str) -> Iterator[Draft]:
     """The records of one file, in its order."""
 
     def make(record_id: str, row: Row) -> Draft:
-        if row.get("video"):
+        if row.get("video") or row.get("videos"):
             raise BadRecord("video", "the record is about a video; only pictures are supported")
-        pictures = read_pictures(row, "image")
-        turns, notes = read_turns(row.get("conversations"), "from", "value")
+        pictures = read_pictures(row)
+        turns, notes = read_turns(row.get("conversations"), row.get("system"))
         record = Record(record_id, source, pictures.names, turns)
         return Draft(record_id, record, notes=notes, embedded=pictures.embedded)
 

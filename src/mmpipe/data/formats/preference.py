@@ -1,14 +1,26 @@
-"""LLaVA-MoD's preference format: ``{"id", "image", "chosen": [turns], "rejected": [turns]}``.
+"""Preferences: two answers to one question, ``{"id", "image", "chosen", "rejected"}``, written in one of three ways.
 
-Turns are written as LLaVA's; both conversations are the same up to the last answer.
+* LLaVA-MoD's: ``chosen`` and ``rejected`` are whole conversations of LLaVA's turns, the same up to the last answer.
+* LLaMA-Factory's: ``conversations`` is the prompt, ``chosen`` and ``rejected`` are one turn each.
+* TRL's: ``prompt``, ``chosen`` and ``rejected`` are lists of chat messages, or texts. The prompt may be left out where the
+  other two begin with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from mmpipe.data.formats.base import Draft, Row, drafts, read_pictures, read_turns
+from mmpipe.data.formats.base import (
+    Draft,
+    Row,
+    drafts,
+    is_chat,
+    pictures_before_text,
+    read_pictures,
+    read_turns,
+)
 from mmpipe.data.records import BadRecord, PreferenceRecord
 
 
@@ -16,16 +28,30 @@ def read(path: Path, source: str) -> Iterator[Draft]:
     """The records of one file, in its order."""
 
     def make(record_id: str, row: Row) -> Draft:
-        pictures = read_pictures(row, "image")
-        chosen, notes = read_turns(row.get("chosen"), "from", "value")
-        rejected, _ = read_turns(row.get("rejected"), "from", "value")
+        pictures = read_pictures(row)
+        prompt = _messages(row.get("prompt"), "user") or _messages(row.get("conversations"), "user")
+        both = [[*prompt, *_messages(row.get(key), "assistant")] for key in ("chosen", "rejected")]
+        (chosen, notes), (rejected, _) = (read_turns(messages, row.get("system")) for messages in both)
         if chosen[:-1] != rejected[:-1]:
             raise BadRecord("different questions", "chosen and rejected do not answer the same question")
         if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
             raise BadRecord("odd turn order", "chosen and rejected must end with an answer")
+        question = chosen[:-1]
+        if is_chat(both[0][0]):
+            question, moved = pictures_before_text(question, pictures)
+            notes = (*notes, *moved)
         record = PreferenceRecord(
-            record_id, source, pictures.names, chosen[:-1], chosen[-1].text, rejected[-1].text
+            record_id, source, pictures.names, question, chosen[-1].text, rejected[-1].text
         )
         return Draft(record_id, record, notes=notes, embedded=pictures.embedded)
 
     return drafts(path, make)
+
+
+def _messages(value: Any, role: str) -> list[Any]:
+    """A list of messages from one, from a text that ``role`` says, or from nothing."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, dict):
+        return [value]
+    return value if isinstance(value, list) else []

@@ -19,7 +19,7 @@ def read(path: Path, source: str) -> Iterator[Draft]:
         question, chosen, rejected = (_text(row, name) for name in ("question", "chosen", "rejected"))
         if not question.strip():
             raise BadRecord("empty question", "'question' has no text")
-        pictures = read_pictures(row, "image")
+        pictures = read_pictures(row)
         prompt = Turn("user", f"{IMAGE_MARK}\n{question}")
         record = PreferenceRecord(record_id, source, pictures.names, (prompt,), chosen, rejected)
         return Draft(record_id, record, embedded=pictures.embedded)
