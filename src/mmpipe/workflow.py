@@ -149,6 +149,11 @@ def fetch(snakemake: Any, plan: Plan) -> None:
     manifest.write(out, kind="source", spec=spec, inputs=manifest.input_hashes(needed), **facts)
 
 
+def _failed_report(snakemake: Any) -> Path:
+    """Where the report of a job goes that found too many faults to publish: beside its log, which outlives it."""
+    return Path(snakemake.log[0]).with_suffix(".report.json")
+
+
 @offline_job
 def mix(snakemake: Any, plan: Plan) -> None:
     """Verify the records of a mixture and write them in one file."""
@@ -161,7 +166,13 @@ def mix(snakemake: Any, plan: Plan) -> None:
     out = Path(snakemake.output.manifest).parent
     with staged_directory(out) as stage:
         report = build_mixture(
-            mixture, datasets, stage, workers=snakemake.threads, log=log.info, published=out
+            mixture,
+            datasets,
+            stage,
+            workers=snakemake.threads,
+            log=log.info,
+            published=out,
+            failed_report=_failed_report(snakemake),
         )
         manifest.write(stage, kind="mixture", spec=spec, inputs=inputs, records=report["kept"])
 
@@ -206,6 +217,7 @@ def tokenise(snakemake: Any, plan: Plan) -> None:
             max_bad=plan.mixtures[wildcards.mixture].max_bad,
             workers=snakemake.threads,
             log=log.info,
+            failed_report=_failed_report(snakemake),
         )
         hashes = manifest.input_hashes(list(inputs.values()))
         manifest.write(staged, kind="tokens", spec=spec, inputs=hashes, records=report["kept"])

@@ -35,22 +35,24 @@ def transparent() -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("make", "name"),
+    ("make", "name", "notes"),
     [
-        (lambda: Image.new("RGB", SIZE, RED), "a.png"),
-        (lambda: Image.new("RGB", SIZE, RED), "a.webp"),
-        (palette, "a.gif"),
-        (palette, "a.png"),
-        (transparent, "a.png"),
-        (lambda: Image.new("CMYK", SIZE, (0, 255, 255, 0)), "a.tif"),
-        (lambda: Image.new("CMYK", SIZE, (0, 255, 255, 0)), "a.jpg"),
+        (lambda: Image.new("RGB", SIZE, RED), "a.png", ()),
+        (lambda: Image.new("RGB", SIZE, RED), "a.webp", ()),
+        (palette, "a.gif", ("palette made RGB",)),
+        (palette, "a.png", ("palette made RGB",)),
+        (transparent, "a.png", ()),
+        (lambda: Image.new("CMYK", SIZE, (0, 255, 255, 0)), "a.tif", ("CMYK made RGB",)),
+        (lambda: Image.new("CMYK", SIZE, (0, 255, 255, 0)), "a.jpg", ("CMYK made RGB",)),
     ],
     ids=["rgb png", "webp", "palette gif", "palette png", "alpha", "cmyk tiff", "cmyk jpeg"],
 )
-def test_every_mode_becomes_rgb(tmp_path: Path, make: Callable[[], Image.Image], name: str) -> None:
+def test_every_mode_becomes_rgb(
+    tmp_path: Path, make: Callable[[], Image.Image], name: str, notes: tuple[str, ...]
+) -> None:
     options = {"lossless": True} if name.endswith("webp") else {}
     make().save(tmp_path / name, **options)
-    assert open_picture(tmp_path / name).notes == ()
+    assert open_picture(tmp_path / name).notes == notes
     np.testing.assert_allclose(pixels(tmp_path / name)[4, 4].astype(int), RED, atol=3)
 
 
@@ -61,25 +63,42 @@ def test_deep_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
     assert open_picture(tmp_path / "a.png").notes == ("16-bit grey scaled to 8 bits",)
 
 
+def chunked_png(path: Path, bits: int, colour: int, size: tuple[int, int], samples: bytes) -> Path:
+    """A PNG as Pillow does not write it."""
+    header = size[0].to_bytes(4) + size[1].to_bytes(4) + bytes([bits, colour, 0, 0, 0])
+    chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(samples), b"IEND"]
+    written = [(len(c) - 4).to_bytes(4) + c + zlib.crc32(c).to_bytes(4) for c in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(written))
+    return path
+
+
+def test_deep_colours_are_noted(tmp_path: Path) -> None:
+    path = chunked_png(tmp_path / "a.png", 16, 2, (1, 1), bytes([0, 200, 9, 100, 9, 50, 9]))
+    assert open_picture(path).notes == ("16-bit colours cut to 8 bits",)
+    assert pixels(path).tolist() == [[[200, 100, 50]]]
+
+
 def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
     frames = [Image.new("RGB", SIZE, color) for color in (RED, BLUE)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert pixels(tmp_path / "a.gif")[0, 0].tolist() == list(RED)
-    assert open_picture(tmp_path / "a.gif").notes == ("several frames, first taken",)
+    assert open_picture(tmp_path / "a.gif").notes == ("several frames, first taken", "palette made RGB")
 
 
 def test_content_decides_and_a_wrong_name_is_noted(tmp_path: Path) -> None:
     Image.new("RGB", SIZE, RED).save(tmp_path / "a.jpg", format="GIF")
-    assert open_picture(tmp_path / "a.jpg").notes == ("GIF named .jpg",)
-    assert inspect_picture(tmp_path / "a.jpg").notes == ("GIF named .jpg",)
-    Image.new("RGB", SIZE, RED).save(tmp_path / "bare", format="PNG")
-    assert open_picture(tmp_path / "bare").notes == ("PNG named without suffix",)
+    assert open_picture(tmp_path / "a.jpg").notes == ("GIF named .jpg", "palette made RGB")
+    assert inspect_picture(tmp_path / "a.jpg").notes == ("GIF named .jpg", "palette made RGB")
+    for name in ("bare", "photo.1234"):
+        Image.new("RGB", SIZE, RED).save(tmp_path / name, format="PNG")
+        assert open_picture(tmp_path / name).notes == ("PNG named without suffix",)
 
 
 def test_exif_orientation_is_applied_on_demand_only(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", SIZE, RED).save(tmp_path / "a.jpg", exif=exif)
+    assert open_picture(tmp_path / "a.jpg").notes == ("EXIF says rotated, left as stored",)
     assert pixels(tmp_path / "a.jpg").shape == (8, 12, 3)
     assert pixels(tmp_path / "a.jpg", upright=True).shape == (12, 8, 3)
 
@@ -172,10 +191,7 @@ def test_the_thinnest_picture_that_is_read_can_be_processed(tmp_path: Path) -> N
 
 
 def test_a_bomb_that_pillow_itself_refuses(tmp_path: Path) -> None:
-    header = b"IHDR" + (60_000).to_bytes(4) + (60_000).to_bytes(4) + bytes([8, 2, 0, 0, 0])
-    chunks = [header, b"IDAT" + zlib.compress(b"")]
-    written = [(len(c) - 4).to_bytes(4) + c + zlib.crc32(c).to_bytes(4) for c in chunks]
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(written))
+    chunked_png(tmp_path / "a.png", 8, 2, (60_000, 60_000), b"")
     with pytest.raises(DataError, match="decompression bomb"):
         open_picture(tmp_path / "a.png")
 

@@ -12,7 +12,8 @@ from data_world import Entry, data_set, entry, mix, picture, said
 from PIL import Image
 from pydantic import ValidationError
 
-from mmpipe.data.mixture import build_mixture, images_first
+from mmpipe.data.mixture import build_mixture
+from mmpipe.data.part import images_first
 from mmpipe.data.records import PreferenceRecord, Record, length_in_words
 from mmpipe.data.spec import MixtureSpec, PartSpec
 from mmpipe.data.store import RecordTable
@@ -52,7 +53,10 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     for workers in (1, 3):
         mix(data, tmp_path / str(workers), workers=workers)
         written.append(
-            [(tmp_path / str(workers) / name).read_bytes() for name in ("records.arrow", "report.json")]
+            [
+                (tmp_path / str(workers) / name).read_bytes()
+                for name in ("records.arrow", "pictures.arrow", "report.json")
+            ]
         )
     assert written[0] == written[1]
 
@@ -515,3 +519,110 @@ def test_messages_without_marks_have_their_pictures_first_and_a_note(tmp_path: P
     texts = [turn.text for turn in kept(tmp_path / "out")[0].turns]
     assert texts == ["<image><image>\nQ", "a", "R", "b"]
     assert report["parts"][0]["notes"]["pictures put before the first question"]["count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("filters", "ids"),
+    [
+        ({"only": "a/*"}, ["r0", "r1"]),
+        ({"without": ["a/1.png", "b/*"]}, ["r0", "r3"]),
+        ({"only": ["a/*", "b/*"], "without": "*/0.png"}, ["r1"]),
+        ({"without": "*", "take": 1}, ["r3"]),
+        ({"with_images": True, "without": "a/*"}, ["r2"]),
+    ],
+)
+def test_records_are_left_out_by_the_names_of_their_pictures(
+    filters: dict[str, Any], ids: list[str], tmp_path: Path
+) -> None:
+    entries = [entry(0, "a/0.png"), entry(1, "a/1.png"), entry(2, ["a/1.png", "b/0.png"]), entry(3)]
+    data = data_set(tmp_path / "made", entries)
+    for name in ("a/0.png", "a/1.png", "b/0.png"):
+        picture(data / "img" / name)
+    if filters == {"with_images": True, "without": "a/*"}:
+        (data / "data.json").write_text(json.dumps([*entries[:2], entry(2, "b/0.png"), entry(3)]))
+    report = mix(data, tmp_path / "out", **filters)
+    assert [record.id for record in kept(tmp_path / "out")] == ids
+    (part,) = report["parts"]
+    assert (part["found"], part["left_out"]) == (len(ids), 4 - len(ids))
+
+
+def test_a_prefix_stands_between_pictures_and_question(tmp_path: Path) -> None:
+    talk = said("<image>\n<image>\nWhat?", "a", "And <here>?", "b")
+    data = data_set(tmp_path / "made", [entry(0, ["0.png", "1.png"], conversations=talk)])
+    mix(data, tmp_path / "out", prefix="Look. ", suffix=" Be brief.")
+    texts = [turn.text for turn in kept(tmp_path / "out")[0].turns]
+    assert texts == ["<image>\n<image>\nLook. What? Be brief.", "a", "Look. And <here>? Be brief.", "b"]
+
+
+def test_a_failure_leaves_its_report_and_says_what_is_known(tmp_path: Path) -> None:
+    names = ["ocr/0.png", "ocr/1.png", "coco/0.png", "coco/1.png", "2.png"]
+    data = data_set(tmp_path / "made", [entry(i, name) for i, name in enumerate(names)])
+    for name in ("ocr/0.png", "coco/0.png", "coco/1.png"):
+        picture(data / "img" / name)
+    part = {"dataset": "made", "annotations": "data.json", "images": "img", "known": "covers vanish"}
+    failed = tmp_path / "logs/mix/small.report.json"
+    reports = []
+    for max_bad in (0.1, 0.5):
+        spec = MixtureSpec.model_validate({"parts": [part], "max_bad": max_bad})
+        if max_bad < 0.2:
+            with pytest.raises(DataError) as error:
+                build_mixture(spec, {"made": data}, tmp_path / "out", failed_report=failed)
+            reports.append(json.loads(failed.read_text()))
+        else:
+            reports.append(build_mixture(spec, {"made": data}, tmp_path / "out", failed_report=failed))
+    assert f"{failed} counts all of them" in str(error.value)
+    assert "in ocr: 1 of 2 records lack a picture" in str(error.value)
+    assert "known: covers vanish" in str(error.value)
+    assert reports[0] == reports[1] | {"max_bad": 0.1}
+    assert reports[1]["parts"][0]["without_picture_by_folder"] == {"ocr": {"records": 2, "dropped": 1}}
+    assert not failed.exists()
+
+
+def test_the_report_page_shows_drops_by_folder_and_what_is_known(tmp_path: Path) -> None:
+    from mmpipe.report.tables import mixture_page
+
+    data = data_set(tmp_path / "made", [entry(0, "ocr/0.png"), entry(1)])
+    mix(data, tmp_path / "out", max_bad=0.5, known="covers <vanish>")
+    mixture_page(tmp_path / "out/report.json", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "Known: covers &lt;vanish&gt;" in page
+    assert "<code>ocr</code>" in page
+
+
+def test_equal_pictures_and_records_are_counted_over_data_sets(tmp_path: Path) -> None:
+    first = data_set(tmp_path / "first", [entry(0, "0.png"), entry(1, "1.png"), entry(2, "1.png")])
+    second = data_set(tmp_path / "second", [entry(7, "0.png", id="x"), entry(1, "1.png"), entry(9)])
+    (second / "img/0.png").write_bytes((first / "img/0.png").read_bytes())
+    (second / "img/1.png").write_bytes((first / "img/1.png").read_bytes())
+    parts = [{"dataset": name, "annotations": "data.json", "images": "img"} for name in ("first", "second")]
+    spec = MixtureSpec.model_validate({"parts": parts})
+    report = build_mixture(spec, {"first": first, "second": second}, tmp_path / "out")
+    assert report["equal_pictures"] == 2
+    assert report["parts"][0]["notes"] == {}
+    assert {note: facts["count"] for note, facts in report["parts"][1]["notes"].items()} == {
+        "picture equal to one of another name": 2,
+        "record of another data set, kept again": 1,
+    }
+
+
+def test_an_id_may_come_back_for_ever(tmp_path: Path) -> None:
+    """Counting up from two every time would take the square of their number."""
+    entries = [entry(i, id="x") for i in range(3000)]
+    mix(data_set(tmp_path / "made", entries), tmp_path / "out", log=lambda line: None)
+    ids = [record.id for record in kept(tmp_path / "out")]
+    assert ids == ["x", *(f"x#{number}" for number in range(2, 3001))]
+
+
+def test_pictures_that_were_forgotten_are_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmpipe.data import part as module
+    from mmpipe.data import pictures
+
+    data = data_set(tmp_path / "made", [entry(i, f"{i % 4}.png") for i in range(40)])
+    mix(data, tmp_path / "much")
+    monkeypatch.setattr(pictures, "REMEMBERED", 1)
+    monkeypatch.setattr(module, "_BLOCK", 3)
+    mix(data, tmp_path / "little")
+    for name in ("records.arrow", "pictures.arrow", "report.json"):
+        assert (tmp_path / "much" / name).read_bytes() == (tmp_path / "little" / name).read_bytes()

@@ -8,10 +8,10 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmpipe.errors import ArtifactError, DataError
 
@@ -127,15 +127,34 @@ def _read(path: Path) -> bytes:
 def _identify(path: Path, content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
     """Recognise the format, without decoding."""
     image = _recognise(content, str(path), None)
-    notes = []
     named = Image.registered_extensions().get(path.suffix.lower())
-    if named != _SAME_FORMAT.get(str(image.format), image.format):
-        notes.append(f"{image.format} named {path.suffix or 'without suffix'}")
-    if getattr(image, "is_animated", False):
-        notes.append("several frames, first taken")
-    if image.mode in _DEEP_GREY:
-        notes.append("16-bit grey scaled to 8 bits")
-    return image, tuple(notes)
+    called = path.suffix if named else "without suffix"
+    odd = {
+        f"{image.format} named {called}": named != _SAME_FORMAT.get(str(image.format), image.format),
+        "several frames, first taken": getattr(image, "is_animated", False),
+        "16-bit grey scaled to 8 bits": image.mode in _DEEP_GREY,
+        "16-bit colours cut to 8 bits": image.mode not in _DEEP_GREY and _has_deep_samples(image),
+        "palette made RGB": image.mode == "P",
+        "CMYK made RGB": image.mode == "CMYK",
+        "EXIF says rotated, left as stored": _orientation(image) != 1,
+    }
+    return image, tuple(note for note, holds in odd.items() if holds)
+
+
+def _has_deep_samples(image: Image.Image) -> bool:
+    """Whether the file has 16 bits a sample, of which a decoder keeps eight."""
+    tiles: Any = getattr(image, "tile", ())
+    return any(";16" in str(tile[3]) for tile in tiles)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How EXIF says that the stored pixels lie; 1 is upright."""
+    if "exif" not in image.info:  # else Pillow decodes a PNG to look behind its pixels
+        return 1
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (*_DAMAGE, TypeError):
+        return 1
 
 
 def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> Image.Image:

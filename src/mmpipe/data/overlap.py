@@ -9,42 +9,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from mmpipe.benchmarks.prepare import read_questions
+from mmpipe.data.digests import PICTURES, read_digests
 from mmpipe.data.images import content_digest
 from mmpipe.data.tally import EXAMPLES
 
-PICTURES = "pictures.arrow"
-_SCHEMA = pa.schema([pa.field("name", pa.string()), pa.field("digest", pa.binary(16))])
-_ROWS = 65_536
-
-
-def write_digests(path: Path, digests: Mapping[str, bytes]) -> None:
-    """Write the digest of every picture of a mixture, in order."""
-    names = list(digests)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-        for start in range(0, len(names), _ROWS):
-            chosen = names[start : start + _ROWS]
-            columns = [pa.array(chosen), pa.array([digests[name] for name in chosen], pa.binary(16))]
-            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-
 
 def overlap(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
-    """How many pictures of each prepared benchmark are in the mixture, and how many questions they touch."""
-    with pa.memory_map(str(mixture / PICTURES)) as source:
-        table = pa.ipc.open_stream(source).read_all()
-        names, digests = table.column("name").to_pylist(), table.column("digest").to_pylist()
-    trained = dict(zip(digests, names, strict=True))
-    shared = {name: _shared(trained, prepared) for name, prepared in benchmarks.items()}
-    return {"pictures": len(names), "benchmarks": shared}
+    """How many pictures of each prepared benchmark are in the mixture, and how many questions they touch.
+
+    What is remembered are the pictures of the benchmarks; those of the mixture, which may be millions, pass by.
+    """
+    asked = {name: _asked(prepared) for name, prepared in benchmarks.items()}
+    wanted = {digest for pictures in asked.values() for digest in pictures.values()}
+    trained: dict[bytes, str] = {}
+    total = 0
+    for name, digest in read_digests(mixture / PICTURES):
+        total += 1
+        if digest in wanted:
+            trained.setdefault(digest, name)
+    shared = {name: _shared(trained, asked[name], prepared) for name, prepared in benchmarks.items()}
+    return {"pictures": total, "benchmarks": shared}
 
 
-def _shared(trained: Mapping[bytes, str], prepared: Path) -> dict[str, Any]:
+def _asked(prepared: Path) -> dict[Path, bytes]:
+    """The digest of every picture that a benchmark asks about."""
+    paths = {
+        path for question in read_questions(prepared) for path in question.images if isinstance(path, Path)
+    }
+    return {path: content_digest(path.read_bytes()) for path in sorted(paths)}
+
+
+def _shared(trained: Mapping[bytes, str], asked: Mapping[Path, bytes], prepared: Path) -> dict[str, Any]:
     questions = read_questions(prepared)
-    asked = sorted({path for question in questions for path in question.images if isinstance(path, Path)})
-    digests = {path: content_digest(path.read_bytes()) for path in asked}
-    found = {path: trained[digest] for path, digest in digests.items() if digest in trained}
+    found = {path: trained[digest] for path, digest in asked.items() if digest in trained}
     return {
         "pictures": len(asked),
         "shared_pictures": len(found),

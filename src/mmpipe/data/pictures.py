@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ _EMBEDDED = "\x00"
 """Begins the names of pictures that were written out; no name in annotations may hold it."""
 
 _LONGEST_NAME = 200
+REMEMBERED = 16_384
+"""So many pictures are remembered after they were decoded; who comes back later is decoded again."""
 
 
 class Found(NamedTuple):
@@ -79,9 +82,15 @@ class PictureFinder:
         return replace(draft, record=replace(draft.record, images=names), embedded=())
 
     def prepare(self, names: Iterable[str], pool: Executor) -> None:
-        """Find and decode the pictures that have not been asked for yet."""
-        new = [name for name in dict.fromkeys(names) if name not in self._found]
+        """Find and decode these pictures, but for those that were asked for not long ago."""
+        wanted = dict.fromkeys(names)
+        new = [name for name in wanted if name not in self._found]
+        # the latest ones stand last
+        kept = {name: self._found.pop(name) for name in wanted if name in self._found}
+        self._found |= kept
         self._found.update(zip(new, pool.map(self._find, new), strict=True))
+        for name in list(islice(self._found, max(0, len(self._found) - max(REMEMBERED, len(wanted))))):
+            del self._found[name]
 
     def __getitem__(self, name: str) -> Found:
         """A prepared picture. Raises BadRecord if it is missing or cannot be trained on."""

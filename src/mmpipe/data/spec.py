@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -21,10 +21,20 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _matches_something(pattern: str) -> str:
+    if not pattern or pattern.startswith("/"):
+        raise ValueError(f"'{pattern}' matches no picture: names are relative, as the annotations write them")
+    return pattern
+
+
 InnerPath = Annotated[str, AfterValidator(_inside)]
 InnerPaths = Annotated[
     tuple[InnerPath, ...],
     Field(min_length=1),
+    BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
+]
+Patterns = Annotated[
+    tuple[Annotated[str, AfterValidator(_matches_something)], ...],
     BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
 ]
 
@@ -44,16 +54,28 @@ class PartSpec(Settings):
     """A number of records, or a share of them, chosen at random; None takes all."""
     with_images: bool | None = None
     """True keeps only records with pictures, False only those without."""
+    only: Patterns = ()
+    """Keeps only records whose pictures all have a name that matches one of these: ``coco/*`` is everything below ``coco/``.
+    Names are matched as the annotations write them, before ``take`` chooses."""
+    without: Patterns = ()
+    """Leaves out records with a picture whose name matches one of these."""
+    prefix: str = ""
+    """Put before the text of every question, behind the pictures at its head."""
     suffix: str = ""
     """Appended to every question, e.g. the instruction to answer with a single word."""
     expected: Annotated[int, Field(gt=0)] | None = None
     """How many records the publishers or a paper name; the report sets it beside what was found."""
+    known: str = ""
+    """Why records are known to be dropped, and from where one knows; the report and the failure show it beside the drops."""
     image_position: Literal["keep", "first"] = "keep"
     """``first`` moves the pictures of a question to its head, as LLaVA does; ``keep`` leaves them."""
 
 
 class MixtureSpec(Settings):
     """What a training set is made of. The order of training is the sampler's, not that of the parts."""
+
+    VERSION: ClassVar[int] = 1
+    """Raised when a change of code changes which records are kept or what is written about them."""
 
     description: str = ""
     """What it is, in one line."""
@@ -65,8 +87,8 @@ class MixtureSpec(Settings):
 
     def spec(self) -> dict[str, Any]:
         """What determines the records; what is merely said about them does not."""
-        return self.model_dump(
-            mode="json",
-            exclude_defaults=True,
-            exclude={"description": True, "parts": {"__all__": {"expected"}}},
-        )
+        told = {"description": True, "parts": {"__all__": {"expected", "known"}}}
+        return {
+            "version": self.VERSION,
+            **self.model_dump(mode="json", exclude_defaults=True, exclude=told),  # type: ignore[arg-type]
+        }

@@ -24,7 +24,7 @@ from mmpipe.artifacts.files import canonical_json, read_json, write_json
 from mmpipe.data.labels import IGNORE, Encoded, encode
 from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
 from mmpipe.data.store import RecordTable
-from mmpipe.data.tally import Tally, histogram, up_to
+from mmpipe.data.tally import Pace, Tally, histogram, up_to
 from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError, DataError
 
@@ -171,7 +171,14 @@ class _Counts:
 
 
 def tokenise(
-    records: Path, encoder: TextEncoder, out: Path, *, max_bad: float, workers: int = 1, log: Log = print
+    records: Path,
+    encoder: TextEncoder,
+    out: Path,
+    *,
+    max_bad: float,
+    workers: int = 1,
+    log: Log = print,
+    failed_report: Path | None = None,
 ) -> dict[str, Any]:
     """Write ``shards/*.arrow`` and ``report.json`` into ``out`` and return the report.
 
@@ -179,8 +186,10 @@ def tokenise(
     process a core encodes shard after shard; memory does not grow with the number of records.
 
     Raises DataError, naming template, tokenizer and records, when the template does not belong to the tokenizer, when more than
-    ``max_bad`` of the records are dropped, or when everything is supervised although the template has questions.
+    ``max_bad`` of the records are dropped, or when everything is supervised although the template has questions; the report
+    is written to ``failed_report`` then.
     """
+    pace = Pace()
     encoder.template.check(encoder.tokenizer)
     table = RecordTable(records)
     if not len(table):
@@ -196,7 +205,6 @@ def tokenise(
     for found in _encoded(jobs, workers):
         counts.update(found)
         log(f"{counts.records} of {len(table)} records, {counts.dropped.total()} dropped")
-    _check(records, encoder, counts, max_bad)
     report = {
         "template": encoder.template.name,
         "tokenizer": tokenizer_hash(encoder.tokenizer),
@@ -206,6 +214,16 @@ def tokenise(
         "preferences": isinstance(table[0], PreferenceRecord),
         **counts.report(),
     }
+    if failed_report:
+        failed_report.unlink(missing_ok=True)
+    try:
+        _check(records, encoder, counts, max_bad)
+    except DataError as error:
+        if not failed_report:
+            raise
+        write_json(failed_report, report)
+        raise DataError(f"{error}; {failed_report} counts what was dropped") from None
+    log(f"kept {counts.kept} of {counts.records} records, {pace(counts.records)}")
     write_json(out / REPORT, report)
     return report
 

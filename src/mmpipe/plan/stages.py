@@ -78,6 +78,7 @@ class TokensPlan:
         """What determines the tokens, the inputs' manifests apart."""
         return canonical_json(
             {
+                "version": self.encoding.VERSION,
                 "mixture": self.mixture,
                 "model": dict(self.model),
                 "template": self.encoding.template,

@@ -147,6 +147,9 @@ class StageJob:
 class Encoding:
     """How text becomes tokens, the tokenizer apart."""
 
+    VERSION: ClassVar[int] = 1
+    """Raised when a change of code (templates, labels, what is dropped) changes the tokens of some record."""
+
     template: str
     max_length: int
 
