@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mmpipe.data.spec import MixtureSpec
 from mmpipe.errors import ConfigError
 from mmpipe.plan import Plan
+from mmpipe.stages.base import Encoding
 
 CATALOGUES = {
     "backbones": {
@@ -455,3 +457,26 @@ def test_a_keep_rate_outside_its_range_is_found(project):
     }
     with pytest.raises(ConfigError, match=r"lean\.yaml: stages\.sparsify.*sparsity\.vision_keep_rate"):
         project(wrong)
+
+
+def test_a_new_version_of_the_code_makes_mixtures_and_tokens_again(project, monkeypatch):
+    """Rules are run again when their spec changes; the stages read other tokens then."""
+    plan = project({"base": BASE})
+    stage = plan.stage("base", "pretrain")
+    mixture, tokens, read = plan.mixture_spec("mix"), plan.tokens_of(stage), plan.inputs(stage)
+    old = tokens.spec()
+    monkeypatch.setattr(MixtureSpec, "VERSION", MixtureSpec.VERSION + 1)
+    monkeypatch.setattr(Encoding, "VERSION", Encoding.VERSION + 1)
+    assert plan.mixture_spec("mix") != mixture
+    assert plan.tokens_of(stage).spec() != old
+    assert plan.inputs(stage)["tokens"] != read["tokens"]
+
+
+def test_what_is_said_of_a_mixture_is_no_part_of_its_spec(project):
+    told = {"expected": 7, "known": "some vanish"}
+    part = {"dataset": "captions", "annotations": "a.json"}
+    specs = {
+        project({"base": BASE}, {"mixtures": {"mix": {"parts": [part | more]}}}).mixture_spec("mix")
+        for more in ({}, told)
+    }
+    assert len(specs) == 1
