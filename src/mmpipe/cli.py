@@ -14,7 +14,7 @@ import typer
 
 from mmpipe import __version__
 from mmpipe.config.loader import read_mapping
-from mmpipe.errors import MmpipeError
+from mmpipe.errors import ConfigError, MmpipeError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -224,7 +224,6 @@ def export(
 ) -> None:
     """Write a checkpoint in the layout of another system, bit by bit the same tensors."""
     from mmpipe.artifacts.files import staged_directory
-    from mmpipe.errors import ConfigError
     from mmpipe.lineage import get
 
     if out.exists():
@@ -232,6 +231,40 @@ def export(
     with staged_directory(out) as stage:
         get(layout).write(checkpoint, stage, language=language, tower=tower, binary=binary)
     print(out)
+
+
+@app.command()
+def export_mixture(
+    mixture: Annotated[str, typer.Argument(help="A mixture, e.g. rlaif-v, or the directory of one.")],
+    out: Annotated[
+        Path, typer.Argument(help="A file that does not exist yet: .json, or .parquet for messages.")
+    ],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            help="llava (conversations), messages (Parquet for TRL and datasets), preference (LLaVA-MoD's pairs).",
+        ),
+    ],
+    root: Annotated[Path, typer.Option(help="Pictures are named relative to this folder.")] = Path(),
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Link pictures into this folder instead, and name them relative to it."),
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="With --images: copy, do not link.")] = False,
+    embed: Annotated[
+        bool, typer.Option("--embed", help="Put pictures into the Parquet file itself (messages).")
+    ] = False,
+) -> None:
+    """Write a verified mixture as other programs read it."""
+    from mmpipe.data.exporting import Below, PutInto
+    from mmpipe.data.exporting import export_mixture as write
+
+    if copy and images is None:
+        raise ConfigError("--copy needs --images, the folder to copy into")
+    directory = Path(mixture) if Path(mixture).is_dir() else Path("resources/mixtures", mixture)
+    pictures = Below(root) if images is None else PutInto(images, copy)
+    print(f"{out}: {write(directory, out, layout, pictures, embed=embed)} records")
 
 
 @app.command()
