@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
-from mmpipe.artifacts.files import read_json
+from mmpipe.artifacts.files import read_json, read_jsonl
 from mmpipe.errors import explained
+from mmpipe.report.stage import draw_history, settings_page
 from mmpipe.stages.finetune import Finetune
-from mmpipe.training import run, stop
+from mmpipe.training import launch, run, stop
 
 
 def finetune(**changes) -> Finetune:
@@ -82,3 +84,36 @@ def test_checkpoints_that_are_being_removed_do_not_look_complete(tmp_path, monke
     monkeypatch.setattr(trainer.shutil, "rmtree", lambda *_, **__: None)  # killed before it did anything
     trainer.drop_checkpoints(tmp_path)
     assert trainer.last_checkpoint(tmp_path) is None
+
+
+@pytest.fixture
+def broken_pictures(world):
+    """A third of the pictures cannot be read any more."""
+    chosen = sorted((world / "resources/datasets/shapes").rglob("*.jpg"))[::3]
+    assert chosen
+    before = {path: path.read_bytes() for path in chosen}
+    for path in chosen:
+        path.write_bytes(b"")
+    yield
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+def test_replaced_records_are_counted_over_interruptions_and_processes(job, broken_pictures, tmp_path):
+    whole, stopped, shared = job("run"), job("stopped", end_time=time.time() - 1), job("shared")
+    finetune().run(whole)
+    with pytest.raises(stop.Stopped):
+        finetune().run(stopped)
+    stopped = replace(stopped, end_time=None)
+    finetune().run(stopped)
+    shared.state_dir.mkdir(parents=True)
+    launch.run_processes(finetune(), shared, 2)
+    counted = [
+        read_json(made.model_dir / "manifest.json")["records_replaced"] for made in (whole, stopped, shared)
+    ]
+    assert counted[0] == counted[1] == counted[2] > 0
+    rows = read_jsonl(whole.report_dir / "history.jsonl")
+    assert sum(row.get("records_replaced", 0) for row in rows) == counted[0]
+    settings_page(whole.model_dir / "manifest.json", tmp_path / "page.html")
+    assert f"<th>records replaced</th><td>{counted[0]}</td>" in (tmp_path / "page.html").read_text()
+    draw_history(whole.report_dir / "history.jsonl", tmp_path / "loss.svg")

@@ -22,11 +22,10 @@ from mmpipe.data.records import (
     IMAGE_MARK,
     AnyRecord,
     BadRecord,
-    PreferenceRecord,
     check_record,
     length_in_words,
 )
-from mmpipe.data.seen import Seen
+from mmpipe.data.seen import Seen, digest_of
 from mmpipe.data.spec import PartSpec
 from mmpipe.data.tally import Tally, histogram, up_to
 from mmpipe.errors import ConfigError, DataError, did_you_mean
@@ -64,13 +63,13 @@ class Known:
             new_id = f"{record.id}#{number}"
         if number > _OFTEN:
             self._last_numbers[identity] = number
-        return replace(record, id=new_id)
+        return record if new_id == record.id else replace(record, id=new_id)
 
     def repeated(self, record: AnyRecord, pictures: list[Found]) -> str | None:
         """Where the same texts about the same pictures have come by before, if they have."""
-        content = _texts(record), *(picture.inspection.digest for picture in pictures)
-        anywhere = not self._seen.add("record", *content)
-        here = not self._seen.add("record of", record.source, *content)
+        content = digest_of(_texts(record), *(picture.inspection.digest for picture in pictures))
+        anywhere = not self._seen.add("record", content)
+        here = not self._seen.add("record of", record.source, content)
         if here:
             return "record seen before, kept again"
         return "record of another data set, kept again" if anywhere else None
@@ -87,11 +86,9 @@ class Known:
 EQUAL_PICTURE = "picture equal to one of another name"
 
 
-def _texts(record: AnyRecord) -> tuple[object, ...]:
-    """The texts of a record, whatever it and its pictures are called."""
-    if isinstance(record, PreferenceRecord):
-        return record.prompt, record.chosen, record.rejected
-    return record.turns
+def _texts(record: AnyRecord) -> list[tuple[str, str]]:
+    """What is said in a record, whatever it and its pictures are called."""
+    return [(turn.role, turn.text) for conversation in record.conversations for turn in conversation.turns]
 
 
 class Part:

@@ -99,7 +99,7 @@ def check_unicode(record: AnyRecord) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded.
+    r"""Whether a text can be encoded.
 
     >>> is_unicode("\U0001f600"), is_unicode("\ud83d")
     (True, False)

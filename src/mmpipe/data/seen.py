@@ -9,6 +9,11 @@ _REST = 6
 """Bytes of a hash that are kept: the last ones, which with the bucket's number tell all of it."""
 
 
+def digest_of(*what: object) -> bytes:
+    """Eight bytes that tell things by their ``repr``."""
+    return blake2b(repr(what).encode(), digest_size=8).digest()
+
+
 class Seen:
     """Which things have been seen, known by hashes of 64 bits: seven bytes each, where a set takes a hundred.
 
@@ -26,7 +31,7 @@ class Seen:
 
     def add(self, *what: object) -> bool:
         """Remember what has this ``repr``; returns whether it is new."""
-        key = blake2b(repr(what).encode(), digest_size=8).digest()
+        key = digest_of(*what)
         bucket, rest = self._buckets[int.from_bytes(key) >> (64 - _BUCKET_BITS)], key[-_REST:]
         place = bucket.find(rest)
         while place >= 0 and place % _REST:  # the end of one and the beginning of the next

@@ -12,7 +12,7 @@ from mmpipe.objectives.collapse import ALARM
 from mmpipe.report.figure import COLOURS, figure
 from mmpipe.report.page import write_page
 
-_NOT_LOSSES = {"step", "tokens", "loss", "learning_rate", "grad_norm"}
+_NOT_LOSSES = {"step", "tokens", "loss", "learning_rate", "grad_norm", "records_replaced"}
 _ROUTING, _COLLAPSE = "routing.", ".top_set"
 _ROUTING_PANELS = {".load": "busiest expert's share", _COLLAPSE: "most common choice, worst layer"}
 _MOST_POINTS = 2000
@@ -66,7 +66,7 @@ def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def settings_page(manifest: Path, page: Path) -> None:
     """Lay out a checkpoint's manifest."""
     card = read_json(manifest)
-    shown = ("steps", "tokens_seen", "seed", "mmpipe")
+    shown = ("steps", "tokens_seen", "records_replaced", "seed", "mmpipe")
     facts = [(name.replace("_", " "), card[name]) for name in shown if name in card]
     facts += sorted(card["libraries"].items())
     write_page(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from mmpipe import slurm
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import read_json, write_json, write_text
+from mmpipe.artifacts.files import read_json, read_jsonl, write_json, write_text
 from mmpipe.artifacts.state import open_state
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.tokens import TokenTable
@@ -27,6 +28,7 @@ from mmpipe.training.objective import Task
 from mmpipe.training.progress import Progress
 from mmpipe.training.publish import publish
 from mmpipe.training.trainer import (
+    REPLACED,
     Layout,
     StageTrainer,
     drop_checkpoints,
@@ -296,8 +298,9 @@ def finish(stage: TrainStage, job: StageJob, model: Any, processor: Any, trainer
     perf = job.state_dir / "perf.json"
     if perf.is_file():
         write_json(job.report_dir / "perf.json", read_json(perf))
-    if trainer.replaced:
-        log.warning("%d records could not be read and were replaced by others", trainer.replaced)
+    replaced = records_replaced(job.report_dir / HISTORY)
+    if replaced:
+        log.warning("%d times a record could not be read and another took its place", replaced)
     publish(
         stage,
         job,
@@ -311,7 +314,13 @@ def finish(stage: TrainStage, job: StageJob, model: Any, processor: Any, trainer
         llava_projector=stage.llava_projector,
         steps=trainer.state.global_step,
         tokens_seen=int(trainer.state.num_input_tokens_seen),
+        records_replaced=replaced,
     )
+
+
+def records_replaced(history: Path) -> int:
+    """How often in a training, resumed or not, another record took the place of one that could not be read."""
+    return round(sum(row.get(REPLACED, 0) for row in read_jsonl(history)))
 
 
 def _foundation(stage: TrainStage, job: StageJob) -> dict[str, Any]:

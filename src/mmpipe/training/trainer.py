@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "trainable.safetensors"
 COMPLETE = "complete"
+REPLACED = "records_replaced"
+"""Of a step in the history, over all processes: records whose pictures could not be read, see
+:class:`mmpipe.data.dataset.RecordDataset`."""
 LAYOUT = "layout.json"
 
 
@@ -87,7 +90,6 @@ class StageTrainer(Trainer):
         self.add_callback(_Start(self))
         self.loss_is_scaled_for_ga = True
         self._sums: dict[str, Tensor] = {}
-        self.replaced = 0
         self.collapse = CollapseWatch()
         if layout.engine:
             zero.mark_experts(task)
@@ -125,7 +127,8 @@ class StageTrainer(Trainer):
         normaliser = Normaliser(num_items_in_batch, self.current_gradient_accumulation_steps * world)
         for fault in inputs["replaced"]:
             log.warning("a record was replaced: %s", fault)
-        self.replaced += len(inputs["replaced"])
+        replaced = torch.tensor(float(len(inputs["replaced"])), device=self.args.device)
+        self._sums[REPLACED] = self._sums.get(REPLACED, torch.zeros_like(replaced)) + replaced
         where = f"step {self.state.global_step + 1}, records {', '.join(inputs['ids'])}"
         # dropout and the like follow from seed, step and records: who resumes draws the same
         digest = hashlib.sha256(f"{self.args.seed} {where}".encode()).digest()
@@ -154,6 +157,8 @@ class StageTrainer(Trainer):
             elif total[1] > 0:  # a mean over something that this step had
                 logs[name] = (total[0] / total[1]).item()
         self._sums = {}
+        if not logs.get(REPLACED, 1):  # only steps that had some say so
+            del logs[REPLACED]
         logs |= self.collapse.take(self.state.global_step)
         super().log(logs, start_time)
 
