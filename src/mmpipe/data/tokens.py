@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 SHARDS = "shards"
 REPORT = "report.json"
 ROWS_PER_SHARD = 65_536
-_ROWS_PER_BATCH = 1024
+_ROWS_PER_BATCH = 256
+"""Rows that are held as Python lists before they are written: one of 500 tokens takes 20 KB so."""
 
 _CONVERSATION = pa.struct(
     [pa.field("ids", pa.list_(pa.int32())), pa.field("supervised", pa.list_(pa.int32()))]
