@@ -109,6 +109,10 @@ def annotation_inputs(wildcards):
     }
 
 
+def annotation_hardware(wildcards):
+    return PLAN.checkpoint(wildcards.annotator).answering
+
+
 def resources_of(hardware):
     """The resources of a job. ``hardware(wildcards)`` tells what it needs; keys that do not apply vanish."""
     gres = PLAN.config.gpu_request == "gres"

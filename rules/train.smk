@@ -1,3 +1,7 @@
+localrules:
+    gather_annotations,
+
+
 # One rule a kind of stage. A stage's result depends on its spec and its inputs' manifests, nothing else; its progress lives in
 # results/{recipe}/{stage}/state/, which Snakemake does not know and therefore does not delete.
 rule pretrain:
@@ -79,24 +83,46 @@ use rule upcycle as construct with:
         "Constructing {wildcards.recipe}: {wildcards.stage}"
 
 
-# What a teacher or a reference model says about a mixture, written down once for any number of students.
+# What a teacher or a reference model says about a mixture, written down once for any number of students: in chunks that find what an
+# earlier job finished in {mixture}/state/, which Snakemake does not know, then published as one.
 rule annotate:
     input:
         unpack(annotation_inputs),
     output:
-        rows="resources/{smoke}teacher/{annotator}/{mixture}/{key}/annotations.arrow",
+        temp("resources/{smoke}teacher/{annotator}/{mixture}/chunks/{key}/{chunk}.json"),
+    log:
+        "logs/{smoke}teacher/{annotator}/{mixture}-{key}-{chunk}.log",
+    wildcard_constraints:
+        annotator=r"[^/]+@[a-z0-9_]+",
+        key="[0-9a-f]{12}",
+    threads: lambda wildcards: annotation_hardware(wildcards).cpus
+    resources:
+        **resources_of(annotation_hardware),
+    params:
+        spec=lambda wildcards: PLAN.annotation_spec(asked_annotation(wildcards)),
+    message:
+        "{wildcards.annotator} writes down what it says about {wildcards.mixture} ({wildcards.chunk})"
+    script:
+        "../workflow/scripts/annotate.py"
+
+
+rule gather_annotations:
+    input:
+        unpack(annotation_inputs),
+        chunks=lambda wildcards: PLAN.annotation_chunks(asked_annotation(wildcards), out(wildcards)),
+    output:
+        shards=directory("resources/{smoke}teacher/{annotator}/{mixture}/{key}/shards"),
         manifest="resources/{smoke}teacher/{annotator}/{mixture}/{key}/manifest.json",
     log:
         "logs/{smoke}teacher/{annotator}/{mixture}-{key}.log",
     wildcard_constraints:
         annotator=r"[^/]+@[a-z0-9_]+",
         key="[0-9a-f]{12}",
-    threads: lambda wildcards: PLAN.checkpoint(wildcards.annotator).answering.cpus
     resources:
-        **resources_of(lambda wildcards: PLAN.checkpoint(wildcards.annotator).answering),
+        **light(memory_gb=2, minutes=60),
     params:
         spec=lambda wildcards: PLAN.annotation_spec(asked_annotation(wildcards)),
     message:
-        "{wildcards.annotator} writes down what it says about {wildcards.mixture}"
+        "Gathering what {wildcards.annotator} wrote down about {wildcards.mixture}"
     script:
-        "../workflow/scripts/annotate.py"
+        "../workflow/scripts/gather_annotations.py"

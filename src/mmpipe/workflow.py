@@ -245,25 +245,45 @@ def stage(snakemake: Any, plan: Plan) -> None:
 
 @offline_job
 def annotate(snakemake: Any, plan: Plan) -> None:
-    """Let a checkpoint write down what it says about a mixture."""
+    """Let a checkpoint write down what it says about one chunk of a mixture, going on from what an interrupted run left."""
     import torch
 
-    from mmpipe.training.annotations import annotate
+    from mmpipe.training.annotate import annotate_chunk
 
     torch.set_num_threads(snakemake.threads)
     _quiet_transformers()
     wildcards = snakemake.wildcards
-    wanted = plan.annotations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
-    spec = _unchanged(snakemake, plan.annotation_spec(wanted))
-    annotate(
-        Path(snakemake.input.checkpoint).parent,
-        Path(snakemake.input.tokens).parent,
-        spec,
-        dict(wanted.settings),
-        Path(snakemake.output.manifest).parent,
+    annotate_chunk(
+        _annotation_work(snakemake, plan),
+        Path(snakemake.output[0]),
         device=_device(snakemake),
-        batch_size=8,
-        report=lambda batches, total: _with_progress(batches, total, f"{wildcards.annotator} annotates"),
+        workers=plan.checkpoint(wildcards.annotator).answering.workers,
+        report=lambda shards, total: _with_progress(shards, total, f"{wildcards.annotator} annotates"),
+    )
+
+
+@offline_job
+def gather_annotations(snakemake: Any, plan: Plan) -> None:
+    """Publish what all chunks of a mixture were annotated with."""
+    from mmpipe.training.annotate import publish
+
+    publish(_annotation_work(snakemake, plan), [Path(path) for path in snakemake.input.chunks])
+
+
+def _annotation_work(snakemake: Any, plan: Plan) -> Any:
+    """What a job annotates."""
+    from mmpipe.training.annotate import Work
+
+    wildcards = snakemake.wildcards
+    wanted = plan.annotations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
+    folder = Path(f"resources/{wildcards.smoke}teacher", wildcards.annotator, wildcards.mixture)
+    return Work(
+        checkpoint=Path(snakemake.input.checkpoint).parent,
+        tokens=Path(snakemake.input.tokens).parent,
+        spec=_unchanged(snakemake, plan.annotation_spec(wanted)),
+        settings=wanted.settings,
+        out=folder / wildcards.key,
+        state=folder / "state" / wildcards.key,
     )
 
 

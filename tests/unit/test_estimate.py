@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from mmpipe.config.loader import read_mapping
 from mmpipe.estimate import flops, memory
 from mmpipe.estimate import tensors as count
+from mmpipe.estimate.annotations import bytes_per_token, total_bytes
 from mmpipe.estimate.model import Model, model_of
 from mmpipe.estimate.stage import estimate, warnings
 from mmpipe.plan import Plan
@@ -227,3 +229,27 @@ def test_a_run_announces_what_it_trains():
         plan, stages, smoke=False
     )
     assert "2 steps each (smoke)" in announcement(plan, stages, smoke=True)
+
+
+def test_what_a_teacher_writes_down_takes_as_much_as_it_is_said_to(tmp_path):
+    from mmpipe.training.annotations import TOKENS
+
+    stage = {"data": "shapes-finetune", "template": "chatml", "teacher": "demo", "teacher_cache": {"k": 64}}
+    (tmp_path / "config").mkdir()
+    for path in (REPOSITORY / "config").iterdir():
+        (tmp_path / "config" / path.name).symlink_to(path)
+    (tmp_path / "config/recipes").unlink()
+    (tmp_path / "config/recipes").mkdir()
+    (tmp_path / "config/recipes/demo.yaml").symlink_to(REPOSITORY / "config/recipes/demo.yaml")
+    recipe = {"extends": "demo@pretrain", "stages": {"distill_dense": stage}}
+    (tmp_path / "config/recipes/student.yaml").write_text(json.dumps(recipe))
+    plan = Plan(read_mapping(REPOSITORY / "config/config.yaml") | {"recipes": ["student"]}, tmp_path)
+    (annotation,) = plan.annotations.values()
+    assert total_bytes(plan, annotation, tmp_path) is None
+    report = tmp_path / plan.annotated_tokens(annotation).directory / "report.json"
+    report.parent.mkdir(parents=True)
+    report.write_text(json.dumps({"supervised_tokens": 1000}))
+    entry = sum(TOKENS.field(name).type.value_type.bit_width for name in ("ids", "log_probabilities")) // 8
+    assert bytes_per_token(annotation) == 64 * entry
+    assert total_bytes(plan, annotation, tmp_path) == 64_000 * entry
+    assert bytes_per_token(replace(annotation, settings={"kind": "log_probabilities"})) is None

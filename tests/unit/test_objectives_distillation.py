@@ -199,6 +199,23 @@ def test_a_cache_for_other_labels_is_refused(pair: dict) -> None:
         )
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "drop"])
+@pytest.mark.parametrize("sharpness", [0.5, 2.0])
+def test_half_precision_is_enough_for_what_is_written_down(tail: str, sharpness: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, noise = torch.randn(2, 1, 65, 64, generator=generator)
+    head = torch.randn(4096, 64, generator=generator) * sharpness
+    labels = torch.ones(1, 65, dtype=torch.long)
+    ids, log_p = most_likely(teacher, head, labels, 64)
+    student = teacher + 0.2 / sharpness * noise
+    exact, half = (
+        cached_distillation_loss(student, head, labels, ids, values, tail=tail)[0]
+        for values in (log_p, log_p.half())
+    )
+    assert exact > 0.05
+    torch.testing.assert_close(half, exact, rtol=1e-3, atol=0)
+
+
 def test_draws_estimate_the_divergence_without_bias(pair: dict) -> None:
     log_p = log_probabilities(pair)[0].detach()
     ids = torch.multinomial(log_p.exp(), 20_000, replacement=True, generator=torch.Generator().manual_seed(0))

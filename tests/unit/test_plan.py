@@ -217,6 +217,20 @@ def test_a_teacher_that_writes_down_reads_its_own_tokens(project):
     assert plan.tokens_of(plan.stages("student")[0]).directories["vision"] == Path("resources/backbones/ear")
 
 
+def test_in_how_many_jobs_a_teacher_writes_changes_nothing_but_the_jobs(project):
+    stages = {"distill_dense": {"data": "mix", "teacher": "base", "teacher_cache": {"k": 4}}}
+    recipes = {"base": BASE, "student": {"model": MODEL, "stages": stages}}
+    one = project(recipes)
+    three = project(recipes | {"base": {**BASE, "answering": {"chunks": 3}}})
+    (name,) = one.annotations
+    assert name in three.annotations
+    assert one.inputs(one.stages("student")[0]) == three.inputs(three.stages("student")[0])
+    checkpoint, mixture, key = name.split("/")
+    assert three.annotation_chunks(three.annotations[name], "results/smoke") == [
+        f"resources/smoke/teacher/{checkpoint}/{mixture}/chunks/{key}/{n:04d}-of-0003.json" for n in range(3)
+    ]
+
+
 def test_a_whole_checkpoint_can_be_measured_as_it_is(project):
     plan = project({"base": {"model": {"checkpoint": "whole"}}, "more": {"extends": "base", **WHOLE}})
     assert ids(plan, "base") == ["base@construct"]

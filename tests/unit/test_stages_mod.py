@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,13 +23,16 @@ from mmpipe.errors import ArtifactError, ConfigError, DataError
 from mmpipe.inference.generate import Answerer
 from mmpipe.models import vlm
 from mmpipe.models.moe.collect import moe_layers
+from mmpipe.objectives.vocabulary import token_rows
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.distill_dense import DistillDense
 from mmpipe.stages.distill_sparse import DistillSparse
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.prefer import Prefer
 from mmpipe.stages.upcycle import Upcycle
-from mmpipe.training.annotations import Annotations, annotate
+from mmpipe.training import annotate
+from mmpipe.training.annotate import Work, annotate_chunk, publish
+from mmpipe.training.annotations import Annotations
 from mmpipe.training.distillation import LiveTeacher, resized_pictures
 
 COMMON = {"template": "qwen", "batch_size": 8, "max_steps": 4, "learning_rate": 1e-2}
@@ -57,19 +61,49 @@ def distill(kind: type[DistillDense], job: StageJob, teacher: Path, **changes: A
     return read_jsonl(job.report_dir / "history.jsonl")
 
 
-def written(tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any]) -> Path:
-    out = tmp_path / f"annotations-{settings['kind']}-{mixture}"
+def work(tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any]) -> Work:
     settings = {"template": "qwen", "max_length": 2048, "image_aspect": "pad", **settings}
-    annotate(
-        teacher,
-        Path("resources/tokens", mixture),
-        "{}",
-        settings,
-        out,
-        device="cpu",
-        batch_size=4,
-        report=lambda batches, total: batches,
+    return Work(
+        checkpoint=teacher,
+        tokens=Path("resources/tokens", mixture),
+        spec="{}",
+        settings=settings,
+        out=tmp_path / f"annotations-{settings['kind']}-{mixture}",
+        state=tmp_path / "annotating",
     )
+
+
+def written(
+    tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any], chunks: int = 1, **how: Any
+) -> Path:
+    wanted = work(tmp_path, teacher, mixture, settings)
+    publish(wanted, annotated(wanted, chunks, **how))
+    return wanted.out
+
+
+def annotated(work: Work, chunks: int, **how: Any) -> list[Path]:
+    """Run the jobs that annotate; returns the files by which they say what they wrote."""
+    files = [work.state.parent / "chunks" / f"{index:04d}-of-{chunks:04d}.json" for index in range(chunks)]
+    for file in files:
+        annotate_chunk(work, file, device="cpu", **how)
+    return files
+
+
+def with_head_of(rows: int, checkpoint: Path, out: Path) -> Path:
+    """The same checkpoint with another number of rows for its vocabulary."""
+    shutil.copytree(checkpoint, out)
+    name = "language_model.model.embed_tokens.weight"
+    tensors = load_file(out / "model.safetensors")
+    longer = torch.nn.functional.pad(tensors[name], (0, 0, 0, 64), value=0.5)
+    tensors[name] = longer[:rows].contiguous()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    config["text_config"]["vocab_size"] = rows
+    (out / "config.json").write_text(json.dumps(config))
+    card = json.loads((out / "manifest.json").read_text())
+    for file in ("model.safetensors", "config.json"):
+        card["files"][file]["size"] = (out / file).stat().st_size
+    (out / "manifest.json").write_text(json.dumps(card))
     return out
 
 
@@ -218,17 +252,29 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(job, dense):
     assert [row["loss"] for row in whole] == pytest.approx([row["loss"] for row in cut], rel=1e-5)
 
 
-def test_a_teacher_that_wrote_down_everything_equals_the_live_one(job, dense, tmp_path):
-    rows = len(load_file(dense.model_dir / "model.safetensors")["language_model.model.embed_tokens.weight"])
-    live = distill(DistillDense, job("live"), dense.model_dir)
-    notes = written(tmp_path, dense.model_dir, "mix", {"kind": "top_k", "k": rows})
+def test_a_teacher_of_a_larger_head_that_wrote_down_everything_equals_the_live_one(job, dense, tmp_path):
+    other = job("other")
+    Finetune(data="mix", seed=1, **COMMON).run(other)
+    tokens = token_rows(vlm.load(dense.model_dir)[1].tokenizer)
+    small = with_head_of(tokens, other.model_dir, tmp_path / "small")
+    large = with_head_of(tokens + 64, dense.model_dir, tmp_path / "large")
+    live = distill(DistillDense, job("live", parent=small), large)
+    notes = written(tmp_path, large, "mix", {"kind": "top_k", "k": tokens + 64})
     cached = distill(
         DistillDense,
-        job("cached", annotations={"teacher": notes}),
-        dense.model_dir,
-        teacher_cache={"k": rows},
+        job("cached", parent=small, annotations={"teacher": notes}),
+        large,
+        teacher_cache={"k": tokens + 64},
     )
-    assert [r["kl"] for r in cached] == pytest.approx([r["kl"] for r in live], rel=1e-4, abs=1e-5)
+    assert live[0]["kl"] > 0.01
+    assert [r["kl"] for r in cached] == pytest.approx([r["kl"] for r in live], rel=2e-3)
+
+
+def test_a_student_without_a_row_for_every_token_is_refused(dense, tmp_path):
+    notes = Annotations(written(tmp_path, dense.model_dir, "mix", {"kind": "top_k", "k": 2}))
+    notes.require_rows(notes.vocabulary)
+    with pytest.raises(ArtifactError, match="the student's head has 3 rows; give the student a row"):
+        notes.require_rows(3)
 
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled"])
@@ -239,11 +285,101 @@ def test_a_student_learns_from_a_few_written_tokens(job, dense, tmp_path, kind):
     assert history[-1]["kl"] < history[0]["kl"]
 
 
-def test_annotations_do_not_depend_on_the_batch(dense, tmp_path):
-    a = Annotations(written(tmp_path / "a", dense.model_dir, "pairs", {"kind": "log_probabilities"}))
-    b = Annotations(written(tmp_path / "b", dense.model_dir, "pairs", {"kind": "log_probabilities"}))
-    torch.testing.assert_close(a.log_probabilities([3, 1]), b.log_probabilities([3, 1]))
-    assert a.log_probabilities([0])[0] < 0
+@pytest.mark.parametrize("kind", ["log_probabilities", "top_k", "sampled"])
+def test_annotations_do_not_depend_on_the_batch(dense, tmp_path, monkeypatch, kind):
+    mixture = "pairs" if kind == "log_probabilities" else "mix"
+    read = Annotations.log_probabilities if kind == "log_probabilities" else Annotations.tokens
+    found = []
+    for size in (1, 3, 8):
+        monkeypatch.setattr(annotate, "BATCH", size)
+        settings = {"kind": kind, "k": 5, "seed": 0}
+        notes = Annotations(written(tmp_path / str(size), dense.model_dir, mixture, settings))
+        found.append(read(notes, [3, 1, 20]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-4)
+    assert (found[0][1] < 0).all()
+
+
+def test_annotations_are_the_same_bytes_in_any_number_of_chunks(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "RECORDS_PER_SHARD", 16)
+    settings = {"kind": "sampled", "k": 5, "seed": 0}
+    whole = written(tmp_path / "whole", dense.model_dir, "mix", settings)
+    cut = written(tmp_path / "cut", dense.model_dir, "mix", settings, chunks=7, workers=1)
+    names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert len(names) == 4 + 1  # 60 records, and the manifest
+    assert all((whole / name).read_bytes() == (cut / name).read_bytes() for name in names)
+    assert not (tmp_path / "whole/annotating").exists()
+
+
+def test_a_killed_job_goes_on_with_the_next_shard(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "RECORDS_PER_SHARD", 16)
+    wanted = work(tmp_path, dense.model_dir, "mix", {"kind": "top_k", "k": 5})
+
+    def interrupted(shards, total):
+        yield next(shards)
+        yield next(shards)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        annotated(wanted, 1, report=interrupted)
+    finished = {path: path.stat().st_mtime_ns for path in wanted.shards.iterdir()}
+    assert len(finished) == 2
+    # with another number of chunks too
+    chunks = annotated(wanted, 2)
+    assert {path: path.stat().st_mtime_ns for path in wanted.shards.iterdir()}.items() > finished.items()
+    with pytest.raises(ArtifactError, match="not the chunks of 60 records"):
+        publish(wanted, chunks[:1])
+    next(iter(finished)).unlink()
+    with pytest.raises(ArtifactError, match="missing; run the same command again"):
+        publish(wanted, chunks)
+    assert [chunk.exists() for chunk in chunks] == [False, True]
+    publish(wanted, annotated(wanted, 2))
+    assert len(Annotations(wanted.out).tokens([59])[0])
+
+
+def test_another_number_of_chunks_takes_what_is_published(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "RECORDS_PER_SHARD", 16)
+    settings = {"kind": "top_k", "k": 5}
+    out = written(tmp_path, dense.model_dir, "mix", settings)
+    (out / "shards/00001-of-00004.arrow").write_bytes(
+        bytes((out / "shards/00001-of-00004.arrow").stat().st_size)
+    )
+    made = []
+    write = annotate._Annotator.write
+    monkeypatch.setattr(
+        annotate._Annotator, "write", lambda self, name, path: (made.append(name), write(self, name, path))
+    )
+    before = (out / "manifest.json").read_bytes()
+    written(tmp_path, dense.model_dir, "mix", settings, chunks=2)
+    assert made == ["00001-of-00004.arrow"], "the damaged one alone"
+    assert (out / "manifest.json").read_bytes() == before
+    shutil.copytree(dense.model_dir, tmp_path / "other")
+    written(tmp_path, tmp_path / "other", "mix", settings)
+    assert len(made) == 1 + 4, "another checkpoint writes everything anew"
+
+
+def test_a_teacher_that_saw_other_pictures_is_refused(job, dense, tmp_path):
+    settings = {"kind": "top_k", "k": 2}
+    with pytest.raises(ConfigError, match=r"dense.*do_pad: stage False, annotating model True"):
+        written(tmp_path, dense.model_dir, "mix", settings | {"image_aspect": "square"})
+    notes = written(tmp_path, dense.model_dir, "mix", settings)
+    made = job("student", annotations={"teacher": notes})
+    with pytest.raises(
+        ConfigError, match=r"annotations-top_k-mix: the teacher was .* the teacher's image_aspect"
+    ):
+        distill(DistillDense, made, dense.model_dir, teacher_cache={"k": 2}, image_aspect="square")
+
+
+def test_a_reference_that_saw_other_pictures_is_refused(job, dense, tmp_path):
+    notes = written(tmp_path, dense.model_dir, "pairs", {"kind": "log_probabilities"})
+    made = job(
+        "preferred",
+        parent=dense.model_dir,
+        tokens=Path("resources/tokens/pairs"),
+        annotations={"reference": notes},
+    )
+    with pytest.raises(ConfigError, match=r"annotations-log_probabilities-pairs: the reference was"):
+        Prefer(**COMMON, data="pairs", reference="dense", image_aspect="square").run(made)
 
 
 @pytest.mark.parametrize("loss_type", ["kto_pair", "sigmoid", "hinge", "ipo"])
@@ -286,7 +422,7 @@ def test_a_teacher_of_another_image_size_is_refused(job, dense):
     card = read_json(dense.model_dir / manifest.NAME)
     card["files"][path.name]["size"] = path.stat().st_size
     write_json(dense.model_dir / manifest.NAME, card)
-    with pytest.raises(ConfigError, match=r"the teacher was trained on other pictures than.*\(size: student"):
+    with pytest.raises(ConfigError, match=r"the teacher was trained on other pictures than.*\(size: stage"):
         distill(DistillDense, job("student"), dense.model_dir)
 
 
@@ -325,13 +461,27 @@ def test_a_single_token_picture_can_be_resized():
     assert resized_pictures(batch, 9, 1, 2)["input_ids"].tolist() == [[9, 9, 1, 9, 9]]
 
 
-def test_a_teacher_with_broken_weights_names_the_records(job, dense):
-    path = dense.model_dir / "model.safetensors"
+def break_weights(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
     tensors = load_file(path)
     tensors["language_model.model.norm.weight"].fill_(torch.nan)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_teacher_with_broken_weights_names_the_records(job, dense):
+    break_weights(dense.model_dir)
     with pytest.raises(ArtifactError, match=r"step 1, records shapes/.*teacher's logits are not finite"):
         distill(DistillDense, job("student"), dense.model_dir)
+
+
+@pytest.mark.parametrize("kind", ["log_probabilities", "top_k", "sampled"])
+def test_broken_weights_name_the_records_that_are_annotated(dense, tmp_path, kind):
+    break_weights(dense.model_dir)
+    mixture, source = ("pairs", "pairs") if kind == "log_probabilities" else ("mix", "shapes")
+    with pytest.raises(
+        ArtifactError, match=rf"dense.*, records ({source}/\S+, )+{source}/\S+: the .* not finite"
+    ):
+        written(tmp_path, dense.model_dir, mixture, {"kind": kind, "k": 2, "seed": 0})
 
 
 def test_a_sparse_student_answers_the_same_at_every_batch_size(job, dense, sparse, world):

@@ -1,8 +1,8 @@
 """What a teacher leaves behind for students to come: a few tokens and their log-probabilities a position.
 
 Rows are the positions that predict a supervised token, in order over the batch, as the cached losses of
-:mod:`mmpipe.objectives.distillation` expect them. Probabilities are those of the softmax over the shared
-vocabulary.
+:mod:`mmpipe.objectives.distillation` expect them. Probabilities are those of the softmax over the first ``vocabulary``
+rows of the teacher's head, by default all of them.
 """
 
 from __future__ import annotations

@@ -44,5 +44,10 @@ def shared_rows(student: HasVocabulary, teacher: HasVocabulary, student_rows: in
     return rows
 
 
+def token_rows(tokenizer: HasVocabulary) -> int:
+    """The number of leading rows of a head that stand for tokens; those beyond are padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def _name(tokens: dict[int, str], i: int) -> str:
     return repr(tokens[i]) if i in tokens else "nothing"

@@ -134,6 +134,7 @@ class Plan(Recipes):
         """What determines annotations, the manifests of checkpoint and mixture apart."""
         return canonical_json(
             {
+                "version": annotation.VERSION,
                 "checkpoint": self.checkpoint(annotation.checkpoint).id,
                 "mixture": annotation.mixture,
                 "settings": dict(annotation.settings),
@@ -146,6 +147,13 @@ class Plan(Recipes):
         return Path(
             _resources(out), "teacher", self.checkpoint(annotation.checkpoint).id, annotation.mixture, key
         )
+
+    def annotation_chunks(self, annotation: Annotation, out: str = "results") -> list[str]:
+        """The files by which the jobs that annotate say what they wrote."""
+        directory = self.annotation_directory(annotation, out)
+        folder = directory.parent / "chunks" / directory.name
+        chunks = self.checkpoint(annotation.checkpoint).answering.chunks
+        return [f"{folder}/{index:04d}-of-{chunks:04d}.json" for index in range(chunks)]
 
     @cached_property
     def annotations(self) -> dict[str, Annotation]:

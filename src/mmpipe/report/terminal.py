@@ -14,9 +14,11 @@ from rich.tree import Tree
 
 from mmpipe.artifacts.files import read_json
 from mmpipe.errors import ArtifactError
+from mmpipe.estimate.annotations import bytes_per_token, total_bytes
 from mmpipe.estimate.stage import UTILIZATION, Estimate, estimate
 from mmpipe.estimate.stage import warnings as hopeless_reasons
 from mmpipe.plan import Plan
+from mmpipe.stages.base import Annotation
 
 
 def print_plan(plan: Plan, recipe: str | None = None) -> None:
@@ -40,6 +42,9 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
             if found := estimate(plan, stage):
                 branch.add(f"[dim]estimate: {_needs(found, stage.settings.hardware.gpus)}[/]")
                 hopeless |= dict.fromkeys(hopeless_reasons(plan, stage, found))
+            for annotation in stage.settings.annotations().values():
+                if room := _room(plan, annotation):
+                    branch.add(f"[dim]{escape(annotation.checkpoint)} writes down: {room}[/]")
             branch.add(f"[dim]{stage.directory() / 'model'}[/]")
         console.print(tree)
     for warning in (*plan.warnings(), *hopeless):
@@ -60,6 +65,17 @@ def _needs(found: Estimate, gpus: int) -> str:
     )
     length = f"{found.length} tokens a sample{'' if found.measured else ' assumed'}"
     return f"{size}, about {found.memory.total / 1e9:.0f} GB a GPU ({length}), {hours} GPU-hours at {UTILIZATION:.0%} of the peak"
+
+
+def _room(plan: Plan, annotation: Annotation) -> str | None:
+    """What written-down tokens take on the disk, in a line."""
+    each, total = bytes_per_token(annotation), total_bytes(plan, annotation)
+    if each is None:
+        return None
+    in_all = (
+        f"{total / 1e9:,.2f} GB in all" if total else "how many there are is known when they are tokenised"
+    )
+    return f"{each} bytes a response token, {in_all}"
 
 
 def print_comparison(path: Path) -> None:

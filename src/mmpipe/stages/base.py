@@ -52,6 +52,9 @@ class Hardware(Settings):
     """Let GPUs multiply float32 matrices with shortened mantissas (TensorFloat-32)."""
     checkpoint_every: int = Field(500, ge=1)
     """Optimizer steps between checkpoints in progress."""
+    chunks: int = Field(1, ge=1)
+    """Of ``answering``: jobs that share the work when this checkpoint writes down what it says about a mixture. (How many
+    answer a benchmark is said in ``benchmarks.yaml``.)"""
 
     @field_validator("deepspeed")
     @classmethod
@@ -156,7 +159,12 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What a checkpoint is to write down about a mixture before a stage can run."""
+    """What a checkpoint is to write down about a mixture before a stage can run.
+
+    ``VERSION`` is raised when a change of code changes what is written.
+    """
+
+    VERSION: ClassVar[int] = 2
 
     checkpoint: str
     mixture: str

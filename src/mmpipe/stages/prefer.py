@@ -63,6 +63,7 @@ class Prefer(TrainStage):
             )
         written = Annotations(job.annotations["reference"])
         written.require_tokenizer(processor.tokenizer)
+        written.require_pixels(processor.image_processor, "reference")
         return Preference(self, written)
 
 

@@ -29,6 +29,7 @@ from mmpipe.training.objective import (
     response_tokens,
     router_losses,
 )
+from mmpipe.training.pixels import pixel_settings, require_same_pixels
 
 if TYPE_CHECKING:
     from mmpipe.stages.distill_dense import DistillDense
@@ -90,7 +91,11 @@ class LiveTeacher:
 
     def __init__(self, checkpoint: Path, student: Any, processor: Any, tokens: Tokens = "response") -> None:
         model, teacher_processor, _ = vlm.load(checkpoint)
-        _require_same_pixels(checkpoint, processor.image_processor, teacher_processor.image_processor)
+        require_same_pixels(
+            checkpoint,
+            pixel_settings(processor.image_processor),
+            pixel_settings(teacher_processor.image_processor),
+        )
         self.picture_tokens = (student.config.image_seq_length, model.config.image_seq_length)
         ours, theirs = self.picture_tokens
         if tokens == "all" and ours != theirs:
@@ -146,13 +151,18 @@ class LiveTeacher:
 
 
 class WrittenTeacher:
-    """The most likely, or drawn, tokens that a teacher wrote down for every response position."""
+    """The most likely, or drawn, tokens that a teacher wrote down for every response position.
+
+    The teacher's distribution is over the tokens of the tokenizer. The student's is over its whole head: rows that pad
+    it stand for no token, and learn to say nothing.
+    """
 
     def __init__(self, written: Annotations, student: Any, processor: Any) -> None:
         written.require_tokenizer(processor.tokenizer)
+        written.require_pixels(processor.image_processor, "teacher")
+        written.require_rows(len(student.get_output_embeddings().weight))
         self.written = written
         self.sampled = written.settings["kind"] == "sampled"
-        self.vocabulary = min(written.vocabulary, len(student.get_output_embeddings().weight))
 
     def loss(
         self, settings: DistillDense, model: Any, hidden_BLD: Tensor, batch: Batch, normaliser: Tensor | None
@@ -163,10 +173,8 @@ class WrittenTeacher:
         )
         common = (hidden_BLD, model.lm_head.weight, batch["labels"], ids_RK, log_probabilities_RK)
         if self.sampled:
-            return sampled_distillation_loss(*common, vocabulary=self.vocabulary, normaliser=normaliser)
-        return cached_distillation_loss(
-            *common, tail=settings.tail, vocabulary=self.vocabulary, normaliser=normaliser
-        )
+            return sampled_distillation_loss(*common, normaliser=normaliser)
+        return cached_distillation_loss(*common, tail=settings.tail, normaliser=normaliser)
 
 
 def resized_pictures(batch: Batch, image_token: int, ours: int, theirs: int) -> Batch:
@@ -192,16 +200,3 @@ def _resized(
     first_L = pictures_L & (pictures_L.cumsum(0) % ours == 1 % ours)
     counts_L = torch.where(pictures_L, torch.where(first_L, theirs, 0), 1)
     return ids_L.repeat_interleave(counts_L), labels_L.repeat_interleave(counts_L)
-
-
-def _require_same_pixels(checkpoint: Path, student: Any, teacher: Any) -> None:
-    """Raise ConfigError when teacher and student would see different pictures."""
-    keys = ("size", "crop_size", "do_pad", "image_mean", "image_std", "resample", "do_center_crop")
-    ours, theirs = student.to_dict(), teacher.to_dict()
-    different = [key for key in keys if ours.get(key) != theirs.get(key)]
-    if different:
-        shown = "; ".join(f"{key}: student {ours.get(key)}, teacher {theirs.get(key)}" for key in different)
-        raise ConfigError(
-            f"{checkpoint}: the teacher was trained on other pictures than the student's ({shown}); "
-            "give the stage the teacher's image_aspect, or take a teacher of the same image size"
-        )

@@ -1,0 +1,3 @@
+from mmpipe.workflow import gather_annotations
+
+gather_annotations(snakemake)  # noqa: F821 - provided by Snakemake
