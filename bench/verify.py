@@ -35,6 +35,8 @@ LIMIT_GB = 1.5
 LINEAR = 1.25
 """Time a record may grow by this factor from the smallest to the largest size."""
 CONTENTS = 100
+WORDS = 999
+"""Different words, so few that each is one token: a record has as many tokens as one of LLaVA's."""
 PHRASES = 4096
 """Texts that the turns are taken from: making a million records takes half a minute."""
 TURNS = (10, 60, 12, 40)
@@ -55,7 +57,7 @@ def make(folder: Path, records: int, text: bool) -> None:
             pictures / f"{number}.jpg", quality=90
         )
     phrases = [
-        [" ".join(f"word{chooser.randrange(9999)}" for _ in range(length)) for _ in range(PHRASES)]
+        [" ".join(f"word{chooser.randrange(WORDS)}" for _ in range(length)) for _ in range(PHRASES)]
         for length in TURNS
     ]
     with (folder / "mix.json").open("w") as file:
@@ -100,9 +102,13 @@ def tokenising(folder: Path, workers: int) -> Callable[[], dict[str, Any]]:
     from mmpipe.data.tokens import TextEncoder, tokenise
 
     backend = ByteLevelBPETokenizer()
-    words = (f"word{number} USER: ASSISTANT:" for number in range(9999))
+    words = (f"word{number} USER: ASSISTANT:" for number in range(WORDS))
     backend.train_from_iterator(
-        words, vocab_size=4000, special_tokens=["<s>", "</s>", "<image>"], show_progress=False
+        words,
+        vocab_size=4000,
+        min_frequency=1,
+        special_tokens=["<s>", "</s>", "<image>"],
+        show_progress=False,
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"

@@ -52,7 +52,7 @@ class Encoded:
     @property
     def supervised(self) -> int:
         """How many positions are supervised."""
-        return sum(label != IGNORE for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE)
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
