@@ -24,7 +24,7 @@ from mmpipe.stages.prefer import Prefer
 from mmpipe.stages.sparsify import Sparsify
 from mmpipe.stages.upcycle import Upcycle
 from mmpipe.training import launch
-from mmpipe.training.annotations import annotate
+from mmpipe.training.annotate import Work, annotate_chunk, publish
 from mmpipe.training.run import work
 from mmpipe.training.stop import Requests
 
@@ -101,11 +101,13 @@ def test_the_two_passes_of_a_preference_step_train_on_two_processes(job, tmp_pat
     Upcycle(moe=MoESettings(placement="dense", capacity_factor=0.6)).run(
         replace(sparse, parent=dense.model_dir)
     )
-    annotate(
-        dense.model_dir, Path("resources/tokens/pairs"), "{}",
-        {"kind": "log_probabilities", "template": "qwen", "max_length": 2048, "image_aspect": "pad"},
-        notes, device="cpu", batch_size=4, report=lambda batches, total: batches,
-    )  # fmt: skip
+    settings = {"kind": "log_probabilities", "template": "qwen", "max_length": 2048, "image_aspect": "pad"}
+    reference = Work(
+        dense.model_dir, Path("resources/tokens/pairs"), "{}", settings, notes, state=tmp_path / "annotating"
+    )
+    chunk = tmp_path / "chunks" / "0000-of-0001.json"
+    annotate_chunk(reference, chunk, device="cpu")
+    publish(reference, [chunk])
     stage = Prefer(
         data="pairs", template="qwen", reference="r", batch_size=8, max_steps=3, learning_rate=1e-2,
         hardware={"deepspeed": kind, "gradient_checkpointing": True},
