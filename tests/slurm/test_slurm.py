@@ -146,7 +146,7 @@ def test_a_preempted_training_goes_on_after_it_was_queued_again(pretrained, tmp_
         # Slurm lets a job rest for two minutes before it runs again
         wait_for(lambda: not slurm("squeue", "--noheader", "--partition=urgent", "--states=RUNNING"))
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-        assert process.wait(120) == 0, training.output()
+        assert process.wait(300) == 0, training.output()
     assert f"from step {stopped}" in training.log()
     assert training.finished_steps() == list(range(1, 601))
 
@@ -157,10 +157,10 @@ def test_a_cancelled_training_goes_on_when_it_is_run_again(pretrained, tmp_path)
     with training.start("--retries", "0") as process:
         wait_for(lambda: training.steps() >= 5)
         slurm("scancel", training.job())
-        assert process.wait(60) == 1, training.output()
+        assert process.wait(300) == 1, training.output()
     stopped = training.steps()
     with training.start() as process:
-        assert process.wait(120) == 0, training.output()
+        assert process.wait(300) == 0, training.output()
     assert f"from step {stopped}" in training.log()
     assert training.finished_steps() == list(range(1, 601))
 
@@ -177,5 +177,5 @@ def test_a_training_longer_than_its_time_limit_queues_itself_again(pretrained, t
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
         wait_for(lambda: training.steps() > record["step"])
         slurm("scancel", training.job())
-        process.wait(60)
+        process.wait(300)  # Snakemake asks for the state of jobs less and less often
     assert f"from step {record['step']}" in training.log()
