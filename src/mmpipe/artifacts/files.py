@@ -58,6 +58,16 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def link_or_copy(origin: Path, target: Path) -> None:
+    """Make ``target`` the same file: a hard link takes no room; across file systems it has to be a copy."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(origin.resolve(), target)
+    except OSError:
+        with atomic_open(target) as file, origin.open("rb") as whole:
+            shutil.copyfileobj(whole, file)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_open(path) as file:

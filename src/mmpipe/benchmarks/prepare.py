@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmpipe.artifacts.files import read_jsonl
+from mmpipe.artifacts.files import link_or_copy, read_jsonl
 from mmpipe.benchmarks.base import Benchmark, Question, Record, get
 from mmpipe.benchmarks.pictures import extension
 from mmpipe.benchmarks.records import write_records
@@ -204,13 +202,5 @@ class _Pictures:
             if origin is None:
                 target.write_bytes(content)
             else:
-                _link_or_copy(origin, target)
+                link_or_copy(origin, target)
         return name
-
-
-def _link_or_copy(origin: Path, target: Path) -> None:
-    """A hard link costs no space; across file systems it has to be a copy."""
-    try:
-        os.link(origin.resolve(), target)
-    except OSError:
-        shutil.copyfile(origin, target)

@@ -7,7 +7,6 @@ what need not be done again. When all is there, ``files`` takes the place of the
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmpipe.artifacts.files import canonical_json, read_json, write_json
+from mmpipe.artifacts.files import canonical_json, link_or_copy, read_json, write_json
 from mmpipe.artifacts.manifest import NAME, fingerprint
 from mmpipe.artifacts.state import open_state
 from mmpipe.errors import DataError
@@ -86,7 +85,7 @@ class Desk:
         proven = None
         if self.has_offer(file):
             log.info("taking %s", self.offered / file.to)
-            _link_or_copy(self.offered / file.to, target)
+            link_or_copy(self.offered / file.to, target)
         else:
             proven = get(target, self._expected(file))
         self.prove(file, proven)
@@ -222,12 +221,3 @@ def take_possession(out: Path) -> None:
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Sorts ``part_10`` behind ``part_9``."""
     return [(int(digits or 0), text) for text, digits in re.findall(r"(\D*)(\d*)", path.as_posix())]
-
-
-def _link_or_copy(origin: Path, target: Path) -> None:
-    """Make ``target`` the same file: a hard link takes no room; across file systems it has to be a copy."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(origin.resolve(), target)
-    except OSError:
-        shutil.copyfile(origin, target)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import (
     atomic_open,
     canonical_json,
+    link_or_copy,
     read_json,
     sha256,
     staged_directory,
@@ -132,7 +132,7 @@ def publish(work: Work, chunks: Sequence[Path]) -> None:
     with staged_directory(work.out) as stage:
         (stage / SHARDS).mkdir()
         for name in files:
-            _link(work.shards / Path(name).name, stage / name)
+            link_or_copy(work.shards / Path(name).name, stage / name)
         manifest.write(
             stage,
             kind="annotations",
@@ -261,17 +261,8 @@ def _reuse_published(work: Work, names: Sequence[str]) -> None:
     for name in names:
         published, waiting = work.out / SHARDS / name, work.shards / name
         if not waiting.exists() and _file_facts(published) == card["files"].get(f"{SHARDS}/{name}"):
-            _link(published, waiting)
+            link_or_copy(published, waiting)
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system has no such links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        with atomic_open(target) as file, source.open("rb") as whole:
-            shutil.copyfileobj(whole, file)
