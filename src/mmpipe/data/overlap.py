@@ -5,10 +5,11 @@ Files are compared by their content. A picture that was scaled or encoded again 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmpipe.benchmarks.base import Question
 from mmpipe.benchmarks.prepare import read_questions
 from mmpipe.data.digests import PICTURES, read_digests
 from mmpipe.data.images import content_digest
@@ -20,7 +21,8 @@ def overlap(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
 
     What is remembered are the pictures of the benchmarks; those of the mixture, which may be millions, pass by.
     """
-    asked = {name: _asked(prepared) for name, prepared in benchmarks.items()}
+    questions = {name: read_questions(prepared) for name, prepared in benchmarks.items()}
+    asked = {name: _asked(its) for name, its in questions.items()}
     wanted = {digest for pictures in asked.values() for digest in pictures.values()}
     trained: dict[bytes, str] = {}
     total = 0
@@ -28,20 +30,19 @@ def overlap(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
         total += 1
         if digest in wanted:
             trained.setdefault(digest, name)
-    shared = {name: _shared(trained, asked[name], prepared) for name, prepared in benchmarks.items()}
+    shared = {name: _shared(trained, asked[name], its) for name, its in questions.items()}
     return {"pictures": total, "benchmarks": shared}
 
 
-def _asked(prepared: Path) -> dict[Path, bytes]:
+def _asked(questions: Sequence[Question]) -> dict[Path, bytes]:
     """The digest of every picture that a benchmark asks about."""
-    paths = {
-        path for question in read_questions(prepared) for path in question.images if isinstance(path, Path)
-    }
+    paths = {path for question in questions for path in question.images if isinstance(path, Path)}
     return {path: content_digest(path.read_bytes()) for path in sorted(paths)}
 
 
-def _shared(trained: Mapping[bytes, str], asked: Mapping[Path, bytes], prepared: Path) -> dict[str, Any]:
-    questions = read_questions(prepared)
+def _shared(
+    trained: Mapping[bytes, str], asked: Mapping[Path, bytes], questions: Sequence[Question]
+) -> dict[str, Any]:
     found = {path: trained[digest] for path, digest in asked.items() if digest in trained}
     return {
         "pictures": len(asked),
