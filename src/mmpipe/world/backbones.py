@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -145,11 +145,9 @@ def _teach_attributes(
     """
     sizes = [len(values) for values in ATTRIBUTES.values()]
     heads = torch.nn.ModuleList(torch.nn.Linear(tower.config.hidden_size, sum(sizes)) for _ in range(2))
-    parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     stream = scenes(seed)
-    for _ in range(steps):
+
+    def loss() -> torch.Tensor:
         batch = list(islice(stream, batch_size))
         pixels = processor([scene.draw() for scene in batch], return_tensors="pt")["pixel_values"]
         answers = [
@@ -158,16 +156,13 @@ def _teach_attributes(
         ]
         seen = tower(pixels, output_hidden_states=True)
         pooled = (seen.pooler_output, seen.hidden_states[-2][:, 1:].mean(dim=1))
-        loss = torch.stack([
+        return torch.stack([
             torch.nn.functional.cross_entropy(logits, answer)
             for head, features in zip(heads, pooled, strict=True)
             for logits, answer in zip(head(features).split(sizes, dim=1), answers, strict=True)
         ]).sum()  # fmt: skip
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+
+    _train([*tower.parameters(), *heads.parameters()], loss, steps, learning_rate=2e-3)
 
 
 def _teach_reading(
@@ -179,14 +174,31 @@ def _teach_reading(
     batch_size: int = 64,
 ) -> None:
     """Train the model to say and answer, from a caption, what it will be asked about pictures."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     stream = told_scenes(seed)
-    for _ in range(steps):
+
+    def loss() -> torch.Tensor:
         ids, labels = _batch(tokenizer, list(islice(stream, batch_size)))
-        loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        mask = (ids != tokenizer.pad_token_id).long()
+        found: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        return found
+
+    _train(list(model.parameters()), loss, steps, learning_rate=3e-3, betas=(0.9, 0.95))
+
+
+def _train(
+    parameters: list[torch.nn.Parameter],
+    loss: Callable[[], torch.Tensor],
+    steps: int,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> None:
+    """Adam with one warm-up and one decay; ``loss`` computes that of the next batch."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
