@@ -229,7 +229,10 @@ def _batch(
     """Token ids and labels (B, L) in the chat format; the answers, with their end mark, are supervised."""
     rows, labels = [], []
     for question, answer in dialogues:
-        asked = tokenizer(f"{TURN_START}user\n{question}{TURN_END}\n{TURN_START}assistant\n")["input_ids"]
+        said = [{"role": "user", "content": question}]
+        asked = tokenizer(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))[
+            "input_ids"
+        ]
         answered = tokenizer(answer + TURN_END)["input_ids"]
         rows.append(torch.tensor([*asked, *answered]))
         labels.append(torch.tensor([-100] * len(asked) + answered))
