@@ -14,7 +14,7 @@ from mmpipe.data.part import EQUAL_PICTURE, Known, Log, Part
 from mmpipe.data.pictures import EmbeddedPictures
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.data.store import write_records
-from mmpipe.data.tally import Pace, histogram
+from mmpipe.data.tally import Pace, histogram, keeping
 from mmpipe.errors import DataError
 
 RECORDS = "records.arrow"
@@ -50,7 +50,8 @@ def build_mixture(
         parts = [Part(part, datasets[part.dataset], spec.seed, known, embedded, log) for part in spec.parts]
         write_records(out / RECORDS, (record for part in parts for record in part.records(pool)))
     report = _report(spec, parts)
-    _check(spec, parts, report, failed_report)
+    with keeping(report, failed_report):
+        _check(spec, parts)
     write_json(out / REPORT, report)
     log(f"kept {report['kept']} of {report['wanted']} records, {pace(report['wanted'])}")
     return report
@@ -74,23 +75,16 @@ def _report(spec: MixtureSpec, parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
-def _check(spec: MixtureSpec, parts: Sequence[Part], report: dict[str, Any], failed: Path | None) -> None:
+def _check(spec: MixtureSpec, parts: Sequence[Part]) -> None:
     """Raise DataError when a part has too many bad records or no good one."""
     lines = []
     for part in parts:
         if not part.kept or part.bad > spec.max_bad * part.wanted:
             lines.append(f"  {part.name}: {part.bad} of {part.wanted} records are bad")
             lines += (f"    {reason}" for reason in part.reasons())
-    if failed:
-        failed.unlink(missing_ok=True)
-    if not lines:
-        return
-    where = ""
-    if failed:
-        write_json(failed, report)
-        where = f"; {failed} counts all of them"
-    raise DataError(
-        f"too many bad records (max_bad is {spec.max_bad:.1%} of each part):\n"
-        + "\n".join(lines)
-        + f"\nthe log names every one{where}; mend the data set, fetch it again, or raise max_bad of the mixture"
-    )
+    if lines:
+        raise DataError(
+            f"too many bad records (max_bad is {spec.max_bad:.1%} of each part):\n"
+            + "\n".join(lines)
+            + "\nthe log names every one; mend the data set, fetch it again, or raise max_bad of the mixture"
+        )

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from mmpipe.artifacts.files import write_json
+from mmpipe.errors import DataError
 
 EXAMPLES = 10
 """So many records are named for each reason; all of them are in the log."""
@@ -59,6 +65,20 @@ class Pace:
 def _processor_seconds() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+@contextmanager
+def keeping(report: dict[str, Any], failed: Path | None) -> Iterator[None]:
+    """Write the report to ``failed`` when the block finds too many faults (DataError), and say so; an older one goes."""
+    if failed is None:
+        yield
+        return
+    failed.unlink(missing_ok=True)
+    try:
+        yield
+    except DataError as error:
+        write_json(failed, report)
+        raise DataError(f"{error}\n{failed} counts all of them") from None
 
 
 def up_to(value: int) -> int:

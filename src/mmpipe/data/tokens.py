@@ -24,7 +24,7 @@ from mmpipe.artifacts.files import canonical_json, read_json, write_json
 from mmpipe.data.labels import IGNORE, Encoded, encode
 from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
 from mmpipe.data.store import RecordTable
-from mmpipe.data.tally import Pace, Tally, histogram, up_to
+from mmpipe.data.tally import Pace, Tally, histogram, keeping, up_to
 from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError, DataError
 
@@ -215,15 +215,8 @@ def tokenise(
         "preferences": isinstance(table[0], PreferenceRecord),
         **counts.report(),
     }
-    if failed_report:
-        failed_report.unlink(missing_ok=True)
-    try:
+    with keeping(report, failed_report):
         _check(records, encoder, counts, max_bad)
-    except DataError as error:
-        if not failed_report:
-            raise
-        write_json(failed_report, report)
-        raise DataError(f"{error}; {failed_report} counts what was dropped") from None
     log(f"kept {counts.kept} of {counts.records} records, {pace(counts.records)}")
     write_json(out / REPORT, report)
     return report
