@@ -15,10 +15,10 @@ shell.prefix("trap '' TERM; ")
 
 from mmpipe.checkout import tell_jobs
 from mmpipe.errors import MmpipeError
-from mmpipe.plan import Plan
-from mmpipe.report.announcement import announcement
+from mmpipe.plan.plan import Plan
+from mmpipe.cli.announcement import announcement
 from mmpipe.stages.base import Hardware
-from mmpipe.variants import PATTERN as VARIANT
+from mmpipe.plan.variants import PATTERN as VARIANT
 
 tell_jobs(SOURCE)
 

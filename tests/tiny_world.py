@@ -28,9 +28,9 @@ def make_world(root: Path) -> Path:
     from mmpipe.artifacts import manifest
     from mmpipe.data.mixture import build_mixture
     from mmpipe.data.spec import MixtureSpec, PartSpec
-    from mmpipe.world.backbones import clip_tiny, qwen2_tiny
-    from mmpipe.world.datasets import conversations
-    from mmpipe.world.falsehoods import preferences
+    from mmpipe.demo.backbones import clip_tiny, qwen2_tiny
+    from mmpipe.demo.datasets import conversations
+    from mmpipe.demo.presence import preferences
 
     backbones = root / "resources/backbones"
     for name, make in {

@@ -74,7 +74,7 @@ def train_and_evaluate(folder: Path) -> None:
     """What Snakemake's jobs do: train a stage, answer a benchmark, gather, score; all in the current world."""
     from tiny_world import make_job
 
-    from mmpipe import workflow
+    from mmpipe import jobs
     from mmpipe.benchmarks.spec import BenchmarkEntry
     from mmpipe.stages.finetune import Finetune
 
@@ -106,11 +106,9 @@ def train_and_evaluate(folder: Path) -> None:
 
     # the jobs themselves, without the log that the rules' wrapper opens
     checkpoint = folder / "run/model/manifest.json"
-    workflow.answer.__wrapped__(
-        job([chunk], checkpoint=checkpoint, benchmark=prepared / "manifest.json"), plan
-    )
-    workflow.gather.__wrapped__(job([answers], questions=prepared / "questions.jsonl", chunks=[chunk]), plan)
-    workflow.score.__wrapped__(
+    jobs.answer.__wrapped__(job([chunk], checkpoint=checkpoint, benchmark=prepared / "manifest.json"), plan)
+    jobs.gather.__wrapped__(job([answers], questions=prepared / "questions.jsonl", chunks=[chunk]), plan)
+    jobs.score.__wrapped__(
         job(
             SimpleNamespace(per_item=results / "per_item.jsonl", score=results / "score.json"),
             checkpoint=Path("resources/benchmarks/pope/manifest.json"),
@@ -129,7 +127,7 @@ def make_everything(root: Path) -> None:
     from mmpipe.artifacts import manifest
     from mmpipe.benchmarks.prepare import prepare
     from mmpipe.benchmarks.spec import BenchmarkEntry
-    from mmpipe.world.falsehoods import pope
+    from mmpipe.demo.presence import pope
 
     make_world(root)
     pope(root / "resources/datasets/pope", seed=5, questions=4)
@@ -338,9 +336,6 @@ def aims(reference: Reference, seed: int) -> Iterator[Point]:
 def run(kills: int, seed: int, a_run: int = 2) -> dict[str, Any]:
     """Kill ``kills`` times, ``a_run`` times before each run to the end."""
     import torch
-
-    import mmpipe.training.run
-    import mmpipe.workflow  # noqa: F401
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mmpipe-kill-") as place:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpipe.objectives import head
-from mmpipe.objectives.distillation import compose, distillation_loss, select_rows
+from mmpipe.losses import head
+from mmpipe.losses.distillation import compose, distillation_loss, select_rows
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "llava_mod"
 

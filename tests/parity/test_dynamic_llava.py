@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mmpipe.losses.sparsity import picture_loss, text_loss
 from mmpipe.models.sparsity import gumbel
 from mmpipe.models.sparsity.attention import masked_attention, masked_softmax
-from mmpipe.models.sparsity.forward_pass import KEYWORD, PruningPass, TrainingPass
+from mmpipe.models.sparsity.context import KEYWORD, PruningPass, TrainingPass
+from mmpipe.models.sparsity.hooks import wrap
 from mmpipe.models.sparsity.predictors import TextPredictor, VisionPredictor
 from mmpipe.models.sparsity.segments import Segments
 from mmpipe.models.sparsity.spec import SparsitySettings
-from mmpipe.models.sparsity.wrap import wrap
-from mmpipe.objectives.sparsity import picture_loss, text_loss
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "dynamic_llava"
 PREDICTORS = json.loads((VECTORS / "dyn_predictors.json").read_text())

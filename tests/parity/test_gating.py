@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmpipe.losses.routing import all_choices_balancing_loss, load_balancing_loss
 from mmpipe.models.moe.capacity import capacity, drop, slot_numbers
-from mmpipe.models.moe.placement import layer_indices
+from mmpipe.models.moe.patterns import layer_indices
 from mmpipe.models.moe.routers import topk
 from mmpipe.models.moe.routers.base import Routing, build
 from mmpipe.models.moe.spec import MoESettings
-from mmpipe.objectives.routing import all_choices_balancing_loss, load_balancing_loss
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "llava_mod"
 GATING = json.loads((VECTORS / "07_gating_and_aux_loss.json").read_text())

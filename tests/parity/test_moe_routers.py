@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmpipe.losses.routing import load_balancing_loss, z_loss
+from mmpipe.models.moe.context import ForwardPass
 from mmpipe.models.moe.experts import ExpertsConfig, MLPExperts
-from mmpipe.models.moe.forward_pass import ForwardPass
 from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.routers.base import build
 from mmpipe.models.moe.routers.names import known
 from mmpipe.models.moe.spec import MoESettings
-from mmpipe.objectives.routing import load_balancing_loss, z_loss
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "libmoe"
 GATE = {"gate.weight": "weight"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmpipe.lineage import get
+from mmpipe.checkpoints.layouts import get
 
 VECTOR = json.loads((Path(__file__).parents[1] / "fixtures/vectors/llava/moss2_tiny.json").read_text())
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionConfig, Phi3Config, SiglipVisionConfig
 
-from mmpipe.models import vlm
-from mmpipe.models.moe.registered import SparseLlava, SparseLlavaConfig
+from mmpipe.models import llava
+from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
 from mmpipe.models.moe.spec import MoESettings
-from mmpipe.models.tower import multi_scale_features
+from mmpipe.models.vision_tower import multi_scale_features
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "libmoe"
 
@@ -61,7 +61,7 @@ def test_sizes_of_the_published_models(
     idle = IDLE["siglip" if select == "full" else "clip"]
     experts = {"vision_tower": settings, "multi_modal_projector": settings}
     for moe, published, left_out in (({}, dense, idle[0]), (experts, sparse, idle[1])):
-        joined = vlm.joined_config(
+        joined = llava.joined_config(
             tower, Phi3Config(), image_id=32011, feature_layer=-2, feature_select=select
         )  # type: ignore[arg-type]
         assert joined.image_seq_length == tokens

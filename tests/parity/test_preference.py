@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpipe.objectives.preference import preference_loss
+from mmpipe.losses.preference import preference_loss
 
 CASE = json.loads(
     (

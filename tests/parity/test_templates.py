@@ -9,9 +9,9 @@ from reference_tokenizers import numbers, tokenizer, toy_qwen, vectors
 
 from mmpipe.data.dataset import Collator, Sample
 from mmpipe.data.labels import IGNORE, Rendered, encode
-from mmpipe.data.part import images_first
 from mmpipe.data.records import BadRecord, Turn
 from mmpipe.data.templates import get_template
+from mmpipe.data.verify import images_first
 
 REFERENCE_IMAGE = -200
 NAMES = {"v1": "vicuna_v1"}

@@ -11,14 +11,14 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mmpipe.artifacts import manifest
-from mmpipe.chat.desk import Desk
 from mmpipe.chat.find import Found
-from mmpipe.chat.loading import Loading
 from mmpipe.chat.messages import Sampling
 from mmpipe.chat.model import ChatModel
-from mmpipe.chat.opening import open_checkpoint
+from mmpipe.chat.open import open_checkpoint
+from mmpipe.chat.options import Loading
+from mmpipe.chat.queue import Desk
+from mmpipe.checkpoints.save import save_checkpoint
 from mmpipe.data.templates import get_template
-from mmpipe.models.export import save_checkpoint
 
 GREEDY = Sampling(temperature=0, max_tokens=12)
 RED = Image.new("RGB", (40, 30), "red")

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mmpipe.models import vlm
-from mmpipe.models.export import save_checkpoint
+from mmpipe.checkpoints.save import save_checkpoint
+from mmpipe.models import llava
 from mmpipe.stages.base import VisionLanguage
 
 BACKBONES = {
@@ -26,7 +26,7 @@ HIDDEN, VISION_HIDDEN = 32, 32
 
 def tiny_model(seed: int = 0) -> tuple[Any, Any]:
     """The world's model with a projector drawn from ``seed``."""
-    return vlm.build(
+    return llava.build(
         BACKBONES,
         VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
         template="chatml",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts import manifest
-from mmpipe.config.loader import validate
+from mmpipe.settings_loader import validate
 from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmpipe.analysis.base import Layer, Source, families, read_layers
+from mmpipe.analysis.expert_log import GENERATED, SCHEMA, TEXT, merge
 from mmpipe.analysis.families.balance import (
     load_ratio,
     normalised_entropy,
@@ -27,8 +28,7 @@ from mmpipe.analysis.families.frequency import selection_counts
 from mmpipe.analysis.families.modality import divergence
 from mmpipe.analysis.families.similarity import pairwise_cosine, reference_diversity
 from mmpipe.artifacts.files import write_csv
-from mmpipe.inference.expert_log import GENERATED, SCHEMA, TEXT, merge
-from mmpipe.objectives.collapse import top_set_share
+from mmpipe.losses.collapse import top_set_share
 
 CHOICES = np.array([[0, 1], [1, 0], [0, 1], [2, 3]])
 DONE = np.ones_like(CHOICES, bool)

@@ -12,7 +12,7 @@ import pytest
 from benchmark_layouts import LAYOUTS, VERDICTS
 
 from mmpipe.benchmarks.base import get, names
-from mmpipe.cli import main
+from mmpipe.cli.main import main
 
 # benchmark -> the official files of its references, and the names its official scorer gives its figures
 OFFICIAL: dict[str, tuple[list[str], list[str]]] = {

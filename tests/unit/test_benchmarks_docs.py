@@ -14,10 +14,10 @@ import yaml
 from benchmark_layouts import pictures
 
 from mmpipe.benchmarks.prepare import prepare, read_questions
-from mmpipe.cli import main
-from mmpipe.config.loader import read_mapping
+from mmpipe.cli.main import main
 from mmpipe.errors import ConfigError
-from mmpipe.plan import Plan
+from mmpipe.plan.plan import Plan
+from mmpipe.settings_loader import read_mapping
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs/benchmarks.md").read_text(encoding="utf-8")

@@ -172,7 +172,7 @@ def test_hostile_replies_reach_the_server_as_data(server, files):
 
 
 def test_the_price_is_known_before_anything_is_sent(server, files, capsys, monkeypatch):
-    from mmpipe.cli import main
+    from mmpipe.cli.main import main
 
     command = ["mmpipe", "judge", "mmhal", "--references", files[0], "--answers", files[1], "--out", files[2]]
     command += ["--model", "judge-1", "--base-url", server.url, "--usd-per-million-input", 2.5]

@@ -11,10 +11,10 @@ from benchmark_layouts import LAYOUTS, VERDICTS
 from mmpipe.benchmarks.base import get
 from mmpipe.benchmarks.compare import compare
 from mmpipe.benchmarks.published import beside
-from mmpipe.config.loader import read_mapping
+from mmpipe.cli.show import print_comparison
 from mmpipe.errors import ConfigError
-from mmpipe.plan import Plan
-from mmpipe.report.terminal import print_comparison
+from mmpipe.plan.plan import Plan
+from mmpipe.settings_loader import read_mapping
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -88,7 +88,7 @@ def test_a_number_that_nothing_measures_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["libmoe", "llava-1.5", "llava-mod"])
 def test_the_systems_configurations_ask_by_their_own_protocols(name):
-    from mmpipe.config.loader import read_mapping
+    from mmpipe.settings_loader import read_mapping
 
     plan = Plan(read_mapping(REPOSITORY / f"config/{name}.yaml"), REPOSITORY)
     asked = {

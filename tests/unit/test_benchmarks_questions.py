@@ -10,8 +10,8 @@ import pytest
 from benchmark_layouts import FORMS, LAYOUTS, VERDICTS, lines, parquet, pope, vqav2_llava
 
 from mmpipe.benchmarks.base import Question, get, names
+from mmpipe.benchmarks.jsonl import read_document
 from mmpipe.benchmarks.prepare import prepare, read_questions
-from mmpipe.benchmarks.records import read_document
 from mmpipe.benchmarks.scoring import convert_files, score_files
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.errors import DataError

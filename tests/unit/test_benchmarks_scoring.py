@@ -313,7 +313,7 @@ def test_one_picture_cannot_be_shuffled():
 
 
 def test_a_limit_keeps_whole_groups(tmp_path):
-    from mmpipe.world.datasets import mmbench
+    from mmpipe.demo.datasets import mmbench
 
     (tmp_path / "data").mkdir()
     mmbench(tmp_path / "data", seed=1, questions=9)

@@ -14,16 +14,16 @@ from chat_world import BLUE, GREEDY, RED, talk
 
 from mmpipe.artifacts import manifest
 from mmpipe.benchmarks.base import Question
-from mmpipe.chat import fit, quantise
-from mmpipe.chat.desk import Desk
+from mmpipe.chat import memory, quantise
 from mmpipe.chat.find import find
-from mmpipe.chat.loading import Loading
 from mmpipe.chat.messages import ChatError, Sampling, ask, said
+from mmpipe.chat.options import Loading
+from mmpipe.chat.queue import Desk
+from mmpipe.checkpoints.save import save_checkpoint
 from mmpipe.data.records import Turn
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.inference.generate import Answerer
-from mmpipe.models.export import save_checkpoint
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
 
@@ -212,12 +212,12 @@ def test_names_of_the_hub_need_the_network(monkeypatch):
 
 
 def test_too_large_says_what_would_fit(tiny, desk, monkeypatch):
-    need = fit.weights(tiny) * 4
-    monkeypatch.setattr(fit, "free", lambda device: need * 0.7)
+    need = memory.weights(tiny) * 4
+    monkeypatch.setattr(memory, "free", lambda device: need * 0.7)
     with pytest.raises(ChatError, match=r"weights need .* would fit: --dtype bfloat16 .*--load-8bit"):
         talk(tiny, desk)
     assert talk(tiny, desk, loading=Loading(dtype="bfloat16")).answer([ask("Say.")], GREEDY).reply.tokens
-    monkeypatch.setattr(fit, "free", lambda device: 10)
+    monkeypatch.setattr(memory, "free", lambda device: 10)
     with pytest.raises(ChatError, match=r"even in 4 bits .* --device-map auto"):
         talk(tiny, desk)
 
@@ -273,12 +273,12 @@ def test_bits_without_bitsandbytes(tiny, desk, monkeypatch):
 
 
 def test_layers_spread_over_places_answer_alike(tiny, desk, tmp_path):
-    from mmpipe.models import vlm
+    from mmpipe.models import llava
 
     whole = talk(tiny, desk).answer([ask("What?", [RED])], GREEDY).reply
     chat = talk(tiny, desk, loading=Loading(device_map="auto"))
     assert chat.answer([ask("What?", [RED])], GREEDY).reply == whole
-    assert vlm.load(tiny, device_map={"": "cpu"})[0].device.type == "cpu"
+    assert llava.load(tiny, device_map={"": "cpu"})[0].device.type == "cpu"
 
 
 @pytest.mark.parametrize("wrong", [{"device": "gpu"}, {"device": "cuda:7"}, {"dtype": "float8"}])

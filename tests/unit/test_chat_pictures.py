@@ -13,9 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from mmpipe.chat import pictures
+from mmpipe.chat import images
 from mmpipe.errors import DataError
-from mmpipe.fetching.guarded import Limits, fetch, is_public
+from mmpipe.sources.transfer.public_url import Limits, fetch, is_public
 
 HERE = "127.0.0.1"
 
@@ -128,7 +128,7 @@ HASTY = Limits(size=1 << 20, seconds=0.4, allowed=LIMITS.allowed)
 
 @pytest.mark.parametrize("path", ["good", "moved", "good?a=b c"])
 def test_a_picture_is_fetched(site, path):
-    image = pictures.from_address(f"{site}/{path}", LIMITS)
+    image = images.from_address(f"{site}/{path}", LIMITS)
     assert (image.size, image.getpixel((0, 0))) == ((3, 2), (255, 0, 0))
 
 
@@ -151,20 +151,20 @@ def test_a_picture_is_fetched(site, path):
 )
 def test_what_is_wrong_is_said(site, path, why):
     with pytest.raises(DataError, match=why):
-        pictures.from_address(f"{site}/{path}", LIMITS)
+        images.from_address(f"{site}/{path}", LIMITS)
 
 
 @pytest.mark.parametrize("path", ["drip", "heads"])
 def test_a_server_that_never_ends_is_left(site, path):
     start = time.monotonic()
     with pytest.raises(DataError, match=r"not done after 0.4 seconds"):
-        pictures.from_address(f"{site}/{path}", HASTY)
+        images.from_address(f"{site}/{path}", HASTY)
     assert time.monotonic() - start < 3
 
 
 def test_this_machine_is_no_place_for_pictures(site):
     with pytest.raises(DataError, match="private network"):
-        pictures.from_address(f"{site}/good")
+        images.from_address(f"{site}/good")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def data_url(content: bytes, head: str = "data:image/png;base64") -> str:
 
 
 def test_pictures_in_data_urls():
-    assert pictures.from_data_url(data_url(png()), 1000).size == (3, 2)
+    assert images.from_data_url(data_url(png()), 1000).size == (3, 2)
     for url, why in (
         (data_url(png((300, 300)) * 9), "more than the 1000 bytes"),
         (data_url(png(), "data:text/html;base64"), "expected data:image"),
@@ -238,16 +238,16 @@ def test_pictures_in_data_urls():
         (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "none of the formats"),
     ):
         with pytest.raises(DataError, match=why):
-            pictures.from_data_url(url, 1000)
+            images.from_data_url(url, 1000)
 
 
 def test_files(tmp_path):
     with pytest.raises(DataError, match="more than 80000000 pixels"):
-        pictures.from_data_url(data_url(huge_png()), 1 << 20)
+        images.from_data_url(data_url(huge_png()), 1 << 20)
     with pytest.raises(DataError, match="no such picture"):
-        pictures.check(str(tmp_path / "none.png"))
+        images.check(str(tmp_path / "none.png"))
     turned = Image.new("RGB", (6, 4))
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert pictures.from_anywhere(str(tmp_path / "turned.jpg")).size == (4, 6)
+    assert images.from_anywhere(str(tmp_path / "turned.jpg")).size == (4, 6)

@@ -17,15 +17,15 @@ import requests
 from chat_world import BLUE, RED, talk
 from PIL import Image
 
-from mmpipe.chat.desk import Answer, Desk
 from mmpipe.chat.messages import Reply, Sampling
 from mmpipe.chat.model import ChatModel
-from mmpipe.models.export import save_checkpoint
+from mmpipe.chat.queue import Answer, Desk
+from mmpipe.checkpoints.save import save_checkpoint
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
-from mmpipe.models.sparsity import artifact
+from mmpipe.models.sparsity import io
+from mmpipe.models.sparsity.hooks import sparsify
 from mmpipe.models.sparsity.spec import SparsitySettings
-from mmpipe.models.sparsity.wrap import sparsify
 
 pytest.importorskip("gradio", reason="the extra 'chat' is not installed")
 openai = pytest.importorskip("openai", reason="the extra 'judge' is not installed")
@@ -258,7 +258,7 @@ def beside(models: dict[str, ChatModel], tmp_path_factory: pytest.TempPathFactor
     sparse = chat_world.model()
     sparsify(sparse, SparsitySettings(vision_keep_rate=0.5))
     save_checkpoint(sparse, chat_world.processor(), folder / "sparse")
-    artifact.save(sparse, folder / "sparse")
+    io.save(sparse, folder / "sparse")
     for name in ("experts", "sparse"):
         chat_world.card(folder / name)
     served = Running({name: talk(folder / name, desk) for name in ("experts", "sparse")})

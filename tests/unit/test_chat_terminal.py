@@ -16,8 +16,8 @@ import chat_world
 import pytest
 from chat_world import GREEDY, RED, talk
 
-from mmpipe.chat.desk import Desk
 from mmpipe.chat.messages import Reply
+from mmpipe.chat.queue import Desk
 from mmpipe.chat.terminal import Terminal
 
 ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}

@@ -7,9 +7,9 @@ import threading
 import pytest
 import tiny_llava
 
-from mmpipe.chat.desk import Answer, Busy, Desk
 from mmpipe.chat.escape import visible
 from mmpipe.chat.messages import ChatError, Reply, Sampling
+from mmpipe.chat.queue import Answer, Busy, Desk
 from mmpipe.chat.stream import Detokenizer, TextStream
 
 

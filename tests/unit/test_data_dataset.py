@@ -29,9 +29,9 @@ from mmpipe.data.dataset import (
 )
 from mmpipe.data.images import open_picture
 from mmpipe.data.labels import IGNORE
+from mmpipe.data.record_table import write_records
 from mmpipe.data.records import PreferenceRecord, Record, Turn
 from mmpipe.data.sampler import BatchPlan
-from mmpipe.data.store import write_records
 from mmpipe.data.tokens import TextEncoder
 from mmpipe.errors import DataError
 

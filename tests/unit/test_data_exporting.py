@@ -11,10 +11,10 @@ from data_world import data_set, entry, mix, said
 from typer.testing import CliRunner
 
 from mmpipe.artifacts import manifest
-from mmpipe.cli import app
-from mmpipe.data import exporting
-from mmpipe.data.exporting import Below, PutInto, export_mixture
-from mmpipe.data.store import RecordTable
+from mmpipe.cli.main import app
+from mmpipe.data import export
+from mmpipe.data.export import Below, PutInto, export_mixture
+from mmpipe.data.record_table import RecordTable
 from mmpipe.errors import ArtifactError, ConfigError, DataError
 
 TALKS = [
@@ -124,7 +124,7 @@ def test_datasets_sees_messages_and_pictures(
     import datasets
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(exporting, "_ROWS", 2)
+    monkeypatch.setattr(export, "_ROWS", 2)
     mixture = published(Path("first"), TALKS)
     export_mixture(mixture, Path("out.parquet"), "messages", Below(Path()), embed=embed)
     table = datasets.Dataset.from_parquet("out.parquet", cache_dir=str(tmp_path / "cache"))

@@ -13,10 +13,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mmpipe.data.mixture import build_mixture
-from mmpipe.data.part import images_first
+from mmpipe.data.record_table import RecordTable
 from mmpipe.data.records import PreferenceRecord, Record, length_in_words
 from mmpipe.data.spec import MixtureSpec, PartSpec
-from mmpipe.data.store import RecordTable
+from mmpipe.data.verify import images_first
 from mmpipe.errors import ConfigError, DataError
 
 
@@ -616,12 +616,12 @@ def test_an_id_may_come_back_for_ever(tmp_path: Path) -> None:
 def test_pictures_that_were_forgotten_are_decoded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmpipe.data import part as module
-    from mmpipe.data import pictures
+    from mmpipe.data import image_files
+    from mmpipe.data import verify as module
 
     data = data_set(tmp_path / "made", [entry(i, f"{i % 4}.png") for i in range(40)])
     mix(data, tmp_path / "much")
-    monkeypatch.setattr(pictures, "REMEMBERED", 1)
+    monkeypatch.setattr(image_files, "REMEMBERED", 1)
     monkeypatch.setattr(module, "_BLOCK", 3)
     mix(data, tmp_path / "little")
     for name in ("records.arrow", "pictures.arrow", "report.json"):

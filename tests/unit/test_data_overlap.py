@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_world import data_set, entry, mix, picture
 
-from mmpipe.data.overlap import overlap
+from mmpipe.benchmarks.contamination import overlap
 
 
 def prepared(folder: Path, questions: dict[str, list[Path]]) -> Path:

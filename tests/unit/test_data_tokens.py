@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mmpipe.data import tokens as module
 from mmpipe.data.labels import IGNORE, Encoded
+from mmpipe.data.record_table import RecordTable, write_records
 from mmpipe.data.records import PreferenceRecord, Record, Turn
-from mmpipe.data.store import RecordTable, write_records
 from mmpipe.data.tokens import Packed, TokenTable, pack, tokenise, unpack
 from mmpipe.errors import ArtifactError, DataError
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mmpipe import registry
-from mmpipe.cli import app
+from mmpipe.cli.main import app
 from mmpipe.doctor import Machine, examine
 from mmpipe.doctor.base import Finding
 

@@ -10,19 +10,19 @@ import torch
 from PIL import Image
 from tiny_llava import llava, processor
 
+from mmpipe.analysis import efficiency
+from mmpipe.analysis.retention_maps import grid, keep_maps, seen
 from mmpipe.benchmarks.base import Question
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ConfigError
-from mmpipe.inference import efficiency
 from mmpipe.inference.generate import Answerer
-from mmpipe.inference.keep_maps import grid, keep_maps, seen
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
 from mmpipe.models.sparsity.cost import cache_bytes, paper_flops, paper_picture_flops
+from mmpipe.models.sparsity.hooks import of_model, sparsify
 from mmpipe.models.sparsity.record import recording
 from mmpipe.models.sparsity.sparsifier import kept_tokens
 from mmpipe.models.sparsity.spec import SparsitySettings
-from mmpipe.models.sparsity.wrap import of_model, sparsify
 from mmpipe.report.sparsity import covered, draw_efficiency, efficiency_page, in_units, keep_maps_page
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "dynamic_llava"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mmpipe.config.loader import read_mapping
 from mmpipe.estimate import flops, memory
 from mmpipe.estimate import tensors as count
 from mmpipe.estimate.annotations import bytes_per_token, total_bytes
 from mmpipe.estimate.model import Model, model_of
 from mmpipe.estimate.stage import estimate, warnings
-from mmpipe.plan import Plan
+from mmpipe.plan.plan import Plan
+from mmpipe.settings_loader import read_mapping
 
 REPOSITORY = Path(__file__).parents[2]
 LLAMA_7B = {
@@ -120,14 +120,14 @@ def test_gpu_hours():
 
 
 def test_names_and_sizes_are_those_of_a_real_model(world):
-    from mmpipe.models import vlm
+    from mmpipe.models import llava
     from mmpipe.stages.base import VisionLanguage
 
     folders = {
         role: world / f"resources/backbones/{name}-tiny"
         for role, name in (("vision", "clip"), ("language", "qwen2"))
     }
-    built, _ = vlm.build(
+    built, _ = llava.build(
         folders, VisionLanguage(vision="x", language="y"), template="plain", image_aspect="pad", seed=0
     )
     real = {name.removeprefix("model."): p.numel() for name, p in built.named_parameters()}
@@ -220,7 +220,7 @@ def test_a_fetched_configuration_counts_more_than_the_catalogue(tmp_path):
 
 
 def test_a_run_announces_what_it_trains():
-    from mmpipe.report.announcement import announcement
+    from mmpipe.cli.announcement import announcement
 
     plan = plan_of("config")
     stages = plan.stages("demo")
@@ -232,7 +232,7 @@ def test_a_run_announces_what_it_trains():
 
 
 def test_what_a_teacher_writes_down_takes_as_much_as_it_is_said_to(tmp_path):
-    from mmpipe.training.annotations import TOKENS
+    from mmpipe.training.precomputed import TOKENS
 
     stage = {"data": "shapes-finetune", "template": "chatml", "teacher": "demo", "teacher_cache": {"k": 64}}
     (tmp_path / "config").mkdir()

@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from tiny_llava import llava, processor
 
+from mmpipe.analysis.expert_log import ExpertLog, merge, pieces, places, read_layer
 from mmpipe.benchmarks.base import Question
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ConfigError
 from mmpipe.inference.chunks import answer_chunk
-from mmpipe.inference.expert_log import ExpertLog, merge, pieces, places, read_layer
 from mmpipe.inference.generate import Answerer
+from mmpipe.models.moe.hooks import Place, without_first
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
-from mmpipe.models.moe.watch import Place, without_first
-from mmpipe.models.tower import look_at, tiles
+from mmpipe.models.vision_tower import look_at, tiles
 
 PARTS: dict[Any, MoESettings] = {
     "vision_tower": MoESettings(experts=3, top_k=2, placement="dense"),

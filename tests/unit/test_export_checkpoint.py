@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llava import TEXT, batch, llava, processor
 
+from mmpipe.checkpoints.layouts import _write_llava
+from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
 from mmpipe.errors import ArtifactError
-from mmpipe.lineage import _write_llava
 from mmpipe.models import lora, projector
-from mmpipe.models.export import load_checkpoint, save_checkpoint
 from mmpipe.stages.base import LoraSettings
 
 

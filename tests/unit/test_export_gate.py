@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llava import batch, llava, processor
 
+from mmpipe.checkpoints import read_with_hf
+from mmpipe.checkpoints.dummy_inputs import probe_rows
+from mmpipe.checkpoints.roundtrip import gate, reference
+from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
 from mmpipe.errors import ArtifactError
-from mmpipe.models import stock_reader
-from mmpipe.models.export import load_checkpoint, save_checkpoint
-from mmpipe.models.gate import gate, reference
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
-from mmpipe.models.probe import probe_rows
 
 SAMPLES = [batch(rows=1, padded=0, seed=seed) for seed in (1, 2)]
 
@@ -61,7 +61,7 @@ def test_missing_tensors_do_not_pass(published) -> None:
 
 
 def test_the_reader_imports_nothing_of_ours() -> None:
-    tree = ast.parse(Path(stock_reader.__file__).read_text())
+    tree = ast.parse(Path(read_with_hf.__file__).read_text())
     modules = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     modules |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     assert modules == {"__future__", "sys", "typing", "torch", "safetensors.torch", "transformers"}

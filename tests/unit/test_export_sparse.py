@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import batch, llava, processor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
+from mmpipe.checkpoints.roundtrip import gate, reference
+from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
 from mmpipe.errors import ArtifactError
-from mmpipe.models.export import load_checkpoint, save_checkpoint
-from mmpipe.models.gate import gate, reference
 from mmpipe.models.moe.collect import collect_losses, moe_layers
+from mmpipe.models.moe.hf import why_not_stock
 from mmpipe.models.moe.layer import MoELayer
-from mmpipe.models.moe.registered import SparseLlava
+from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava
 from mmpipe.models.moe.routers.names import known
 from mmpipe.models.moe.spec import MoESettings
-from mmpipe.models.moe.stock import why_not_stock
 from mmpipe.models.moe.upcycle import logits, upcycle
 
 

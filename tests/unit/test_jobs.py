@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mmpipe.errors import DataError
-from mmpipe.workflow import job
+from mmpipe.jobs import job
 
 REPOSITORY = Path(__file__).parents[2]
 

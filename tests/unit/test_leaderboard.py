@@ -11,9 +11,9 @@ import pytest
 
 from mmpipe.benchmarks.leaderboard import as_table, leaderboard, ranks
 from mmpipe.benchmarks.paired import paired_difference
+from mmpipe.cli.show import print_comparison
 from mmpipe.errors import DataError
 from mmpipe.report.tables import leaderboard_page
-from mmpipe.report.terminal import print_comparison
 
 
 def items(verdicts: list[float], questions_a_unit: int = 1) -> list[dict[str, Any]]:

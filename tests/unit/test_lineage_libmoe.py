@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from mmpipe import lineage
+from mmpipe.checkpoints import layouts
+from mmpipe.checkpoints.dummy_inputs import probe
+from mmpipe.checkpoints.layouts.base import Part
 from mmpipe.errors import ArtifactError, ConfigError
-from mmpipe.lineage.base import Part
-from mmpipe.models import vlm
+from mmpipe.models import llava
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import logits, noted_settings, upcycle
-from mmpipe.models.probe import probe
-from mmpipe.models.tower import noted_scales
+from mmpipe.models.vision_tower import noted_scales
 from mmpipe.stages.base import VisionLanguage
 from mmpipe.stages.construct import Construct
 from mmpipe.stages.finetune import Finetune
@@ -100,7 +100,7 @@ def dense(parts: dict[str, Path]) -> Any:
     """Our model of the parts, its projector drawn from a seed."""
     select = "full" if "siglip" in parts["vision"].name else "patch"
     how = VisionLanguage(vision="v", language="l", scales=(1, 3), feature_select=select)
-    model, _ = vlm.build(parts, how, template="phi3", image_aspect="pad", seed=2)
+    model, _ = llava.build(parts, how, template="phi3", image_aspect="pad", seed=2)
     return model
 
 
@@ -176,9 +176,9 @@ def write_sft(out: Path, parts: dict[str, Path], model: Any, router: str) -> dic
 
 
 def bring_in(directory: Path, parts: dict[str, Path], *roles: str) -> Any:
-    stock = lineage.get("stock")
+    stock = layouts.get("stock")
     named = {role: Part(parts[role], stock) for role in roles}
-    return lineage.get("libmoe").whole(directory, named).model
+    return layouts.get("libmoe").whole(directory, named).model
 
 
 @pytest.mark.parametrize(("router", "tower"), [*((router, "clip") for router in ROUTER), ("topk", "siglip")])
@@ -294,7 +294,7 @@ def test_it_is_published_and_trained_further(parts: dict[str, Path], tmp_path: P
         manifests=(),
     )
     Construct(template="phi3").run(whole)
-    found, _, _ = vlm.load(whole.model_dir)
+    found, _, _ = llava.load(whole.model_dir)
     batch = probe(model)
     torch.testing.assert_close(logits(found, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
     tuned = job("tuned", parent=whole.model_dir)
@@ -303,7 +303,7 @@ def test_it_is_published_and_trained_further(parts: dict[str, Path], tmp_path: P
 
 
 def test_the_published_table_can_be_planned() -> None:
-    from mmpipe.plan import Plan
+    from mmpipe.plan.plan import Plan
 
     root = Path(__file__).parents[2]
     plan = Plan({"recipes": ["libmoe-published-*"], "benchmarks": ["mmbench"]}, root)

@@ -11,14 +11,14 @@ from PIL import Image
 from tiny_llava import llava, processor
 from transformers import Qwen2Config, SiglipVisionConfig
 
-from mmpipe.config.loader import validate
+from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
 from mmpipe.data.images import image_processor
 from mmpipe.data.labels import IGNORE
+from mmpipe.data.record_table import write_records
 from mmpipe.data.records import PreferenceRecord, Turn
-from mmpipe.data.store import write_records
 from mmpipe.errors import ConfigError
-from mmpipe.models import vlm
-from mmpipe.models.export import load_checkpoint, save_checkpoint
+from mmpipe.models import llava
+from mmpipe.settings_loader import validate
 from mmpipe.stages.distill_sparse import DistillSparse
 from mmpipe.stages.prefer import Prefer
 
@@ -50,7 +50,9 @@ def test_a_tower_without_class_token_loses_no_piece() -> None:
     tower = SiglipVisionConfig(image_size=28, patch_size=14)
 
     def joined(select: str) -> int:
-        config = vlm.joined_config(tower, Qwen2Config(), image_id=1, feature_layer=-2, feature_select=select)  # type: ignore[arg-type]
+        config = llava.joined_config(
+            tower, Qwen2Config(), image_id=1, feature_layer=-2, feature_select=select
+        )  # type: ignore[arg-type]
         return config.image_seq_length
 
     assert joined("full") == 4

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from project_fixtures import REPOSITORY
 
-from mmpipe.plan import Plan, StagePlan
+from mmpipe.plan.plan import Plan, StagePlan
 
 TABLE = yaml.safe_load((REPOSITORY / "tests/fixtures/published/llava_mod.yaml").read_text())
 RECIPES = {

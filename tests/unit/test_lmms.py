@@ -49,7 +49,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["lmms_eval.api.model"].lmms = StandIn
-    monkeypatch.delitem(sys.modules, "mmpipe.lmms.model", raising=False)
+    monkeypatch.delitem(sys.modules, "mmpipe.lmms_eval.model", raising=False)
 
 
 @pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.lmms)])
@@ -59,9 +59,9 @@ def kind(request, monkeypatch) -> Any:
     elif not REAL:
         pytest.skip("lmms-eval is not installed")
     else:
-        monkeypatch.delitem(sys.modules, "mmpipe.lmms.model", raising=False)
-    yield importlib.import_module("mmpipe.lmms.model").Mmpipe
-    sys.modules.pop("mmpipe.lmms.model", None)
+        monkeypatch.delitem(sys.modules, "mmpipe.lmms_eval.model", raising=False)
+    yield importlib.import_module("mmpipe.lmms_eval.model").Mmpipe
+    sys.modules.pop("mmpipe.lmms_eval.model", None)
 
 
 @pytest.fixture(scope="session")
@@ -72,8 +72,8 @@ def published(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from mmpipe.artifacts import manifest
-    from mmpipe.models import vlm
-    from mmpipe.models.export import save_checkpoint
+    from mmpipe.checkpoints.save import save_checkpoint
+    from mmpipe.models import llava
     from mmpipe.stages.base import VisionLanguage
 
     out = tmp_path_factory.mktemp("published") / "model"
@@ -81,7 +81,7 @@ def published(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vision": world / "resources/backbones/clip-tiny",
         "language": world / "resources/backbones/qwen2-tiny",
     }
-    model, processor = vlm.build(
+    model, processor = llava.build(
         backbones,
         VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
         template="qwen",
@@ -154,7 +154,7 @@ def test_likelihoods_tell_the_greedy_reply(kind, published):
 
 
 def test_stop_texts_cut(kind, published):
-    from mmpipe.lmms.model import _cut
+    from mmpipe.lmms_eval.model import _cut
 
     assert _cut("Yes.\n\nASSISTANT: no", ["ASSISTANT:", "\n\n"]) == "Yes."
     assert _cut(" Yes ", None) == "Yes"
@@ -184,9 +184,9 @@ def test_wrong_arguments_are_named(kind, published):
 
 def test_the_entry_point_names_the_class():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '[project.entry-points."lmms_eval.models"]\nmmpipe = "mmpipe.lmms:manifest"' in text
+    assert '[project.entry-points."lmms_eval.models"]\nmmpipe = "mmpipe.lmms_eval:manifest"' in text
     for found in entry_points(group="lmms_eval.models", name="mmpipe"):
-        assert found.value == "mmpipe.lmms:manifest"
+        assert found.value == "mmpipe.lmms_eval:manifest"
 
 
 @pytest.mark.lmms
@@ -194,7 +194,7 @@ def test_the_entry_point_names_the_class():
 def test_the_real_registry_takes_it():
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
-    from mmpipe.lmms import manifest
+    from mmpipe.lmms_eval import manifest
 
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from mmpipe.errors import ConfigError
 from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_layers
+from mmpipe.models.moe.context import ForwardPass
 from mmpipe.models.moe.experts import ExpertsConfig, SwiGLUExperts, loop
-from mmpipe.models.moe.forward_pass import ForwardPass
 from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.routers.base import BaseRouter, RouterError, Routing, build
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
-from mmpipe.models.progress import tell_progress
+from mmpipe.models.schedule import tell_progress
 
 
 class Fixed(BaseRouter):

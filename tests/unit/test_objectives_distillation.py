@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from tiny_llava import tokenizer
 
 from mmpipe.errors import ArtifactError, ConfigError, DataError
-from mmpipe.objectives import positions
-from mmpipe.objectives.distillation import (
+from mmpipe.losses import positions
+from mmpipe.losses.distillation import (
     cached_distillation_loss,
     distillation_loss,
     jsd,
     sampled_distillation_loss,
 )
-from mmpipe.objectives.teacher import draws, most_likely
-from mmpipe.objectives.vocabulary import shared_rows
+from mmpipe.losses.teacher import draws, most_likely
+from mmpipe.losses.vocabulary import shared_rows
 
 LABELS = torch.tensor([[-100, -100, 3, 4, 8, -100], [-100, 7, -100, -100, -100, -100]])
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmpipe.objectives import positions
-from mmpipe.objectives.head import row_log_probabilities, sum_over_rows
-from mmpipe.objectives.language_modelling import language_modelling_loss
+from mmpipe.losses import positions
+from mmpipe.losses.head import row_log_probabilities, sum_over_rows
+from mmpipe.losses.language_modelling import language_modelling_loss
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmpipe.errors import ConfigError
-from mmpipe.objectives.preference import preference_loss, response_log_probabilities
+from mmpipe.losses.preference import preference_loss, response_log_probabilities
 
 
 def rows() -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mmpipe.objectives.routing import (
+from mmpipe.losses.routing import (
     all_choices_balancing_loss,
     entropy,
     load_balancing_loss,

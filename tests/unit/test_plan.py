@@ -11,19 +11,19 @@ import yaml
 
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.errors import ConfigError
-from mmpipe.plan import Plan
+from mmpipe.plan.plan import Plan
 from mmpipe.stages.base import Encoding
 
 CATALOGUES = {
     "backbones": {
-        "eye": {"source": "made", "maker": "mmpipe.world.backbones:clip_tiny"},
-        "mouth": {"source": "made", "maker": "mmpipe.world.backbones:qwen2_tiny"},
+        "eye": {"source": "made", "maker": "mmpipe.demo.backbones:clip_tiny"},
+        "mouth": {"source": "made", "maker": "mmpipe.demo.backbones:qwen2_tiny"},
         "ear": {"source": "path", "path": "/somewhere"},
         "whole": {"source": "hub", "repo": "o/n", "subfolder": "llava"},
     },
     "datasets": {
-        "captions": {"source": "made", "maker": "mmpipe.world.datasets:captions"},
-        "questions": {"source": "made", "maker": "mmpipe.world.datasets:mmbench"},
+        "captions": {"source": "made", "maker": "mmpipe.demo.datasets:captions"},
+        "questions": {"source": "made", "maker": "mmpipe.demo.datasets:mmbench"},
     },
     "mixtures": {"mix": {"parts": [{"dataset": "captions", "annotations": "a.json"}]}},
     "benchmarks": {

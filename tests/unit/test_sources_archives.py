@@ -14,8 +14,8 @@ import pytest
 from source_world import MEMBERS, make_tar, make_zip, tree
 
 from mmpipe.errors import DataError
-from mmpipe.fetching import space
-from mmpipe.fetching.archives import DamagedArchive, unpack
+from mmpipe.sources.transfer import space
+from mmpipe.sources.transfer.archives import DamagedArchive, unpack
 
 
 @pytest.mark.parametrize(

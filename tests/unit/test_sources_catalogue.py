@@ -19,13 +19,13 @@ import yaml
 from PIL import Image
 from source_world import make_zip
 
-from mmpipe import workflow
+from mmpipe import jobs
 from mmpipe.artifacts import manifest
-from mmpipe.config.loader import read_mapping
+from mmpipe.cli.data import print_catalogue
 from mmpipe.errors import ConfigError
-from mmpipe.fetching import http
-from mmpipe.plan import Plan
-from mmpipe.report.catalogue import print_catalogue
+from mmpipe.plan.plan import Plan
+from mmpipe.settings_loader import read_mapping
+from mmpipe.sources.transfer import download
 
 ROOT = Path(__file__).parents[2]
 
@@ -271,7 +271,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "config", tmp_path / "config")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(http, "Patience", partial(http.Patience, pause=0.01))
+    monkeypatch.setattr(download, "Patience", partial(download.Patience, pause=0.01))
     return tmp_path
 
 
@@ -308,7 +308,7 @@ class _Output(SimpleNamespace):
 
 def fetch(name: str) -> dict[str, Any]:
     out = f"resources/datasets/{name}/manifest.json"
-    run(workflow.fetch, lambda plan: plan.source_spec(plan.datasets[name]), {"manifest": out}, dataset=name)
+    run(jobs.fetch, lambda plan: plan.source_spec(plan.datasets[name]), {"manifest": out}, dataset=name)
     return manifest.read(Path(out).parent)
 
 
@@ -362,7 +362,7 @@ def test_from_shared_pictures_on_a_server_to_a_verified_mixture(project: Path) -
         "report": f"{out}/report.json",
         "manifest": f"{out}/manifest.json",
     }
-    run(workflow.mix, lambda plan: plan.mixture_spec("small"), outputs, mixture="small")
+    run(jobs.mix, lambda plan: plan.mixture_spec("small"), outputs, mixture="small")
     report = json.loads(Path(out, "report.json").read_text())
     assert (report["kept"], report["dropped"]) == (3, 1)
     assert report["parts"][0]["expected"] == 5

@@ -20,9 +20,9 @@ from source_world import MEMBERS, entry, fetched, make_zip, published
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, sha256
 from mmpipe.errors import ConfigError, DataError
-from mmpipe.fetching import archives, http, progress
-from mmpipe.fetching.lock import locked, write_lock
 from mmpipe.sources.base import Source
+from mmpipe.sources.transfer import archives, download, progress
+from mmpipe.sources.transfer.lock import locked, write_lock
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project, online, with little patience."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    quick = http.Patience(connect=2, read=0.3, attempts=2, pause=0.01, longest_pause=0.02)
-    monkeypatch.setattr(http, "Patience", lambda: quick)
+    quick = download.Patience(connect=2, read=0.3, attempts=2, pause=0.01, longest_pause=0.02)
+    monkeypatch.setattr(download, "Patience", lambda: quick)
     return tmp_path
 
 

@@ -12,8 +12,8 @@ import pytest
 from faulty_server import FaultyServer
 
 from mmpipe.errors import DataError
-from mmpipe.fetching import space
-from mmpipe.fetching.http import Expected, Patience, download
+from mmpipe.sources.transfer import space
+from mmpipe.sources.transfer.download import Expected, Patience, download
 
 BODY = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(BODY).hexdigest()

@@ -19,8 +19,8 @@ from huggingface_hub import constants
 from source_world import MEMBERS, entry, fetched, make_zip, published
 
 from mmpipe.errors import DataError
-from mmpipe.fetching.lock import locked, write_lock
 from mmpipe.sources import hub as hub_source
+from mmpipe.sources.transfer.lock import locked, write_lock
 
 FILES = {
     "config.json": b"{}",

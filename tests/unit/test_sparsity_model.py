@@ -14,11 +14,11 @@ from torch import Tensor
 from mmpipe.errors import ConfigError, DataError
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
-from mmpipe.models.sparsity.forward_pass import KEYWORD, TrainingPass
+from mmpipe.models.sparsity.context import KEYWORD, TrainingPass
+from mmpipe.models.sparsity.hooks import FAMILIES, of_model, set_keep_rate, sparsify, whole
 from mmpipe.models.sparsity.record import recording
 from mmpipe.models.sparsity.segments import of_batch
 from mmpipe.models.sparsity.spec import SparsitySettings
-from mmpipe.models.sparsity.wrap import FAMILIES, of_model, set_keep_rate, sparsify, whole
 
 SMALL = {"d_model": 16, "nhead": 4, "dim_feedforward": 32}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}

@@ -17,23 +17,23 @@ from safetensors.torch import load_file, save_file
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, read_jsonl, write_json
 from mmpipe.benchmarks.base import Question
-from mmpipe.config.loader import validate
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError, DataError
 from mmpipe.inference.generate import Answerer
-from mmpipe.models import vlm
+from mmpipe.losses.vocabulary import token_rows
+from mmpipe.models import llava
 from mmpipe.models.moe.collect import moe_layers
-from mmpipe.objectives.vocabulary import token_rows
+from mmpipe.settings_loader import validate
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.distill_dense import DistillDense
 from mmpipe.stages.distill_sparse import DistillSparse
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.prefer import Prefer
 from mmpipe.stages.upcycle import Upcycle
-from mmpipe.training import annotate
-from mmpipe.training.annotate import Work, annotate_chunk, publish
-from mmpipe.training.annotations import Annotations
-from mmpipe.training.distillation import LiveTeacher, resized_pictures
+from mmpipe.training import precompute
+from mmpipe.training.objectives.distill_dense import LiveTeacher, resized_pictures
+from mmpipe.training.precompute import Work, annotate_chunk, publish
+from mmpipe.training.precomputed import Annotations
 
 COMMON = {"template": "qwen", "batch_size": 8, "max_steps": 4, "learning_rate": 1e-2}
 
@@ -208,7 +208,7 @@ def test_router_losses_count_as_published_or_as_asked(job, dense, compat, counte
     """The published code adds them to the language-modelling loss, and to the sum of both again."""
     grown = job("grown", parent=dense.model_dir)
     Upcycle(moe={"compat": compat, "capacity_factor": 1.5}).run(grown)
-    model, _, _ = vlm.load(grown.model_dir)
+    model, _, _ = llava.load(grown.model_dir)
     (layer,) = moe_layers(model).values()
     assert layer.router.settings.second_choice == ("gumbel" if compat == "reference" else "most_likely")
     history = distill(
@@ -241,7 +241,7 @@ def test_experts_and_routers_learn_while_attention_stays(job, dense, sparse):
 def test_a_trained_sparse_student_answers_the_same_in_stock_transformers(job, dense, sparse):
     made = job("student", parent=sparse.model_dir)
     distill(DistillSparse, made, dense.model_dir)  # publishing is gated by a fresh process
-    model, _, card = vlm.load(made.model_dir)
+    model, _, card = llava.load(made.model_dir)
     assert list(moe_layers(model)) == ["language_model.layers.0.mlp"]
     assert card["kind"] == "model"
 
@@ -255,7 +255,7 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(job, dense):
 def test_a_teacher_of_a_larger_head_that_wrote_down_everything_equals_the_live_one(job, dense, tmp_path):
     other = job("other")
     Finetune(data="mix", seed=1, **COMMON).run(other)
-    tokens = token_rows(vlm.load(dense.model_dir)[1].tokenizer)
+    tokens = token_rows(llava.load(dense.model_dir)[1].tokenizer)
     small = with_head_of(tokens, other.model_dir, tmp_path / "small")
     large = with_head_of(tokens + 64, dense.model_dir, tmp_path / "large")
     live = distill(DistillDense, job("live", parent=small), large)
@@ -291,7 +291,7 @@ def test_annotations_do_not_depend_on_the_batch(dense, tmp_path, monkeypatch, ki
     read = Annotations.log_probabilities if kind == "log_probabilities" else Annotations.tokens
     found = []
     for size in (1, 3, 8):
-        monkeypatch.setattr(annotate, "BATCH", size)
+        monkeypatch.setattr(precompute, "BATCH", size)
         settings = {"kind": kind, "k": 5, "seed": 0}
         notes = Annotations(written(tmp_path / str(size), dense.model_dir, mixture, settings))
         found.append(read(notes, [3, 1, 20]))
@@ -301,7 +301,7 @@ def test_annotations_do_not_depend_on_the_batch(dense, tmp_path, monkeypatch, ki
 
 
 def test_annotations_are_the_same_bytes_in_any_number_of_chunks(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(annotate, "RECORDS_PER_SHARD", 16)
+    monkeypatch.setattr(precompute, "RECORDS_PER_SHARD", 16)
     settings = {"kind": "sampled", "k": 5, "seed": 0}
     whole = written(tmp_path / "whole", dense.model_dir, "mix", settings)
     cut = written(tmp_path / "cut", dense.model_dir, "mix", settings, chunks=7, workers=1)
@@ -312,7 +312,7 @@ def test_annotations_are_the_same_bytes_in_any_number_of_chunks(dense, tmp_path,
 
 
 def test_a_killed_job_goes_on_with_the_next_shard(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(annotate, "RECORDS_PER_SHARD", 16)
+    monkeypatch.setattr(precompute, "RECORDS_PER_SHARD", 16)
     wanted = work(tmp_path, dense.model_dir, "mix", {"kind": "top_k", "k": 5})
 
     def interrupted(shards, total):
@@ -338,16 +338,16 @@ def test_a_killed_job_goes_on_with_the_next_shard(dense, tmp_path, monkeypatch):
 
 
 def test_another_number_of_chunks_takes_what_is_published(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(annotate, "RECORDS_PER_SHARD", 16)
+    monkeypatch.setattr(precompute, "RECORDS_PER_SHARD", 16)
     settings = {"kind": "top_k", "k": 5}
     out = written(tmp_path, dense.model_dir, "mix", settings)
     (out / "shards/00001-of-00004.arrow").write_bytes(
         bytes((out / "shards/00001-of-00004.arrow").stat().st_size)
     )
     made = []
-    write = annotate._Annotator.write
+    write = precompute._Annotator.write
     monkeypatch.setattr(
-        annotate._Annotator, "write", lambda self, name, path: (made.append(name), write(self, name, path))
+        precompute._Annotator, "write", lambda self, name, path: (made.append(name), write(self, name, path))
     )
     before = (out / "manifest.json").read_bytes()
     written(tmp_path, dense.model_dir, "mix", settings, chunks=2)
@@ -428,7 +428,7 @@ def test_a_teacher_of_another_image_size_is_refused(job, dense):
 
 @pytest.mark.parametrize("tokens", [3, 5])
 def test_all_tokens_need_a_teacher_with_as_many_picture_tokens(dense, tokens):
-    student, processor, _ = vlm.load(dense.model_dir)
+    student, processor, _ = llava.load(dense.model_dir)
     assert student.config.image_seq_length not in (3, 5)
     student.config.image_seq_length = tokens
     LiveTeacher(dense.model_dir, student, processor, "response")
@@ -487,7 +487,7 @@ def test_broken_weights_name_the_records_that_are_annotated(dense, tmp_path, kin
 def test_a_sparse_student_answers_the_same_at_every_batch_size(job, dense, sparse, world):
     made = job("student", parent=sparse.model_dir)
     distill(DistillSparse, made, dense.model_dir)
-    model, processor, card = vlm.load(made.model_dir)
+    model, processor, card = llava.load(made.model_dir)
     template = get_template(card["checkpoint"]["template"], processor.tokenizer)
     answerer = Answerer(model, processor, template)
     pictures = sorted((world / "resources/datasets/shapes").rglob("*.jpg"))[:18]

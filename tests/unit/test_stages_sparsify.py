@@ -17,13 +17,13 @@ from tiny_world import make_job
 
 from mmpipe.artifacts.files import read_jsonl
 from mmpipe.benchmarks.base import Question
+from mmpipe.checkpoints.save import load_checkpoint
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.inference.generate import Answerer
-from mmpipe.models import vlm
-from mmpipe.models.export import load_checkpoint
+from mmpipe.models import llava
+from mmpipe.models.sparsity.hooks import of_model, set_keep_rate, whole
 from mmpipe.models.sparsity.record import recording
-from mmpipe.models.sparsity.wrap import of_model, set_keep_rate, whole
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.sparsify import Sparsify
@@ -86,7 +86,7 @@ def pictures() -> list[Path]:
 
 def answers(job: StageJob, rate: float | str | None = "trained", **settings: Any) -> dict[Any, str]:
     """Answers of a checkpoint to a few questions."""
-    model, processor, card = vlm.load(job.model_dir)
+    model, processor, card = llava.load(job.model_dir)
     if rate != "trained":
         set_keep_rate(model, rate, "test")
     template = get_template(card["checkpoint"]["template"], processor.tokenizer)
@@ -120,7 +120,7 @@ def test_it_trains_and_logs_what_is_kept(sparsified) -> None:
 
 def test_the_checkpoint_is_dense_for_everyone_else(sparsified) -> None:
     """A fresh process that does not know this package reads the dense model."""
-    model, _, _ = vlm.load(sparsified.model_dir)
+    model, _, _ = llava.load(sparsified.model_dir)
     with whole(model), torch.no_grad():
         ids = torch.arange(3, 40)[None]
         expected = model(input_ids=ids).logits
@@ -146,7 +146,7 @@ def test_answers_do_not_depend_on_batch_or_sharing(sparsified, settings) -> None
 
 
 def test_the_keep_rate_can_be_changed_afterwards(sparsified, dense) -> None:
-    model, processor, card = vlm.load(sparsified.model_dir)
+    model, processor, card = llava.load(sparsified.model_dir)
     for rate, kept in ((0.25, 2), (0.5, 4), (1.0, 9)):
         set_keep_rate(model, rate, "test")
         template = get_template(card["checkpoint"]["template"], processor.tokenizer)
@@ -200,7 +200,7 @@ def test_a_student_with_experts(job, dense) -> None:
         Upcycle().run(experts)
     made = job("sparse-experts", parent=experts.model_dir)
     sparsify(max_steps=2).run(made)
-    model, _, _ = vlm.load(made.model_dir)
+    model, _, _ = llava.load(made.model_dir)
     assert of_model(model) is not None
     assert "router_balance" in read_jsonl(made.report_dir / "history.jsonl")[0]
     assert answers(made, batch_size=1) == answers(made, batch_size=16)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmpipe.plan import Plan
+from mmpipe.plan.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 KEYS = ("data", "learning_rate", "max_steps", "batch_size", "adam_betas", "warmup_ratio", "seed")

@@ -11,13 +11,13 @@ import torch
 from tiny_llava import batch, llava, processor
 from torch import nn
 
-from mmpipe.models.export import load_checkpoint, save_checkpoint
-from mmpipe.models.moe import stock
+from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
+from mmpipe.models.moe import hf
 from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_layers
-from mmpipe.models.moe.forward_pass import nothing_counts
+from mmpipe.models.moe.context import nothing_counts
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
-from mmpipe.models.tower import freeze_idle, look_at, multi_scale_features, noted_scales
+from mmpipe.models.vision_tower import freeze_idle, look_at, multi_scale_features, noted_scales
 
 TOWERS = ("clip", "siglip")
 
@@ -71,7 +71,7 @@ def test_class_tokens_of_the_tiles_are_averaged() -> None:
 @pytest.mark.parametrize("tower", TOWERS)
 def test_it_generates_and_survives_the_disk(tower: str, tmp_path: Path) -> None:
     model = multi_scale(tower)
-    assert "scales (1, 3)" in str(stock.why_not_stock(model))
+    assert "scales (1, 3)" in str(hf.why_not_stock(model))
     save_checkpoint(model, processor(), tmp_path)
     again, _ = load_checkpoint(tmp_path)
     assert noted_scales(again) == (1, 3)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mmpipe.artifacts.files import read_jsonl, sha256
 from mmpipe.errors import ConfigError
-from mmpipe.models import vlm
+from mmpipe.models import llava
 from mmpipe.models.moe.collect import moe_layers
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.stages.base import Hardware, StageJob
@@ -24,7 +24,7 @@ from mmpipe.stages.prefer import Prefer
 from mmpipe.stages.sparsify import Sparsify
 from mmpipe.stages.upcycle import Upcycle
 from mmpipe.training import launch
-from mmpipe.training.annotate import Work, annotate_chunk, publish
+from mmpipe.training.precompute import Work, annotate_chunk, publish
 from mmpipe.training.run import work
 from mmpipe.training.stop import Requests
 
@@ -89,7 +89,7 @@ def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, 
     shutil.copytree(whole.state_dir, halved.state_dir)
     on_two(stage, halved)
     assert sha256(halved.model_dir / "model.safetensors") == sha256(whole.model_dir / "model.safetensors")
-    model, _, _ = vlm.load(halved.model_dir)
+    model, _, _ = llava.load(halved.model_dir)
     assert len(moe_layers(model)) == 2
 
 

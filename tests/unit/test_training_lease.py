@@ -12,12 +12,12 @@ import time
 import pytest
 
 from mmpipe.errors import MmpipeError
-from mmpipe.training.lease import VISIBLE, leased
+from mmpipe.gpu_locks import VISIBLE, leased
 
 HOLD = """
 import json, os, sys, time
 from pathlib import Path
-from mmpipe.training.lease import leased
+from mmpipe.gpu_locks import leased
 with leased(int(sys.argv[1]), folder=Path(sys.argv[2]), poll=0.02):
     print(json.dumps(os.environ["CUDA_VISIBLE_DEVICES"]), flush=True)
     time.sleep(float(sys.argv[3]))

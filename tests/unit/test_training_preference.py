@@ -17,8 +17,8 @@ from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_la
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
 from mmpipe.stages.prefer import Prefer
-from mmpipe.training.objective import Normaliser, hidden_states
-from mmpipe.training.preference import Preference, halves
+from mmpipe.training.objectives.base import Normaliser, hidden_states
+from mmpipe.training.objectives.prefer import Preference, halves
 
 PAIRS = 2
 

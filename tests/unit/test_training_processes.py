@@ -18,8 +18,8 @@ import pytest
 from made_tokens import TINY, write_tokens
 
 from mmpipe.artifacts.files import read_json, read_jsonl, sha256
+from mmpipe.data.record_table import RecordTable, write_records
 from mmpipe.data.sampler import BatchPlan
-from mmpipe.data.store import RecordTable, write_records
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import MmpipeError
 from mmpipe.stages.base import StageJob

@@ -22,12 +22,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from mmpipe.demo.backbones import clip_tiny, qwen2_tiny, told_scenes
+from mmpipe.demo.datasets import INSTRUCTIONS
+from mmpipe.demo.moss2 import moss2_tiny
+from mmpipe.demo.questions import ASKED_AS, LETTERS
+from mmpipe.demo.scenes import ATTRIBUTES, PIXELS, Scene, scenes
 from mmpipe.errors import ConfigError
-from mmpipe.world.backbones import clip_tiny, qwen2_tiny, told_scenes
-from mmpipe.world.datasets import INSTRUCTIONS
-from mmpipe.world.moss2 import moss2_tiny
-from mmpipe.world.pictures import ATTRIBUTES, PIXELS, Scene, scenes
-from mmpipe.world.questions import ASKED_AS, LETTERS
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmpipe.demo import datasets
+from mmpipe.demo.questions import ASKED_AS, LETTER_ANSWER, LETTERS, SHORT_ANSWER, Choice
+from mmpipe.demo.scenes import ATTRIBUTES, BACKGROUNDS, PIXELS
 from mmpipe.errors import DataError
-from mmpipe.world import datasets
-from mmpipe.world.pictures import ATTRIBUTES, BACKGROUNDS, PIXELS
-from mmpipe.world.questions import ASKED_AS, LETTER_ANSWER, LETTERS, SHORT_ANSWER, Choice
 
 CHOICE = re.compile(
     rf"(?:<image>\n)?(?P<question>.+)\n(?P<options>(?:[A-D]\. .+\n){{2,4}}){re.escape(LETTER_ANSWER)}"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from mmpipe.demo.scenes import ATTRIBUTES, BACKGROUNDS, COLORS, COUNTS, PIXELS, Scene, scenes
 from mmpipe.errors import DataError
-from mmpipe.world.pictures import ATTRIBUTES, BACKGROUNDS, COLORS, COUNTS, PIXELS, Scene, scenes
 
 COMBINATIONS = [
     Scene(**dict(zip(ATTRIBUTES, values, strict=True)), variation=0)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mmpipe.errors import ConfigError
-from mmpipe.plan import Plan
+from mmpipe.plan.plan import Plan
 
 GROWN = "extends: demo\nstages: {upcycle: {moe: {placement: dense}}}\n"
 LATER = (

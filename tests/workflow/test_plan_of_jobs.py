@@ -176,7 +176,7 @@ def test_planning_is_quick_and_imports_nothing_heavy(fresh):
 
 
 def test_the_schema_of_the_configuration_is_up_to_date(fresh):
-    from mmpipe.config.schema import configuration_schema
+    from mmpipe.plan.schema import configuration_schema
 
     assert json.loads((fresh.root / "config/schema.json").read_text()) == configuration_schema(), (
         "the models changed: run 'mmpipe schema --out config/schema.json'"

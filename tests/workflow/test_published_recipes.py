@@ -11,7 +11,7 @@ import pytest
 import yaml
 from project_fixtures import REPOSITORY, Project
 
-from mmpipe.plan import Plan
+from mmpipe.plan.plan import Plan
 from mmpipe.stages.base import Stage
 
 

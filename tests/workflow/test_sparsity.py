@@ -10,7 +10,7 @@ import pytest
 import yaml
 from project_fixtures import REPOSITORY, Project
 
-from mmpipe.plan import Plan
+from mmpipe.plan.plan import Plan
 
 
 def jobs(project: Project, *targets: str, config: str = "demo-dynamic") -> dict[str, int]:

@@ -1,3 +1,3 @@
-from mmpipe.workflow import analyse
+from mmpipe.jobs import analyse
 
 analyse(snakemake)  # noqa: F821 - provided by Snakemake

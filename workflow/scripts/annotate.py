@@ -1,3 +1,3 @@
-from mmpipe.workflow import annotate
+from mmpipe.jobs import annotate
 
 annotate(snakemake)  # noqa: F821 - provided by Snakemake

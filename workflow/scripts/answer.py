@@ -1,3 +1,3 @@
-from mmpipe.workflow import answer
+from mmpipe.jobs import answer
 
 answer(snakemake)  # noqa: F821 - provided by Snakemake

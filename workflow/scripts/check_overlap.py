@@ -1,3 +1,3 @@
-from mmpipe.workflow import check_overlap
+from mmpipe.jobs import check_overlap
 
 check_overlap(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import compare
+from mmpipe.jobs import compare
 
 compare(snakemake)  # noqa: F821 - provided by Snakemake

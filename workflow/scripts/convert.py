@@ -1,3 +1,3 @@
-from mmpipe.workflow import convert
+from mmpipe.jobs import convert
 
 convert(snakemake)  # noqa: F821 - provided by Snakemake

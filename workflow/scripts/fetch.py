@@ -1,3 +1,3 @@
-from mmpipe.workflow import fetch
+from mmpipe.jobs import fetch
 
 fetch(snakemake)  # noqa: F821 - provided by Snakemake

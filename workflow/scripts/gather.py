@@ -1,3 +1,3 @@
-from mmpipe.workflow import gather
+from mmpipe.jobs import gather
 
 gather(snakemake)  # noqa: F821 - provided by Snakemake

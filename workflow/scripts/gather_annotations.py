@@ -1,3 +1,3 @@
-from mmpipe.workflow import gather_annotations
+from mmpipe.jobs import gather_annotations
 
 gather_annotations(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import gather_experts
+from mmpipe.jobs import gather_experts
 
 gather_experts(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import judge
+from mmpipe.jobs import judge
 
 judge(snakemake)  # noqa: F821 - provided by Snakemake

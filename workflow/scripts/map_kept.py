@@ -1,3 +1,3 @@
-from mmpipe.workflow import map_kept
+from mmpipe.jobs import map_kept
 
 map_kept(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import measure_efficiency
+from mmpipe.jobs import measure_efficiency
 
 measure_efficiency(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import mix
+from mmpipe.jobs import mix
 
 mix(snakemake)  # noqa: F821 - provided by Snakemake

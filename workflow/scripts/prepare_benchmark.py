@@ -1,3 +1,3 @@
-from mmpipe.workflow import prepare_benchmark
+from mmpipe.jobs import prepare_benchmark
 
 prepare_benchmark(snakemake)  # noqa: F821 - provided by Snakemake

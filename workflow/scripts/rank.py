@@ -1,3 +1,3 @@
-from mmpipe.workflow import rank
+from mmpipe.jobs import rank
 
 rank(snakemake)  # noqa: F821 - provided by Snakemake

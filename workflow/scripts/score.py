@@ -1,3 +1,3 @@
-from mmpipe.workflow import score
+from mmpipe.jobs import score
 
 score(snakemake)  # noqa: F821 - provided by Snakemake

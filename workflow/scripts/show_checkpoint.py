@@ -1,3 +1,3 @@
-from mmpipe.workflow import show_checkpoint
+from mmpipe.jobs import show_checkpoint
 
 show_checkpoint(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import show_comparison
+from mmpipe.jobs import show_comparison
 
 show_comparison(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import show_efficiency
+from mmpipe.jobs import show_efficiency
 
 show_efficiency(snakemake)  # noqa: F821 - provided by Snakemake

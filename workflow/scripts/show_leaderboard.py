@@ -1,3 +1,3 @@
-from mmpipe.workflow import show_leaderboard
+from mmpipe.jobs import show_leaderboard
 
 show_leaderboard(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import show_mixture
+from mmpipe.jobs import show_mixture
 
 show_mixture(snakemake)  # noqa: F821 - provided by Snakemake

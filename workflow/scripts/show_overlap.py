@@ -1,3 +1,3 @@
-from mmpipe.workflow import show_overlap
+from mmpipe.jobs import show_overlap
 
 show_overlap(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import show_samples
+from mmpipe.jobs import show_samples
 
 show_samples(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import show_tokens
+from mmpipe.jobs import show_tokens
 
 show_tokens(snakemake)  # noqa: F821 - provided by Snakemake

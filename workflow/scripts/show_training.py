@@ -1,3 +1,3 @@
-from mmpipe.workflow import show_training
+from mmpipe.jobs import show_training
 
 show_training(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import stage
+from mmpipe.jobs import stage
 
 stage(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,3 +1,3 @@
-from mmpipe.workflow import tokenise
+from mmpipe.jobs import tokenise
 
 tokenise(snakemake)  # noqa: F821 - provided by Snakemake

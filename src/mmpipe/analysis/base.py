@@ -14,7 +14,7 @@ from mmpipe.registry import modules
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mmpipe.analysis.plan import ExpertLogs
+    from mmpipe.plan.experts import ExpertLogs
 
 Row = dict[str, Any]
 
@@ -107,7 +107,7 @@ class Layer:
 
 def read_layers(path: Path) -> Iterator[Layer]:
     """The layers of a log, one in memory at a time; layers without a single token are left out."""
-    from mmpipe.inference.expert_log import places
+    from mmpipe.analysis.expert_log import places
 
     for place in places(path):
         layer = read_layer(path, place)
@@ -119,7 +119,7 @@ def read_layer(path: Path, place: Any) -> Layer | None:
     """One layer of a log; None when the log has none or not a token in it."""
     import numpy as np
 
-    from mmpipe.inference import expert_log
+    from mmpipe.analysis import expert_log
 
     table = expert_log.read_layer(path, place)
     if table is None or not len(table):
@@ -162,7 +162,7 @@ def axes(
     path: Path, panels: int, *, width: float = 3.6, height: float = 3.0, columns: int = 3
 ) -> Iterator[Any]:
     """Axes for ``panels`` panels in rows of ``columns``, saved as SVG when the block ends."""
-    from mmpipe.report.figure import figure
+    from mmpipe.plotting import figure
 
     columns = max(1, min(columns, panels))
     rows = -(-max(1, panels) // columns)

@@ -30,8 +30,8 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.choices import LETTERS, infer_option, options_block
-from mmpipe.benchmarks.pictures import hub_picture
-from mmpipe.benchmarks.records import iter_rows
+from mmpipe.benchmarks.image_bytes import hub_picture
+from mmpipe.benchmarks.jsonl import iter_rows
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from mmpipe.benchmarks.jsonl import Document, read_documents, write_records
 from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.records import Document, read_documents, write_records
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import ConfigError, DataError, did_you_mean
 from mmpipe.registry import load_object, modules

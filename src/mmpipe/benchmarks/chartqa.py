@@ -29,8 +29,8 @@ from mmpipe.benchmarks.base import (
     numbered,
     records_of,
 )
-from mmpipe.benchmarks.forms import hub_records, on_hub, pictures_of
-from mmpipe.benchmarks.records import read_document
+from mmpipe.benchmarks.jsonl import read_document
+from mmpipe.benchmarks.readers import hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmpipe.benchmarks.seeds import by_seed
+from mmpipe.benchmarks.seed_stats import by_seed
 from mmpipe.errors import DataError
 
 

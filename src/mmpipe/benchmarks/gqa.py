@@ -34,8 +34,8 @@ from mmpipe.benchmarks.base import (
     records_of,
     require,
 )
-from mmpipe.benchmarks.forms import as_llava_asks, hub_pictures, hub_records, on_hub
-from mmpipe.benchmarks.records import parquet_rows, write_document
+from mmpipe.benchmarks.jsonl import parquet_rows, write_document
+from mmpipe.benchmarks.readers import as_llava_asks, hub_pictures, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 

@@ -29,9 +29,9 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
-from mmpipe.benchmarks.forms import hub_pictures_if_any, hub_records, on_hub
+from mmpipe.benchmarks.jsonl import read_document, write_document
 from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.records import read_document, write_document
+from mmpipe.benchmarks.readers import hub_pictures_if_any, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.yesno import OTHER, yes_in_it, yes_or_no_word
 from mmpipe.errors import DataError

@@ -24,8 +24,8 @@ from typing import Any
 
 from mmpipe.artifacts.files import canonical_json
 from mmpipe.benchmarks.base import get
+from mmpipe.benchmarks.jsonl import Record, read_answers
 from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.records import Record, read_answers
 from mmpipe.benchmarks.spec import JudgeSettings
 from mmpipe.errors import ConfigError, DataError, MmpipeError
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmpipe.benchmarks.paired import paired_difference
-from mmpipe.benchmarks.seeds import by_seed
+from mmpipe.benchmarks.seed_stats import by_seed
 
 Scores = Mapping[str, Mapping[str, Any]]
 """The contents of ``score.json`` by checkpoint."""

@@ -32,9 +32,9 @@ from mmpipe.benchmarks.base import (
     records_of,
 )
 from mmpipe.benchmarks.choices import LETTERS, infer_option, options_block
-from mmpipe.benchmarks.forms import hub_records, on_hub, pictures_of
+from mmpipe.benchmarks.jsonl import read_document, write_document
 from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.records import read_document, write_document
+from mmpipe.benchmarks.readers import hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 
 _FIELDS = ("pid", "question_type", "answer_type", "answer")

@@ -34,10 +34,10 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.choices import infer_option, infer_option_lmms, options_block
-from mmpipe.benchmarks.pictures import decode_base64, hub_picture
-from mmpipe.benchmarks.records import is_missing, iter_rows
-from mmpipe.benchmarks.sheets import write_sheet
+from mmpipe.benchmarks.image_bytes import decode_base64, hub_picture
+from mmpipe.benchmarks.jsonl import is_missing, iter_rows
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
+from mmpipe.benchmarks.xlsx import write_sheet
 from mmpipe.errors import DataError
 
 _OPTION_LETTER_CN = "\n请直接回答选项字母。"

@@ -33,7 +33,7 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
-from mmpipe.benchmarks.forms import hub_pictures, hub_records, on_hub
+from mmpipe.benchmarks.readers import hub_pictures, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, bootstrap
 from mmpipe.benchmarks.yesno import OTHER, first_four, first_four_lmms, yes_or_no_word
 from mmpipe.errors import DataError

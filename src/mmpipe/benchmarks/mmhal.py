@@ -30,9 +30,9 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
+from mmpipe.benchmarks.image_bytes import decode_base64
+from mmpipe.benchmarks.jsonl import read_document, write_document
 from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.pictures import decode_base64
-from mmpipe.benchmarks.records import read_document, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 
 _FIELDS = ("question", "gt_answer", "image_content")

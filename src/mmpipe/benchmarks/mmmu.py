@@ -36,8 +36,8 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.choices import LETTERS, options_block
-from mmpipe.benchmarks.pictures import hub_picture
-from mmpipe.benchmarks.records import iter_rows, read_document, without_pictures, write_document
+from mmpipe.benchmarks.image_bytes import hub_picture
+from mmpipe.benchmarks.jsonl import iter_rows, read_document, without_pictures, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 

@@ -28,8 +28,8 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.choices import extract_letter_lmms
-from mmpipe.benchmarks.pictures import hub_picture
-from mmpipe.benchmarks.records import iter_rows
+from mmpipe.benchmarks.image_bytes import hub_picture
+from mmpipe.benchmarks.jsonl import iter_rows
 from mmpipe.benchmarks.stats import Estimate, bootstrap, estimate_mean
 
 _FIELDS = ("index", "question", "answer", "category", "l2_category")

@@ -23,8 +23,8 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
-from mmpipe.benchmarks.forms import hub_records, on_hub, pictures_of
-from mmpipe.benchmarks.records import read_document, write_document
+from mmpipe.benchmarks.jsonl import read_document, write_document
+from mmpipe.benchmarks.readers import hub_records, on_hub, pictures_of
 from mmpipe.errors import DataError
 
 _PREFIX = "v1_"

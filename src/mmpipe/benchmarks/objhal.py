@@ -38,9 +38,9 @@ from mmpipe.benchmarks.base import (
     records_of,
     require,
 )
+from mmpipe.benchmarks.image_bytes import decode_base64
+from mmpipe.benchmarks.jsonl import iter_rows, read_document, read_documents, write_records
 from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.pictures import decode_base64
-from mmpipe.benchmarks.records import iter_rows, read_document, read_documents, write_records
 from mmpipe.benchmarks.stats import Estimate, bootstrap
 from mmpipe.errors import DataError
 

@@ -31,8 +31,8 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
-from mmpipe.benchmarks.forms import as_llava_asks, hub_records, on_hub, pictures_of
-from mmpipe.benchmarks.records import read_document, write_records
+from mmpipe.benchmarks.jsonl import read_document, write_records
+from mmpipe.benchmarks.readers import as_llava_asks, hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.stats import Estimate, bootstrap, estimate_mean
 from mmpipe.benchmarks.yesno import NO, OTHER, YES, equal_lmms, llava_pope, yes_or_no_word
 from mmpipe.errors import DataError

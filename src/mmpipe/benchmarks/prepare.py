@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from mmpipe.artifacts.files import link_or_copy, read_jsonl
 from mmpipe.benchmarks.base import Benchmark, Question, Record, get
-from mmpipe.benchmarks.pictures import extension
-from mmpipe.benchmarks.records import write_records
+from mmpipe.benchmarks.image_bytes import extension
+from mmpipe.benchmarks.jsonl import write_records
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.errors import DataError
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from mmpipe.config.base import Settings
+from mmpipe.settings import Settings
 
 
 class Measure(Settings):

@@ -33,8 +33,8 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.choices import LETTERS, options_block
-from mmpipe.benchmarks.forms import hub_pictures_if_any, hub_records, on_hub
-from mmpipe.benchmarks.records import read_document, write_document
+from mmpipe.benchmarks.jsonl import read_document, write_document
+from mmpipe.benchmarks.readers import hub_pictures_if_any, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmpipe.artifacts.files import sha256, write_json
 from mmpipe.benchmarks.base import Benchmark, Record, Score, get, names, records_of
-from mmpipe.benchmarks.records import read_answers, read_document, write_records
+from mmpipe.benchmarks.jsonl import read_answers, read_document, write_records
 
 
 def score_files(

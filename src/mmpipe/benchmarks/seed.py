@@ -26,7 +26,7 @@ from mmpipe.benchmarks.base import (
     records_of,
 )
 from mmpipe.benchmarks.choices import options_block
-from mmpipe.benchmarks.records import read_document, write_records
+from mmpipe.benchmarks.jsonl import read_document, write_records
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 
 _FIELDS = ("question_id", "answer", "question_type_id", "data_type")

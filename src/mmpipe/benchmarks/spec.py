@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mmpipe.config.base import Settings
+from mmpipe.settings import Settings
 
 
 class JudgeSettings(Settings):

@@ -30,10 +30,16 @@ from mmpipe.benchmarks.base import (
     records_of,
     require,
 )
-from mmpipe.benchmarks.forms import hub_records, on_hub, pictures_of
-from mmpipe.benchmarks.records import read_document, write_document
+from mmpipe.benchmarks.jsonl import read_document, write_document
+from mmpipe.benchmarks.readers import hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
-from mmpipe.benchmarks.text import evalai_normal, one_line, soft_accuracy, vqa_normal, vqa_normal_vlmevalkit
+from mmpipe.benchmarks.text import (
+    evalai_normal,
+    one_line,
+    soft_accuracy,
+    vqa_normal,
+    vqa_normal_vlmevalkit,
+)
 from mmpipe.errors import DataError
 
 _OCR = "Reference OCR token: "

@@ -30,8 +30,8 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
-from mmpipe.benchmarks.forms import as_llava_asks, hub_records, on_hub, pictures_of
-from mmpipe.benchmarks.records import write_document
+from mmpipe.benchmarks.jsonl import write_document
+from mmpipe.benchmarks.readers import as_llava_asks, hub_records, on_hub, pictures_of
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.text import (
     CONTRACTIONS,

@@ -30,8 +30,8 @@ from mmpipe.benchmarks.base import (
     records_of,
     require,
 )
-from mmpipe.benchmarks.forms import as_llava_asks, hub_pictures, hub_records, on_hub
-from mmpipe.benchmarks.records import read_document, write_document
+from mmpipe.benchmarks.jsonl import read_document, write_document
+from mmpipe.benchmarks.readers import as_llava_asks, hub_pictures, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.text import evalai_normal, one_line, soft_accuracy, vqa_normal, vqa_normal_lmms
 from mmpipe.errors import DataError

@@ -18,11 +18,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
-from mmpipe.chat import pictures
-from mmpipe.chat.desk import Answer, Busy
+from mmpipe.chat import images
 from mmpipe.chat.messages import Message, Reply, Sampling
+from mmpipe.chat.queue import Answer, Busy
 from mmpipe.errors import MmpipeError, did_you_mean
-from mmpipe.fetching.guarded import Limits
+from mmpipe.sources.transfer.public_url import Limits
 
 if TYPE_CHECKING:
     from mmpipe.chat.model import ChatModel
@@ -201,8 +201,8 @@ def _picture(part: _Part, limits: Limits) -> Any:
         raise _Refused(400, "an image_url part needs image_url.url", param="messages")
     url = part.image_url.url
     if url[:5].lower() == "data:":
-        return pictures.from_data_url(url, limits.size)
-    return pictures.from_address(url, limits)
+        return images.from_data_url(url, limits.size)
+    return images.from_address(url, limits)
 
 
 class _refusing:

@@ -14,15 +14,15 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from mmpipe.chat import fit
-from mmpipe.chat.desk import Answer, Desk
+from mmpipe.chat import memory
 from mmpipe.chat.messages import ChatError, Message, Reply, Sampling
-from mmpipe.chat.opening import Opened
+from mmpipe.chat.open import Opened
+from mmpipe.chat.queue import Answer, Desk
 from mmpipe.chat.stream import Detokenizer, TextStream
 from mmpipe.inference.stopping import stop_ids
 from mmpipe.models.moe.collect import collect_statistics, moe_layers
+from mmpipe.models.sparsity.hooks import of_model
 from mmpipe.models.sparsity.record import Record, recording
-from mmpipe.models.sparsity.wrap import of_model
 
 
 class ChatModel:
@@ -80,7 +80,7 @@ class ChatModel:
         loads = _ExpertLoads(self.model)
         what = f"a conversation of {length} tokens and an answer of up to {limit}"
         hint = "clear the conversation, show fewer pictures, ask for fewer tokens, or load in fewer bits"
-        with loads.counted(), self._recorded() as kept, fit.told(what, hint):
+        with loads.counted(), self._recorded() as kept, memory.told(what, hint):
             self.model.generate(
                 **inputs,
                 generation_config=self._generation(sampling, limit),

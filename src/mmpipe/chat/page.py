@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from fastapi import FastAPI
 
-from mmpipe.chat import pictures
+from mmpipe.chat import images
 from mmpipe.chat.escape import visible
-from mmpipe.chat.inside import expert_bars, kept_picture, kept_pictures
 from mmpipe.chat.messages import Message, Reply, Sampling, ask, said
+from mmpipe.chat.visualise import expert_bars, kept_picture, kept_pictures
 from mmpipe.errors import MmpipeError
 
 if TYPE_CHECKING:
-    from mmpipe.chat.desk import Answer
     from mmpipe.chat.model import ChatModel
+    from mmpipe.chat.queue import Answer
 
 UPLOAD = 20 << 20
 """Bytes of an uploaded file at most."""
@@ -65,9 +65,7 @@ class _Talk:
     ) -> Iterator[tuple[list[list[dict[str, Any]]], list[Reply | None]]]:
         """Ask every checkpoint in turn; yields what each conversation shows and the replies there are so far."""
         text, files = (box.get("text") or "").strip(), box.get("files") or []
-        question = ask(
-            text, [pictures.from_bytes(Path(file).read_bytes(), Path(file).name) for file in files]
-        )
+        question = ask(text, [images.from_bytes(Path(file).read_bytes(), Path(file).name) for file in files])
         for column in shown:
             column += [{"role": "user", "content": {"path": file}} for file in files]
             column += [{"role": "user", "content": _shown(text)}] if text else []

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmpipe.chat.loading import Bits
 from mmpipe.chat.messages import ChatError
+from mmpipe.chat.options import Bits
 from mmpipe.models.moe.routers.base import BaseRouter
 
 log = logging.getLogger(__name__)

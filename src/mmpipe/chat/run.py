@@ -10,14 +10,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmpipe.chat import pictures
 from mmpipe.chat.find import Found, find
-from mmpipe.chat.loading import Loading
 from mmpipe.chat.messages import ChatError, Sampling
+from mmpipe.chat.options import Loading
 
 if TYPE_CHECKING:
-    from mmpipe.chat.desk import Desk
     from mmpipe.chat.model import ChatModel
+    from mmpipe.chat.queue import Desk
 
 
 def chat(
@@ -32,9 +31,9 @@ def chat(
     """Talk, or with ``prompt`` ask once (``-`` reads it from the standard input)."""
     found = find(checkpoint, configfile)
     for where in images:
-        pictures.check(where)
-    shown = [pictures.from_anywhere(where) for where in images]
-    from mmpipe.chat.desk import Desk
+        images.check(where)
+    shown = [images.from_anywhere(where) for where in images]
+    from mmpipe.chat.queue import Desk
     from mmpipe.chat.terminal import Terminal, aloud, once
 
     with closing(Desk()) as desk:
@@ -55,7 +54,7 @@ def serve(
     found = [find(checkpoint, configfile) for checkpoint in checkpoints]
     if importlib.util.find_spec("gradio") is None:
         raise ChatError("mmpipe serve needs gradio: pip install 'mmpipe[chat]'")
-    from mmpipe.chat.desk import Desk
+    from mmpipe.chat.queue import Desk
     from mmpipe.chat.server import build, listen
 
     with closing(Desk()) as desk:
@@ -73,6 +72,6 @@ def open_model(found: Found, loading: Loading, desk: Desk) -> ChatModel:
     if not sys.stderr.isatty():
         talk.disable_progress_bar()
     from mmpipe.chat.model import ChatModel
-    from mmpipe.chat.opening import open_checkpoint
+    from mmpipe.chat.open import open_checkpoint
 
     return ChatModel(open_checkpoint(found, loading), desk)

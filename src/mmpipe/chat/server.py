@@ -14,9 +14,9 @@ from mmpipe.chat import api, page
 from mmpipe.chat.messages import ChatError, Sampling
 
 if TYPE_CHECKING:
-    from mmpipe.chat.desk import Desk
     from mmpipe.chat.model import ChatModel
-    from mmpipe.fetching.guarded import Limits
+    from mmpipe.chat.queue import Desk
+    from mmpipe.sources.transfer.public_url import Limits
 
 HOST = "127.0.0.1"
 

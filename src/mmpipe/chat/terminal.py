@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mmpipe.chat import pictures
+from mmpipe.chat import images
 from mmpipe.chat.escape import visible
 from mmpipe.chat.messages import ChatError, Message, Reply, Sampling, ask, said
 from mmpipe.errors import MmpipeError, did_you_mean
@@ -15,8 +15,8 @@ from mmpipe.errors import MmpipeError, did_you_mean
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mmpipe.chat.desk import Answer
     from mmpipe.chat.model import ChatModel
+    from mmpipe.chat.queue import Answer
 
 _PROMPT = "> "
 _SETTINGS = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
@@ -94,7 +94,7 @@ class Terminal:
         """/image FILE or ADDRESS: show a picture with the next question; several are possible"""
         if not where:
             raise ChatError("/image needs a file or an address")
-        image = pictures.from_anywhere(where)
+        image = images.from_anywhere(where)
         self.pending.append(image)
         self._say(
             f"picture {len(self.pending)} for the next question: {where} ({image.width} x {image.height})\n"

@@ -10,11 +10,11 @@ from typing import Any
 
 from mmpipe.artifacts.files import write_json
 from mmpipe.data.digests import PICTURES, DigestWriter
-from mmpipe.data.part import EQUAL_PICTURE, Known, Log, Part
-from mmpipe.data.pictures import EmbeddedPictures
+from mmpipe.data.image_files import EmbeddedPictures
+from mmpipe.data.record_table import write_records
+from mmpipe.data.report import Pace, histogram, keeping
 from mmpipe.data.spec import MixtureSpec
-from mmpipe.data.store import write_records
-from mmpipe.data.tally import Pace, histogram, keeping
+from mmpipe.data.verify import EQUAL_PICTURE, Known, Log, Part
 from mmpipe.errors import DataError
 
 RECORDS = "records.arrow"

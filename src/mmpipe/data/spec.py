@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from mmpipe.config.base import Settings
+from mmpipe.settings import Settings
 
 
 def _inside(path: str) -> str:

@@ -22,9 +22,16 @@ import pyarrow as pa
 
 from mmpipe.artifacts.files import canonical_json, read_json, write_json
 from mmpipe.data.labels import IGNORE, Encoded, encode
-from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
-from mmpipe.data.store import RecordTable
-from mmpipe.data.tally import Pace, Tally, histogram, keeping, up_to
+from mmpipe.data.record_table import RecordTable
+from mmpipe.data.records import (
+    AnyRecord,
+    BadRecord,
+    PreferenceRecord,
+    Record,
+    check_marks,
+    length_in_words,
+)
+from mmpipe.data.report import Pace, Tally, histogram, keeping, up_to
 from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError, DataError
 

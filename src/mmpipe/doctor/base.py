@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from mmpipe.config.loader import read_mapping
 from mmpipe.errors import ConfigError
-from mmpipe.plan import Plan, StagePlan
+from mmpipe.plan.plan import Plan, StagePlan
+from mmpipe.settings_loader import read_mapping
 
 Status = Literal["ok", "warning", "problem"]
 _PROBE_SECONDS = 180

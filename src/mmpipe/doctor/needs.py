@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmpipe.doctor.base import Machine
 from mmpipe.errors import ConfigError
 from mmpipe.estimate.stage import estimate
-from mmpipe.plan import Plan
+from mmpipe.plan.plan import Plan
 from mmpipe.sources.base import Source
 
 

@@ -9,7 +9,7 @@ from mmpipe.artifacts.files import read_json
 from mmpipe.stages.base import Annotation
 
 if TYPE_CHECKING:
-    from mmpipe.plan import Plan
+    from mmpipe.plan.plan import Plan
 
 ENTRY_BYTES = 6
 """Of one token: its id in 4 bytes, its log-probability in 2."""

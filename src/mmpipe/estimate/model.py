@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from mmpipe.artifacts.files import read_json
 from mmpipe.estimate import tensors as count
-from mmpipe.models.moe.placement import layer_indices
+from mmpipe.models.moe.patterns import layer_indices
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.stages.upcycle import Upcycle
 
 if TYPE_CHECKING:
-    from mmpipe.plan import Plan, StagePlan
+    from mmpipe.plan.plan import Plan, StagePlan
 
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _PREFIXES = {"language_model": "language_model.layers", "vision_tower": "vision_tower.encoder.layers"}

@@ -12,10 +12,10 @@ from mmpipe.estimate import flops, memory
 from mmpipe.estimate import tensors as count
 from mmpipe.estimate.model import Model, model_of
 from mmpipe.stages.base import TrainStage
-from mmpipe.training import zero
+from mmpipe.training import deepspeed
 
 if TYPE_CHECKING:
-    from mmpipe.plan import Plan, StagePlan
+    from mmpipe.plan.plan import Plan, StagePlan
 
 UTILIZATION = 0.4
 """Share of a GPU's peak that is assumed to be reached."""
@@ -140,7 +140,7 @@ def _trained(model: Model, settings: TrainStage) -> tuple[count.Tensors, list[st
 def _spread(kind: str | None, processes: int) -> memory.Spread:
     if kind is None:
         return memory.Spread(processes)
-    chosen: dict[str, Any] = zero.optimization(kind)
+    chosen: dict[str, Any] = deepspeed.optimization(kind)
     return memory.Spread(processes, chosen["stage"], "offload_optimizer" in chosen, "offload_param" in chosen)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from mmpipe.artifacts.files import read_jsonl
 from mmpipe.benchmarks.base import Question
-from mmpipe.benchmarks.records import write_records
+from mmpipe.benchmarks.jsonl import write_records
 from mmpipe.errors import ArtifactError, DataError
 
 PARTIAL = "answers.partial.jsonl"

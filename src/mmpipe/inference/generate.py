@@ -24,12 +24,12 @@ from mmpipe.data.records import IMAGE_MARK, Turn
 from mmpipe.data.templates import Rendered, Template
 from mmpipe.errors import DataError
 from mmpipe.inference.stopping import stop_ids
-from mmpipe.models.sparsity.wrap import of_prompt, shares_prompts
+from mmpipe.models.sparsity.hooks import of_prompt, shares_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mmpipe.inference.expert_log import ExpertLog, Owner
+    from mmpipe.analysis.expert_log import ExpertLog, Owner
 
 Answer = dict[str, Any]
 

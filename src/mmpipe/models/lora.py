@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmpipe.artifacts.files import apply_umask
+from mmpipe.checkpoints.save import some
 from mmpipe.errors import ArtifactError
-from mmpipe.models.export import some
 from mmpipe.models.trainable import matching
 
 if TYPE_CHECKING:

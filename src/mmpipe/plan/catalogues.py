@@ -12,10 +12,10 @@ from mmpipe.artifacts.files import canonical_json
 from mmpipe.benchmarks.base import get
 from mmpipe.benchmarks.published import PublishedTable
 from mmpipe.benchmarks.spec import BenchmarkEntry
-from mmpipe.config.loader import read_mapping, validate
-from mmpipe.config.models import Config
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.errors import ConfigError, did_you_mean
+from mmpipe.plan.config import Config
+from mmpipe.settings_loader import read_mapping, validate
 from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 
@@ -66,7 +66,7 @@ class Catalogues:
             if backbone.needs():
                 where = f"{folder / 'backbones.yaml'}, entry '{name}'"
                 raise ConfigError(f"{where}: only data sets can be of the source '{backbone.kind}'")
-            layouts = dict.fromkeys(registry.names("mmpipe.lineage"))
+            layouts = dict.fromkeys(registry.names("mmpipe.checkpoints.layouts"))
             self._known(backbone.layout, layouts, f"{folder / 'backbones.yaml'}, entry '{name}'", "layout")
         for name, dataset in self.datasets.items():
             if dataset.model_fields_set & {"layout", "subfolder"}:

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmpipe.config.loader import read_mapping, validate
-from mmpipe.config.models import Recipe
 from mmpipe.errors import ConfigError, did_you_mean
 from mmpipe.plan.catalogues import NAME, Catalogues
+from mmpipe.plan.config import Recipe
 from mmpipe.plan.stages import StagePlan
+from mmpipe.plan.variants import split
+from mmpipe.settings_loader import read_mapping, validate
 from mmpipe.stages import stage_kinds
 from mmpipe.stages.base import Hardware, Stage
-from mmpipe.variants import split
 
 CONSTRUCT = "construct"
 """The stage that brings a whole checkpoint in; put before the others where a recipe does not name it."""

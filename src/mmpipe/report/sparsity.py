@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmpipe.artifacts.files import read_json
-from mmpipe.report.figure import figure
+from mmpipe.plotting import figure
 from mmpipe.report.page import write_page
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def keep_maps_page(
     places: tuple[int, int] | None,
     page: Path,
 ) -> None:
-    """Show what is kept of each picture: ``maps`` as :func:`mmpipe.inference.keep_maps.keep_maps` gives them, ``pictures`` in
+    """Show what is kept of each picture: ``maps`` as :func:`mmpipe.analysis.retention_maps.keep_maps` gives them, ``pictures`` in
     the same order, ``places`` as its ``grid`` tells them."""
     shown = [
         {

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from mmpipe.artifacts.files import read_json, read_jsonl
-from mmpipe.objectives.collapse import ALARM
-from mmpipe.report.figure import COLOURS, figure
+from mmpipe.losses.collapse import ALARM
+from mmpipe.plotting import COLOURS, figure
 from mmpipe.report.page import write_page
 
 _NOT_LOSSES = {"step", "tokens", "loss", "learning_rate", "grad_norm", "records_replaced"}

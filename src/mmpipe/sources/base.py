@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mmpipe.config.base import Settings
 from mmpipe.data.spec import InnerPath
 from mmpipe.errors import DataError
+from mmpipe.settings import Settings
 
 if TYPE_CHECKING:
-    from mmpipe.fetching.desk import Desk
+    from mmpipe.sources.transfer.staging import Desk
 
 log = logging.getLogger(__name__)
 _NOTES = frozenset(
@@ -61,7 +61,7 @@ class Source(Settings):
     records: int | None = Field(None, gt=0)
     """How many records (or pictures) its publishers name."""
     layout: str = "stock"
-    """Backbones: how the files name their tensors, a module of ``mmpipe.lineage``. ``stock`` is what transformers writes."""
+    """Backbones: how the files name their tensors, a module of ``mmpipe.checkpoints.layouts``. ``stock`` is what transformers writes."""
     shape: dict[str, Any] = {}
     """Backbones: what their ``config.json`` says of their size, for estimates before they are fetched."""
     subfolder: InnerPath | None = None
@@ -136,9 +136,9 @@ class Downloaded(Source):
         return sum((pinned | {file.to: file.size for file in self.wanted() if file.size}).values())
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        from mmpipe.fetching.desk import desk_for
-        from mmpipe.fetching.progress import progress
-        from mmpipe.fetching.space import check_space
+        from mmpipe.sources.transfer.progress import progress
+        from mmpipe.sources.transfer.space import check_space
+        from mmpipe.sources.transfer.staging import desk_for
 
         with desk_for(out, self.spec(), locked or {}) as desk:
             log.log(logging.WARNING if self.restricted else logging.INFO, "%s: %s", out.name, self.terms)

@@ -17,8 +17,8 @@ from mmpipe.errors import DataError
 from mmpipe.sources.base import Downloaded, WantedFile, check_online
 
 if TYPE_CHECKING:
-    from mmpipe.fetching.desk import Desk
-    from mmpipe.fetching.http import Expected
+    from mmpipe.sources.transfer.download import Expected
+    from mmpipe.sources.transfer.staging import Desk
 
 DriveId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{10,}$")]
 

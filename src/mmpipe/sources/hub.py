@@ -18,7 +18,7 @@ from mmpipe.errors import DataError
 from mmpipe.sources.base import Downloaded, check_online
 
 if TYPE_CHECKING:
-    from mmpipe.fetching.desk import Desk
+    from mmpipe.sources.transfer.staging import Desk
 
 log = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -95,7 +95,7 @@ class Hub(Downloaded):
         from huggingface_hub.hf_api import RepoFile
         from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 
-        from mmpipe.fetching.space import check_space
+        from mmpipe.sources.transfer.space import check_space
 
         if not sys.stderr.isatty():
             disable_progress_bars()

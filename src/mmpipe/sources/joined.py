@@ -34,8 +34,8 @@ class Joined(Source):
         )
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        from mmpipe.fetching.desk import take_possession
-        from mmpipe.fetching.space import clear_directory
+        from mmpipe.sources.transfer.space import clear_directory
+        from mmpipe.sources.transfer.staging import take_possession
 
         take_possession(out)
         out.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,8 @@ from mmpipe.errors import DataError
 from mmpipe.sources.base import Downloaded, WantedFile
 
 if TYPE_CHECKING:
-    from mmpipe.fetching.desk import Desk
-    from mmpipe.fetching.http import Expected
+    from mmpipe.sources.transfer.download import Expected
+    from mmpipe.sources.transfer.staging import Desk
 
 
 class Manual(Downloaded):

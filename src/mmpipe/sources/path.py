@@ -22,8 +22,8 @@ class Local(Source):
     """The directory (its entries are linked) or the single file to adopt; ``~`` and ``$VARIABLES`` are expanded."""
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        from mmpipe.fetching.desk import take_possession
-        from mmpipe.fetching.space import clear_directory
+        from mmpipe.sources.transfer.space import clear_directory
+        from mmpipe.sources.transfer.staging import take_possession
 
         origin = Path(os.path.expandvars(self.path)).expanduser().resolve()
         if not origin.exists():

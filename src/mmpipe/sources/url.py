@@ -11,8 +11,8 @@ from pydantic import Field
 from mmpipe.sources.base import Downloaded, WantedFile, check_online
 
 if TYPE_CHECKING:
-    from mmpipe.fetching.desk import Desk
-    from mmpipe.fetching.http import Expected
+    from mmpipe.sources.transfer.download import Expected
+    from mmpipe.sources.transfer.staging import Desk
 
 HttpUrl = Annotated[str, Field(pattern=r"^https?://")]
 
@@ -49,7 +49,7 @@ class Url(Downloaded):
 
 
 def _download(urls: tuple[str, ...], target: Path, expected: Expected) -> dict[str, Any]:
-    from mmpipe.fetching.http import download
+    from mmpipe.sources.transfer.download import download
 
     check_online(urls[0])
     return download(urls, target, expected)

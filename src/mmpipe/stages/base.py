@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mmpipe.config.base import Settings
 from mmpipe.errors import did_you_mean
+from mmpipe.settings import Settings
 
 
 class Hardware(Settings):
@@ -59,7 +59,7 @@ class Hardware(Settings):
     @field_validator("deepspeed")
     @classmethod
     def _known_kind(cls, kind: str | None) -> str | None:
-        from mmpipe.training.zero import kinds
+        from mmpipe.training.deepspeed import kinds
 
         if kind is not None and kind not in kinds():
             raise ValueError(f"there is no kind '{kind}'{did_you_mean(kind, kinds())}")
@@ -313,8 +313,8 @@ class TrainStage(Stage):
         return Collator(pad_token_id, picture_size)
 
     def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
-        """What is optimised (:class:`mmpipe.training.objective.Objective`)."""
-        from mmpipe.training.objective import LanguageModelling
+        """What is optimised (:class:`mmpipe.training.objectives.base.Objective`)."""
+        from mmpipe.training.objectives.base import LanguageModelling
 
         return LanguageModelling()
 

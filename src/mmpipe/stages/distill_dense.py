@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmpipe.config.base import Settings
+from mmpipe.settings import Settings
 from mmpipe.stages.base import Annotation, StageJob, TrainStage
 
 
@@ -80,8 +80,8 @@ class DistillDense(TrainStage):
         return {"teacher": self.annotation(self.teacher, settings)}
 
     def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
-        from mmpipe.training.annotations import Annotations
-        from mmpipe.training.distillation import Distillation, LiveTeacher, WrittenTeacher
+        from mmpipe.training.objectives.distill_dense import Distillation, LiveTeacher, WrittenTeacher
+        from mmpipe.training.precomputed import Annotations
 
         if self.teacher_cache:
             return Distillation(

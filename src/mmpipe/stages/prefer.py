@@ -51,12 +51,12 @@ class Prefer(TrainStage):
     def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
         from mmpipe.errors import ConfigError
         from mmpipe.models.moe.collect import moe_layers
-        from mmpipe.training import zero
-        from mmpipe.training.annotations import Annotations
-        from mmpipe.training.preference import Preference
+        from mmpipe.training import deepspeed
+        from mmpipe.training.objectives.prefer import Preference
+        from mmpipe.training.precomputed import Annotations
 
         spread = self.hardware.deepspeed
-        if spread and zero.optimization(spread)["stage"] == 3 and moe_layers(model):
+        if spread and deepspeed.optimization(spread)["stage"] == 3 and moe_layers(model):
             raise ConfigError(
                 f"{job.recipe}: {job.stage}: hardware.deepspeed: '{spread}' cannot train experts here: DeepSpeed reduces "
                 "their gradients once a pass, and a preference step has two; take 'zero2' or 'zero2_offload'"

@@ -34,7 +34,7 @@ class Sparsify(TrainStage):
 
     def prepare(self, model: Any, job: StageJob) -> None:
         from mmpipe.errors import ConfigError
-        from mmpipe.models.sparsity.wrap import sparsify
+        from mmpipe.models.sparsity.hooks import sparsify
 
         if job.parent is None:
             raise ConfigError(
@@ -48,7 +48,7 @@ class Sparsify(TrainStage):
         return SupervisedDataset(tokens.with_images() if self.requires_image else tokens, processor)
 
     def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
-        from mmpipe.training.sparsification import Sparsification
+        from mmpipe.training.objectives.sparsify import Sparsification
 
         return Sparsification(self, model)
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from mmpipe.config.loader import validate
 from mmpipe.errors import ConfigError
 from mmpipe.models.moe.spec import MoESettings, Part
 from mmpipe.registry import source_file
+from mmpipe.settings_loader import validate
 from mmpipe.stages.base import Stage, StageJob
 
 

@@ -7,9 +7,9 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from mmpipe.losses.collapse import ALARM
 from mmpipe.models.moe.collect import collect_collapse, part_of
-from mmpipe.objectives.collapse import ALARM
-from mmpipe.training.objective import ROUTING
+from mmpipe.training.objectives.base import ROUTING
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from mmpipe.artifacts.files import read_json, write_json
 from mmpipe.errors import MmpipeError
 from mmpipe.stages import stage_kinds
 from mmpipe.stages.base import StageJob, TrainStage
-from mmpipe.training import stop, zero
+from mmpipe.training import deepspeed, stop
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def run(stage: TrainStage, job: StageJob) -> None:
 def zero_kind(stage: TrainStage) -> str | None:
     """How DeepSpeed spreads the training; None for plain training."""
     wanted = stage.hardware.deepspeed
-    if wanted and not zero.installed():
+    if wanted and not deepspeed.installed():
         log.info(
             "DeepSpeed is not installed: training with plain data parallelism instead of %s; the result is the same, "
             "the memory is not (pip install 'mmpipe[deepspeed]')",

@@ -10,12 +10,13 @@ import torch
 
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import staged_directory
-from mmpipe.models import gate, lora, projector
-from mmpipe.models.export import save_checkpoint
-from mmpipe.models.moe import stock
+from mmpipe.checkpoints import roundtrip
+from mmpipe.checkpoints.dummy_inputs import probe_rows
+from mmpipe.checkpoints.save import save_checkpoint
+from mmpipe.models import lora, projector
+from mmpipe.models.moe import hf
 from mmpipe.models.moe.collect import moe_layers
-from mmpipe.models.probe import probe_rows
-from mmpipe.models.sparsity import wrap
+from mmpipe.models.sparsity import hooks
 
 if TYPE_CHECKING:
     from mmpipe.stages.base import Stage, StageJob
@@ -67,15 +68,15 @@ def publish(
 
 def _read_back(model: Any, out: Path) -> None:
     """Let a fresh process read what is not plain: experts with stock classes, predictors with ours."""
-    with_experts = bool(moe_layers(model)) and stock.why_not_stock(model) is None
-    sparsified = wrap.of_model(model) is not None
+    with_experts = bool(moe_layers(model)) and hf.why_not_stock(model) is None
+    sparsified = hooks.of_model(model) is not None
     if with_experts or sparsified:
         model.to("cpu", torch.float32)
     if with_experts:
-        with wrap.whole(model):
-            expected = gate.reference(model, probe_rows(model))
-        difference = gate.gate(out, expected)
+        with hooks.whole(model):
+            expected = roundtrip.reference(model, probe_rows(model))
+        difference = roundtrip.gate(out, expected)
         log.info("read back by stock transformers: largest difference of logits %.3g", difference)
     if sparsified:
-        difference = gate.gate(out, gate.reference(model, probe_rows(model)), reader="mmpipe")
+        difference = roundtrip.gate(out, roundtrip.reference(model, probe_rows(model)), reader="mmpipe")
         log.info("read back with its predictors: largest difference of logits %.3g", difference)

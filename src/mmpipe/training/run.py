@@ -15,16 +15,16 @@ from mmpipe import slurm
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, read_jsonl, write_json, write_text
 from mmpipe.artifacts.state import open_state
+from mmpipe.checkpoints.save import some
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import ConfigError, MmpipeError
-from mmpipe.models import attention, lora, vlm
-from mmpipe.models.export import some
-from mmpipe.models.tower import freeze_idle
+from mmpipe.models import attention, llava, lora
 from mmpipe.models.trainable import select
+from mmpipe.models.vision_tower import freeze_idle
 from mmpipe.stages.base import StageJob, TrainStage
-from mmpipe.training import launch, stop, zero
-from mmpipe.training.objective import Task
+from mmpipe.training import deepspeed, launch, stop
+from mmpipe.training.objectives.base import Task
 from mmpipe.training.progress import Progress
 from mmpipe.training.publish import publish
 from mmpipe.training.trainer import (
@@ -119,7 +119,7 @@ def trained_model(stage: TrainStage, job: StageJob, model: Any, trainer: StageTr
     learnt = trainable_state(trainer.task, keep=trainer.is_world_process_zero())
     if not trainer.is_world_process_zero():
         return None
-    zero.forget()
+    deepspeed.forget()
     fresh, _ = untrained_model(stage, job)
     put_trainable(fresh, learnt, where=f"{job.recipe} {job.stage}")
     return fresh
@@ -140,7 +140,7 @@ def untrained_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
 def starting_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
     """The model a stage starts from with the processor it will publish."""
     if job.parent is None:
-        return vlm.build(
+        return llava.build(
             job.backbones,
             job.vision_language,
             layouts=job.layouts,
@@ -148,10 +148,10 @@ def starting_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
             image_aspect=stage.image_aspect,
             seed=stage.seed,
         )
-    model, processor, card = vlm.load(job.parent)
-    processor = vlm.make_processor(
+    model, processor, card = llava.load(job.parent)
+    processor = llava.make_processor(
         processor.tokenizer,
-        vlm.pictures_of(job.parent, card),
+        llava.pictures_of(job.parent, card),
         model.config,
         template=stage.template,
         image_aspect=stage.image_aspect,
@@ -263,7 +263,7 @@ def _plain(stage: TrainStage, job: StageJob) -> dict[str, Any]:
 
 def _deepspeed(stage: TrainStage, job: StageJob, kind: str, split: Split, world: int) -> dict[str, Any]:
     """What the trainer is told with DeepSpeed, whose own autocast gives the precision."""
-    configuration = zero.settings(
+    configuration = deepspeed.settings(
         kind,
         micro_batch=split.micro,
         accumulation=split.accumulation,
@@ -276,7 +276,7 @@ def _deepspeed(stage: TrainStage, job: StageJob, kind: str, split: Split, world:
         # moments in main memory: the fused update runs on all cores
         "optim": "adamw_torch_fused" if offloaded else "adamw_torch",
         "deepspeed": configuration,
-        **zero.join_processes(job.gpus > 0),
+        **deepspeed.join_processes(job.gpus > 0),
     }
 
 
@@ -326,5 +326,5 @@ def records_replaced(history: Path) -> int:
 def _foundation(stage: TrainStage, job: StageJob) -> dict[str, Any]:
     """What the model stands on; a projector published alone is put back there."""
     if stage.PUBLISHES == "projector" and job.parent is not None:
-        return vlm.base_of(job.parent, manifest.read(job.parent))
+        return llava.base_of(job.parent, manifest.read(job.parent))
     return {"backbones": {role: path.as_posix() for role, path in job.backbones.items()}}

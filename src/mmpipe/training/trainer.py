@@ -19,11 +19,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mmpipe.artifacts.files import read_json, sync, write_json
 from mmpipe.errors import ConfigError, MmpipeError
-from mmpipe.models.progress import tell_progress
+from mmpipe.models.schedule import tell_progress
 from mmpipe.models.trainable import learning_rate_groups
-from mmpipe.training import stop, zero
+from mmpipe.training import deepspeed, stop
 from mmpipe.training.collapse import CollapseWatch
-from mmpipe.training.objective import Batch, Normaliser, Task
+from mmpipe.training.objectives.base import Batch, Normaliser, Task
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Layout:
     """How a training is spread: checkpoints of DeepSpeed can be resumed only as they were written."""
 
     engine: str | None
-    """A kind of :mod:`mmpipe.training.zero`; None for plain training."""
+    """A kind of :mod:`mmpipe.training.deepspeed`; None for plain training."""
     world: int
     """Processes."""
 
@@ -92,7 +92,7 @@ class StageTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self.collapse = CollapseWatch()
         if layout.engine:
-            zero.mark_experts(task)
+            deepspeed.mark_experts(task)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class _Start(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        zero.require_engine(self.trainer)
+        deepspeed.require_engine(self.trainer)
 
 
 def trainable_state(task: Task, keep: bool = True) -> dict[str, Tensor]:
@@ -231,7 +231,7 @@ def trainable_state(task: Task, keep: bool = True) -> dict[str, Tensor]:
     state = {}
     for name, parameter in task.model.named_parameters():
         if parameter.requires_grad:
-            with zero.whole(parameter):
+            with deepspeed.whole(parameter):
                 if keep:
                     state[name] = parameter.detach().to("cpu", copy=True).contiguous()
     return state

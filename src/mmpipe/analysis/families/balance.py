@@ -10,7 +10,7 @@ import numpy as np
 
 from mmpipe.analysis.base import Family, Row, Source, axes, lines_by_layer, read_layers
 from mmpipe.analysis.families.frequency import counts_of, selection_counts
-from mmpipe.objectives.collapse import ALARM
+from mmpipe.losses.collapse import ALARM
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,7 +11,7 @@ import numpy as np
 from mmpipe.analysis.base import Family, Row, Source, read_layers
 from mmpipe.analysis.families.frequency import counts_of
 from mmpipe.analysis.families.modality import divergence, draw_groups
-from mmpipe.analysis.plan import ExpertLogs
+from mmpipe.plan.experts import ExpertLogs
 
 
 class Benchmarks(Family):

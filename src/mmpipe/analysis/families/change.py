@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmpipe.analysis.base import Family, Layer, Row, Source, axes, by, read_layer, where
-from mmpipe.analysis.plan import ExpertLogs
+from mmpipe.plan.experts import ExpertLogs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +36,7 @@ def any_change(before_TK: NDArray[Any], after_TK: NDArray[Any], times_T: NDArray
 def matched(a: Layer, b: Layer) -> tuple[NDArray[Any], NDArray[Any]]:
     """Rows of two layers that are the same token of the same question: generated words are left out, they
     differ from checkpoint to checkpoint, and so is what only one of the two logs has."""
-    from mmpipe.inference.expert_log import GENERATED
+    from mmpipe.analysis.expert_log import GENERATED
 
     def keys(layer: Layer) -> NDArray[Any]:
         longest = 1 << 24
@@ -62,7 +62,7 @@ class Change(Family):
         return [logs.path(out, name, benchmark) for name in logs.series(checkpoint)]
 
     def table(self, sources: Sequence[Source]) -> list[Row]:
-        from mmpipe.inference.expert_log import places
+        from mmpipe.analysis.expert_log import places
 
         rows = []
         for place in places(sources[-1].path):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmpipe.analysis.base import Family, Row, Source, axes, by, where
-from mmpipe.analysis.plan import ExpertLogs
+from mmpipe.plan.experts import ExpertLogs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class Drift(Family):
         return [str(stage.manifest(out)) for stage in logs.sparse_path(checkpoint)]
 
     def table(self, sources: Sequence[Source]) -> list[Row]:
-        from mmpipe.models.moe.stored import router_tensors
+        from mmpipe.models.moe.state_dict import router_tensors
 
         rows = []
         before: dict[Any, NDArray[Any]] = {}

@@ -31,7 +31,7 @@ def divergence(counts_GN: NDArray[Any]) -> float:
 
 def groups_of(layer: Layer) -> dict[str, NDArray[Any]]:
     """Tokens by what they are: kind, and the scale of the view where a tower has several."""
-    from mmpipe.inference.expert_log import KINDS
+    from mmpipe.analysis.expert_log import KINDS
 
     scales = np.unique(layer.scale_T)
     groups = {}

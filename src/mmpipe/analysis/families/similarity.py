@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmpipe.analysis.base import Family, Row, Source, axes, lines_by_layer
-from mmpipe.analysis.plan import ExpertLogs
+from mmpipe.plan.experts import ExpertLogs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class Similarity(Family):
         return logs.checkpoint_and_questions(out, checkpoint, benchmark)
 
     def measure(self, sources: Sequence[Source], device: str, questions: int) -> list[Row]:
-        from mmpipe.analysis.probe import expert_outputs
+        from mmpipe.analysis.expert_outputs import expert_outputs
 
         sums: dict[Any, list[float]] = {}
         checkpoint, prepared = (source.path.parent for source in sources[:2])

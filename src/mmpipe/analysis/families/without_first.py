@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmpipe.analysis.base import Family, Row, Source, axes
-from mmpipe.analysis.plan import WITHOUT_FIRST, ExpertLogs
 from mmpipe.artifacts.files import read_json, read_jsonl
 from mmpipe.benchmarks.paired import paired_difference
+from mmpipe.plan.experts import WITHOUT_FIRST, ExpertLogs
 
 
 class WithoutFirst(Family):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmpipe.doctor.base import Finding, Machine
 from mmpipe.doctor.needs import checkpoint_bytes, missing_sources
-from mmpipe.fetching.space import in_words
+from mmpipe.sources.transfer.space import in_words
 
 _TIGHT = 10e9
 """Bytes below which a disk is called nearly full whatever is planned."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from mmpipe.doctor.base import Finding, Machine
-from mmpipe.fetching.space import in_words
+from mmpipe.sources.transfer.space import in_words
 
 
 def check(machine: Machine) -> Iterator[Finding]:

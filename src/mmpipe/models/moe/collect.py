@@ -7,9 +7,9 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from mmpipe.models.moe.forward_pass import Report, latest
+from mmpipe.losses.collapse import top_set_share
+from mmpipe.models.moe.context import Report, latest
 from mmpipe.models.moe.layer import MoELayer
-from mmpipe.objectives.collapse import top_set_share
 
 _COUNTS = ("load", "tokens", "dropped")
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpipe.models.moe.capacity import capacity, drop
-from mmpipe.models.moe.forward_pass import ForwardPass, Report, TakesForwardPass
+from mmpipe.models.moe.context import ForwardPass, Report, TakesForwardPass
 from mmpipe.models.moe.routers.base import BaseRouter, Routing, check_shapes, check_values
 from mmpipe.models.moe.spec import MoESettings
 

@@ -1,36 +1,129 @@
-"""Which layers of a model get experts."""
+"""Where experts can stand in a vision-language model, and what dense networks they can be copied from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from mmpipe.errors import ConfigError
+from mmpipe.models.moe.experts import ExpertsConfig, MLPExperts, SwiGLUExperts
+from mmpipe.models.moe.patterns import layer_indices
+from mmpipe.models.moe.spec import MoESettings, Part
+from mmpipe.models.vision_tower import blocks, used_blocks
 
-Placement = Literal["sparse", "first_half", "second_half", "dense"] | tuple[int, ...]
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
 
-_NAMED: dict[str, Callable[[int], range]] = {
-    "sparse": lambda layers: range(0, layers, 2),
-    "first_half": lambda layers: range(layers // 2),
-    "second_half": lambda layers: range(layers // 2, layers),
-    "dense": lambda layers: range(layers),
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model that holds a feed-forward network."""
+
+    owner: nn.Module
+    attribute: str
+    activation: str
+    name: str
+
+    @property
+    def network(self) -> nn.Module:
+        return getattr(self.owner, self.attribute)
+
+    def put(self, network: nn.Module) -> None:
+        setattr(self.owner, self.attribute, network)
+
+
+def chosen_sites(model: LlavaForConditionalGeneration, part: Part, settings: MoESettings) -> list[Site]:
+    """The sites of a part of the model that ``settings.placement`` chooses.
+
+    Layers of the vision tower behind the one whose output is projected do not count as layers: what they
+    compute is thrown away. LibMoE (``reference``) gives experts to them, too.
+
+    Raises ConfigError for layers that the part does not have.
+    """
+    sites = _SITES[part](model, settings)
+    return [sites[i] for i in layer_indices(settings.placement, len(sites), part)]
+
+
+def _language_model(model: LlavaForConditionalGeneration, settings: MoESettings) -> list[Site]:
+    text = model.model.language_model
+    return _layers(text.layers, text.config.hidden_act)
+
+
+def _vision_tower(model: LlavaForConditionalGeneration, settings: MoESettings) -> list[Site]:
+    layers = blocks(model.model.vision_tower)
+    used = len(layers) if settings.compat == "reference" else used_blocks(model)
+    return _layers(layers[:used], model.model.vision_tower.config.hidden_act)
+
+
+def _projector(model: LlavaForConditionalGeneration, settings: MoESettings) -> list[Site]:
+    return [Site(model.model, "multi_modal_projector", model.config.projector_hidden_act, "the projector")]
+
+
+def _layers(layers: Any, activation: str) -> list[Site]:
+    return [Site(layer, "mlp", activation, f"layer {i}") for i, layer in enumerate(layers)]
+
+
+_SITES: dict[Part, Callable[[Any, MoESettings], list[Site]]] = {
+    "language_model": _language_model,
+    "vision_tower": _vision_tower,
+    "multi_modal_projector": _projector,
 }
 
 
-def layer_indices(placement: Placement, layers: int, of: str = "model") -> list[int]:
-    """Indices, ascending, of the layers with experts in a model (``of`` names it) of ``layers`` layers.
+@dataclass(frozen=True)
+class Dense:
+    """A dense network as the tensors of one expert."""
 
-    ``sparse`` is every second layer from the first on; ``dense`` is all. The names are LLaVA-MoD's.
+    kind: type[SwiGLUExperts] | type[MLPExperts]
+    tensors: dict[str, Tensor]
 
-    Raises ConfigError for explicit indices that are missing, doubled or out of range.
+    @property
+    def width(self) -> int:
+        first = self.tensors.get("gate_up_proj", self.tensors.get("up_proj"))
+        assert first is not None
+        return first.shape[1]
+
+    def experts(self, number: int, activation: str) -> nn.Module:
+        """Experts of this size; nothing in them has a value yet."""
+        output, inner = self.tensors["down_proj"].shape
+        return self.kind(ExpertsConfig(number, self.width, inner, activation, output))
+
+
+def read(network: nn.Module, where: str) -> Dense:
+    """Take a network apart: SwiGLU without biases, fused or not, or two linear layers with biases.
+
+    Raises ConfigError when it is something else.
     """
-    if isinstance(placement, str):
-        return list(_NAMED[placement](layers))
-    if not placement:
-        raise ConfigError("placement: name at least one layer")
-    if len(set(placement)) < len(placement):
-        raise ConfigError(f"placement: {list(placement)} names a layer twice")
-    outside = [i for i in placement if not 0 <= i < layers]
-    if outside:
-        raise ConfigError(f"placement: the {of} has layers 0 to {layers - 1}, not {outside}")
-    return sorted(placement)
+    linear: dict[str, Any] = {
+        name: child for name, child in network.named_children() if isinstance(child, nn.Linear)
+    }
+    weights = {name: layer.weight.detach() for name, layer in linear.items()}
+    biases = [layer.bias is not None for layer in linear.values()]
+    names = tuple(linear)
+    if set(names) == {"gate_proj", "up_proj", "down_proj"} and not any(biases):
+        fused = torch.cat([weights["gate_proj"], weights["up_proj"]])
+        return Dense(SwiGLUExperts, {"gate_up_proj": fused, "down_proj": weights["down_proj"]})
+    if set(names) == {"gate_up_proj", "down_proj"} and not any(biases):
+        return Dense(SwiGLUExperts, weights)
+    if names in (("fc1", "fc2"), ("linear_1", "linear_2")) and all(biases):
+        first, second = linear.values()
+        return Dense(
+            MLPExperts,
+            {
+                "up_proj": first.weight.detach(),
+                "up_proj_bias": first.bias.detach(),
+                "down_proj": second.weight.detach(),
+                "down_proj_bias": second.bias.detach(),
+            },
+        )
+    described = ", ".join(
+        f"{name} with{'' if bias else 'out'} bias" for name, bias in zip(names, biases, strict=True)
+    )
+    raise ConfigError(
+        f"{where}: a '{type(network).__name__}' with linear layers ({described}) cannot become experts; known are "
+        "SwiGLU networks without biases and two linear layers with biases"
+    )

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmpipe.config.base import Settings
-from mmpipe.models.moe.placement import Placement
+from mmpipe.models.moe.patterns import Placement
 from mmpipe.models.moe.routers.names import check_name
+from mmpipe.settings import Settings
 
 Part = Literal["language_model", "vision_tower", "multi_modal_projector"]
 """The parts of a vision-language model that can have experts."""

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mmpipe.errors import ArtifactError, ConfigError
-from mmpipe.models.moe.forward_pass import begin, begin_unmasked, discard
+from mmpipe.models.moe.context import begin, begin_unmasked, discard
 from mmpipe.models.moe.layer import MoELayer
+from mmpipe.models.moe.placement import Site, chosen_sites, read
 from mmpipe.models.moe.routers.base import build
-from mmpipe.models.moe.sites import Site, chosen_sites, read
 from mmpipe.models.moe.spec import MoESettings, Part
-from mmpipe.models.tower import look_at, noted_scales
+from mmpipe.models.vision_tower import look_at, noted_scales
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

@@ -1,7 +1,7 @@
 """What a keep rate promises: operations and bytes, from sizes alone.
 
 Tokens of pictures that are not kept leave the layers from ``sparse_layer`` on. What really happens is measured
-(:mod:`mmpipe.inference.efficiency`) and shown beside it.
+(:mod:`mmpipe.analysis.efficiency`) and shown beside it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmpipe.models.sparsity.forward_pass import PruningPass, Setting
+    from mmpipe.models.sparsity.context import PruningPass, Setting
 
 Map = list[list[bool]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmpipe.models.progress import FollowsTraining
+from mmpipe.models.schedule import FollowsTraining
 from mmpipe.models.sparsity import gumbel
 from mmpipe.models.sparsity.predictors import DROP, KEEP, TextPredictor, VisionPredictor, draw
 from mmpipe.models.sparsity.record import Record

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from mmpipe.config.base import Settings
+from mmpipe.settings import Settings
 
 Rate = Annotated[float, Field(gt=0, le=1)]
 

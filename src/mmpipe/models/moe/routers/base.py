@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from mmpipe.config.base import Settings
 from mmpipe.errors import ConfigError, MmpipeError
+from mmpipe.losses import routing
 from mmpipe.models.moe.spec import MoESettings
-from mmpipe.models.progress import FollowsTraining
-from mmpipe.objectives import routing
+from mmpipe.models.schedule import FollowsTraining
 from mmpipe.registry import load_object
+from mmpipe.settings import Settings
 
 _REFERENCE_DEVIATION = 0.02
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpipe.losses import routing
 from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
-from mmpipe.objectives import routing
 
 _PENALISED, _PENALTY = 4, 0.3
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmpipe.losses import routing
 from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float
-from mmpipe.objectives import routing
 
 _NEGATIVE_BIAS, _NULL_BIAS = -1.0, -10.0
 _NULL_REWARD = 1e-5

@@ -1,0 +1,377 @@
+"""Which experts each token was sent to while questions were answered, as a compact columnar file.
+
+One row is one token in one layer. What was computed once is logged once: tokens that several questions about
+a picture share stand under the shortest of them, with ``shared_by`` telling for how many they were computed.
+Weighed by it, a log does not depend on batch size, chunks or interruptions. Padding is never logged, nor what
+a row of a batch computes after its answer has ended.
+
+============= ======================= ==========================================================================
+column        type                    meaning
+============= ======================= ==========================================================================
+question      int32                   place of the question in ``questions.jsonl``, from zero
+question_id   dictionary of strings   its id
+shared_by     uint16                  questions this computation was made for
+part          dictionary of strings   ``language_model``, ``vision_tower``, ``multi_modal_projector``
+layer         int16                   layer of that part, from zero; 0 for the projector
+scale         uint8                   1, or the scale of a multi-scale tower's view
+position      int32                   place of the token in the prompt and answer; in tower and projector its
+                                      place in the picture, pictures and tiles counted on
+kind          dictionary of strings   ``image``, ``text`` (of the prompt) or ``generated``
+experts       list of uint16          chosen experts, the first choice first
+weights       list of float16         how much each counts
+============= ======================= ==========================================================================
+
+The file has one row group a layer. With beams, only prompts are logged: which beam wins is known at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from mmpipe.artifacts.files import atomic_open
+from mmpipe.benchmarks.base import Question
+from mmpipe.errors import ConfigError
+from mmpipe.inference.chunks import Key, question_key
+from mmpipe.models.moe.hooks import Choices, Place, Recorder, placed_layers
+from mmpipe.models.vision_tower import noted_scales
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+KINDS = ("image", "text", "generated")
+IMAGE, TEXT, GENERATED = range(3)
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+_LANGUAGE = "language_model"
+_PLACES, _QUESTIONS = b"places", b"questions"
+_NAMES = pa.dictionary(pa.int32(), pa.string())
+SCHEMA = pa.schema(
+    {
+        "question": pa.int32(),
+        "question_id": _NAMES,
+        "shared_by": pa.uint16(),
+        "part": _NAMES,
+        "layer": pa.int16(),
+        "scale": pa.uint8(),
+        "position": pa.int32(),
+        "kind": _NAMES,
+        "experts": pa.list_(pa.uint16()),
+        "weights": pa.list_(pa.float16()),
+    }
+)
+
+
+Owner = tuple[Question, int]
+"""Whom a row of a batch is computed for: a question, and how many questions share it."""
+
+
+@dataclass
+class _Tokens:
+    """What is known of the tokens of one call, beside the experts: arrays of equal length."""
+
+    question: NDArray[np.int32]
+    shared_by: NDArray[np.uint16]
+    scale: NDArray[np.uint8]
+    position: NDArray[np.int32]
+    kind: NDArray[np.int8]
+    rows: NDArray[np.int64] | None = None
+    """Which rows of the call these are; None: all."""
+
+
+@dataclass
+class ExpertLog:
+    """Collects what a model's routers choose while it answers, one file a batch below ``folder``.
+
+    ``questions`` are all questions of the chunk, the first of which has the place ``start`` in the benchmark.
+    Raises ConfigError for a model, or ``layers``, without experts.
+    """
+
+    model: Any
+    folder: Path
+    questions: Sequence[Question]
+    start: int = 0
+    layers: Sequence[int] | None = None
+    _seen: list[tuple[Place, _Tokens, Choices]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        layers = placed_layers(self.model, self.layers)
+        if not layers:
+            raise ConfigError("log_experts: this checkpoint has no experts; leave it out of 'checkpoints'")
+        self._recorder = Recorder(layers)
+        self._places = sorted(layers, key=_order)
+        self._place_of = {question_key(q): self.start + i for i, q in enumerate(self.questions)}
+        self._id_of = {self._place_of[question_key(q)]: str(q.id) for q in self.questions}
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    # ---- while the model runs
+
+    def prompts(
+        self, owners: Sequence[Owner], ids: torch.Tensor, real: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Note the forward pass just made of prompts ``ids`` ``[B, L]``; ``real`` tells tokens from padding.
+
+        Pictures of the owners went through tower and projector in the same pass, if there are any.
+        """
+        taken = self._recorder.take()
+        self._pictures(owners, taken)
+        tokens = self._prompt_tokens(owners, ids, real, positions)
+        for place, calls in taken.items():
+            if place.part == _LANGUAGE:
+                self._seen += [(place, self._selected(tokens, real, call), call) for call in calls]
+
+    def generated(self, owners: Sequence[Owner], alive: Sequence[bool], positions: torch.Tensor) -> None:
+        """Note the forward pass just made of one generated token a row; rows that have ended count no
+        more."""
+        tokens = self._tokens(
+            owners, np.flatnonzero(alive), positions[:, -1].cpu().numpy()[list(alive)], GENERATED
+        )
+        for place, calls in self._recorder.take().items():
+            self._seen += [(place, tokens, call) for call in calls]
+
+    def generate(
+        self, owners: Sequence[Owner], ids: torch.Tensor, mask: torch.Tensor, lengths: Sequence[int]
+    ) -> None:
+        """Note all forward passes of a call of the model's own ``generate`` on prompts ``ids`` ``[B, L]``,
+        which gave answers of ``lengths`` tokens."""
+        taken = self._recorder.take()
+        positions = mask.cumsum(1) - 1
+        prompt = self._prompt_tokens(owners, ids, mask, positions)
+        self._pictures(owners, taken)
+        for place, calls in taken.items():
+            if place.part != _LANGUAGE:
+                continue
+            first, *steps = calls
+            beams, rest = divmod(len(first), len(prompt.position))
+            beams = 1 if rest else beams  # padding was routed, too
+            self._seen.append((place, self._selected(prompt, mask, first, beams), first))
+            if beams == 1 and all(len(step) == len(ids) for step in steps):
+                for number, step in enumerate(steps, start=1):
+                    rows = np.flatnonzero(np.array(lengths) > number)
+                    at = mask.sum(1).cpu().numpy()[rows] + number - 1
+                    self._seen.append((place, self._tokens(owners, rows, at, GENERATED), step))
+
+    def write(self, questions: Iterable[Question]) -> None:
+        """Write what was noted as the piece of these questions, which are all that it belongs to."""
+        numbers = sorted(self._place_of[question_key(question)] for question in questions)
+        seen: dict[Place, list[tuple[_Tokens, Choices]]] = {}
+        for place, tokens, choices in self._seen:
+            seen.setdefault(place, []).append((tokens, choices))
+        self._seen = []
+        _write(
+            self.folder / f"{numbers[0]:09d}.parquet",
+            [place for place in self._places if place in seen],
+            lambda place: self._table(place, seen[place]),
+            numbers,
+        )
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._recorder.close()
+
+    # ---- after an interruption
+
+    def recover(self, answered: Iterable[Key]) -> set[Key]:
+        """Which of the answered questions need not be asked again.
+
+        A batch that was cut off between its answers is removed here and asked again as a whole.
+        """
+        numbers = {self._place_of[key] for key in answered}
+        covered: set[int] = set()
+        for piece in pieces(self.folder):
+            wanted = set(json.loads(pq.read_schema(piece).metadata[_QUESTIONS]))
+            if wanted <= numbers:
+                covered |= wanted
+            else:
+                piece.unlink()
+        return {key for key, number in self._place_of.items() if number in covered}
+
+    # ---- tokens
+
+    def _prompt_tokens(
+        self, owners: Sequence[Owner], ids: torch.Tensor, real: torch.Tensor, positions: torch.Tensor
+    ) -> _Tokens:
+        """The real tokens, in the order in which the layers see them."""
+        row, column = real.cpu().numpy().nonzero()
+        tokens = self._tokens(owners, row, positions.cpu().numpy()[row, column], TEXT)
+        tokens.kind[ids.cpu().numpy()[row, column] == self.model.config.image_token_id] = IMAGE
+        tokens.rows = None
+        return tokens
+
+    def _tokens(
+        self, owners: Sequence[Owner], rows: NDArray[Any], positions: NDArray[Any], kind: int
+    ) -> _Tokens:
+        numbers = np.array([self._place_of[question_key(question)] for question, _ in owners], np.int32)
+        shared = np.array([shared for _, shared in owners], np.uint16)
+        return _Tokens(
+            question=numbers[rows],
+            shared_by=shared[rows],
+            scale=np.ones(len(rows), np.uint8),
+            position=positions.astype(np.int32),
+            kind=np.full(len(rows), kind, np.int8),
+            rows=rows,
+        )
+
+    @staticmethod
+    def _selected(tokens: _Tokens, real: torch.Tensor, call: Choices, beams: int = 1) -> _Tokens:
+        """Which rows of a call are the real tokens of the first beam; with ``compat: reference`` padding is
+        routed, too."""
+        rows: NDArray[np.int64] | None = None
+        if beams > 1:
+            each = real.sum(1).cpu().numpy()
+            starts = np.concatenate([[0], np.cumsum(each * beams)[:-1]])
+            rows = np.concatenate([np.arange(n) + start for n, start in zip(each, starts, strict=True)])
+        elif len(call) == real.numel():
+            rows = np.flatnonzero(real.cpu().numpy().ravel())
+        elif len(call) != len(tokens.position):
+            raise ConfigError(
+                f"log_experts: {len(call)} of {len(tokens.position)} tokens reach a layer: this model leaves tokens out; "
+                "log the checkpoint before it was made to"
+            )
+        return replace(tokens, rows=rows)
+
+    def _pictures(self, owners: Sequence[Owner], taken: Mapping[Place, list[Choices]]) -> None:
+        """Note the calls of tower and projector; a multi-scale tower is called once a scale."""
+        pictures = [(owner, n) for owner in owners for n in range(len(owner[0].images))]
+        scales = noted_scales(self.model) or (1,)
+        for place, calls in taken.items():
+            if place.part != _LANGUAGE:
+                of_calls = scales if place.part == "vision_tower" else (1,)
+                for call, scale in zip(calls, of_calls, strict=True):
+                    self._seen.append((place, self._picture_tokens(pictures, len(call), scale), call))
+
+    def _picture_tokens(self, pictures: Sequence[tuple[Owner, int]], rows: int, scale: int) -> _Tokens:
+        """Rows of a tower: tile by tile, in each tile picture by picture, in each picture token by token."""
+        tiles = scale**2
+        each = rows // (tiles * len(pictures))
+        tile, picture, token = (
+            index.ravel() for index in np.indices((tiles, len(pictures), each), dtype=np.int32)
+        )
+        numbers = np.array([number for _, number in pictures], np.int32)
+        tokens = self._tokens(
+            [owner for owner, _ in pictures],
+            picture,
+            (numbers[picture] * tiles + tile) * each + token,
+            IMAGE,
+        )
+        tokens.scale[:] = scale
+        tokens.rows = None
+        return tokens
+
+    # ---- tables
+
+    def _table(self, place: Place, seen: Sequence[tuple[_Tokens, Choices]]) -> pa.Table:
+        def joined(name: str) -> NDArray[Any]:
+            return np.concatenate([getattr(tokens, name) for tokens, _ in seen])
+
+        experts = _selected_rows([(t.rows, c.indices_TK) for t, c in seen], torch.int16, np.uint16)
+        weights = _selected_rows([(t.rows, c.weights_TK) for t, c in seen], torch.float16, np.float16)
+        question = joined("question")
+        ids, id_codes = np.unique(question, return_inverse=True)
+        offsets = np.arange(len(question) + 1, dtype=np.int32) * experts.shape[1]
+        constant = np.zeros(len(question), np.int32)
+        columns: dict[str, Any] = {
+            "question": pa.array(question),
+            "question_id": _dictionary(id_codes, [self._id_of[number] for number in ids]),
+            "shared_by": pa.array(joined("shared_by")),
+            "part": _dictionary(constant, [place.part]),
+            "layer": pa.array(np.full(len(question), place.layer, np.int16)),
+            "scale": pa.array(joined("scale")),
+            "position": pa.array(joined("position")),
+            "kind": _dictionary(joined("kind"), list(KINDS)),
+            "experts": pa.ListArray.from_arrays(offsets, pa.array(experts.ravel())),
+            "weights": pa.ListArray.from_arrays(offsets, pa.array(weights.ravel())),
+        }
+        return pa.table(columns, schema=SCHEMA)
+
+
+def _selected_rows(
+    calls: Sequence[tuple[NDArray[np.int64] | None, torch.Tensor]], dtype: torch.dtype, as_type: Any
+) -> NDArray[Any]:
+    """The chosen rows of several calls in one array: one transfer, however many calls."""
+    together = torch.cat([tensor for _, tensor in calls]).to(dtype).cpu().numpy().astype(as_type, copy=False)
+    if all(rows is None for rows, _ in calls):
+        return together
+    starts = np.cumsum([0, *(len(tensor) for _, tensor in calls)])
+    chosen = [
+        start + (np.arange(len(tensor)) if rows is None else rows)
+        for start, (rows, tensor) in zip(starts, calls, strict=False)
+    ]
+    return together[np.concatenate(chosen)]
+
+
+def _order(place: Place) -> tuple[int, int]:
+    """The way of a picture: tower, projector, language model."""
+    return PARTS.index(place.part), place.layer
+
+
+def _dictionary(codes: NDArray[Any], values: list[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), pa.array(values, pa.string()))
+
+
+# ---- files
+
+
+def pieces(folder: Path) -> list[Path]:
+    """The pieces of a chunk's log."""
+    return sorted(folder.glob("*.parquet"))
+
+
+def places(path: Path) -> list[Place]:
+    """The layers of a log with their numbers of experts, one a row group, in the order of the row groups."""
+    metadata = pq.read_schema(path).metadata or {}
+    return [Place(*place) for place in json.loads(metadata.get(_PLACES, b"[]"))]
+
+
+def read_layer(path: Path, place: Place, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """The rows of one layer; None when a log has none."""
+    found = places(path)
+    if place not in found:
+        return None
+    return pq.ParquetFile(path).read_row_group(found.index(place), columns=columns)
+
+
+def merge(logs: Sequence[Path], out: Path) -> int:
+    """Join logs into ``out``, one layer at a time in memory, rows by question, scale and position; returns
+    the number of rows."""
+    found = [(path, places(path), pq.read_metadata(path)) for path in logs]
+    every = sorted({place for _, some, _ in found for place in some}, key=_order)
+
+    def read(path: Path, group: int, metadata: Any) -> pa.Table:
+        # a group is small: threads would cost more than they save; a thousand open files are too many
+        with pq.ParquetFile(path, metadata=metadata) as file:
+            return file.read_row_group(group, use_threads=False)
+
+    def joined(place: Place) -> pa.Table:
+        tables = [read(path, some.index(place), meta) for path, some, meta in found if place in some]
+        table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+        return table.sort_by([(name, "ascending") for name in ("question", "scale", "position")])
+
+    return _write(out, every, joined)
+
+
+def _write(
+    out: Path, places: Sequence[Place], table: Callable[[Place], pa.Table], questions: Sequence[int] = ()
+) -> int:
+    """One row group a layer, one in memory at a time; layers and questions stand in the schema's metadata."""
+    metadata = {
+        _PLACES: json.dumps([[place.part, place.layer, place.experts] for place in places]).encode(),
+        _QUESTIONS: json.dumps(list(questions)).encode(),
+    }
+    rows = 0
+    with (
+        atomic_open(out) as file,
+        pq.ParquetWriter(file, SCHEMA.with_metadata(metadata), compression="zstd") as writer,
+    ):
+        for place in places:
+            group = table(place)
+            rows += len(group)
+            writer.write_table(group, row_group_size=max(1, len(group)))
+    return rows

@@ -1,0 +1,50 @@
+"""Running a checkpoint on some questions to see what its experts give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpipe.benchmarks.prepare import read_questions
+from mmpipe.data.templates import get_template
+from mmpipe.inference.generate import Answerer
+from mmpipe.models import llava
+from mmpipe.models.moe.hooks import Place, placed_layers
+
+
+def expert_outputs(
+    checkpoint: Path, prepared: Path, device: str, questions: int
+) -> Iterator[tuple[Place, Tensor]]:
+    """What each expert that was chosen gave for every token of a prompt, ``[T, K, D]``, one layer and question
+    at a time. ``questions`` are spread evenly over the benchmark.
+    """
+    model, processor, card = llava.load(checkpoint, torch.bfloat16 if device == "cuda" else torch.float32)
+    answerer = Answerer(
+        model.to(device), processor, get_template(card["checkpoint"]["template"], processor.tokenizer)
+    )
+    found: list[tuple[Place, Tensor]] = []
+    for place, layer in placed_layers(model).items():
+        layer.experts.register_forward_pre_hook(_keeps(place, found))
+    every = read_questions(prepared)
+    for question in every[:: max(1, len(every) // questions)][:questions]:
+        # one token is enough: the prompt's pass is what is looked at
+        for _ in answerer.answer([question], max_new_tokens=1, share_prefix=False):
+            yield from found
+        found.clear()
+
+
+def _keeps(place: Place, found: list[tuple[Place, Tensor]]) -> Any:
+    def hook(experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden_TD, indices_TK, weights_TK = args
+        one_T1 = torch.ones_like(weights_TK[:, :1])
+        outputs = [
+            experts.forward(hidden_TD, indices_TK[:, choice : choice + 1], one_T1)
+            for choice in range(indices_TK.shape[1])
+        ]
+        found.append((place, torch.stack(outputs, dim=1)))
+
+    return hook

@@ -1,0 +1,74 @@
+"""Where in its pictures a sparsified model looks: for some questions, which tokens it keeps at every rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mmpipe.analysis.efficiency import ways
+from mmpipe.benchmarks.base import Question
+from mmpipe.inference.generate import Answerer
+from mmpipe.models.sparsity.hooks import of_prompt
+from mmpipe.models.sparsity.record import recording
+
+Map = dict[str, Any]
+
+
+@torch.inference_mode()
+def keep_maps(answerer: Answerer, questions: Sequence[Question], rates: Sequence[float]) -> list[Map]:
+    """Of every picture of ``questions``: ``question_id, prompt, picture`` (its number) and, by rate, ``kept``, the tokens in
+    order as a text of 0 and 1. Rates of 1, which keep everything, are left out."""
+    found = []
+    for question in questions:
+        inputs = answerer.inputs([question])
+        kept: dict[float, list[list[bool]]] = {}
+        for rate, way in ways(answerer.model, rates).items():
+            if rate is None or rate == 1:
+                continue
+            with way(), recording(answerer.model) as record:
+                answerer.model(**inputs, use_cache=False, logits_to_keep=1, **of_prompt(answerer.model))
+            kept[rate] = record.passes[0].pictures
+        found += [
+            {
+                "question_id": question.id,
+                "prompt": question.text if question.prompt is None else question.prompt,
+                "picture": number,
+                "kept": {f"{rate:g}": _as_text(maps[number]) for rate, maps in kept.items()},
+            }
+            for number in range(len(question.images))
+        ]
+    return found
+
+
+def _as_text(keep: Sequence[bool]) -> str:
+    return "".join("01"[kept] for kept in keep)
+
+
+def seen(answerer: Answerer, question: Question) -> list[Image.Image]:
+    """The pictures of a question as the tower gets them: resized, cropped or padded."""
+    processor = answerer.processor.image_processor
+    pixels = answerer.inputs([question])["pixel_values"].float().cpu()
+    if processor.do_normalize:
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
+        pixels = pixels * std + mean
+    bytes_PHWC = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(picture.numpy()) for picture in bytes_PHWC]
+
+
+def grid(tokens: int) -> tuple[int, int] | None:
+    """How many tokens stand before the patches of a square picture (a class token or none) and its patches a side.
+
+    None where the tokens have no such places.
+
+    >>> grid(576), grid(577), grid(70)
+    ((0, 24), (1, 24), None)
+    """
+    for lead in (0, 1):
+        side = math.isqrt(tokens - lead)
+        if side * side == tokens - lead:
+            return lead, side
+    return None

@@ -1,0 +1,53 @@
+"""Pictures that are both trained on and asked about.
+
+Files are compared by their content. A picture that was scaled or encoded again is another file and is not found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmpipe.benchmarks.base import Question
+from mmpipe.benchmarks.prepare import read_questions
+from mmpipe.data.digests import PICTURES, read_digests
+from mmpipe.data.images import content_digest
+from mmpipe.data.report import EXAMPLES
+
+
+def overlap(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
+    """How many pictures of each prepared benchmark are in the mixture, and how many questions they touch.
+
+    What is remembered are the pictures of the benchmarks; those of the mixture, which may be millions, pass by.
+    """
+    questions = {name: read_questions(prepared) for name, prepared in benchmarks.items()}
+    asked = {name: _asked(its) for name, its in questions.items()}
+    wanted = {digest for pictures in asked.values() for digest in pictures.values()}
+    trained: dict[bytes, str] = {}
+    total = 0
+    for name, digest in read_digests(mixture / PICTURES):
+        total += 1
+        if digest in wanted:
+            trained.setdefault(digest, name)
+    shared = {name: _shared(trained, asked[name], its) for name, its in questions.items()}
+    return {"pictures": total, "benchmarks": shared}
+
+
+def _asked(questions: Sequence[Question]) -> dict[Path, bytes]:
+    """The digest of every picture that a benchmark asks about."""
+    paths = {path for question in questions for path in question.images if isinstance(path, Path)}
+    return {path: content_digest(path.read_bytes()) for path in sorted(paths)}
+
+
+def _shared(
+    trained: Mapping[bytes, str], asked: Mapping[Path, bytes], questions: Sequence[Question]
+) -> dict[str, Any]:
+    found = {path: trained[digest] for path, digest in asked.items() if digest in trained}
+    return {
+        "pictures": len(asked),
+        "shared_pictures": len(found),
+        "questions": len(questions),
+        "touched_questions": sum(any(path in found for path in question.images) for question in questions),
+        "examples": [f"{path.name} is {name}" for path, name in list(found.items())[:EXAMPLES]],
+    }

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: opened, written, and proven readable."""

@@ -1,0 +1,147 @@
+"""What every layout can be asked."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mmpipe.errors import ArtifactError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Part:
+    """A directory of files and the layout they are in."""
+
+    directory: Path
+    layout: Layout
+
+    def __str__(self) -> str:
+        return str(self.directory)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole vision-language model as it was found."""
+
+    model: LlavaForConditionalGeneration
+    """The stock model; its tensors have the precision of the files."""
+    tokenizer: PreTrainedTokenizerBase
+    pictures: Path
+    """The directory whose ``preprocessor_config.json`` says how pictures are prepared."""
+    image_aspect: str | None = None
+    """How pictures were made square in its training (``pad``, ``square``), where the files say it."""
+
+
+class Layout:
+    """How one family of checkpoints names its files and tensors.
+
+    A layout of language models defines ``language``; one of whole models defines ``whole``.
+    """
+
+    def language(self, directory: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+        """The language model in a stock class, its parameters of ``dtype`` (``auto``: as stored).
+
+        Raises ArtifactError naming tensors that are missing, left over or misshapen.
+        """
+        raise ConfigError(f"{directory}: the layout '{self}' holds no language model")
+
+    def tokenizer(self, directory: Path) -> PreTrainedTokenizerBase:
+        """The tokenizer beside a language model.
+
+        Raises ArtifactError when it cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(directory)
+        except (ImportError, OSError, ValueError) as error:
+            raise unreadable_tokenizer(directory, error) from error
+
+    def whole(self, directory: Path, parts: Mapping[str, Part]) -> Whole:
+        """The whole model. ``parts`` are the backbones named beside it (``vision``, ``language``).
+
+        Raises ArtifactError naming tensors that are missing, left over or misshapen.
+        """
+        raise ConfigError(
+            f"{directory}: the layout '{self}' holds no whole vision-language model; name it under model.language"
+        )
+
+    def write(self, checkpoint: Path, out: Path, *, language: str | None, tower: str, binary: bool) -> None:
+        """Write a published checkpoint into the empty directory ``out`` in this layout, bit by bit the same.
+
+        ``language`` is the layout of the language model inside, where that is packed; ``tower`` is what the configuration
+        calls the vision tower; ``binary`` writes ``pytorch_model.bin`` instead of safetensors.
+        """
+        raise ConfigError(f"nothing is written in the layout '{self}'")
+
+    def __str__(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+
+def unreadable_tokenizer(directory: Path, error: Exception) -> ArtifactError:
+    """What to say of a tokenizer that ``error`` kept from being read; transformers' own words can mislead."""
+    lacking = [
+        package
+        for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
+        if not _is_installed(module)
+    ]
+    if lacking and (directory / "tokenizer.model").is_file():
+        return ArtifactError(
+            f"{directory}: reading its tokenizer.model takes {' and '.join(lacking)}: pip install {' '.join(lacking)}"
+        )
+    reason = str(error).strip().partition("\n")[0]
+    return ArtifactError(f"{directory}: its tokenizer cannot be read ({reason})")
+
+
+def _is_installed(module: str) -> bool:
+    package = module.partition(".")[0]
+    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
+
+
+class PackedLanguage(Layout):
+    """A language model whose function is that of a stock class, under other names and in other matrices."""
+
+    MODEL_TYPES: ClassVar[tuple[str, ...]] = ()
+    """The ``model_type`` its configurations say, in checkpoints of its own and in LLaVA's lineage."""
+
+    def config(self, written: Mapping[str, Any]) -> Any:
+        """The stock configuration of the same function, from the content of its ``config.json``."""
+        raise NotImplementedError
+
+    def written(self, config: Any) -> dict[str, Any]:
+        """The way back: what its own ``config.json`` says of a stock configuration, without the model type."""
+        raise NotImplementedError
+
+    def to_stock(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Tensors by the names of the stock class, exactly; unknown names stay as they are, to be reported."""
+        raise NotImplementedError
+
+    def from_stock(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The way back, exactly."""
+        raise NotImplementedError
+
+    def language(self, directory: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        from mmpipe.checkpoints.layouts import _tensors
+
+        written = _tensors.read_config(directory / "config.json")
+        kind = str(written.get("model_type"))
+        if kind not in self.MODEL_TYPES:
+            raise ArtifactError(
+                f"{directory}: holds a '{kind}' model, the layout '{self}' one of {', '.join(self.MODEL_TYPES)}"
+                + did_you_mean(kind, self.MODEL_TYPES)
+            )
+        config = self.config(written)
+        shell: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        tensors = self.to_stock(_tensors.read_weights(directory), config)
+        model: PreTrainedModel = _tensors.assemble(shell, config, tensors, directory, dtype)
+        return model

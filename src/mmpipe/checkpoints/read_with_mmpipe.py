@@ -1,0 +1,21 @@
+"""Open a checkpoint as this package does, in a process of its own; otherwise like :mod:`stock_reader`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mmpipe.checkpoints.read_with_hf import write_answers
+from mmpipe.checkpoints.save import load_checkpoint
+
+
+def main(checkpoint: str, given: str, got: str, max_new_tokens: int, device: str) -> None:
+    """See :mod:`stock_reader`."""
+    model, _ = load_checkpoint(Path(checkpoint))
+    model.to(device)  # type: ignore[arg-type]
+    write_answers(model, given, got, max_new_tokens, device)
+
+
+if __name__ == "__main__":
+    _, checkpoint, given, got, max_new_tokens, device = sys.argv
+    main(checkpoint, given, got, int(max_new_tokens), device)

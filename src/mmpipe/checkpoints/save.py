@@ -1,0 +1,241 @@
+"""Checkpoints on disk: one directory that every reader of LLaVA checkpoints understands.
+
+transformers 5 loads what transformers 4 wrote, but not the reverse, and other engines (vLLM, llama.cpp, older
+scripts) read version 4's names. So a checkpoint is written the way version 4 wrote it:
+
+* tensors are named ``language_model.model.*``, ``vision_tower.vision_model.*``, ``multi_modal_projector.*``;
+* ``text_config`` says its ``architectures`` and carries ``rope_theta`` beside ``rope_parameters``;
+* ``preprocessor_config.json`` stands beside a flat ``processor_config.json``, and the tokenizer names a class
+  version 4 knows;
+* the weights are one ``model.safetensors``, its bytes depend on nothing but them, and every file has the
+  mode the umask asks for (transformers writes weights that only their owner can read).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from mmpipe.artifacts.files import apply_umask
+from mmpipe.errors import ArtifactError
+from mmpipe.models.moe import hf
+from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
+from mmpipe.models.sparsity import io
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor, PreTrainedConfig
+
+WEIGHTS = "model.safetensors"
+_STOCK, _OURS = LlavaConfig.model_type, SparseLlavaConfig.model_type
+_CLASSES = {_STOCK: LlavaForConditionalGeneration, _OURS: SparseLlava}
+
+# Towers whose version 4 classes hold their body in an attribute ``vision_model``; none written since does.
+_NESTED_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
+
+
+def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+    """Write model and processor into the directory ``out`` in the layout described above.
+
+    A sparse model is written as a stock one when there is a class for it, and under the model type
+    ``mmpipe_llava`` otherwise (see :mod:`mmpipe.models.moe.modeling_mmpipe_llava`;
+    :func:`mmpipe.models.moe.hf.why_not_stock` gives the reason). Predictors of what to keep stand in files of their
+    own (see :mod:`mmpipe.models.sparsity.io`).
+
+    The same weights and configuration give the same bytes. The caller publishes the directory (see
+    :func:`mmpipe.artifacts.files.staged_directory`).
+    """
+    is_sparse, is_stock = bool(hf.sparse_layers(model)), hf.why_not_stock(model) is None
+    text = hf.text_config(model) if is_sparse and is_stock else model.config.get_text_config()
+    out.mkdir(parents=True, exist_ok=True)
+    _write_config(model, text, out, is_stock)
+    _write_processor(processor, out)
+    named = dict(hf.tensors(model) if is_sparse and is_stock else model.state_dict())
+    named = io.without_predictors(named)
+    save_file(_disk_tensors(model, named, is_stock), out / WEIGHTS, metadata={"format": "pt"})
+    io.save(model, out)
+    for file in filter(Path.is_file, out.iterdir()):
+        apply_umask(file)
+
+
+def load_checkpoint(
+    path: Path, dtype: torch.dtype | Literal["auto"] = torch.float32, **placement: Any
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Open a checkpoint directory: the model in evaluation mode with weights of ``dtype`` (``auto``: as stored), and
+    its processor.
+
+    Pictures are processed with Pillow on every machine, so that pixels do not depend on what is installed.
+    ``placement`` goes to ``from_pretrained`` (``device_map``, ``quantization_config``).
+
+    Raises ArtifactError when the directory is not a LLaVA checkpoint, or naming the tensors on which its
+    configuration and its weights do not agree.
+    """
+    from transformers import AutoProcessor
+
+    path = Path(path)
+    load: Any = _model_class(path).from_pretrained
+    try:
+        model, info = load(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **placement,
+        )
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True, backend="pil")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
+    _require_complete(path, info)
+    model = hf.adopt(model).eval()
+    io.load(model, path)
+    return model, processor
+
+
+def empty_model(path: Path) -> LlavaForConditionalGeneration:
+    """The model of a checkpoint directory with fresh weights; on the meta device it costs nothing."""
+    kind: Any = _model_class(path)
+    return kind(kind.config_class.from_pretrained(path, local_files_only=True))
+
+
+def _disk_tensors(
+    model: LlavaForConditionalGeneration, state: dict[str, torch.Tensor], is_stock: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors to write by their names on disk, sorted; a tied output head is left out."""
+    if model.config.get_text_config().tie_word_embeddings:
+        state.pop("lm_head.weight")
+    nested = model.model.vision_tower.config.model_type in _NESTED_TOWERS
+    named = {disk_name(name, nested) if is_stock else name: tensor for name, tensor in state.items()}
+    return {name: named[name].detach().to("cpu", copy=True).contiguous() for name in sorted(named)}
+
+
+def disk_name(name: str, nested_tower: bool) -> str:
+    """Translate a parameter's name in memory to its name on disk.
+
+    >>> disk_name("model.language_model.norm.weight", True)
+    'language_model.model.norm.weight'
+    >>> disk_name("model.vision_tower.post_layernorm.bias", True)
+    'vision_tower.vision_model.post_layernorm.bias'
+    """
+    part, _, rest = name.removeprefix("model.").partition(".")
+    if part == "lm_head":
+        return f"language_model.lm_head.{rest}"
+    if part == "language_model":
+        return f"language_model.model.{rest}"
+    if part == "vision_tower" and nested_tower:
+        return f"vision_tower.vision_model.{rest}"
+    return f"{part}.{rest}"
+
+
+def _write_config(
+    model: LlavaForConditionalGeneration, text: PreTrainedConfig, out: Path, is_stock: bool
+) -> None:
+    config = model.config.to_diff_dict()
+    config["model_type"] = _STOCK if is_stock else _OURS
+    config["architectures"] = [_CLASSES[config["model_type"]].__name__]
+    config["text_config"] = _text_config(text)
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = str(model.dtype).removeprefix("torch.")
+    _write_json(out / "config.json", _portable(config))
+    generation = model.generation_config.to_diff_dict()
+    generation.pop("_from_model_config", None)
+    _write_json(out / "generation_config.json", generation)
+
+
+def _text_config(text: PreTrainedConfig) -> dict[str, Any]:
+    """The language model's configuration, complete for readers that know only one way to state a fact."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = text.to_diff_dict()
+    config.pop("transformers_version", None)
+    config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return config
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """Drop what describes this run rather than the model."""
+    local = (
+        "_name_or_path",
+        "_attn_implementation_autoset",
+        "_experts_implementation",
+        "_attn_implementation",
+    )
+    return {
+        key: _portable(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in local
+    }
+
+
+def _write_processor(processor: LlavaProcessor, out: Path) -> None:
+    processor.save_pretrained(out)
+    config = _read_json(out / "processor_config.json")
+    image_processor = config.pop("image_processor", None) or processor.image_processor.to_dict()
+    image_processor["image_processor_type"] = image_processor["image_processor_type"].removesuffix("Pil")
+    _write_json(out / "processor_config.json", config)
+    _write_json(out / "preprocessor_config.json", image_processor)
+
+    tokenizer = _read_json(out / "tokenizer_config.json")
+    # The class that takes ``tokenizer.json`` as it stands in both versions; others may rebuild it.
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer["model_input_names"] = list(processor.tokenizer.model_input_names)
+    for key in ("backend", "is_local", "local_files_only", "name_or_path", "model_specific_special_tokens"):
+        tokenizer.pop(key, None)
+    extra = tokenizer.pop("extra_special_tokens", None)
+    if isinstance(extra, list) and extra:
+        tokenizer["additional_special_tokens"] = extra
+    _write_json(out / "tokenizer_config.json", tokenizer)
+
+
+def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:
+    """The class of a checkpoint directory; ArtifactError when it is none of ours."""
+    for name in ("config.json", WEIGHTS):
+        if not (path / name).is_file() and not (path / f"{name}.index.json").is_file():
+            raise ArtifactError(f"{path}: not a checkpoint: {name} is missing")
+    try:
+        kind = _read_json(path / "config.json").get("model_type")
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path}/config.json is not JSON: {error}") from error
+    if kind not in _CLASSES:
+        raise ArtifactError(f"{path}: holds a '{kind}' model, expected one of {sorted(_CLASSES)}")
+    return _CLASSES[kind]
+
+
+def _require_complete(path: Path, info: dict[str, Any]) -> None:
+    problems = [
+        f"{what}: {some(info[key])}"
+        for what, key in (
+            ("tensors the model needs and the file lacks", "missing_keys"),
+            ("tensors the model has no place for", "unexpected_keys"),
+            ("tensors of another shape than the configuration says", "mismatched_keys"),
+        )
+        if info[key]
+    ]
+    if problems:
+        raise ArtifactError(f"{path}: the weights do not fit the configuration; " + "; ".join(problems))
+
+
+def some(names: Iterable[Any], limit: int = 8) -> str:
+    """The first names in order, and how many more there are."""
+    listed = sorted(str(name) for name in names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

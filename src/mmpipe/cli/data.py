@@ -1,0 +1,219 @@
+"""The catalogues in the terminal: what there is, how much of it is here, under which terms, and why the rest is not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from mmpipe.cli.inventory import Bill, Holding, holding, holdings, of_datasets, of_mixture, of_recipe
+from mmpipe.errors import ConfigError, did_you_mean
+from mmpipe.plan.plan import Plan
+from mmpipe.sources.transfer.space import in_words
+
+_COLOURS = {"fetched": "green", "partial": "cyan", "manual": "yellow"}
+_NARROW = 100
+"""Columns below which the kind of source is left out."""
+_PIPED = 160
+"""Columns where nobody looks: enough for ``grep``."""
+_LEGEND = (
+    "[dim]! its use is restricted, or somebody has to accept terms. `mmpipe data NAME` tells all about an entry, and what "
+    "a mixture, a recipe or a benchmark needs.[/]"
+)
+
+
+def print_catalogue(plan: Plan, names: Iterable[str] = ()) -> None:
+    """Print a line an entry, or all that is known about the ``names``: entries, mixtures, recipes, benchmarks.
+
+    Raises ConfigError for a name that is none of these.
+    """
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPED
+    views = [view for name in names for view in _views(plan, name, console.width)]
+    for view in views:
+        console.print(*view(), "", sep="\n")
+    if not views:
+        for kind, title in (("datasets", "Data sets"), ("backbones", "Backbones")):
+            found = holdings(plan, kind)
+            bill = Bill(tuple(one for one in found if not one.parts))
+            console.print(f"[bold]{title}[/]: {_total(bill)}", _table(found, console.width), "", sep="\n")
+        console.print(_LEGEND)
+
+
+# --- one name ---------------------------------------------------------------------------------------------------------
+
+
+def _views(plan: Plan, name: str, width: int) -> list[Callable[[], list[Any]]]:
+    """How to print everything of this name; a mixture may be called as its data set."""
+    kinds: dict[str, tuple[Iterable[str], Callable[[], list[Any]]]] = {
+        "data set": (plan.datasets, lambda: _entry(plan, holding(plan, "datasets", name), width)),
+        "backbone": (plan.backbones, lambda: _entry(plan, holding(plan, "backbones", name), width)),
+        "mixture": (plan.mixtures, lambda: [*_mixture(plan, name), *_bill(of_mixture(plan, name), width)]),
+        "recipe": (
+            plan.recipes,
+            lambda: [f"[bold]recipe {escape(name)}[/]", *_bill(of_recipe(plan, name), width)],
+        ),
+        "benchmark": (
+            plan.benchmarks,
+            lambda: [
+                f"[bold]benchmark {name}[/]",
+                *_bill(of_datasets(plan, [plan.benchmarks[name].data]), width),
+            ],
+        ),
+    }
+    views = [view for known, view in kinds.values() if name.partition("@")[0] in known]
+    if not views:
+        every = {one for known, _ in kinds.values() for one in known}
+        raise ConfigError(
+            f"there is no data set, backbone, mixture, recipe or benchmark '{name}'{_nearest(name, every)}"
+        )
+    return views
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    """Names that hold this one, or the nearest; where there are none, how to list them: 200 names help nobody."""
+    if holding_it := sorted(one for one in known if name in one)[:6]:
+        return f"; there is {', '.join(holding_it)}"
+    near = did_you_mean(name, known)
+    return near if near.startswith("; did") else "; list them: mmpipe data, mmpipe plan, mmpipe benchmarks"
+
+
+def _entry(plan: Plan, one: Holding, width: int) -> list[Any]:
+    settings: dict[str, Any] = one.source.model_dump(mode="json", exclude_defaults=True)
+    settings.pop("how", None)  # said once, as what is in the way
+    facts = {
+        "state": f"{one.state}, {one.directory}/",
+        "size": _size(one),
+        **settings,
+        "licence": one.source.licence or "not stated",
+        "in the way": one.obstacle,
+        "used by": _users(plan).get(one.name, []),
+    }
+    if one.parts:
+        del facts["size"], facts["licence"]
+    return [f"[bold]{one.name}[/]", _facts(facts), *(_bill(one.parts, width) if one.parts else [])]
+
+
+def _mixture(plan: Plan, name: str) -> list[Any]:
+    mixture = plan.mixtures[name]
+    known = [part.expected for part in mixture.parts if part.expected]
+    rest = len(mixture.parts) - len(known)
+    records = f"{sum(known):,} published" + (
+        f", without those of {rest} parts nobody counted" if rest else ""
+    )
+    facts = {"description": mixture.description, "records": records if known else ""}
+    return [f"[bold]mixture {name}[/]", _facts(facts)]
+
+
+def _bill(entries: Iterable[Holding], width: int) -> list[Any]:
+    """A table of entries and what they come to."""
+    bill = Bill(tuple(entries))
+    facts = {
+        "in all": _total(bill),
+        "size unknown": ", ".join(bill.unknown),
+        "licences": [f"{licence}: {', '.join(names)}" for licence, names in bill.licences.items()],
+        "restricted": [f"{what}: {', '.join(names)}" for what, names in bill.restrictions.items()],
+        "in the way": [f"{name}: {why}" for name, why in bill.obstacles.items()] or "nothing",
+    }
+    return [_table(bill.entries, width), _facts(facts)]
+
+
+# --- tables and words -------------------------------------------------------------------------------------------------
+
+
+def _table(entries: Iterable[Holding], width: int) -> Table:
+    """A line an entry, whatever the width: all in full but the licence, which gets the room that is left."""
+    rows = [
+        {
+            "name": one.name,
+            "source": one.source.kind,
+            "state": one.state,
+            "size": _size(one),
+            "records": f"{one.source.records:,}" if one.source.records else "",
+        }
+        for one in entries
+    ]
+    if width < _NARROW:
+        rows = [{name: cell for name, cell in row.items() if name != "source"} for row in rows]
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for name in rows[0] if rows else ():
+        longest = max(len(text) for text in (name, *(row[name] for row in rows)))
+        justify: Any = "right" if name in ("size", "records") else "left"
+        table.add_column(name, justify=justify, no_wrap=True, min_width=longest)
+    table.add_column("licence")
+    for one, row in zip(entries, rows, strict=True):
+        row["state"] = f"[{_COLOURS.get(one.state, 'dim')}]{one.state}[/]"
+        table.add_row(*row.values(), _terms(one))
+    return table
+
+
+def _facts(facts: Mapping[str, Any]) -> Table:
+    """Facts by name, one a line, those that are empty left out."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        for line in value if isinstance(value, list) else [value] if value not in ("", None) else []:
+            table.add_row(f"[dim]{key}[/]", escape(str(line)))
+            key = ""
+    return table
+
+
+def _terms(one: Holding) -> Text:
+    """The licence in a line, marked where it restricts; that of a joined data set is its parts'."""
+    line = partial(Text, no_wrap=True, overflow="ellipsis")
+    if one.parts:
+        return line(f"{len(one.parts)} parts", style="dim")
+    if not one.source.licence:
+        return line("" if one.source.kind == "made" else "not stated", style="dim")
+    if one.source.restricted:
+        return line(f"! {one.source.licence}", style="yellow")
+    return line(one.source.licence)
+
+
+def _size(one: Holding) -> str:
+    """What lies here, of what is announced; ``?`` when nobody says."""
+    if one.parts:
+        bill = Bill(one.parts)
+        return f"{'> ' if bill.unknown else ''}{in_words(bill.here + bill.to_come)}"
+    if one.here or (one.came and one.announced is None):
+        return in_words(one.came)
+    if one.announced is None:
+        return "?"
+    whole = f"~ {in_words(one.announced)}" if one.announced else ""
+    return f"{in_words(one.came)} of {whole}" if one.came else whole
+
+
+def _total(bill: Bill) -> str:
+    """``14 entries, 3 of them here (20.1 GB), 81.0 GB to fetch and 2 of unknown size``."""
+    text = f"{len(bill.entries)} entries, {sum(entry.here for entry in bill.entries)} of them here"
+    text += f" ({in_words(bill.here)})" if bill.here else ""
+    if bill.to_come or bill.unknown:
+        text += f", {in_words(bill.to_come)} to fetch"
+        text += f" and {len(bill.unknown)} of unknown size" if bill.unknown else ""
+    return text
+
+
+def _users(plan: Plan) -> dict[str, list[str]]:
+    """Who reads each entry: mixtures, benchmarks, joined data sets, recipes."""
+    pairs = [
+        *((part.dataset, f"mixture {name}") for name, mix in plan.mixtures.items() for part in mix.parts),
+        *((entry.data, f"benchmark {name}") for name, entry in plan.benchmarks.items()),
+        *((need, name) for name, source in plan.datasets.items() for need in source.needs()),
+        *(
+            (backbone, f"recipe {stage.owner}")
+            for stage in plan.stages()
+            for backbone in stage.vision_language.parts().values()
+        ),
+    ]
+    users: dict[str, list[str]] = {}
+    for used, user in dict.fromkeys(pairs):
+        users.setdefault(used, []).append(user)
+    return users

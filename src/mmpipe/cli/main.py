@@ -1,0 +1,410 @@
+"""The command line ``mmpipe``: questions about the plan, offline scoring, and checks of the machine.
+
+Making things is Snakemake's: ``snakemake results/mmbench.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmpipe import __version__
+from mmpipe.errors import ConfigError, MmpipeError
+from mmpipe.settings_loader import read_mapping
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, distil and benchmark vision-language models. Things are made with snakemake; this answers questions.",
+)
+
+ConfigFile = Annotated[
+    Path, typer.Option("--configfile", help="The main configuration file.", show_default=True)
+]
+References = Annotated[list[Path], typer.Option(help="The official file(s), or JSON lines of its records.")]
+Answers = Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda:1, ...")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto spreads the layers over all GPUs, then main memory.")
+]
+Load4Bit = Annotated[bool, typer.Option("--load-4bit", help="The language model in 4 bits (bitsandbytes).")]
+Load8Bit = Annotated[bool, typer.Option("--load-8bit", help="The language model in 8 bits (bitsandbytes).")]
+TemplateName = Annotated[
+    str | None,
+    typer.Option("--template", "--conv-mode", help="Checked against the checkpoint's own."),
+]
+Sparsity = Annotated[
+    str | None, typer.Option(help="Of a sparsified model: the share of a picture to keep (0.2), or off.")
+]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest word.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest words of this total probability.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "--max-new-tokens", help="Longest answer.")]
+
+
+def main() -> None:
+    """Run the command line; errors a user can mend end it with status 1 and no traceback."""
+    try:
+        app()
+    except MmpipeError as error:
+        print(f"mmpipe: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _plan(configfile: Path) -> Any:
+    from mmpipe.plan.plan import Plan
+
+    return Plan(read_mapping(configfile), where=str(configfile))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; without it the chosen ones.")] = None,
+    configfile: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Show the stages of recipes: who owns them, what they start from, what they read."""
+    from mmpipe.cli.show import print_plan
+
+    print_plan(_plan(configfile), recipe)
+
+
+@app.command()
+def doctor(
+    profile: Annotated[
+        str, typer.Option(help="The profile jobs would run with: local, gpu, slurm.")
+    ] = "local",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    configfile: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Check this machine: versions, driver, GPUs, disks, Slurm, profile; says what to do. Status 1 on a problem."""
+    from mmpipe.cli import doctor
+    from mmpipe.doctor import Machine, examine
+
+    found = examine(Machine(Path(), profile, configfile))
+    if as_json:
+        print(doctor.as_json(found))
+    else:
+        doctor.print_findings(found)
+    raise typer.Exit(any(finding.status == "problem" for finding in found))
+
+
+@app.command()
+def show(
+    comparison: Annotated[Path, typer.Argument(help="A comparison, e.g. results/mmbench.json.")],
+) -> None:
+    """Show a comparison as a table."""
+    from mmpipe.cli.show import print_comparison
+
+    print_comparison(comparison)
+
+
+@app.command()
+def why(
+    targets: Annotated[list[str], typer.Argument(help="Files or target rules, e.g. results/mmbench.json.")],
+    configfile: Annotated[Path | None, typer.Option("--configfile", help="As given to snakemake.")] = None,
+) -> None:
+    """Say what snakemake would run for a target and why, in words."""
+    from mmpipe.cli.why import explain
+
+    print(explain(targets, configfile))
+
+
+@app.command()
+def data(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Entries, mixtures, recipes, benchmarks to show in full; without them all in brief."
+        ),
+    ] = None,
+    lock: Annotated[
+        bool, typer.Option("--lock", help="Pin what is fetched here in config/lock.json.")
+    ] = False,
+    configfile: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Show data sets and backbones: what is here, how large it is, its licence; of a mixture or recipe, what it still needs."""
+    from mmpipe.cli.data import print_catalogue
+    from mmpipe.sources.transfer.lock import LOCK, write_lock
+
+    plan = _plan(configfile)
+    if not lock:
+        return print_catalogue(plan, names or ())
+    added = write_lock({"backbones": plan.backbones, "datasets": plan.datasets})
+    print(f"{LOCK}: {', '.join(added) if added else 'nothing new'}")
+
+
+@app.command()
+def smoke(
+    targets: Annotated[list[str], typer.Argument(help="Targets, e.g. results/mmbench.json.")],
+    max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each stage.")] = 2,
+    configfile: Annotated[Path | None, typer.Option("--configfile", help="As given to snakemake.")] = None,
+    cores: Annotated[str, typer.Option(help="As given to snakemake.")] = "all",
+) -> None:
+    """Try every stage on the way to a target for a moment, below results/smoke/, beside nothing real."""
+    from mmpipe.cli.why import run_smoke
+
+    raise typer.Exit(run_smoke(targets, max_steps, configfile, cores))
+
+
+@app.command()
+def score(
+    benchmark: Annotated[str, typer.Argument(help="A benchmark, e.g. mmbench.")],
+    references: References,
+    answers: Answers,
+    protocol: Annotated[str, typer.Option(help="The protocol; default: the official one.")] = "",
+    judge: Annotated[
+        Path | None, typer.Option(help="A judge's replies, for protocols that need them.")
+    ] = None,
+    per_item: Annotated[Path | None, typer.Option(help="Write the verdict on every question here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the score here too.")] = None,
+) -> None:
+    """Score answers offline; prints JSON."""
+    from mmpipe.benchmarks.scoring import score_files
+
+    _print_json(
+        score_files(
+            benchmark, references, answers, protocol=protocol, judge=judge, per_item=per_item, out=out
+        )
+    )
+
+
+@app.command()
+def benchmarks() -> None:
+    """List the benchmarks and their protocols; prints JSON."""
+    from mmpipe.benchmarks.scoring import describe
+
+    _print_json(describe())
+
+
+@app.command()
+def convert(
+    benchmark: Annotated[str, typer.Argument(help="A benchmark, e.g. mmbench.")],
+    references: References,
+    answers: Answers,
+    out: Annotated[Path, typer.Option(help="The submission file.")],
+) -> None:
+    """Write the file a benchmark's server accepts; prints JSON."""
+    from mmpipe.benchmarks.scoring import convert_files
+
+    _print_json(convert_files(benchmark, references, answers, out))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A published checkpoint, e.g. results/demo/finetune/model.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
+    layout: Annotated[str, typer.Option(help="A layout of another system, e.g. llava.")],
+    language: Annotated[
+        str | None, typer.Option(help="The layout of a packed language model inside, e.g. moss2.")
+    ] = None,
+    tower: Annotated[
+        str, typer.Option(help="What the configuration calls the vision tower.")
+    ] = "openai/clip-vit-large-patch14-336",
+    binary: Annotated[
+        bool, typer.Option("--binary", help="Write pytorch_model.bin instead of safetensors.")
+    ] = False,
+) -> None:
+    """Write a checkpoint in the layout of another system, bit by bit the same tensors."""
+    from mmpipe.artifacts.files import staged_directory
+    from mmpipe.checkpoints.layouts import get
+
+    if out.exists():
+        raise ConfigError(f"{out}: exists; name a directory that does not")
+    with staged_directory(out) as stage:
+        get(layout).write(checkpoint, stage, language=language, tower=tower, binary=binary)
+    print(out)
+
+
+@app.command()
+def export_mixture(
+    mixture: Annotated[str, typer.Argument(help="A mixture, e.g. rlaif-v, or the directory of one.")],
+    out: Annotated[
+        Path, typer.Argument(help="A file that does not exist yet: .json, or .parquet for messages.")
+    ],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            help="llava (conversations), messages (Parquet for TRL and datasets), preference (LLaVA-MoD's pairs).",
+        ),
+    ],
+    root: Annotated[Path, typer.Option(help="Pictures are named relative to this folder.")] = Path(),
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Link pictures into this folder instead, and name them relative to it."),
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="With --images: copy, do not link.")] = False,
+    embed: Annotated[
+        bool, typer.Option("--embed", help="Put pictures into the Parquet file itself (messages).")
+    ] = False,
+) -> None:
+    """Write a verified mixture as other programs read it."""
+    from mmpipe.data.export import Below, PutInto
+    from mmpipe.data.export import export_mixture as write
+
+    if copy and images is None:
+        raise ConfigError("--copy needs --images, the folder to copy into")
+    directory = Path(mixture) if Path(mixture).is_dir() else Path("resources/mixtures", mixture)
+    pictures = Below(root) if images is None else PutInto(images, copy)
+    print(f"{out}: {write(directory, out, layout, pictures, embed=embed)} records")
+
+
+@app.command()
+def judge(
+    benchmark: Annotated[str, typer.Argument(help="A benchmark with judged protocols, e.g. mmhal.")],
+    references: References,
+    answers: Answers,
+    model: Annotated[str, typer.Option(help="The judge's name; part of the score's protocol.")],
+    base_url: Annotated[
+        str, typer.Option(help="An OpenAI-compatible endpoint.")
+    ] = "https://api.openai.com/v1",
+    out: Annotated[Path, typer.Option(help="The replies; what is there is not asked again.")] = Path(
+        "judge.jsonl"
+    ),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, ask nothing.")] = False,
+    max_requests: Annotated[
+        int, typer.Option(min=0, help="Requests at most, repeated ones included.")
+    ] = 5000,
+    max_usd: Annotated[
+        float | None, typer.Option(min=0, help="Dollars at most, by the prices below.")
+    ] = None,
+    usd_per_million_input: Annotated[float, typer.Option(min=0, help="Price of request tokens.")] = 0.0,
+    usd_per_million_output: Annotated[float, typer.Option(min=0, help="Price of reply tokens.")] = 0.0,
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the key.")] = "OPENAI_API_KEY",
+) -> None:
+    """Let a judge model read answers, or say what that would cost; prints JSON."""
+    from mmpipe.benchmarks.judge import judge_answers, price
+    from mmpipe.benchmarks.spec import JudgeSettings
+    from mmpipe.settings_loader import validate
+
+    chosen = {
+        "base_url": base_url,
+        "model": model,
+        "key_variable": key_variable,
+        "max_requests": max_requests,
+        "max_usd": max_usd,
+        "usd_per_million_input": usd_per_million_input,
+        "usd_per_million_output": usd_per_million_output,
+    }
+    ask = price if dry_run else judge_answers
+    _print_json(ask(benchmark, references, answers, out, validate(JudgeSettings, chosen, "mmpipe judge")))
+
+
+@app.command()
+def chat(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A directory, recipe, recipe@stage, or owner/name[@revision] on the Hugging Face hub."
+        ),
+    ],
+    image: Annotated[
+        list[str] | None, typer.Option(help="A file or address; repeat it for several pictures.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Ask this once and end; '-' reads it from the standard input.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print everything as JSON.")] = False,
+    template: TemplateName = None,
+    temperature: Temperature = 0.2,
+    top_p: TopP = 1.0,
+    max_tokens: MaxTokens = 512,
+    seed: Annotated[int | None, typer.Option(help="The same draws every time.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    load_4bit: Load4Bit = False,
+    load_8bit: Load8Bit = False,
+    sparsity: Sparsity = None,
+    configfile: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Talk to a checkpoint about pictures."""
+    from mmpipe.chat.messages import ChatError, Sampling
+    from mmpipe.chat.run import chat as talk
+
+    if as_json and prompt is None:
+        raise ChatError("--json needs --prompt")
+    loading = _loading(template, dtype, device, device_map, load_4bit, load_8bit, sparsity)
+    sampling = Sampling(temperature, top_p, max_tokens, seed)
+    talk(checkpoint, configfile, loading, sampling, image or [], prompt, as_json)
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A directory, recipe, recipe@stage, or owner/name on the hub.")
+    ],
+    other: Annotated[str | None, typer.Argument(help="Another one, to see answers side by side.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 7860,
+    template: TemplateName = None,
+    temperature: Temperature = 0.2,
+    top_p: TopP = 1.0,
+    max_tokens: MaxTokens = 512,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    load_4bit: Load4Bit = False,
+    load_8bit: Load8Bit = False,
+    sparsity: Sparsity = None,
+    configfile: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Serve a checkpoint, or two: a page to talk to them, and OpenAI's protocol below /v1."""
+    from mmpipe.chat.messages import Sampling
+    from mmpipe.chat.run import serve as run
+
+    loading = _loading(template, dtype, device, device_map, load_4bit, load_8bit, sparsity)
+    names = [checkpoint] if other is None else [checkpoint, other]
+    run(names, configfile, loading, Sampling(temperature, top_p, max_tokens), port)
+
+
+def _loading(
+    template: str | None,
+    dtype: str,
+    device: str,
+    device_map: str | None,
+    four: bool,
+    eight: bool,
+    sparsity: str | None,
+) -> Any:
+    from mmpipe.chat.messages import ChatError
+    from mmpipe.chat.options import Loading
+
+    if four and eight:
+        raise ChatError("choose one of --load-4bit and --load-8bit")
+    return Loading(template, dtype, device, device_map, 4 if four else 8 if eight else None, sparsity)
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
+) -> None:
+    """The JSON schema of all configuration files (config/schema.json), for editors."""
+    from mmpipe.plan.schema import configuration_schema
+
+    text = json.dumps(configuration_schema(), indent=2, ensure_ascii=False) + "\n"
+    if out is None:
+        print(text, end="")
+    else:
+        out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

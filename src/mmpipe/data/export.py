@@ -1,0 +1,225 @@
+"""Mixtures as other programs read them: LLaVA's JSON, chat messages in Parquet, LLaVA-MoD's preference pairs.
+
+Records are written as they are read: memory does not grow with their number. The file appears whole or not at all, after the
+pictures that it names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmpipe.artifacts import manifest
+from mmpipe.artifacts.files import atomic_open
+from mmpipe.data.mixture import RECORDS
+from mmpipe.data.record_table import RecordTable
+from mmpipe.data.records import AnyRecord, PreferenceRecord, Record, Turn
+from mmpipe.data.templates import to_messages
+from mmpipe.errors import ArtifactError, ConfigError, DataError, did_you_mean
+
+_SPEAKERS = {"user": "human", "assistant": "gpt"}
+_ROWS = 512
+_GROUP_BYTES = 32 << 20
+"""Embedded pictures of a row group of Parquet, which is written at once."""
+
+R = TypeVar("R", Record, PreferenceRecord)
+
+
+class Pictures(Protocol):
+    """What becomes of a record's pictures."""
+
+    def name(self, stored: str) -> str:
+        """What the exported file calls the picture that records call ``stored``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Below:
+    """Pictures stay where they are, named relative to a folder above them."""
+
+    root: Path
+
+    def name(self, stored: str) -> str:
+        """See Pictures. Raises DataError for a picture that lies elsewhere."""
+        path = Path(os.path.abspath(stored))
+        root = Path(os.path.abspath(self.root))
+        if not path.is_relative_to(root):
+            raise DataError(
+                f"{stored}: lies outside of {root}; name a folder above it, or let pictures be put into one"
+            )
+        return path.relative_to(root).as_posix()
+
+
+@dataclass(frozen=True)
+class PutInto:
+    """Pictures are linked or copied into a folder and named relative to it."""
+
+    folder: Path
+    copy: bool = False
+
+    def name(self, stored: str) -> str:
+        """See Pictures."""
+        name = stored.lstrip("/")
+        target = self.folder / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.tmp")
+            temporary.unlink(missing_ok=True)
+            if self.copy:
+                shutil.copyfile(stored, temporary)
+            else:
+                temporary.symlink_to(Path(stored).resolve())
+            os.replace(temporary, target)
+        return name
+
+
+def export_mixture(mixture: Path, out: Path, layout: str, pictures: Pictures, *, embed: bool = False) -> int:
+    """Write the records of a published mixture into the file ``out``; returns how many.
+
+    ``layout`` is a name of :data:`LAYOUTS`; ``embed`` puts the pictures themselves into the file, where the layout can hold them.
+    Raises ArtifactError for a mixture that is not there, ConfigError for an unknown or unfit layout, DataError for a picture
+    that is not where it should be.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"there is no layout '{layout}'{did_you_mean(layout, LAYOUTS)}")
+    if embed and layout != "messages":
+        raise ConfigError(f"the layout '{layout}' names pictures; only 'messages' can hold them")
+    if out.exists():
+        raise ConfigError(f"{out}: exists; name a file that does not")
+    if not (mixture / manifest.NAME).is_file():
+        raise ArtifactError(f"{mixture}: no published mixture; make it: snakemake {mixture / manifest.NAME}")
+    records = RecordTable(mixture / RECORDS)
+    with atomic_open(out) as file:
+        LAYOUTS[layout](records, file, pictures, embed)
+    return len(records)
+
+
+def _llava(records: RecordTable, file: BinaryIO, pictures: Pictures, embed: bool) -> None:
+    def row(record: Record) -> dict[str, Any]:
+        return {**_head(record, record.turns, pictures), "conversations": _said(record.turns)}
+
+    _write_array(file, (row(_of_kind(record, Record, "messages' or 'preference")) for record in records))
+
+
+def _preference(records: RecordTable, file: BinaryIO, pictures: Pictures, embed: bool) -> None:
+    def row(record: PreferenceRecord) -> dict[str, Any]:
+        answers = {"chosen": record.chosen, "rejected": record.rejected}
+        return {
+            **_head(record, record.prompt, pictures),
+            **{name: _said((*record.prompt, Turn("assistant", text))) for name, text in answers.items()},
+        }
+
+    _write_array(file, (row(_of_kind(record, PreferenceRecord, "llava' or 'messages")) for record in records))
+
+
+def _messages(records: RecordTable, file: BinaryIO, pictures: Pictures, embed: bool) -> None:
+    pairs = len(records) > 0 and isinstance(records[0], PreferenceRecord)
+    columns = ("prompt", "chosen", "rejected") if pairs else ("messages",)
+
+    def row(record: AnyRecord) -> dict[str, Any]:
+        if isinstance(record, PreferenceRecord) != pairs:
+            raise DataError(
+                f"{record.source}/{record.id}: conversations and preferences cannot stand in one table"
+            )
+        conversations: Sequence[Sequence[Turn]] = (
+            (record.prompt, (Turn("assistant", record.chosen),), (Turn("assistant", record.rejected),))
+            if isinstance(record, PreferenceRecord)
+            else (record.turns,)
+        )
+        said = {name: to_messages(turns) for name, turns in zip(columns, conversations, strict=True)}
+        return {
+            "id": record.id,
+            "source": record.source,
+            **said,
+            "images": [_picture(stored, pictures, embed) for stored in record.images],
+        }
+
+    schema = _message_schema(columns)
+    with pq.ParquetWriter(file, schema) as writer:
+        for group in _groups(map(row, records)):
+            writer.write_batch(pa.RecordBatch.from_pylist(group, schema=schema))
+
+
+LAYOUTS: dict[str, Callable[[RecordTable, BinaryIO, Pictures, bool], None]] = {
+    "llava": _llava,
+    "messages": _messages,
+    "preference": _preference,
+}
+"""``llava``: an array of ``{"id", "image", "conversations"}``. ``messages``: Parquet of chat messages and pictures as TRL and
+``datasets`` read it, of preferences with ``prompt``, ``chosen`` and ``rejected``. ``preference``: LLaVA-MoD's array of
+``{"id", "image", "chosen", "rejected"}``."""
+
+
+def _of_kind(record: AnyRecord, kind: type[R], others: str) -> R:
+    if not isinstance(record, kind):
+        raise ConfigError(f"{record.source}/{record.id} is no record of this layout; take '{others}'")
+    return record
+
+
+def _head(record: AnyRecord, turns: Sequence[Turn], pictures: Pictures) -> dict[str, Any]:
+    """What stands before the conversation. A system message goes beside it, as ShareGPT has it; LLaVA reads none."""
+    names = [pictures.name(stored) for stored in record.images]
+    system = turns[0].text if turns[0].role == "system" else None
+    return {
+        "id": record.id,
+        "source": record.source,
+        **({"image": names[0] if len(names) == 1 else names} if names else {}),
+        **({"system": system} if system else {}),
+    }
+
+
+def _said(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"from": _SPEAKERS[turn.role], "value": turn.text} for turn in turns if turn.role != "system"]
+
+
+def _write_array(file: BinaryIO, rows: Iterator[dict[str, Any]]) -> None:
+    """A JSON array, one element a line."""
+    before = "[\n"
+    for row in rows:
+        file.write((before + json.dumps(row, ensure_ascii=False)).encode())
+        before = ",\n"
+    file.write(b"\n]\n")
+
+
+def _picture(stored: str, pictures: Pictures, embed: bool) -> dict[str, Any]:
+    if not embed:
+        return {"bytes": None, "path": pictures.name(stored)}
+    try:
+        return {"bytes": Path(stored).read_bytes(), "path": Path(stored).name}
+    except OSError as error:
+        raise DataError(
+            f"{stored}: the picture cannot be read ({error.strerror}); build the mixture again"
+        ) from error
+
+
+def _message_schema(columns: Sequence[str]) -> Any:
+    """The columns with what ``datasets`` needs to know that ``images`` are pictures."""
+    from datasets import Features, Image, List, Value
+
+    text = Value("string")
+    messages = List({"role": text, "content": List({"type": text, "text": text})})
+    return Features(
+        {"id": text, "source": text, **dict.fromkeys(columns, messages), "images": List(Image())}
+    ).arrow_schema
+
+
+def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows to be written at once: many, but few large pictures."""
+    group: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += sum(len(picture["bytes"] or b"") for picture in row["images"])
+        if len(group) == _ROWS or size > _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,51 @@
+"""Models that no stock class computes, as a class of this package.
+
+Other routers than softmax top-k, residual experts, experts in the tower and pictures at several scales have no
+counterpart in transformers. Such a model is
+stored under the model type ``mmpipe_llava``, with its own tensor names: plain transformers says that it does
+not know the type, and after ``import mmpipe.models.moe.modeling_mmpipe_llava`` its ``Auto`` classes open it.
+"""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from mmpipe.models.moe.placement import chosen_sites
+from mmpipe.models.moe.upcycle import empty_layer, install, noted_settings
+from mmpipe.models.vision_tower import look_at, noted_scales
+
+
+class SparseLlavaConfig(LlavaConfig):
+    """A LLaVA configuration whose entry ``mmpipe`` describes experts and scales."""
+
+    model_type = "mmpipe_llava"
+
+
+class SparseLlava(LlavaForConditionalGeneration):
+    """LLaVA with experts in the parts that ``config.mmpipe["moe"]`` names, and pictures at the scales of
+    ``config.mmpipe["tower"]``."""
+
+    config: SparseLlavaConfig
+    config_class = SparseLlavaConfig
+
+    def __init__(self, config: SparseLlavaConfig) -> None:
+        super().__init__(config)
+        scales = noted_scales(self)
+        if scales is not None:
+            look_at(self, scales)
+        for part, settings in noted_settings(self).items():
+            for site in chosen_sites(self, part, settings):
+                site.put(empty_layer(site, settings))
+            install(self, part, settings)
+
+
+AutoConfig.register(SparseLlavaConfig.model_type, SparseLlavaConfig)
+AutoModelForImageTextToText.register(SparseLlavaConfig, SparseLlava)
+AutoProcessor.register(SparseLlavaConfig, LlavaProcessor)

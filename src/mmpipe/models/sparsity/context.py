@@ -1,0 +1,166 @@
+"""One forward pass of a sparsified language model: what is asked of it, what it decided.
+
+A pass travels as a keyword argument to every decoder layer, as that of the experts does, so that nothing stays in the model
+between two calls. Layers before the sparse one ignore it. Shapes: B rows, L tokens of the call, M of them kept (the most of any
+row), D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpipe.models.moe import context as experts
+from mmpipe.models.sparsity import gumbel, masks
+from mmpipe.models.sparsity.attention import POLICY
+from mmpipe.models.sparsity.cache import Slots
+from mmpipe.models.sparsity.segments import Segments
+from mmpipe.models.sparsity.sparsifier import Decisions, Sparsifier
+
+KEYWORD = "sparse_forward_pass"
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a pass takes place."""
+
+    sparsifier: Sparsifier
+    config: Any
+    """Of the text model."""
+    real_BL: Tensor
+    """Which tokens of the call are no padding."""
+    whole_B: Tensor
+    """Tokens of each row so far, those of earlier calls included."""
+
+
+@dataclass
+class TrainingPass:
+    """Nothing is removed: tokens that are dropped stop being keys of others in the layers that follow."""
+
+    segments: Segments
+    noise_BL2: Tensor
+    """Gumbel noise that decides the draws."""
+    start_temperature: float = 1.0
+    end_temperature: float = 0.1
+    temperature: float = field(init=False, default=1.0)
+    decisions: Decisions = field(init=False, default_factory=dict)
+    """Set by the pass, with gradients."""
+
+    def decide(self, setting: Setting, hidden_BLD: Tensor, arguments: Arguments) -> Tensor:
+        """Draw the decisions; returns the hidden states as they are."""
+        self.temperature = gumbel.temperature(
+            setting.sparsifier.progress, self.start_temperature, self.end_temperature
+        )
+        self._policy_BL, self.decisions = setting.sparsifier.draw(
+            hidden_BLD, self.segments, self.temperature, self.noise_BL2
+        )
+        positions = arguments["position_ids"].expand(len(hidden_BLD), -1)
+        self._positions_BL, self._real_BL = positions, setting.real_BL
+        self._masks: dict[int | None, Tensor] = {}
+        return hidden_BLD
+
+    def arguments(self, setting: Setting, layer: int, given: Arguments) -> Arguments:
+        """What a deep layer is given: the mask of what is allowed, and the policy."""
+        window = masks.window_of(setting.config, layer)
+        if window not in self._masks:
+            positions = self._positions_BL
+            self._masks[window] = masks.allowed(self._real_BL, positions, positions, window)[:, None]
+        return given | {"attention_mask": self._masks[window], POLICY: self._policy_BL}
+
+    def finish(self, hidden_BLD: Tensor) -> Tensor:
+        """The hidden states as they are."""
+        return hidden_BLD
+
+
+class PruningPass:
+    """Generation: what is dropped of a prompt leaves the computation; a new token may leave the cache behind it."""
+
+    def __init__(self, pictures_BL: Tensor, is_prompt: bool | None = None) -> None:
+        self.pictures_BL = pictures_BL
+        self.is_prompt = is_prompt
+        """Whether the tokens are given rather than generated; None: unless it is one token behind others."""
+        self.slots: Slots | None = None
+        self.keep_BL: Tensor | None = None
+        """Set by the pass: which tokens are kept."""
+        self._source_BM: Tensor | None = None
+
+    def decide(self, setting: Setting, hidden_BLD: Tensor, arguments: Arguments) -> Tensor:
+        """Decide what is kept; returns the hidden states to go on with, ``[B, M, D]``."""
+        rows, length = hidden_BLD.shape[:2]
+        starts = self.slots is None or not self.slots.visible_BW.shape[1]
+        prompt = (starts or length > 1) if self.is_prompt is None else self.is_prompt
+        real_BL, sparsifier = setting.real_BL, setting.sparsifier
+        positions_BL = arguments["position_ids"].expand(rows, -1)
+        if prompt:
+            self.keep_BL = sparsifier.keep_of_prompt(hidden_BLD, real_BL, self.pictures_BL, starts)
+            self._narrow(self.keep_BL, real_BL)
+            positions_BL = self._kept(positions_BL)
+            self._real_BM = stored_BM = self._kept(self.keep_BL)
+        else:
+            self.keep_BL = stored_BM = sparsifier.keep_of_answer(hidden_BLD, real_BL)
+            self._real_BM = real_BL
+        self._positions_BM = positions_BL
+        self._see(stored_BM)
+        cos, sin = arguments["position_embeddings"]
+        self._rotation = self._kept(cos.expand(rows, -1, -1)), self._kept(sin.expand(rows, -1, -1))
+        self._masks: dict[int | None, Tensor | None] = {}
+        self.is_prompt = prompt
+        return self._kept(hidden_BLD)
+
+    def arguments(self, setting: Setting, layer: int, given: Arguments) -> Arguments:
+        """What a deep layer is given: mask, positions and rotations of what is kept."""
+        window = masks.window_of(setting.config, layer)
+        if window not in self._masks:
+            self._masks[window] = masks.formatted(
+                setting.config._attn_implementation,
+                self._visible_BK,
+                self._key_positions_BK,
+                self._positions_BM,
+                window,
+                self._rotation[0].dtype,
+            )
+        changed = {
+            "attention_mask": self._masks[window],
+            "position_ids": self._positions_BM,
+            "position_embeddings": self._rotation,
+        }
+        if self.is_prompt and experts.KEYWORD in given:
+            changed[experts.KEYWORD] = given[experts.KEYWORD].narrowed(self._real_BM)
+        return given | changed
+
+    def finish(self, hidden_BMD: Tensor) -> Tensor:
+        """The hidden states at their old places ``[B, L, D]``, zeros where tokens left."""
+        if self._source_BM is None:
+            return hidden_BMD
+        length, width = self.pictures_BL.shape[1], hidden_BMD.shape[-1]
+        full_BLD = hidden_BMD.new_zeros(len(hidden_BMD), length, width)
+        source_BMD = self._source_BM[..., None].expand_as(hidden_BMD)
+        return full_BLD.scatter(1, source_BMD, hidden_BMD * self._real_BM[..., None])
+
+    def _narrow(self, keep_BL: Tensor, real_BL: Tensor) -> None:
+        """Note the places that are kept, in order, rows filled up with others."""
+        most = int(keep_BL.sum(1).max())
+        if most < keep_BL.shape[1]:
+            self._source_BM = (~keep_BL).long().argsort(dim=1, stable=True)[:, :most]
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """The kept places of ``[B, L]`` or ``[B, L, C]``."""
+        if self._source_BM is None:
+            return tensor
+        source = self._source_BM
+        if tensor.ndim == 3:
+            source = source[..., None].expand(-1, -1, tensor.shape[-1])
+        return tensor.gather(1, source)
+
+    def _see(self, stored_BM: Tensor) -> None:
+        """What this pass looks at, and what the cache holds behind it."""
+        self._visible_BK, self._key_positions_BK = self._real_BM, self._positions_BM
+        if self.slots is not None:
+            self._visible_BK = torch.cat([self.slots.visible_BW, self._real_BM], dim=1)
+            self._key_positions_BK = torch.cat([self.slots.positions_BW, self._positions_BM], dim=1)
+            self.slots.plan(stored_BM, self._positions_BM)

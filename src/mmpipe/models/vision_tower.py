@@ -1,0 +1,195 @@
+"""The vision tower as the language model uses it: pictures at several scales, and nothing that nobody reads.
+
+LLaVA projects the output of the tower's last block but one. What stands behind it (the last block, the final
+normalisation, a pooling head) is computed for nothing and gets no gradient. A stock checkpoint keeps it, because
+every reader of LLaVA checkpoints counts the blocks from the end; here it never trains. A tower that no stock
+class computes anyway is built without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmpipe.errors import ConfigError
+from mmpipe.models.moe.context import next_pass
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+_BEHIND = ("post_layernorm", "head")
+"""What CLIP and SigLIP towers apply to the last block's output."""
+
+
+def blocks(tower: nn.Module) -> nn.ModuleList:
+    """The transformer blocks of a tower; ConfigError when it has none where CLIP and SigLIP have them."""
+    found = _blocks(tower)
+    if found is None:
+        raise ConfigError(f"a vision tower '{type(tower).__name__}' has no encoder.layers")
+    return found
+
+
+def _blocks(tower: nn.Module) -> nn.ModuleList | None:
+    found = getattr(getattr(tower, "encoder", None), "layers", None)
+    return found if isinstance(found, nn.ModuleList) else None
+
+
+def used_blocks(model: LlavaForConditionalGeneration) -> int:
+    """How many of the tower's blocks the projected features depend on."""
+    layers = len(blocks(model.model.vision_tower))
+    chosen = model.config.vision_feature_layer
+    return max(i % (layers + 1) for i in ([chosen] if isinstance(chosen, int) else chosen))
+
+
+def freeze_idle(model: LlavaForConditionalGeneration) -> list[str]:
+    """Do not train what the projected features do not depend on: it has no gradient, which DDP waits for.
+
+    Returns the names, within the tower, of what would have trained.
+    """
+    tower: Any = model.model.vision_tower
+    found = _blocks(tower)
+    if found is None:
+        return []
+    behind = (getattr(tower, name, None) for name in _BEHIND)
+    modules = [module for module in (*found[used_blocks(model) :], *behind) if module is not None]
+    idle = {id(p) for module in modules for p in module.parameters() if p.requires_grad}
+    for module in modules:
+        module.requires_grad_(False)
+    return [name for name, parameter in tower.named_parameters() if id(parameter) in idle]
+
+
+def noted_scales(model: LlavaForConditionalGeneration) -> tuple[int, ...] | None:
+    """The scales the model's configuration notes; None for a stock tower."""
+    noted = getattr(model.config, "mmpipe", {}).get("tower")
+    return tuple(noted["scales"]) if noted else None
+
+
+def look_at(model: LlavaForConditionalGeneration, scales: Sequence[int]) -> None:
+    """Let the tower look at every picture at several scales (S2, Shi et al. 2024), in place.
+
+    The tower is cut behind the projected block. The projector's first layer, when its width changes, is a new
+    one without values. The number of image tokens stays. ``(1,)`` cuts the tower and changes nothing else.
+
+    Raises ConfigError when several blocks are projected at once.
+    """
+    _cut(model)
+    tower: Any = model.model.vision_tower
+    tower.__class__ = _multi_scale(type(tower))
+    tower.scales = tuple(scales)
+    projector: Any = model.model.multi_modal_projector
+    width = tower.config.hidden_size * len(scales)
+    if hasattr(projector, "linear_1") and projector.linear_1.in_features != width:
+        old = projector.linear_1
+        projector.linear_1 = nn.Linear(
+            width,
+            old.out_features,
+            bias=old.bias is not None,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+    model.config.mmpipe = {**getattr(model.config, "mmpipe", {}), "tower": {"scales": list(scales)}}
+
+
+def _cut(model: LlavaForConditionalGeneration) -> None:
+    """Take away what stands behind the projected block."""
+    if not isinstance(model.config.vision_feature_layer, int):
+        raise ConfigError(f"feature_layer: {model.config.vision_feature_layer}: one block can be projected")
+    tower: Any = model.model.vision_tower
+    used = used_blocks(model)
+    tower.encoder.layers = blocks(tower)[:used]
+    for name in _BEHIND:
+        if isinstance(getattr(tower, name, None), nn.Module):
+            setattr(tower, name, nn.Identity())
+    configs: tuple[Any, ...] = (tower.config, model.config.vision_config)
+    for config in configs:
+        config.num_hidden_layers = used
+    model.config.vision_feature_layer = -1
+
+
+class _MultiScale:
+    """What :func:`_multi_scale` puts before a tower's class."""
+
+    scales: tuple[int, ...]
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Features of all scales side by side, as the only hidden state: ``[B, tokens, scales * width]``."""
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("return_dict", "output_hidden_states")}
+        one_scale: Any = super().forward  # type: ignore[misc]
+        passes = 0
+
+        def encode(pixels_BCHW: Tensor) -> Tensor:
+            nonlocal passes
+            if passes:
+                next_pass(self)  # type: ignore[arg-type]
+            passes += 1
+            # nothing stands behind the projected block: it is the last
+            return one_scale(pixels_BCHW, **kwargs).last_hidden_state
+
+        class_tokens = 1 if hasattr(getattr(self, "embeddings", None), "class_embedding") else 0
+        features = multi_scale_features(pixel_values, self.scales, encode, class_tokens=class_tokens)
+        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,))
+
+
+def _multi_scale(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a tower's class that sees several scales; its tensors keep their names."""
+    if issubclass(kind, _MultiScale):
+        return kind
+    return type(f"MultiScale{kind.__name__}", (_MultiScale, kind), {"__module__": __name__})
+
+
+def multi_scale_features(
+    pixels_BCHW: Tensor,
+    scales: Sequence[int],
+    encode: Callable[[Tensor], Tensor],
+    *,
+    class_tokens: int = 0,
+) -> Tensor:
+    """Features of square pictures at several scales, ``[B, class_tokens + tokens, scales * width]``.
+
+    For scale s the pictures are enlarged s times (bicubic, float32) and cut into s x s tiles of the original
+    size; the tiles of all pictures go through ``encode`` as one batch (first tile of every picture, second tile
+    of every picture, ...). Their maps of tokens are put together again and averaged down to the first map's size
+    (``area``). Class tokens, which come first, are averaged over the tiles.
+    """
+    maps: list[Tensor] = []
+    heads: list[Tensor] = []
+    for scale in scales:
+        tokens_TNE = encode(tiles(pixels_BCHW, scale))
+        head_TPE, body_TNE = tokens_TNE[:, :class_tokens], tokens_TNE[:, class_tokens:]
+        map_BEGG = _assembled(body_TNE, scale)
+        side = map_BEGG.shape[-1] // scale
+        if scale > 1:
+            map_BEGG = F.interpolate(map_BEGG.float(), size=(side, side), mode="area").to(map_BEGG.dtype)
+        maps.append(map_BEGG)
+        heads.append(head_TPE.unflatten(0, (scale**2, -1)).mean(0))
+    body_BNE = torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
+    return torch.cat([torch.cat(heads, dim=2), body_BNE], dim=1)
+
+
+def tiles(pixels_BCHW: Tensor, scale: int) -> Tensor:
+    """The tiles of the enlarged pictures, ``[scale² * B, C, H, W]``: by place row by row, then by picture."""
+    if scale == 1:
+        return pixels_BCHW
+    side = pixels_BCHW.shape[-1]
+    enlarged = F.interpolate(
+        pixels_BCHW.float(), size=(side * scale, side * scale), mode="bicubic", align_corners=False
+    ).to(pixels_BCHW.dtype)
+    return torch.cat(list(_squares(enlarged, side)))
+
+
+def _squares(enlarged: Tensor, side: int) -> Iterator[Tensor]:
+    for row in enlarged.split(side, dim=2):
+        yield from row.split(side, dim=3)
+
+
+def _assembled(tokens_TNE: Tensor, scale: int) -> Tensor:
+    """Tiles' tokens as one map a picture, ``[B, width, scale * side, scale * side]``."""
+    side = round(tokens_TNE.shape[1] ** 0.5)
+    grid = tokens_TNE.unflatten(0, (scale, scale, -1)).unflatten(3, (side, side))
+    # row of tiles, column of tiles, picture, row, column, width -> picture, width, rows, columns
+    return grid.permute(2, 5, 0, 3, 1, 4).flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,249 @@
+"""Downloading one file over HTTP(S), so that it is there whole or not at all.
+
+``requests`` carries the bytes. What it lacks, and what pooch, fsspec and the downloader inside huggingface_hub lack or keep
+to themselves, is below: going on where an interrupted download stopped (only while the server says that the file is still
+the same one), patience with refusals and stalls, several addresses, and a proof before the file takes its name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+from tqdm import tqdm
+from urllib3.exceptions import HTTPError, InvalidHeader
+from urllib3.util import Retry
+
+from mmpipe.artifacts.files import read_json, sha256, sync, write_json
+from mmpipe.errors import DataError
+from mmpipe.sources.transfer.space import check_space
+
+log = logging.getLogger(__name__)
+_CHUNK = 1 << 16
+"""Bytes between writes: what an interruption costs at most."""
+_PASSING = {408, 425, 429, 500, 502, 503, 504}
+"""Answers that may be another a moment later."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait, in seconds, and how often to try. Progress resets the count."""
+
+    connect: float = 30
+    read: float = 60
+    """Without a byte for so long a transfer has stalled."""
+    attempts: int = 8
+    pause: float = 1
+    """Before the second attempt; doubled each time."""
+    longest_pause: float = 300
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known about a file beforehand."""
+
+    size: int | None = None
+    sha256: str | None = None
+    says: str = "the catalogue"
+    """Who says so, for messages."""
+
+    def check(self, path: Path, where: str) -> dict[str, Any]:
+        """The file's ``size`` and ``sha256``. Raises DataError when they are not the expected ones."""
+        size = path.stat().st_size
+        if self.size not in (None, size):
+            raise DataError(f"{where}: {size} bytes, but {self.says} says {self.size}")
+        digest = sha256(path)
+        if self.sha256 not in (None, digest):
+            raise DataError(
+                f"{where}: the content has the sha256 {digest}, but {self.says} says {self.sha256}; "
+                "the publisher changed the file, or the copy is damaged"
+            )
+        return {"size": size, "sha256": digest}
+
+
+class _Interrupted(Exception):
+    """A transfer that may succeed when tried again."""
+
+    def __init__(self, why: str, wait: float = 0) -> None:
+        super().__init__(why)
+        self.wait = wait
+        """What the server asked for, in seconds."""
+
+
+class _Refused(Exception):
+    """An address that will not give the file, however often it is asked."""
+
+
+class _Exhausted(Exception):
+    """Patience with an address is at its end; what it gave until then is good for another day."""
+
+
+def download(
+    urls: Sequence[str], target: Path, expected: Expected = Expected(), patience: Patience | None = None
+) -> dict[str, Any]:
+    """Download ``target`` from the first of ``urls`` that gives it; returns its ``size`` and ``sha256``.
+
+    Bytes go to ``target.part``, from which a later call goes on, also after this one lost its patience. Raises DataError,
+    naming every address and what was wrong with it, when none gives the expected file.
+    """
+    patience = patience or Patience()
+    part = target.with_name(f"{target.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    faults: list[str] = []
+    for url in urls:
+        try:
+            _persist(url, part, expected, patience)
+            facts = expected.check(part, url)
+        except (_Refused, _Exhausted, DataError) as fault:
+            if not isinstance(fault, _Exhausted):
+                _forget(part)
+            log.warning("%s", fault)
+            faults.append(str(fault))
+            continue
+        sync(part)
+        part.replace(target)
+        _note(part).unlink(missing_ok=True)
+        return facts
+    raise DataError("; ".join(faults))
+
+
+def _persist(url: str, part: Path, expected: Expected, patience: Patience) -> None:
+    """Try until the file is there; gives up after ``patience.attempts`` attempts in a row without a new byte."""
+    fruitless = 0
+    while True:
+        before = _size(part)
+        try:
+            return _transfer(url, part, expected, patience)
+        except _Interrupted as fault:
+            fruitless = 0 if _size(part) > before else fruitless + 1
+            if fruitless >= patience.attempts:
+                raise _Exhausted(f"{url}: {fault}, {fruitless} times in a row") from fault
+            pause = min(patience.pause * 2**fruitless, patience.longest_pause)
+            log.warning("%s: %s; trying again", url, fault)
+            time.sleep(max(pause, min(fault.wait, patience.longest_pause)))
+
+
+def _transfer(url: str, part: Path, expected: Expected, patience: Patience) -> None:
+    """One request. Raises _Interrupted or _Refused."""
+    have = _resumable(url, part, expected)
+    # Encodings would change the length that tells whether all of it has come.
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if validator := read_json(_note(part)).get("validator"):
+            headers["If-Range"] = validator
+    log.info("downloading %s%s", url, f" from byte {have}" if have else "")
+    try:
+        with requests.get(
+            url, headers=headers, stream=True, timeout=(patience.connect, patience.read)
+        ) as response:
+            if response.status_code == 416 and have:
+                _forget(part)
+                raise _Interrupted("the server has less of the file than is here already")
+            _check_status(response, url)
+            _receive(response, url, part, have, expected)
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        raise _Interrupted(f"the connection failed ({_reason(error)})") from error
+    except requests.RequestException as error:
+        raise _Refused(f"{url}: {error}") from error
+
+
+def _check_status(response: requests.Response, url: str) -> None:
+    if response.status_code in _PASSING:
+        raise _Interrupted(
+            f"the server answered {response.status_code} {response.reason}", _asked_wait(response)
+        )
+    if response.status_code >= 400:
+        raise _Refused(f"{url}: the server answered {response.status_code} {response.reason}")
+
+
+def _receive(response: requests.Response, url: str, part: Path, have: int, expected: Expected) -> None:
+    """Write the body behind what is there; a server that starts again from the beginning starts the file again."""
+    resumed = response.status_code == 206
+    if resumed and _start(response) != have:
+        _forget(part)
+        raise _Interrupted("the server sent another part of the file than it was asked for")
+    if resumed and _changed(response, url, part):
+        _forget(part)
+        raise _Interrupted("the file changed since the first part of it came")
+    done = have if resumed else 0
+    length = response.headers.get("Content-Length")
+    total = done + int(length) if length and not response.headers.get("Content-Encoding") else None
+    if None not in (total, expected.size) and total != expected.size:
+        raise _Refused(f"{url}: {total} bytes, but {expected.says} says {expected.size}")
+    check_space(part.parent, (total or 0) - done, url)
+    write_json(_note(part), {"url": url, "validator": _validator(response), "total": total})
+    bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=part.stem[-40:], disable=None)
+    with part.open("ab" if resumed else "wb") as file, bar:
+        for chunk in response.iter_content(_CHUNK):
+            file.write(chunk)
+            bar.update(len(chunk))
+    if total is not None and _size(part) != total:
+        raise _Interrupted(f"the connection ended after {_size(part)} of {total} bytes")
+
+
+def _resumable(url: str, part: Path, expected: Expected) -> int:
+    """From which byte to go on: 0 unless the server or a hash can tell that the file is still the same."""
+    if not part.is_file() or not _note(part).is_file():
+        return 0
+    try:
+        note = read_json(_note(part))
+    except json.JSONDecodeError:
+        return 0
+    same = note["url"] == url and note["validator"]
+    return _size(part) if same or expected.sha256 else 0
+
+
+def _changed(response: requests.Response, url: str, part: Path) -> bool:
+    """Whether a partial answer is of another version than the part: some servers do not know ``If-Range``."""
+    note = read_json(_note(part))
+    return note["url"] == url and _validator(response) not in (None, note["validator"])
+
+
+def _validator(response: requests.Response) -> str | None:
+    """What tells this version of the file from another: a strong entity tag, else the time of the last change."""
+    tag = response.headers.get("ETag", "")
+    return tag if tag.startswith('"') else response.headers.get("Last-Modified")
+
+
+def _start(response: requests.Response) -> int | None:
+    """The first byte of a partial answer (``Content-Range: bytes 5-9/10``)."""
+    unit, _, place = response.headers.get("Content-Range", "").partition(" ")
+    first = place.partition("-")[0]
+    return int(first) if unit == "bytes" and first.isdigit() else None
+
+
+def _asked_wait(response: requests.Response) -> float:
+    value = response.headers.get("Retry-After")
+    try:
+        return Retry().parse_retry_after(value) if value else 0
+    except InvalidHeader:
+        return 0
+
+
+def _reason(error: requests.RequestException) -> str:
+    """The innermost cause in words; requests wraps it several times."""
+    cause = error.args[0] if error.args else error
+    while isinstance(cause, HTTPError) and getattr(cause, "reason", None):
+        cause = cause.reason  # type: ignore[attr-defined]
+    return str(cause)
+
+
+def _note(part: Path) -> Path:
+    """Beside the part: where it comes from and how the server told this version of it."""
+    return part.with_name(f"{part.name}.json")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _note(part).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""What each stage optimises, one file a stage."""

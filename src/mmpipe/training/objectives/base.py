@@ -1,0 +1,163 @@
+"""What a stage optimises, as the trainer sees it.
+
+An objective turns a batch into a loss and the terms to log. Token-wise terms are summed and divided by the number of
+supervised tokens in the *global* batch, so that the loss does not depend on how the batch is cut over steps and devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmpipe.errors import MmpipeError
+from mmpipe.losses.language_modelling import language_modelling_loss
+from mmpipe.models.moe.collect import collect_losses, collect_statistics, part_of
+from mmpipe.models.moe.context import nothing_counts
+
+ROUTING = "routing."
+"""How the names of measured, not optimised, metrics begin."""
+
+Batch = dict[str, Any]
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """How one micro batch's share of the global batch is weighed."""
+
+    counts: Mapping[str, Tensor]
+    """What :meth:`Objective.counts` counts, over the global batch: divisors of sums."""
+    micro_batches: int
+    """Micro batches of the global batch over all devices: the divisor of terms that are means already."""
+
+
+class Objective(Protocol):
+    """An objective; ``metrics`` are detached and add up to the global value over the micro batches.
+
+    A metric of two numbers is a mean: a weighted sum and its weight, each added up before they are divided.
+    """
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """What the terms of a micro batch are divided by, once summed over the global batch."""
+        ...
+
+    def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
+        """Loss (scalar with gradient) and metrics of a micro batch."""
+        ...
+
+
+class LanguageModelling:
+    """Cross entropy of the supervised tokens, and the router losses of a sparse model."""
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"response": response_tokens(batch)}
+
+    def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
+        hidden_BLD = hidden_states(model, batch)
+        loss = language_modelling_loss(
+            hidden_BLD, model.lm_head.weight, batch["labels"], normaliser=normaliser.counts["response"]
+        )
+        auxiliary, parts = router_losses(model, normaliser)
+        return loss + auxiliary, {"cross_entropy": loss.detach(), **parts}
+
+
+def response_tokens(batch: Batch) -> int:
+    """Tokens of a micro batch that are supervised; the first position has nothing that predicts it."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def router_losses(model: nn.Module, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
+    """The router losses of the last forward pass, their parts and what routers measured; zero and nothing for a dense
+    model."""
+    total, parts = collect_losses(model)
+    losses = {f"router_{name}": value / normaliser.micro_batches for name, value in parts.items()}
+    return total / normaliser.micro_batches, losses | routing_statistics(model)
+
+
+def routing_statistics(model: nn.Module) -> Metrics:
+    """Means over the tokens and layers of each part with experts, as weighted sum and weight.
+
+    ``routing.{part}.load`` is the share of the choices that the busiest expert of a layer takes (1/N when all are used
+    alike, 1 when one takes all); entropy and margin are the routers' own.
+    """
+    sums: Metrics = {}
+    for layer, found in collect_statistics(model).items():
+        tokens = found["tokens"].float()
+        load = found["load"].max() / found["load"].sum().clamp_min(1)
+        values = {"load": load} | {name: found[name] for name in ("entropy", "margin") if name in found}
+        for name, value in values.items():
+            key = f"{ROUTING}{part_of(layer)}.{name}"
+            pair = torch.stack([value.float() * tokens, tokens])
+            sums[key] = sums[key] + pair if key in sums else pair
+    return sums
+
+
+def picture_features(model: Any, batch: Batch) -> Tensor:
+    """The projected features of all pictures of a batch, ``[picture tokens, width]``, in order.
+
+    The vision tower and the projector run for every batch, one without pictures has one of zeros: devices that wait for
+    each other's gradients must see the same parameters used in every step.
+    """
+    with nothing_counts() if batch["dummy_image"] else nullcontext():
+        output = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
+    return torch.cat(list(output.pooler_output))
+
+
+def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, /, **further: Any) -> Tensor:
+    """Run the vision-language model without its head; returns hidden states ``[rows, length, width]``.
+
+    ``features_FD`` are the batch's :func:`picture_features` where they are known already; ``further`` arguments reach the
+    decoder layers.
+
+    A batch of preference pairs has each picture once and two rows for it: the features are repeated as a whole.
+    """
+    body = model.model
+    if features_FD is None:
+        features_FD = picture_features(model, batch)
+    embeddings_BLD = body.get_input_embeddings()(batch["input_ids"])
+    if batch["dummy_image"]:
+        embeddings_BLD = embeddings_BLD + 0.0 * features_FD.sum()
+    else:
+        mask_BL1 = (batch["input_ids"] == model.config.image_token_id).unsqueeze(-1)
+        repeats = int(mask_BL1.sum()) // len(features_FD)
+        embeddings_BLD = embeddings_BLD.masked_scatter(
+            mask_BL1, features_FD.to(embeddings_BLD.dtype).repeat(repeats, 1)
+        )
+    return body(
+        inputs_embeds=embeddings_BLD, attention_mask=batch["attention_mask"], use_cache=False, **further
+    ).last_hidden_state
+
+
+class Task(nn.Module):
+    """Model and objective as one module, so that whatever wraps modules (DDP, DeepSpeed) sees every step as one forward."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, where the trainer looks for it."""
+        return self.model.config
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """What is frozen may be missing: checkpoints in progress leave it out."""
+        loaded = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        wrong = sorted(trained & set(loaded.missing_keys)) + list(loaded.unexpected_keys)
+        if strict and wrong:
+            raise MmpipeError(f"the checkpoint holds other parameters than this stage trains: {wrong[:5]}")
+        return loaded
+
+    def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
+        return self.objective(self.model, batch, normaliser)
