@@ -3,7 +3,7 @@
     python bench/chat_first_token.py                          # the demo's checkpoint
     python bench/chat_first_token.py owner/name --repeats 20  # another, as mmpipe chat takes it
 
-Bare is what is left without chat: the processor's chat template, one picture, ``generate`` of one token. Chat is the whole way
+Bare is what is left without chat: the processor's chat template, one image, ``generate`` of one token. Chat is the whole way
 from a question to the first piece of text, through desk, thread and streaming. Repetitions are interleaved; the table gives
 medians in milliseconds.
 """
@@ -32,7 +32,7 @@ TARGET = 1.3
 
 
 def bare(chat: ChatModel, question: Message) -> None:
-    """Template, picture, prefill, one token."""
+    """Template, image, prefill, one token."""
     inputs = chat.processor.apply_chat_template(
         [question.to_chat()], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(chat.model.device, chat.model.dtype)
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default="demo")
     parser.add_argument("--repeats", type=int, default=60)
     arguments = parser.parse_args()
-    question = ask("What is in this picture?", [Image.effect_noise((640, 480), 80).convert("RGB")])
+    question = ask("What is in this image?", [Image.effect_noise((640, 480), 80).convert("RGB")])
     times: dict[str, list[float]] = {"bare": [], "chat": []}
     with closing(Desk()) as desk:
         chat = open_model(find(arguments.checkpoint), Loading(), desk)

@@ -34,7 +34,7 @@ from mmpipe.training.objectives.base import Batch, hidden_states
 from mmpipe.training.precomputed import SHARDS, TOKENS, Annotations
 
 VOCABULARY = 32768
-PICTURE_TOKENS = 64
+IMAGE_TOKENS = 64
 TEXT_TOKENS = 192
 IMAGE = VOCABULARY - 1
 
@@ -59,15 +59,15 @@ def model(width: int, layers: int) -> LlavaForConditionalGeneration:
         patch_size=8,
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=PICTURE_TOKENS
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=IMAGE_TOKENS
     )
     return LlavaForConditionalGeneration(config)
 
 
 def batch(rows: int) -> Batch:
-    """Rows with a picture each; a quarter of the text is supervised."""
+    """Rows with an image each; a quarter of the text is supervised."""
     text = torch.randint(0, IMAGE, (rows, TEXT_TOKENS))
-    ids = torch.cat([torch.full((rows, PICTURE_TOKENS), IMAGE), text], dim=1)
+    ids = torch.cat([torch.full((rows, IMAGE_TOKENS), IMAGE), text], dim=1)
     labels = torch.full_like(ids, -100)
     labels[:, -TEXT_TOKENS // 4 :] = ids[:, -TEXT_TOKENS // 4 :]
     return {

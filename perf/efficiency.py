@@ -4,8 +4,8 @@
     python bench/efficiency.py --rates 0.1 0.2 0.5 1.0 --batches 1 16 --repeats 10
     python bench/efficiency.py --device cuda --dtype bfloat16 --width 4096 --layers 32
 
-A LLaVA model of random weights reads 576 picture tokens and 64 of text and generates 16 tokens, as the workflow measures its
-checkpoints. Random predictors keep as many tokens of pictures as trained ones; how many generated tokens they keep is chance.
+A LLaVA model of random weights reads 576 image tokens and 64 of text and generates 16 tokens, as the workflow measures its
+checkpoints. Random predictors keep as many tokens of images as trained ones; how many generated tokens they keep is chance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mmpipe.models.sparsity.hooks import sparsify
 from mmpipe.models.sparsity.spec import SparsitySettings
 from mmpipe.report.sparsity import TITLES, in_units
 
-PICTURE, TEXT, IMAGE = 576, 64, 1
+IMAGE, TEXT, IMAGE_ID = 576, 64, 1
 
 
 def model_of(arguments: argparse.Namespace) -> LlavaForConditionalGeneration:
@@ -45,7 +45,7 @@ def model_of(arguments: argparse.Namespace) -> LlavaForConditionalGeneration:
     )
     torch.manual_seed(0)
     config = LlavaConfig(
-        text_config=text, vision_config=tower, image_token_index=IMAGE, image_seq_length=PICTURE
+        text_config=text, vision_config=tower, image_token_index=IMAGE_ID, image_seq_length=IMAGE
     )
     model = LlavaForConditionalGeneration(config).eval()
     size = arguments.predictor
@@ -56,11 +56,11 @@ def model_of(arguments: argparse.Namespace) -> LlavaForConditionalGeneration:
 
 
 def prompts_of(rows: int, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Rows of text with a picture in its middle."""
-    ids = torch.randint(2, 1024, (rows, PICTURE + TEXT))
-    ids[:, TEXT // 2 : TEXT // 2 + PICTURE] = IMAGE
+    """Rows of text with an image in its middle."""
+    ids = torch.randint(2, 1024, (rows, IMAGE + TEXT))
+    ids[:, TEXT // 2 : TEXT // 2 + IMAGE] = IMAGE_ID
     pixels = torch.randn(rows, 3, 336, 336, dtype=getattr(torch, arguments.dtype))
-    positions = torch.arange(PICTURE + TEXT).expand(rows, -1)
+    positions = torch.arange(IMAGE + TEXT).expand(rows, -1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
     return {name: tensor.to(arguments.device) for name, tensor in {**inputs, "pixel_values": pixels}.items()}
 

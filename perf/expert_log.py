@@ -1,6 +1,6 @@
 """What logging the experts costs: answering with and without the log, interleaved.
 
-    python bench/expert_log.py            # 8 layers of width 512, 4 experts in each, 144 picture tokens, 48 questions
+    python bench/expert_log.py            # 8 layers of width 512, 4 experts in each, 144 image tokens, 48 questions
     python bench/expert_log.py --quick    # a smaller model, for a first look
 
 Every layer of the language model, every second one of the tower and the projector have experts, and every one is logged; the
@@ -38,7 +38,7 @@ from mmpipe.inference.generate import Answerer
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
 
-PICTURE, PATCH = 168, 14
+IMAGE, PATCH = 168, 14
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -60,14 +60,14 @@ def model_of(width: int, layers: int) -> Any:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=width // 2, intermediate_size=2 * width, num_hidden_layers=4,
-            num_attention_heads=4, image_size=PICTURE, patch_size=PATCH,
+            num_attention_heads=4, image_size=IMAGE, patch_size=PATCH,
         ),
         text_config=Qwen2Config(
             vocab_size=320, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=4,
         ),
         image_token_index=1,
-        image_seq_length=(PICTURE // PATCH) ** 2,
+        image_seq_length=(IMAGE // PATCH) ** 2,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config).eval()
     upcycle(model, MoESettings(placement="dense"))
@@ -89,20 +89,20 @@ def main() -> None:
         options.width, options.layers, options.repeat = 128, 4, 3
     model = model_of(options.width, options.layers).to(options.device)
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": PICTURE}, crop_size={"height": PICTURE, "width": PICTURE}),
+        CLIPImageProcessorPil(size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE}),
         tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         image_token="<image>",
     )  # fmt: skip
     clock = time.perf_counter if options.device == "cuda" else time.process_time
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "p.png")
+        image = Path(folder, "p.png")
         questions = []
         for n in range(48):
             if n % 4 == 0:
-                picture = Path(folder, f"{n}.png")
-                Image.new("RGB", (PICTURE, PICTURE), (n, 200 - n, 90)).save(picture)
-            text = f"Is there a shape number {n} in the picture? Answer with one word."
-            questions.append(Question(id=n, text=text, images=(picture,)))
+                image = Path(folder, f"{n}.png")
+                Image.new("RGB", (IMAGE, IMAGE), (n, 200 - n, 90)).save(image)
+            text = f"Is there a shape number {n} in the image? Answer with one word."
+            questions.append(Question(id=n, text=text, images=(image,)))
 
         def run(logged: bool) -> float:
             answerer = Answerer(model, processor, get_template("chatml"))

@@ -1,11 +1,11 @@
-"""Time of answering several questions about each picture: ours, against one ``generate`` call a question.
+"""Time of answering several questions about each image: ours, against one ``generate`` call a question.
 
-    python bench/shared_prefix.py                     # 3 pictures of 576 tokens, 12 questions each
+    python bench/shared_prefix.py                     # 3 images of 576 tokens, 12 questions each
     python bench/shared_prefix.py --questions 18      # as many as POPE asks
     python bench/shared_prefix.py --device cuda --width 2048 --layers 24 --dtype bfloat16
 
-One call a question is how LLaVA evaluates: picture and prompt are run through the model every time. The model has
-random weights and LLaVA-1.5's proportions of picture to text; half of the work is the vision tower's, as with CLIP-L
+One call a question is how LLaVA evaluates: image and prompt are run through the model every time. The model has
+random weights and LLaVA-1.5's proportions of image to text; half of the work is the vision tower's, as with CLIP-L
 and a small language model. Repetitions are interleaved; the table gives medians, and the ratio to beat. On a CPU
 it is processor time, which other work on the machine changes least. The answers must be equal.
 """
@@ -38,9 +38,9 @@ from mmpipe.data.templates import get_template
 from mmpipe.inference.generate import Answerer
 
 TARGET = 5.0
-"""Ours must be so many times faster with twelve questions a picture."""
+"""Ours must be so many times faster with twelve questions an image."""
 
-_WORDS = ("Is", "there", "a", "red", "circle", "left", "of", "the", "square", "in", "picture", "?")
+_WORDS = ("Is", "there", "a", "red", "circle", "left", "of", "the", "square", "in", "image", "?")
 
 
 def one_token_a_word() -> PreTrainedTokenizerFast:
@@ -96,14 +96,14 @@ def build(options: argparse.Namespace) -> Answerer:
 
 
 def questions(options: argparse.Namespace, folder: Path) -> list[Question]:
-    """``options.questions`` questions of different lengths about each of ``options.pictures`` pictures."""
+    """``options.questions`` questions of different lengths about each of ``options.images`` images."""
     asked = []
-    for picture in range(options.pictures):
-        path = folder / f"{picture}.png"
-        Image.effect_noise((320, 240), 30 + 20 * picture).convert("RGB").save(path)
+    for image in range(options.images):
+        path = folder / f"{image}.png"
+        Image.effect_noise((320, 240), 30 + 20 * image).convert("RGB").save(path)
         for number in range(options.questions):
             text = " ".join(_WORDS[(number + i) % len(_WORDS)] for i in range(4 + number % 5))
-            asked.append(Question(id=f"{picture}-{number}", text=text + SHORT_ANSWER, images=(path,)))
+            asked.append(Question(id=f"{image}-{number}", text=text + SHORT_ANSWER, images=(path,)))
     return asked
 
 
@@ -128,8 +128,8 @@ def timed(answerer: Answerer, asked: list[Question], options: argparse.Namespace
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=12, help="questions a picture")
+    parser.add_argument("--images", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=12, help="questions an image")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=4)
@@ -152,7 +152,7 @@ def main() -> None:
     ours, one_by_one = (statistics.median(times[which]) for which in (True, False))
     result = {
         "questions": len(asked),
-        "questions_per_picture": options.questions,
+        "questions_per_image": options.questions,
         "shared_prefix_seconds": round(ours, 3),
         "one_generate_a_question_seconds": round(one_by_one, 3),
         "ratio": round(one_by_one / ours, 2),

@@ -1,10 +1,10 @@
-"""How much faster a prompt is read when a fifth of its picture is kept, against what the FLOPs promise.
+"""How much faster a prompt is read when a fifth of its image is kept, against what the FLOPs promise.
 
     python bench/sparse_prefill.py
     python bench/sparse_prefill.py --rates 0.1 0.2 0.5 1.0 --rows 4
     python bench/sparse_prefill.py --device cuda --width 2048 --layers 24 --dtype bfloat16
 
-A text model of random weights reads 576 picture tokens and 64 of text; predictors stand before layer 2. FLOPs are
+A text model of random weights reads 576 image tokens and 64 of text; predictors stand before layer 2. FLOPs are
 counted by PyTorch while the model runs, dense and sparse, the predictor's included. Then the same with a vision tower of
 CLIP-L's proportions before it, whose work sparsification does not touch. Repetitions are interleaved and the table gives
 medians; on a CPU it is processor time, which other work on the machine changes least.
@@ -27,7 +27,7 @@ from mmpipe.models.sparsity.context import KEYWORD, PruningPass
 from mmpipe.models.sparsity.hooks import wrap
 from mmpipe.models.sparsity.spec import SparsitySettings
 
-PICTURE, TEXT = 576, 64
+IMAGE, TEXT = 576, 64
 TARGET = 0.9
 """The speed-up must be at least this share of what the FLOPs promise."""
 
@@ -44,9 +44,7 @@ def language_model(arguments: argparse.Namespace) -> LlamaModel:
     )
     torch.manual_seed(0)
     model = LlamaModel(config).eval()
-    wrap(
-        model, SparsitySettings(d_model=arguments.predictor, dim_feedforward=4 * arguments.predictor), PICTURE
-    )
+    wrap(model, SparsitySettings(d_model=arguments.predictor, dim_feedforward=4 * arguments.predictor), IMAGE)
     return model.to(device=arguments.device, dtype=getattr(torch, arguments.dtype))
 
 
@@ -67,9 +65,9 @@ def readers(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """What is timed: the tower, and the prompt read densely and at every rate."""
     model, eye = language_model(arguments), tower(arguments)
     like = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
-    embeddings = torch.randn(arguments.rows, PICTURE + TEXT, arguments.width, **like)
-    pictures = torch.zeros(arguments.rows, PICTURE + TEXT, dtype=torch.bool, device=arguments.device)
-    pictures[:, TEXT // 2 : TEXT // 2 + PICTURE] = True
+    embeddings = torch.randn(arguments.rows, IMAGE + TEXT, arguments.width, **like)
+    images = torch.zeros(arguments.rows, IMAGE + TEXT, dtype=torch.bool, device=arguments.device)
+    images[:, TEXT // 2 : TEXT // 2 + IMAGE] = True
     pixels = torch.randn(arguments.rows, 3, 336, 336, **like)
     full = model.sparsifier.settings
 
@@ -77,7 +75,7 @@ def readers(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
         further = {}
         if rate is not None:
             model.sparsifier.settings = full.model_copy(update={"vision_keep_rate": rate})
-            further = {KEYWORD: PruningPass(pictures)}
+            further = {KEYWORD: PruningPass(images)}
         model(inputs_embeds=embeddings, use_cache=True, **further)
 
     return {

@@ -1,15 +1,15 @@
 """Verifying a mixture and tokenising it: records a second on one core, and peak memory, as the number of records grows.
 
-Records are made: conversations of LLaVA's length about pictures of COCO's size (640 by 480, JPEG of noise and shapes). There
+Records are made: conversations of LLaVA's length about images of COCO's size (640 by 480, JPEG of noise and shapes). There
 are a hundred different contents, linked under a name of its own for every record, so that all of them are opened and decoded.
-The tokenizer is a byte-pair one of 4,000 tokens trained on the made words; a picture counts 576 tokens.
+The tokenizer is a byte-pair one of 4,000 tokens trained on the made words; an image counts 576 tokens.
 Every size and step runs in a fresh process with one worker. Time is that of the processor, which other work on the machine
 changes least. Of memory there are two high-water marks (Linux): the resident set, in which pages of mapped files count that the
 kernel may drop at any time, and its anonymous part, which is what the process itself holds, looked at twenty times a second.
 
     python bench/verify.py                                  # 10,000, 30,000 and 100,000 records; two minutes
     python bench/verify.py --records 1000 3000              # quickly
-    python bench/verify.py --text                           # without pictures: reading, checking and writing alone
+    python bench/verify.py --text                           # without images: reading, checking and writing alone
     python bench/verify.py --steps verify                   # the first step alone
     python bench/verify.py --records 10000 100000 1000000   # a quarter of an hour; a million links and 4 GB of disk
 """
@@ -44,17 +44,17 @@ TURNS = (10, 60, 12, 40)
 
 
 def make(folder: Path, records: int, text: bool) -> None:
-    """Annotations in LLaVA's format with a picture file for each record."""
+    """Annotations in LLaVA's format with an image file for each record."""
     import numpy as np
     from PIL import Image
 
     chooser = random.Random(0)
-    pictures = folder / "images"
-    pictures.mkdir(parents=True)
+    images = folder / "images"
+    images.mkdir(parents=True)
     for number in range(CONTENTS):
         noise = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(
-            pictures / f"{number}.jpg", quality=90
+            images / f"{number}.jpg", quality=90
         )
     phrases = [
         [" ".join(f"word{chooser.randrange(WORDS)}" for _ in range(length)) for _ in range(PHRASES)]
@@ -64,10 +64,10 @@ def make(folder: Path, records: int, text: bool) -> None:
         for number in range(records):
             name = f"{number // 1000:04}/{number}.jpg"
             if not text:
-                link = pictures / name
+                link = images / name
                 if not number % 1000:
                     link.parent.mkdir()
-                os.link(pictures / f"{number % CONTENTS}.jpg", link)
+                os.link(images / f"{number % CONTENTS}.jpg", link)
             said = [chooser.choice(of_length) for of_length in phrases]
             file.write(("[" if not number else ",\n") + json.dumps(record(number, name, text, said)))
         file.write("]")
@@ -117,7 +117,7 @@ def tokenising(folder: Path, workers: int) -> Callable[[], dict[str, Any]]:
         template=get_template("vicuna_v1"),
         tokenizer=tokenizer,
         image_token="<image>",
-        image_tokens_per_picture=576,
+        tokens_per_image=576,
         max_length=2048,
     )
     records = folder / "out" / "records.arrow"
@@ -166,7 +166,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--records", type=int, nargs="+", default=[10_000, 30_000, 100_000])
-    parser.add_argument("--text", action="store_true", help="records without pictures")
+    parser.add_argument("--text", action="store_true", help="records without images")
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-# Verifying records and pictures, and writing them as one mixture.
+# Verifying records and images, and writing them as one mixture.
 rule mix_data:
     input:
         lambda wildcards: PLAN.mixture_inputs(wildcards.mixture),
@@ -19,7 +19,7 @@ rule mix_data:
         "../workflow/scripts/mix.py"
 
 
-# Which of the pictures that benchmarks ask about are trained on.
+# Which of the images that benchmarks ask about are trained on.
 rule check_overlap:
     input:
         mixture="resources/mixtures/{mixture}/manifest.json",
@@ -31,7 +31,7 @@ rule check_overlap:
     resources:
         **light(memory_gb=4, minutes=60),
     message:
-        "Looking for pictures of the benchmarks in {wildcards.mixture}"
+        "Looking for images of the benchmarks in {wildcards.mixture}"
     script:
         "../workflow/scripts/check_overlap.py"
 

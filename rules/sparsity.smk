@@ -74,6 +74,6 @@ rule map_kept:
     params:
         spec=PLAN.savings.spec(),
     message:
-        "Showing what {wildcards.checkpoint} keeps of pictures of {wildcards.benchmark}"
+        "Showing what {wildcards.checkpoint} keeps of images of {wildcards.benchmark}"
     script:
         "../workflow/scripts/map_kept.py"

@@ -25,7 +25,7 @@ def text64(shade: int) -> str:
     return base64.b64encode(jpeg(shade)).decode()
 
 
-def pictures(folder: Path, *files: str) -> None:
+def images(folder: Path, *files: str) -> None:
     for shade, name in enumerate(files):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def mmbench(root: Path) -> list[str]:
 
 
 def pope(root: Path) -> list[str]:
-    pictures(root / "val2014", "a.jpg", "b.jpg")
+    images(root / "val2014", "a.jpg", "b.jpg")
     for category in ("adversarial", "popular", "random"):
         lines(
             root / f"coco/coco_pope_{category}.json",
@@ -113,7 +113,7 @@ def mme(root: Path) -> list[str]:
 
 
 def textvqa(root: Path) -> list[str]:
-    pictures(root / "train_images", "i1.jpg")
+    images(root / "train_images", "i1.jpg")
     data = [
         {"question_id": n, "image_id": "i1", "question": f"What Brand {n}?", "answers": ["nokia"] * 10}
         for n in (7, 8)
@@ -127,7 +127,7 @@ def textvqa(root: Path) -> list[str]:
 
 
 def vizwiz(root: Path) -> list[str]:
-    pictures(root / "val", "VizWiz_val_00000000.jpg")
+    images(root / "val", "VizWiz_val_00000000.jpg")
     answers = [{"answer": "can", "answer_confidence": "yes"}] * 10
     dump(
         root / "val.json",
@@ -144,7 +144,7 @@ def vizwiz(root: Path) -> list[str]:
 
 
 def scienceqa(root: Path) -> list[str]:
-    pictures(root / "test/5", "image.png")
+    images(root / "test/5", "image.png")
     problem = {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "", "image": None}
     dump(
         root / "problems.json",
@@ -159,7 +159,7 @@ def scienceqa(root: Path) -> list[str]:
 
 
 def gqa(root: Path) -> list[str]:
-    pictures(root / "images", "n1.jpg")
+    images(root / "images", "n1.jpg")
     dump(
         root / "testdev_balanced_questions.json",
         {"201": {"question": "Is it red?", "answer": "yes", "imageId": "n1", "isBalanced": True}},
@@ -168,7 +168,7 @@ def gqa(root: Path) -> list[str]:
 
 
 def vqav2(root: Path) -> list[str]:
-    pictures(root / "val2014", "COCO_val2014_000000000042.jpg")
+    images(root / "val2014", "COCO_val2014_000000000042.jpg")
     question = {"question_id": 420, "image_id": 42, "question": "Cat?"}
     answers = [{"answer": "yes", "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)]
     dump(root / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": [question]})
@@ -193,7 +193,7 @@ def mmstar(root: Path) -> list[str]:
 
 
 def chartqa(root: Path) -> list[str]:
-    pictures(root / "png", "1.png", "2.png")
+    images(root / "png", "1.png", "2.png")
     dump(root / "test_human.json", [{"imgname": "1.png", "query": "How many?", "label": "14"}])
     dump(root / "test_augmented.json", [{"imgname": "2.png", "query": "Which?", "label": "Yes"}])
     return ["14.5", "yes"]
@@ -218,7 +218,7 @@ def mmmu(root: Path) -> list[str]:
 
 
 def mathvista(root: Path) -> list[str]:
-    pictures(root / "images", "1.jpg")
+    images(root / "images", "1.jpg")
     record = {
         "question": "How many?", "image": "images/1.jpg", "choices": None, "unit": None, "precision": None,
         "answer": "3", "question_type": "free_form", "answer_type": "integer", "query": "Hint: x\nQuestion: How many?",
@@ -229,7 +229,7 @@ def mathvista(root: Path) -> list[str]:
 
 
 def hallusionbench(root: Path) -> list[str]:
-    pictures(root / "hallusion_bench", "VD/chart/0_0.png")
+    images(root / "hallusion_bench", "VD/chart/0_0.png")
     record = {
         "category": "VD", "subcategory": "chart", "visual_input": "1", "set_id": "0", "figure_id": "0",
         "question_id": "0", "question": "Is it?", "gt_answer_details": "Yes.", "gt_answer": "1",
@@ -266,7 +266,7 @@ def objhal(root: Path) -> list[str]:
 
 
 def seed(root: Path) -> list[str]:
-    pictures(root / "SEED-Bench-image", "1_2")
+    images(root / "SEED-Bench-image", "1_2")
     record = {f"choice_{letter}": letter for letter in "abcd"} | {"question": "Which?", "answer": "C"}
     record |= {"question_id": "101", "question_type_id": 1, "data_type": "image", "data_id": "1_2"}
     video = {**record, "question_id": "v1", "data_type": "video"}
@@ -275,7 +275,7 @@ def seed(root: Path) -> list[str]:
 
 
 def mmvet(root: Path) -> list[str]:
-    pictures(root / "images", "v1_0.png")
+    images(root / "images", "v1_0.png")
     dump(root / "mm-vet.json", {"v1_0": {"imagename": "v1_0.png", "question": "Why?", "answer": "So."}})
     return ["Because."]
 
@@ -529,7 +529,7 @@ def mmmu_hub(root: Path) -> list[str]:
 
 
 def mmhal_official(root: Path) -> list[str]:
-    pictures(root / "images", "1.jpg")
+    images(root / "images", "1.jpg")
     record = {
         "question": "What?",
         "gt_answer": "A cat.",
@@ -541,7 +541,7 @@ def mmhal_official(root: Path) -> list[str]:
 
 
 def vqav2_llava(root: Path) -> list[str]:
-    pictures(root / "test2015", "COCO_test2015_000000000042.jpg")
+    images(root / "test2015", "COCO_test2015_000000000042.jpg")
     text = "Cat?\nAnswer the question using a single word or phrase."
     asked = _llava(420, "COCO_test2015_000000000042.jpg", text)
     lines(root / "llava_vqav2_mscoco_test-dev2015.jsonl", [asked])

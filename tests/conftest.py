@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_world import make_job, make_world
+from tiny_project import make_job, make_world
 
 from mmpipe.stages.base import StageJob
 

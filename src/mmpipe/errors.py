@@ -20,7 +20,7 @@ class ConfigError(MmpipeError):
 
 
 class DataError(MmpipeError):
-    """A data set, a record or a picture is not what it should be."""
+    """A data set, a record or an image is not what it should be."""
 
 
 class ArtifactError(MmpipeError):

@@ -180,34 +180,35 @@ def mix(snakemake: Any, plan: Plan) -> None:
 
 @offline_job
 def check_overlap(snakemake: Any, plan: Plan) -> None:
-    """Count the pictures of the benchmarks that a mixture holds."""
+    """Count the images of the benchmarks that a mixture holds."""
     from mmpipe.benchmarks.contamination import overlap
 
     benchmarks = {Path(path).parent.name: Path(path).parent for path in snakemake.input.benchmarks}
     found = overlap(Path(snakemake.input.mixture).parent, benchmarks)
     for name, facts in found["benchmarks"].items():
-        if facts["shared_pictures"]:
-            log.warning("%s: %d pictures are also trained on", name, facts["shared_pictures"])
+        if facts["shared_images"]:
+            log.warning("%s: %d images are also trained on", name, facts["shared_images"])
     write_json(Path(snakemake.output.report), found)
 
 
 @offline_job
 def tokenise(snakemake: Any, plan: Plan) -> None:
     """Encode a mixture as one model's tokenizer and template write it."""
+    from mmpipe.checkpoints.load import load_tokenizer
     from mmpipe.data.templates import get_template
     from mmpipe.data.tokens import TextEncoder, tokenise
-    from mmpipe.models import llava
+    from mmpipe.models.llava import IMAGE_TOKEN
 
     wildcards = snakemake.wildcards
     wanted = plan.tokens[f"{wildcards.mixture}/{wildcards.key}"]
     spec = _unchanged(snakemake, wanted.spec())
     inputs = wanted.inputs()
-    tokenizer, picture_tokens = llava.text_side(wanted.directories, wanted.vision_language, wanted.layouts)
+    tokenizer, image_tokens = load_tokenizer(wanted.directories, wanted.vision_language, wanted.layouts)
     encoder = TextEncoder(
         template=get_template(wanted.encoding.template, tokenizer),
         tokenizer=tokenizer,
-        image_token=llava.IMAGE_TOKEN,
-        image_tokens_per_picture=picture_tokens,
+        image_token=IMAGE_TOKEN,
+        tokens_per_image=image_tokens,
         max_length=wanted.encoding.max_length,
     )
     with staged_directory(Path(snakemake.output.manifest).parent) as staged:
@@ -297,7 +298,7 @@ def _device(snakemake: Any) -> str:
 
 @offline_job
 def prepare_benchmark(snakemake: Any, plan: Plan) -> None:
-    """Turn a benchmark's official files into questions, references and pictures."""
+    """Turn a benchmark's official files into questions, references and images."""
     from mmpipe.benchmarks.prepare import prepare
 
     name = snakemake.wildcards.benchmark
@@ -372,15 +373,15 @@ def _open_to_ask(snakemake: Any) -> Any:
     """The checkpoint of a job, ready to answer."""
     import torch
 
+    from mmpipe.checkpoints.load import open_checkpoint
     from mmpipe.data.templates import get_template
     from mmpipe.inference.generate import Answerer
-    from mmpipe.models import llava
 
     torch.set_num_threads(snakemake.threads)
     _quiet_transformers()
     device = _device(snakemake)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model, processor, card = llava.load(Path(snakemake.input.checkpoint).parent, dtype)
+    model, processor, card = open_checkpoint(Path(snakemake.input.checkpoint).parent, dtype)
     template = get_template(card["checkpoint"]["template"], processor.tokenizer)
     return Answerer(model.to(device), processor, template, model_id=snakemake.wildcards.checkpoint)
 
@@ -472,7 +473,7 @@ def show_efficiency(snakemake: Any, plan: Plan) -> None:
 
 @offline_job
 def map_kept(snakemake: Any, plan: Plan) -> None:
-    """Show which tokens of some pictures a sparsified checkpoint keeps."""
+    """Show which tokens of some images a sparsified checkpoint keeps."""
     from mmpipe.analysis.retention_maps import grid, keep_maps, seen
     from mmpipe.benchmarks.prepare import evenly, read_questions
     from mmpipe.report.samples import SHOWN
@@ -484,11 +485,11 @@ def map_kept(snakemake: Any, plan: Plan) -> None:
     questions = [question for question in evenly(read_questions(prepared), SHOWN) if question.images][::2]
     answerer = _open_to_ask(snakemake)
     maps = keep_maps(answerer, questions, plan.config.keep_rates)
-    pictures = [picture for question in questions for picture in seen(answerer, question)]
+    images = [image for question in questions for image in seen(answerer, question)]
     write_json(Path(snakemake.output.json), maps)
-    title = f"What {snakemake.wildcards.checkpoint} keeps of pictures of {prepared.name}"
+    title = f"What {snakemake.wildcards.checkpoint} keeps of images of {prepared.name}"
     places = grid(answerer.model.config.image_seq_length)
-    keep_maps_page(title, maps, pictures, places, Path(snakemake.output.page))
+    keep_maps_page(title, maps, images, places, Path(snakemake.output.page))
 
 
 @job
@@ -650,7 +651,7 @@ def show_tokens(snakemake: Any, plan: Plan) -> None:
 
 @offline_job
 def show_samples(snakemake: Any, plan: Plan) -> None:
-    """Show some questions with their pictures, the answers and the verdicts."""
+    """Show some questions with their images, the answers and the verdicts."""
     from mmpipe.report.samples import samples_page
 
     samples_page(

@@ -1,8 +1,20 @@
-"""The base of every typed setting."""
+"""The base of every typed setting; YAML read into it, with errors that name file, key and the nearest right name."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from mmpipe.errors import ConfigError, did_you_mean
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+T = TypeVar("T")
 
 
 class Settings(BaseModel):
@@ -12,3 +24,114 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class _UniqueKeyLoader(_Loader):
+    """YAML lets a later key silently win over an earlier one; a recipe with two ``finetune:`` is a mistake."""
+
+
+def _mapping_without_duplicates(loader: Any, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key '{key}' stands twice in one mapping", key_node.start_mark
+            )
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return dict(loader.construct_pairs(node, deep=True))
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file.
+
+    Raises ConfigError when the file is missing, unreadable, not YAML, or holds a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Parse a YAML file that must hold a mapping (an empty file is an empty mapping)."""
+    content = read_yaml(path)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected 'name: value' lines, found a {type(content).__name__}")
+    for key in content:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: the key {key!r} is not a text; put it in quotes")
+    return content
+
+
+def validate(kind: type[T] | Any, value: Any, where: str) -> T:
+    """Check ``value`` against a pydantic model or type; ``where`` opens every message.
+
+    Raises ConfigError listing every finding, one a line.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        lines = [_describe(kind, problem) for problem in error.errors()]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from error
+
+
+def _describe(kind: Any, problem: Mapping[str, Any]) -> str:
+    location = list(problem["loc"])
+    key = ".".join(str(part) for part in location)
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown key '{key}'" + did_you_mean(str(location[-1]), _known_keys(kind, location[:-1]))
+        case "missing":
+            return f"the key '{key}' is missing"
+        case "literal_error" | "enum" if isinstance(problem["input"], str):
+            choices = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+            return f"{key}: unknown value '{problem['input']}'" + did_you_mean(problem["input"], choices)
+        case "union_tag_invalid":
+            tags = [tag.strip(" '") for tag in problem["ctx"]["expected_tags"].split(",")]
+            return (
+                f"{key}: unknown {problem['ctx']['discriminator'].strip(chr(39))} '{problem['ctx']['tag']}'"
+                + (did_you_mean(str(problem["ctx"]["tag"]), tags))
+            )
+        case _:
+            value = problem["input"]
+            shown = "" if isinstance(value, (dict, BaseModel)) else f" (found {value!r})"
+            message = problem["msg"].removeprefix("Value error, ")
+            return f"{key}: {message}{shown}" if key else f"{message}{shown}"
+
+
+def _known_keys(kind: Any, location: list[Any]) -> list[str]:
+    """The field names of the model found by walking ``location`` from the type ``kind``."""
+    models = _models_at(kind, location)
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_at(kind: Any, location: list[Any]) -> list[type[BaseModel]]:
+    origin = typing.get_origin(kind)
+    if origin is typing.Annotated or origin in (typing.Union, types.UnionType):
+        inner = typing.get_args(kind)[:1] if origin is typing.Annotated else typing.get_args(kind)
+        return [model for option in inner for model in _models_at(option, location)]
+    if origin in (list, tuple, dict, Mapping):
+        return _models_at(typing.get_args(kind)[-1], location[1:]) if location else []
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return []
+    if not location:
+        return [kind]
+    field = kind.model_fields.get(str(location[0]))
+    if field is None:  # pydantic puts the tag of a discriminated union into the location
+        tags = [f.default for f in kind.model_fields.values()]
+        return _models_at(kind, location[1:]) if location[0] in tags else []
+    return _models_at(field.annotation, location[1:])

@@ -72,7 +72,7 @@ class Reference:
 
 def train_and_evaluate(folder: Path) -> None:
     """What Snakemake's jobs do: train a stage, answer a benchmark, gather, score; all in the current world."""
-    from tiny_world import make_job
+    from tiny_project import make_job
 
     from mmpipe import jobs
     from mmpipe.benchmarks.spec import BenchmarkEntry
@@ -122,7 +122,7 @@ def train_and_evaluate(folder: Path) -> None:
 
 def make_everything(root: Path) -> None:
     """The world, with a prepared benchmark."""
-    from tiny_world import make_world
+    from tiny_project import make_world
 
     from mmpipe.artifacts import manifest
     from mmpipe.benchmarks.prepare import prepare

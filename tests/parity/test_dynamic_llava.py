@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mmpipe.losses.sparsity import picture_loss, text_loss
+from mmpipe.losses.sparsity import image_loss, text_loss
 from mmpipe.models.sparsity import gumbel
 from mmpipe.models.sparsity.attention import masked_attention, masked_softmax
 from mmpipe.models.sparsity.context import KEYWORD, PruningPass, TrainingPass
@@ -24,7 +24,7 @@ from mmpipe.models.sparsity.spec import SparsitySettings
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "dynamic_llava"
 PREDICTORS = json.loads((VECTORS / "dyn_predictors.json").read_text())
 MODEL = json.loads((VECTORS / "dyn_model.json").read_text())
-PICTURE = 8
+IMAGE = 8
 ONE = torch.tensor(1)
 
 
@@ -47,7 +47,7 @@ def cosine(step: float, shift: float, *shape: int) -> Tensor:
 # ---- parts
 
 
-def test_the_predictor_of_pictures() -> None:
+def test_the_predictor_of_images() -> None:
     given = PREDICTORS["vision_predictor"]
     sizes = {key: given["cfg"][key] for key in ("d_model", "nhead", "dim_feedforward", "num_layers")}
     predictor = VisionPredictor(given["cfg"]["input_dim"], SparsitySettings(**sizes))
@@ -120,7 +120,7 @@ def test_mask_losses(row: dict[str, Any]) -> None:
     masks = [torch.tensor(mask, dtype=torch.float32) for mask in row["masks"]]
     number = torch.tensor(len(masks))
     if row["kind"] == "vision":
-        loss = picture_loss(torch.stack(masks), row["target"], number)
+        loss = image_loss(torch.stack(masks), row["target"], number)
     else:
         rows = torch.tensor([i for i, mask in enumerate(masks) for _ in mask])
         loss = text_loss(torch.cat(masks), rows, row["target"], row["len_for_training"], number)
@@ -142,7 +142,7 @@ def model(case: dict[str, Any], **changes: object) -> tuple[LlamaForCausalLM, Sp
     llama = LlamaForCausalLM(
         LlamaConfig(**{k: v for k, v in config.items() if k != "rope_theta"}, rope_parameters=rope)
     )
-    wrap(llama.model, settings, PICTURE)
+    wrap(llama.model, settings, IMAGE)
     named = {name.replace("sparsifier.", ""): p for name, p in llama.named_parameters()}
     fill(
         named,
@@ -172,7 +172,7 @@ def training(case: dict[str, Any]) -> tuple[LlamaForCausalLM, dict[str, Tensor],
     embeddings = cosine(0.37, 0.5, len(rows), longest, 32)
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     embeddings = embeddings * mask[..., None]
-    names = {"pictures": "image", "answers": "answer", "questions": "last_instruct"}
+    names = {"images": "image", "answers": "answer", "questions": "last_instruct"}
     segments = Segments(*(ranges(rows, name, longest) for name in names.values()))
     noise = torch.zeros(len(rows), longest, 2)
     for (name, key), call in zip(names.items(), case["gumbel_calls"], strict=False):
@@ -193,9 +193,7 @@ def training(case: dict[str, Any]) -> tuple[LlamaForCausalLM, dict[str, Tensor],
     number = torch.tensor(len(rows))
     losses = {
         "ce": ce,
-        "pictures": picture_loss(
-            current.decisions["pictures"].view(-1, PICTURE), settings.vision_keep_rate, number
-        ),
+        "images": image_loss(current.decisions["images"].view(-1, IMAGE), settings.vision_keep_rate, number),
     }
     for name, mask_BL, rate, least in (
         (
@@ -218,7 +216,7 @@ def test_training(name: str) -> None:
     llama, given, current = training(case)
     logits, ce = given.pop("logits"), given.pop("ce")
     for (segment, keep), call in zip(current.decisions.items(), case["gumbel_calls"], strict=True):
-        key = {"pictures": "image", "answers": "answer", "questions": "last_instruct"}[segment]
+        key = {"images": "image", "answers": "answer", "questions": "last_instruct"}[segment]
         lengths = [b - a for a, b in (row[key] for row in case["segments"])]
         expected = [v for row, n in zip(call["keep"], lengths, strict=True) for v in row[:n]]
         assert keep.round().tolist() == expected, segment

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionConfig, Phi3Config, SiglipVisionConfig
 
-from mmpipe.models import llava
+from mmpipe.models.llava import joined_config
 from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.vision_tower import multi_scale_features
@@ -61,9 +61,7 @@ def test_sizes_of_the_published_models(
     idle = IDLE["siglip" if select == "full" else "clip"]
     experts = {"vision_tower": settings, "multi_modal_projector": settings}
     for moe, published, left_out in (({}, dense, idle[0]), (experts, sparse, idle[1])):
-        joined = llava.joined_config(
-            tower, Phi3Config(), image_id=32011, feature_layer=-2, feature_select=select
-        )  # type: ignore[arg-type]
+        joined = joined_config(tower, Phi3Config(), image_id=32011, feature_layer=-2, feature_select=select)  # type: ignore[arg-type]
         assert joined.image_seq_length == tokens
         config = SparseLlavaConfig.from_dict(joined.to_dict())
         config.mmpipe = {"tower": {"scales": [1, 3]}, "moe": moe}

@@ -1,6 +1,6 @@
-"""Pictures among the tokens of a batch, against LLaVA-MoD's splice: which feature stands where, padding, cutting.
+"""Images among the tokens of a batch, against LLaVA-MoD's splice: which feature stands where, padding, cutting.
 
-The reference takes embeddings apart and puts features between them. Here a picture has as many placeholders among the
+The reference takes embeddings apart and puts features between them. Here an image has as many placeholders among the
 tokens, and its features replace their embeddings. A token's embedding is its number, so both can be read off.
 """
 
@@ -22,8 +22,8 @@ from mmpipe.training.objectives.base import hidden_states
 CASE = vectors("llava_mod/10_image_splice.json")
 REFERENCE_IMAGE = -200
 PATCHES = 3
-# the reference's four pictures; the second is the dummy that its text-only sample uses up, and that we do not have
-PICTURES = (0, 2, 3)
+# the reference's four images; the second is the dummy that its text-only sample uses up, and that we do not have
+IMAGES = (0, 2, 3)
 TOKENIZER = numbers(100)
 IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")
 
@@ -42,7 +42,7 @@ def sample(row: int, max_length: int | None = None) -> Encoded:
 
 
 def collated(rows: list[Encoded]) -> Batch:
-    pictures = iter(torch.full((3, 2, 2), float(number)) for number in PICTURES)
+    images = iter(torch.full((3, 2, 2), float(number)) for number in IMAGES)
     samples = [
         Sample(
             id="",
@@ -50,7 +50,7 @@ def collated(rows: list[Encoded]) -> Batch:
             replaced=(),
             input_ids=torch.tensor(row.input_ids),
             labels=torch.tensor(row.labels),
-            pixel_values=[next(pictures) for _ in range(row.input_ids.count(IMAGE) // PATCHES)],
+            pixel_values=[next(images) for _ in range(row.input_ids.count(IMAGE) // PATCHES)],
         )
         for number, row in enumerate(rows)
     ]
@@ -58,12 +58,12 @@ def collated(rows: list[Encoded]) -> Batch:
 
 
 class Body:
-    """A model whose tower says which picture it saw, and whose layers do nothing."""
+    """A model whose tower says which image it saw, and whose layers do nothing."""
 
     def get_image_features(self, pixel_values: torch.Tensor, **_: Any) -> Any:
         patches = torch.arange(PATCHES)
         return SimpleNamespace(
-            pooler_output=[1000 * (picture[0, 0, 0] + 1) + patches[:, None] for picture in pixel_values]
+            pooler_output=[1000 * (image[0, 0, 0] + 1) + patches[:, None] for image in pixel_values]
         )
 
     def get_input_embeddings(self) -> Any:
@@ -86,7 +86,7 @@ def test_features_labels_and_padding_of_a_batch() -> None:
     assert batch["attention_mask"].bool().tolist() == expected["attention_mask"]
 
 
-def test_the_order_of_a_batch_moves_no_picture_to_another_sample() -> None:
+def test_the_order_of_a_batch_moves_no_image_to_another_sample() -> None:
     whole = CASE["expected"]["right"]["embeds_first_channel"]
     # the text-only sample in front: nothing is used up by it
     batch = collated([sample(row) for row in (1, 0, 2)])
@@ -102,10 +102,10 @@ def test_generation_is_padded_on_the_left() -> None:
     assert mask.bool().tolist() == expected["attention_mask"]
 
 
-def test_a_cut_keeps_pictures_whole() -> None:
+def test_a_cut_keeps_images_whole() -> None:
     """The reference, told a length, cuts wherever it falls; LLaVA-MoD never tells it one."""
     expected = CASE["expected"]["right_max_len_6"]
     assert [sample(row, 6).labels for row in (0, 1)] == expected["labels"][:2]
     assert expected["embeds_first_channel"][2][-2:] == [32, 4000], "one patch of three"
-    with pytest.raises(BadRecord, match="too long for its pictures"):
+    with pytest.raises(BadRecord, match="too long for its images"):
         sample(2, 6)

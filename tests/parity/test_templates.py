@@ -22,7 +22,7 @@ MASKED_BY_MISTAKE = [case for case in LABELS if case["warning"] and case["case"]
 EMPTY = [case for case in LABELS if case["case"] == "empty_answer"]
 TRUNCATED = [case for case in LABELS if "maxlen" in case["case"]]
 WELL_FORMED = [case for case in LABELS if not case["warning"] and case not in EMPTY + TRUNCATED]
-# Tokenised in pieces, the text after a picture begins with a space of its own; tokenised at once it does not,
+# Tokenised in pieces, the text after an image begins with a space of its own; tokenised at once it does not,
 # unless the tokenizer is a legacy one. One pass is what every processor does when the model is used.
 SPACE_AFTER_IMAGE = [case for case in WELL_FORMED if case["tokenizer"] == "sp_nonlegacy"]
 EXACT = [case for case in WELL_FORMED if case not in SPACE_AFTER_IMAGE]
@@ -141,7 +141,7 @@ def test_inference_prompt_equals_llava_mod() -> None:
 @pytest.mark.parametrize("case", vectors("llava/preprocess_multimodal.json"), ids=lambda c: repr(c["value"]))
 def test_images_first_equals_llava(case: dict[str, Any]) -> None:
     if case["value"].count("<image>") > 1:
-        # The reference leaves one mark for two pictures, whose features then go astray.
+        # The reference leaves one mark for two images, whose features then go astray.
         assert images_first(case["value"]) == "<image>" + case["out"]
     else:
         assert images_first(case["value"]) == case["out"]

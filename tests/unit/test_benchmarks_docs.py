@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from benchmark_layouts import pictures
+from benchmark_layouts import images
 
 from mmpipe.benchmarks.prepare import prepare, read_questions
 from mmpipe.cli.main import main
 from mmpipe.errors import ConfigError
 from mmpipe.plan.plan import Plan
-from mmpipe.settings_loader import read_mapping
+from mmpipe.settings import read_mapping
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs/benchmarks.md").read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def project(tmp_path, monkeypatch) -> Path:
     shutil.copytree(REPOSITORY / "config", tmp_path / "config")
     (tmp_path / "colours.py").write_text(block("python", "class Colours"), encoding="utf-8")
     data = tmp_path / "data"
-    pictures(data / "pictures", "1.png", "2.png")
+    images(data / "images", "1.png", "2.png")
     records = [
         {"question_id": n, "question": "Which colour?", "image": f"{n}.png", "colour": colour}
         for n, colour in ((1, "red"), (2, "blue"))

@@ -14,7 +14,7 @@ from mmpipe.benchmarks.published import beside
 from mmpipe.cli.show import print_comparison
 from mmpipe.errors import ConfigError
 from mmpipe.plan.plan import Plan
-from mmpipe.settings_loader import read_mapping
+from mmpipe.settings import read_mapping
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -88,7 +88,7 @@ def test_a_number_that_nothing_measures_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["libmoe", "llava-1.5", "llava-mod"])
 def test_the_systems_configurations_ask_by_their_own_protocols(name):
-    from mmpipe.settings_loader import read_mapping
+    from mmpipe.settings import read_mapping
 
     plan = Plan(read_mapping(REPOSITORY / f"config/{name}.yaml"), REPOSITORY)
     asked = {

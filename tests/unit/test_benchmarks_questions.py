@@ -184,7 +184,7 @@ def test_every_protocol_of_every_benchmark_asks(tmp_path):
             assert len(task.references(task.source(tmp_path / name), protocol)) == len(texts)
 
 
-def test_pictures_may_not_lead_out_of_the_data_set(tmp_path):
+def test_images_may_not_lead_out_of_the_data_set(tmp_path):
     pope(tmp_path)
     for name in ("../../etc/passwd", "/etc/passwd"):
         record = {"question_id": 1, "image": name, "text": "?", "label": "yes"}

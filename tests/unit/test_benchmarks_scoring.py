@@ -287,18 +287,16 @@ def test_hundred_thousand_answers_take_seconds(tmp_path):
 # ---- controls
 
 
-def questions(count: int, per_picture: int) -> list[Question]:
+def questions(count: int, per_image: int) -> list[Question]:
     return [
-        Question(
-            id=n, text="?", images=(Path(f"images/{n // per_picture}.jpg"),), group=str(n // per_picture)
-        )
+        Question(id=n, text="?", images=(Path(f"images/{n // per_image}.jpg"),), group=str(n // per_image))
         for n in range(count)
     ]
 
 
-@pytest.mark.parametrize(("count", "per_picture"), [(2, 1), (12, 4), (300, 3), (7, 2)])
-def test_no_question_keeps_its_picture_and_rotations_share_the_new_one(count, per_picture):
-    asked = questions(count, per_picture)
+@pytest.mark.parametrize(("count", "per_image"), [(2, 1), (12, 4), (300, 3), (7, 2)])
+def test_no_question_keeps_its_image_and_rotations_share_the_new_one(count, per_image):
+    asked = questions(count, per_image)
     shuffled = shuffle_images(asked, seed="mmbench")
     assert shuffled == shuffle_images(asked, seed="mmbench")
     assert all(a.images != b.images for a, b in zip(asked, shuffled, strict=True))
@@ -307,8 +305,8 @@ def test_no_question_keeps_its_picture_and_rotations_share_the_new_one(count, pe
     assert {q.images for q in shuffled} == {q.images for q in asked}
 
 
-def test_one_picture_cannot_be_shuffled():
-    with pytest.raises(DataError, match="two different pictures"):
+def test_one_image_cannot_be_shuffled():
+    with pytest.raises(DataError, match="two different images"):
         shuffle_images(questions(3, 3), seed="x")
 
 
@@ -340,7 +338,7 @@ def test_wilson_interval():
     assert wilson(0, 0) == (0.0, 1.0)
 
 
-def test_questions_about_one_picture_are_one_unit():
+def test_questions_about_one_image_are_one_unit():
     values = [1.0, 1.0, 0.0, 0.0] * 50
     alone = estimate_mean("m", values, [str(i) for i in range(200)])
     together = estimate_mean("m", values, [str(i // 2) for i in range(200)])

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import chat_world
+import chat_models
 import pytest
 import torch
-from chat_world import BLUE, GREEDY, RED, talk
+from chat_models import BLUE, GREEDY, RED, talk
 
 from mmpipe.artifacts import manifest
 from mmpipe.benchmarks.base import Question
@@ -39,7 +39,7 @@ def desk() -> Iterator[Desk]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chat_world.publish(tmp_path_factory.mktemp("tiny") / "model")
+    return chat_models.publish(tmp_path_factory.mktemp("tiny") / "model")
 
 
 def test_the_answer_is_the_one_benchmarks_get(tiny, desk, tmp_path):
@@ -58,7 +58,7 @@ def test_the_answer_is_the_one_benchmarks_get(tiny, desk, tmp_path):
     )
 
 
-def test_a_conversation_with_several_pictures_is_written_as_in_training(tiny, desk):
+def test_a_conversation_with_several_images_is_written_as_in_training(tiny, desk):
     chat = talk(tiny, desk)
     talked = [ask("One?", [RED, BLUE]), said("red"), ask("And now?", [BLUE])]
     ids = chat._encode(talked)["input_ids"][0]
@@ -114,8 +114,8 @@ def test_stop_texts(tiny, desk):
     assert cut.finish == "stop"
 
 
-def test_a_checkpoint_of_captions_needs_a_picture(tmp_path, desk):
-    chat = talk(chat_world.publish(tmp_path / "model", template="plain"), desk)
+def test_a_checkpoint_of_captions_needs_a_image(tmp_path, desk):
+    chat = talk(chat_models.publish(tmp_path / "model", template="plain"), desk)
     assert chat.captions_only
     with pytest.raises(ChatError, match="cannot be asked without one"):
         chat.answer([ask("Hello?")], GREEDY)
@@ -124,10 +124,10 @@ def test_a_checkpoint_of_captions_needs_a_picture(tmp_path, desk):
 
 
 def test_expert_loads_are_counted_over_the_answer(tmp_path, desk):
-    model = chat_world.model()
+    model = chat_models.model()
     upcycle(model, MoESettings(experts=4, top_k=2, placement=(1, 3)))
     out = tmp_path / "model"
-    save_checkpoint(model, chat_world.processor(), out)
+    save_checkpoint(model, chat_models.processor(), out)
     facts = {"template": "qwen", "image_aspect": "square"}
     manifest.write(out, kind="model", spec="{}", inputs={}, checkpoint=facts)
     loads = talk(out, desk).answer([ask("Say.", [RED])], GREEDY).reply.expert_loads
@@ -136,14 +136,14 @@ def test_expert_loads_are_counted_over_the_answer(tmp_path, desk):
 
 
 def test_a_stock_model_needs_nothing_of_ours(tmp_path, desk):
-    chat = talk(chat_world.stock(tmp_path / "stock"), desk, ours=False)
+    chat = talk(chat_models.stock(tmp_path / "stock"), desk, ours=False)
     assert chat.template is not None
     assert chat.template.name == "qwen"  # recognised by what it writes
     assert chat.answer([ask("What?", [RED])], GREEDY).reply.tokens
 
 
 def test_a_checkpoint_without_template_takes_the_one_given(tmp_path, desk):
-    path = chat_world.stock(tmp_path / "stock", template=None)
+    path = chat_models.stock(tmp_path / "stock", template=None)
     with pytest.raises(ArtifactError, match="brings no chat template; name the one"):
         talk(path, desk, ours=False)
     assert talk(path, desk, ours=False, loading=Loading(template="qwen")).template.name == "qwen"
@@ -151,7 +151,7 @@ def test_a_checkpoint_without_template_takes_the_one_given(tmp_path, desk):
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_another_template_is_refused(tmp_path, desk, ours):
-    path = (chat_world.publish if ours else chat_world.stock)(tmp_path / "model")
+    path = (chat_models.publish if ours else chat_models.stock)(tmp_path / "model")
     with pytest.raises(ArtifactError, match=r"another template than 'phi3' \(its own: qwen\)"):
         talk(path, desk, ours=ours, loading=Loading(template="phi3"))
     with pytest.raises(ConfigError, match="did you mean 'qwen'"):
@@ -160,7 +160,7 @@ def test_another_template_is_refused(tmp_path, desk, ours):
 
 
 def test_checkpoints_of_another_family(tmp_path, desk):
-    path = chat_world.stock(tmp_path / "stock")
+    path = chat_models.stock(tmp_path / "stock")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"model_type": "llava_llama"}))
     with pytest.raises(ArtifactError, match="holds a 'llava_llama' model"):
@@ -198,7 +198,7 @@ def test_a_recipe_that_was_not_made_says_how(tmp_path, monkeypatch):
         ArtifactError, match=r"snakemake --cores all results/demo/finetune/model/manifest.json"
     ):
         find("demo", Path("config/config.yaml"))
-    chat_world.publish(tmp_path / "results/demo/finetune/model")
+    chat_models.publish(tmp_path / "results/demo/finetune/model")
     assert find("demo", Path("config/config.yaml")).name == "demo@finetune"
 
 
@@ -229,14 +229,14 @@ def test_out_of_memory_while_answering(tiny, desk, monkeypatch):
         torch.empty(1 << 60)
 
     monkeypatch.setattr(chat.model, "generate", full)
-    with pytest.raises(ChatError, match=r"out of memory: a conversation of \d+ tokens .* fewer pictures"):
+    with pytest.raises(ChatError, match=r"out of memory: a conversation of \d+ tokens .* fewer images"):
         _ = chat.answer([ask("Say.")], GREEDY).reply
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bits_are_the_decoders_alone(tmp_path, desk, bits):
     pytest.importorskip("bitsandbytes")
-    path = chat_world.publish(
+    path = chat_models.publish(
         tmp_path / "model", hidden_size=64, intermediate_size=128, initializer_range=0.05
     )
     whole = talk(path, desk)
@@ -257,13 +257,13 @@ def test_bits_are_the_decoders_alone(tmp_path, desk, bits):
 
 
 def test_layers_a_cpu_cannot_compute_in_4_bits_stay_whole(tmp_path, desk, caplog):
-    path = chat_world.publish(tmp_path / "a", hidden_size=64, intermediate_size=96)
+    path = chat_models.publish(tmp_path / "a", hidden_size=64, intermediate_size=96)
     with caplog.at_level(logging.WARNING):
         chat = talk(path, desk, loading=Loading(bits=4))
     assert "4 of 28 layers stay in full precision" in caplog.text
     assert chat.answer([ask("What?", [RED])], GREEDY).reply.tokens
     with pytest.raises(ChatError, match="use --load-8bit"):
-        talk(chat_world.publish(tmp_path / "b"), desk, loading=Loading(bits=4))
+        talk(chat_models.publish(tmp_path / "b"), desk, loading=Loading(bits=4))
 
 
 def test_bits_without_bitsandbytes(tiny, desk, monkeypatch):
@@ -273,12 +273,12 @@ def test_bits_without_bitsandbytes(tiny, desk, monkeypatch):
 
 
 def test_layers_spread_over_places_answer_alike(tiny, desk, tmp_path):
-    from mmpipe.models import llava
+    from mmpipe.checkpoints.load import open_checkpoint
 
     whole = talk(tiny, desk).answer([ask("What?", [RED])], GREEDY).reply
     chat = talk(tiny, desk, loading=Loading(device_map="auto"))
     assert chat.answer([ask("What?", [RED])], GREEDY).reply == whole
-    assert llava.load(tiny, device_map={"": "cpu"})[0].device.type == "cpu"
+    assert open_checkpoint(tiny, device_map={"": "cpu"})[0].device.type == "cpu"
 
 
 @pytest.mark.parametrize("wrong", [{"device": "gpu"}, {"device": "cuda:7"}, {"dtype": "float8"}])

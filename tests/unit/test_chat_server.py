@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import chat_world
+import chat_models
 import pytest
 import requests
-from chat_world import BLUE, RED, talk
+from chat_models import BLUE, RED, talk
 from PIL import Image
 
 from mmpipe.chat.messages import Reply, Sampling
@@ -23,7 +23,7 @@ from mmpipe.chat.queue import Answer, Desk
 from mmpipe.checkpoints.save import save_checkpoint
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
-from mmpipe.models.sparsity import io
+from mmpipe.models.sparsity import io as sparsity_io
 from mmpipe.models.sparsity.hooks import sparsify
 from mmpipe.models.sparsity.spec import SparsitySettings
 
@@ -54,7 +54,7 @@ class Scripted(ChatModel):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ChatModel]]:
     folder, desk = tmp_path_factory.mktemp("served"), Desk(places=6)
-    made = talk(chat_world.publish(folder / "model"), desk)
+    made = talk(chat_models.publish(folder / "model"), desk)
     yield {
         "tiny": made,
         "attack": Scripted(made, "attack", [ATTACK]),
@@ -105,8 +105,8 @@ def data_url(image: Image.Image) -> str:
 
 
 def question(text: str, *urls: str) -> list[dict[str, Any]]:
-    pictures = [{"type": "image_url", "image_url": {"url": url, "detail": "low"}} for url in urls]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+    images = [{"type": "image_url", "image_url": {"url": url, "detail": "low"}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
 def test_models_are_listed(client):
@@ -253,30 +253,30 @@ def beside(models: dict[str, ChatModel], tmp_path_factory: pytest.TempPathFactor
     """Two checkpoints side by side: one with experts, one sparsified."""
     folder, desk = tmp_path_factory.mktemp("beside"), models["tiny"].desk
     settings = MoESettings(experts=4, top_k=2, placement=(1, 3))
-    experts = upcycle(chat_world.model(), settings)
-    save_checkpoint(experts, chat_world.processor(), folder / "experts")
-    sparse = chat_world.model()
+    experts = upcycle(chat_models.model(), settings)
+    save_checkpoint(experts, chat_models.processor(), folder / "experts")
+    sparse = chat_models.model()
     sparsify(sparse, SparsitySettings(vision_keep_rate=0.5))
-    save_checkpoint(sparse, chat_world.processor(), folder / "sparse")
-    io.save(sparse, folder / "sparse")
+    save_checkpoint(sparse, chat_models.processor(), folder / "sparse")
+    sparsity_io.save(sparse, folder / "sparse")
     for name in ("experts", "sparse"):
-        chat_world.card(folder / name)
+        chat_models.card(folder / name)
     served = Running({name: talk(folder / name, desk) for name in ("experts", "sparse")})
     yield served.url
     served.close()
 
 
 @pytest.mark.browser
-def test_two_checkpoints_answer_about_a_dropped_picture(browser, beside, tmp_path):
-    picture = tmp_path / "picture.png"
-    Image.effect_mandelbrot((200, 150), (-2, -1, 1, 1), 60).convert("RGB").save(picture)
+def test_two_checkpoints_answer_about_a_dropped_image(browser, beside, tmp_path):
+    image = tmp_path / "image.png"
+    Image.effect_mandelbrot((200, 150), (-2, -1, 1, 1), 60).convert("RGB").save(image)
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     away: list[str] = []
     page.on(
         "request", lambda request: away.append(request.url) if not request.url.startswith(beside) else None
     )
     page.goto(beside)
-    page.locator("#question input[type=file]").set_input_files(picture)
+    page.locator("#question input[type=file]").set_input_files(image)
     page.locator("#question .thumbnail-item, #question img").first.wait_for()
     page.locator("#question textarea").fill("What do you see?")
     page.keyboard.press("Enter")
@@ -311,5 +311,5 @@ def test_markup_of_a_model_is_text_and_an_answer_can_be_stopped(browser, url):
     assert 3 <= said.count("word") < 600
     page.locator("#question textarea").fill("")
     page.keyboard.press("Enter")
-    page.get_by_text("Write a question or drop a picture.").wait_for()
+    page.get_by_text("Write a question or drop an image.").wait_for()
     page.close()

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import chat_world
+import chat_models
 import pytest
-from chat_world import GREEDY, RED, talk
+from chat_models import GREEDY, RED, talk
 
 from mmpipe.chat.messages import Reply
 from mmpipe.chat.queue import Desk
@@ -32,7 +32,7 @@ def desk() -> Iterator[Desk]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chat_world.publish(tmp_path_factory.mktemp("tiny") / "model")
+    return chat_models.publish(tmp_path_factory.mktemp("tiny") / "model")
 
 
 def typed(model: object, *lines: str, images: tuple = ()) -> tuple[str, Terminal]:
@@ -55,7 +55,7 @@ def test_a_conversation(tiny, desk, tmp_path):
     shown, terminal = typed(
         talk(tiny, desk), f"/image {tmp_path / 'red.png'}", "What?", "", "And?", "/exit", "no"
     )
-    assert "picture 1 for the next question" in shown
+    assert "image 1 for the next question" in shown
     assert "[cut at 12 tokens" in shown
     assert [message.role for message in terminal.history] == ["user", "assistant"] * 2
     assert [len(message.images) for message in terminal.history] == [1, 0, 0, 0]
@@ -77,7 +77,7 @@ def test_commands(tiny, desk):
     [
         ("/imag x", "did you mean 'image'"),
         ("/image", "needs a file"),
-        ("/image none.png", "no such picture"),
+        ("/image none.png", "no such image"),
         ("/image http://127.0.0.1/x.png", "private network"),
         ("/set heat 1", "there is no setting 'heat'"),
         ("/set top_p much", "needs a number"),
@@ -150,7 +150,7 @@ def test_one_question_for_scripts_imports_nothing_it_does_not_use(tiny, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--image", "none.png"], "no such picture"),
+        (["--image", "none.png"], "no such image"),
         (["--json"], "--json needs --prompt"),
         (["--load-4bit", "--load-8bit"], "choose one"),
         (["--temperature", "-1"], "temperature"),

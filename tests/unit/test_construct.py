@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from lineage_world import BACKBONES, stock_checkpoint
+from layouts_data import BACKBONES, stock_checkpoint
 from safetensors.torch import load_file, save_file
 
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.errors import ArtifactError, ConfigError
-from mmpipe.models import llava
-from mmpipe.stages.base import VisionLanguage
+from mmpipe.models.settings import VisionLanguage
 from mmpipe.stages.construct import Construct
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.pretrain import Pretrain
@@ -60,12 +60,12 @@ def test_it_can_be_trained_further_and_a_projector_finds_its_way_back(whole, job
     published, _, original = whole
     aligned = following(job, published, "pretrain", "pretrain")
     Pretrain(**TRAINING).run(aligned)
-    model, _, card = llava.load(aligned.model_dir)
+    model, _, card = open_checkpoint(aligned.model_dir)
     assert card["checkpoint"]["base"] == published.as_posix()
     assert torch.equal(model.lm_head.weight, original.lm_head.weight.float())
     tuned = following(job, aligned.model_dir, "finetune", "finetune")
     Finetune(**TRAINING).run(tuned)
-    finetuned, _, _ = llava.load(tuned.model_dir)
+    finetuned, _, _ = open_checkpoint(tuned.model_dir)
     before, after = model.state_dict(), finetuned.state_dict()
     changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"language_model", "multi_modal_projector", "weight"}
@@ -74,11 +74,11 @@ def test_it_can_be_trained_further_and_a_projector_finds_its_way_back(whole, job
 def test_parts_are_joined_and_published(job):
     joined = job("construct", tokens=None)
     Construct(template="chatml").run(joined)
-    model, _, card = llava.load(joined.model_dir)
+    model, _, card = open_checkpoint(joined.model_dir)
     assert card["kind"] == "model"
     aligned = job("pretrain", parent=joined.model_dir)
     Pretrain(**TRAINING).run(aligned)
-    assert llava.load(aligned.model_dir)[2]["checkpoint"]["base"] == joined.model_dir.as_posix()
+    assert open_checkpoint(aligned.model_dir)[2]["checkpoint"]["base"] == joined.model_dir.as_posix()
     assert model.dtype == torch.float32
 
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_world import (
+from data_records import (
     IMAGE_TOKENS,
     SIDE,
     Entry,
     char_tokenizer,
     data_set,
     entry,
+    image,
     in_tokens,
     mix,
-    picture,
     processor,
     said,
 )
@@ -27,7 +27,7 @@ from mmpipe.data.dataset import (
     PreferenceDataset,
     SupervisedDataset,
 )
-from mmpipe.data.images import open_picture
+from mmpipe.data.images import open_image
 from mmpipe.data.labels import IGNORE
 from mmpipe.data.record_table import write_records
 from mmpipe.data.records import PreferenceRecord, Record, Turn
@@ -61,7 +61,7 @@ def mixed() -> list[Entry]:
     return [entry(0, "0.png"), entry(1), entry(2, ["1.png", "2.png"])]
 
 
-def test_a_sample_holds_tokens_labels_and_pictures(tmp_path: Path) -> None:
+def test_a_sample_holds_tokens_labels_and_images(tmp_path: Path) -> None:
     dataset = made(tmp_path, mixed())
     sample = dataset[2]
     assert sample["id"] == "made/r2"
@@ -71,12 +71,12 @@ def test_a_sample_holds_tokens_labels_and_pictures(tmp_path: Path) -> None:
     assert (sample["input_ids"] == image_id).sum() == 2 * IMAGE_TOKENS
     learnt = sample["labels"][sample["labels"] != IGNORE]
     assert tokenizer.decode(learnt) == " It is 2.</s>"
-    expected = [open_picture(tmp_path / "made/img" / name).image for name in ("1.png", "2.png")]
-    for pixels, image in zip(sample["pixel_values"], expected, strict=True):
-        assert torch.equal(pixels, processor()(image, return_tensors="pt")["pixel_values"][0])
+    expected = [open_image(tmp_path / "made/img" / name).image for name in ("1.png", "2.png")]
+    for pixels, opened in zip(sample["pixel_values"], expected, strict=True):
+        assert torch.equal(pixels, processor()(opened, return_tensors="pt")["pixel_values"][0])
 
 
-def test_a_batch_is_padded_on_the_right_and_pictures_follow_the_samples(tmp_path: Path) -> None:
+def test_a_batch_is_padded_on_the_right_and_images_follow_the_samples(tmp_path: Path) -> None:
     dataset = made(tmp_path, mixed())
     samples = [dataset[i] for i in range(3)]
     batch = COLLATE(samples)
@@ -98,7 +98,7 @@ def test_a_batch_is_padded_on_the_right_and_pictures_follow_the_samples(tmp_path
         assert batch[name].dtype == torch.int64  # type: ignore[literal-required]
 
 
-def test_a_batch_without_pictures_has_one_of_zeros(tmp_path: Path) -> None:
+def test_a_batch_without_images_has_one_of_zeros(tmp_path: Path) -> None:
     dataset = made(tmp_path, mixed())
     batch = COLLATE([dataset[1], dataset[1]])
     assert batch["dummy_image"] is True
@@ -121,7 +121,7 @@ def test_padding_with_the_end_token_masks_no_end_token(tmp_path: Path) -> None:
     assert (ends & batch["attention_mask"].bool()).sum(dim=1).tolist() == [1, 1]
 
 
-def test_a_picture_gone_since_is_replaced_by_the_next_record(
+def test_a_image_gone_since_is_replaced_by_the_next_record(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = made(tmp_path, [entry(i, f"{i}.png") for i in range(4)])
@@ -133,7 +133,7 @@ def test_a_picture_gone_since_is_replaced_by_the_next_record(
     batch = COLLATE(samples)
     assert len(batch["replaced"]) == 2
     assert "made/r1" in batch["replaced"][0]
-    assert "1.png: the picture cannot be read" in batch["replaced"][0]
+    assert "1.png: the image cannot be read" in batch["replaced"][0]
     assert "empty file" in batch["replaced"][1]
     assert caplog.text.count("replaced by the next record") == 2
     assert dataset[1]["id"] == "made/r2"
@@ -142,7 +142,7 @@ def test_a_picture_gone_since_is_replaced_by_the_next_record(
 def test_when_nothing_can_be_read_training_stops(tmp_path: Path) -> None:
     dataset = stored(tmp_path, [record(i, "<image>?", images=("gone.png",)) for i in range(3)])
     with pytest.raises(
-        DataError, match=r"the pictures of 3 records in a row cannot be read; the first: made/r1: gone\.png"
+        DataError, match=r"the images of 3 records in a row cannot be read; the first: made/r1: gone\.png"
     ):
         dataset[1]
 
@@ -162,19 +162,17 @@ def test_workers_and_pickling_change_nothing(tmp_path: Path) -> None:
 
 
 def preferences(tmp_path: Path) -> PreferenceDataset:
-    def pair(number: int, image: str | None, chosen: str, rejected: str) -> PreferenceRecord:
-        question = Turn("user", "<image>\nWhat?" if image else "What?")
-        return PreferenceRecord(
-            f"p{number}", "made", (image,) if image else (), (question,), chosen, rejected
-        )
+    def pair(number: int, name: str | None, chosen: str, rejected: str) -> PreferenceRecord:
+        question = Turn("user", "<image>\nWhat?" if name else "What?")
+        return PreferenceRecord(f"p{number}", "made", (name,) if name else (), (question,), chosen, rejected)
 
-    paths = [str(picture(tmp_path / f"{i}.png", seed=i)) for i in range(2)]
+    paths = [str(image(tmp_path / f"{i}.png", seed=i)) for i in range(2)]
     records = [pair(0, paths[0], "a cat", "a"), pair(1, None, "b", "a dog"), pair(2, paths[1], "c", "d")]
     write_records(tmp_path / "records.arrow", records)
     return PreferenceDataset(in_tokens(tmp_path / "records.arrow"), processor())
 
 
-def test_pairs_share_their_pictures(tmp_path: Path) -> None:
+def test_pairs_share_their_images(tmp_path: Path) -> None:
     dataset = preferences(tmp_path)
     pairs = [dataset[i] for i in range(3)]
     batch = PreferenceCollator(char_tokenizer().pad_token_id, (SIDE, SIDE))(pairs)

@@ -13,7 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mmpipe.data import images
-from mmpipe.data.images import image_processor, inspect_picture, open_picture, picture_size
+from mmpipe.data.images import image_processor, image_size, inspect_image, open_image
 from mmpipe.errors import ArtifactError, DataError
 
 RED, BLUE = (254, 0, 0), (0, 0, 254)
@@ -21,9 +21,9 @@ SIZE = (12, 8)
 
 
 def pixels(path: Path, *, upright: bool = False) -> np.ndarray:
-    picture = open_picture(path, upright=upright).image
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image = open_image(path, upright=upright).image
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
 def palette() -> Image.Image:
@@ -52,7 +52,7 @@ def test_every_mode_becomes_rgb(
 ) -> None:
     options = {"lossless": True} if name.endswith("webp") else {}
     make().save(tmp_path / name, **options)
-    assert open_picture(tmp_path / name).notes == notes
+    assert open_image(tmp_path / name).notes == notes
     np.testing.assert_allclose(pixels(tmp_path / name)[4, 4].astype(int), RED, atol=3)
 
 
@@ -60,7 +60,7 @@ def test_deep_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
     values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     assert pixels(tmp_path / "a.png")[0, :, 0].tolist() == [0, 1, 128, 255]
-    assert open_picture(tmp_path / "a.png").notes == ("16-bit grey scaled to 8 bits",)
+    assert open_image(tmp_path / "a.png").notes == ("16-bit grey scaled to 8 bits",)
 
 
 def chunked_png(path: Path, bits: int, colour: int, size: tuple[int, int], samples: bytes) -> Path:
@@ -74,7 +74,7 @@ def chunked_png(path: Path, bits: int, colour: int, size: tuple[int, int], sampl
 
 def test_deep_colours_are_noted(tmp_path: Path) -> None:
     path = chunked_png(tmp_path / "a.png", 16, 2, (1, 1), bytes([0, 200, 9, 100, 9, 50, 9]))
-    assert open_picture(path).notes == ("16-bit colours cut to 8 bits",)
+    assert open_image(path).notes == ("16-bit colours cut to 8 bits",)
     assert pixels(path).tolist() == [[[200, 100, 50]]]
 
 
@@ -82,23 +82,23 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
     frames = [Image.new("RGB", SIZE, color) for color in (RED, BLUE)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert pixels(tmp_path / "a.gif")[0, 0].tolist() == list(RED)
-    assert open_picture(tmp_path / "a.gif").notes == ("several frames, first taken", "palette made RGB")
+    assert open_image(tmp_path / "a.gif").notes == ("several frames, first taken", "palette made RGB")
 
 
 def test_content_decides_and_a_wrong_name_is_noted(tmp_path: Path) -> None:
     Image.new("RGB", SIZE, RED).save(tmp_path / "a.jpg", format="GIF")
-    assert open_picture(tmp_path / "a.jpg").notes == ("GIF named .jpg", "palette made RGB")
-    assert inspect_picture(tmp_path / "a.jpg").notes == ("GIF named .jpg", "palette made RGB")
+    assert open_image(tmp_path / "a.jpg").notes == ("GIF named .jpg", "palette made RGB")
+    assert inspect_image(tmp_path / "a.jpg").notes == ("GIF named .jpg", "palette made RGB")
     for name in ("bare", "photo.1234"):
         Image.new("RGB", SIZE, RED).save(tmp_path / name, format="PNG")
-        assert open_picture(tmp_path / name).notes == ("PNG named without suffix",)
+        assert open_image(tmp_path / name).notes == ("PNG named without suffix",)
 
 
 def test_exif_orientation_is_applied_on_demand_only(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", SIZE, RED).save(tmp_path / "a.jpg", exif=exif)
-    assert open_picture(tmp_path / "a.jpg").notes == ("EXIF says rotated, left as stored",)
+    assert open_image(tmp_path / "a.jpg").notes == ("EXIF says rotated, left as stored",)
     assert pixels(tmp_path / "a.jpg").shape == (8, 12, 3)
     assert pixels(tmp_path / "a.jpg", upright=True).shape == (12, 8, 3)
 
@@ -116,14 +116,14 @@ def broken_chunk(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("a.png", half, "the picture is damaged"),
-        ("a.jpg", half, "the picture is damaged"),
-        ("a.gif", half, "the picture is damaged"),
-        ("a.webp", half, "the picture is"),
-        ("a.png", broken_chunk, "the picture is damaged"),
-        ("a.png", lambda content: b"", "the picture is an empty file"),
-        ("a.png", lambda content: b"<html>not found</html>", "the picture is in no known picture format"),
-        ("a.png", lambda content: content[:20], "the picture is"),
+        ("a.png", half, "the image is damaged"),
+        ("a.jpg", half, "the image is damaged"),
+        ("a.gif", half, "the image is damaged"),
+        ("a.webp", half, "the image is"),
+        ("a.png", broken_chunk, "the image is damaged"),
+        ("a.png", lambda content: b"", "the image is an empty file"),
+        ("a.png", lambda content: b"<html>not found</html>", "the image is in no known image format"),
+        ("a.png", lambda content: content[:20], "the image is"),
     ],
 )
 def test_damage_is_found_and_named(
@@ -132,13 +132,13 @@ def test_damage_is_found_and_named(
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     path = tmp_path / name
     Image.fromarray(noise).save(path)
-    assert inspect_picture(path).fault is None
-    assert inspect_picture(path).width == 64
+    assert inspect_image(path).fault is None
+    assert inspect_image(path).width == 64
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=message) as error:
-        open_picture(path)
+        open_image(path)
     assert str(path) in str(error.value)
-    fault = inspect_picture(path).fault
+    fault = inspect_image(path).fault
     assert fault is not None
     assert message in fault
 
@@ -146,14 +146,14 @@ def test_damage_is_found_and_named(
 def test_inspection_says_the_true_size_of_a_jpeg(tmp_path: Path) -> None:
     """It is decoded smaller."""
     Image.new("RGB", (801, 603), RED).save(tmp_path / "a.jpg")
-    found = inspect_picture(tmp_path / "a.jpg")
+    found = inspect_image(tmp_path / "a.jpg")
     assert (found.width, found.height) == (801, 603)
 
 
 def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.png", tmp_path):
-        with pytest.raises(DataError, match="the picture cannot be read"):
-            open_picture(path)
+        with pytest.raises(DataError, match="the image cannot be read"):
+            open_image(path)
 
 
 def test_a_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(DataError, match="400x300 are more than 100000 pixels"):
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(
@@ -173,34 +173,34 @@ def test_a_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ((1, 201), "more than 200 times"),
     ],
 )
-def test_a_thin_picture_that_preprocessing_would_blow_up_is_refused(
+def test_a_thin_image_that_preprocessing_would_blow_up_is_refused(
     tmp_path: Path, size: tuple[int, int], message: str
 ) -> None:
     Image.new("1", size).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=message):
-        open_picture(tmp_path / "a.png")
-    assert inspect_picture(tmp_path / "a.png").fault
+        open_image(tmp_path / "a.png")
+    assert inspect_image(tmp_path / "a.png").fault
 
 
-def test_the_thinnest_picture_that_is_read_can_be_processed(tmp_path: Path) -> None:
+def test_the_thinnest_image_that_is_read_can_be_processed(tmp_path: Path) -> None:
     Image.new("RGB", (1, images.MAX_ASPECT), RED).save(tmp_path / "a.png")
-    picture = open_picture(tmp_path / "a.png").image
+    image = open_image(tmp_path / "a.png").image
     for aspect in ("pad", "square"):
         processor = image_processor(clip(tmp_path / "clip", 24), aspect)  # type: ignore[arg-type]
-        assert processor(picture, return_tensors="np")["pixel_values"].shape == (1, 3, 24, 24)
+        assert processor(image, return_tensors="np")["pixel_values"].shape == (1, 3, 24, 24)
 
 
 def test_a_bomb_that_pillow_itself_refuses(tmp_path: Path) -> None:
     chunked_png(tmp_path / "a.png", 8, 2, (60_000, 60_000), b"")
     with pytest.raises(DataError, match="decompression bomb"):
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
 
 
-def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
+def test_floating_point_images_are_refused(tmp_path: Path) -> None:
     Image.new("F", SIZE, 0.5).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match="floating-point"):
-        open_picture(tmp_path / "a.tif")
-    assert "floating-point" in str(inspect_picture(tmp_path / "a.tif").fault)
+        open_image(tmp_path / "a.tif")
+    assert "floating-point" in str(inspect_image(tmp_path / "a.tif").fault)
 
 
 def clip(path: Path, side: int = 24) -> Path:
@@ -222,7 +222,7 @@ def test_the_processor_takes_over_what_the_tower_wants(tmp_path: Path) -> None:
         (siglip(tmp_path / "siglip"), SiglipImageProcessorPil, 20),
     ):
         square = image_processor(tower, "square")
-        assert picture_size(square) == (side, side)
+        assert image_size(square) == (side, side)
         expected = own.from_pretrained(tower)(wide, return_tensors="np")["pixel_values"]
         np.testing.assert_array_equal(square(wide, return_tensors="np")["pixel_values"], expected)
         padded = image_processor(tower, "pad")(wide, return_tensors="np")["pixel_values"]
@@ -232,7 +232,7 @@ def test_the_processor_takes_over_what_the_tower_wants(tmp_path: Path) -> None:
 
 
 def test_the_processor_survives_being_saved(tmp_path: Path) -> None:
-    from data_world import char_tokenizer
+    from data_records import char_tokenizer
 
     processor = LlavaProcessor(
         image_processor(clip(tmp_path / "clip"), "pad"), char_tokenizer(), patch_size=14

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_world import Entry, data_set, entry, mix, picture, said
+from data_records import Entry, data_set, entry, image, mix, said
 from PIL import Image
 from pydantic import ValidationError
 
@@ -25,7 +25,7 @@ def kept(out: Path) -> list[Any]:
 
 
 def good(count: int) -> list[Entry]:
-    """Every third record has no picture."""
+    """Every third record has no image."""
     return [entry(i, f"{i % 4}.png" if i % 3 else None) for i in range(count)]
 
 
@@ -39,7 +39,7 @@ def test_writes_records_report_and_lengths(tmp_path: Path) -> None:
     assert [turn.role for turn in record.turns] == ["user", "assistant"]
     assert Path(record.images[0]).is_file()
     assert [bool(record.images) for record in table] == [bool(i % 3) for i in range(9)]
-    # "What is 0?" and "It is 0." are six words; a picture adds its mark and 128.
+    # "What is 0?" and "It is 0." are six words; an image adds its mark and 128.
     assert [length_in_words(record) for record in table][:2] == [6, 6 + 1 + 128]
     assert (report["kept"], report["wanted"], report["with_images"]) == (9, 9, 6)
     assert report["words_up_to"] == {"8": 3, "256": 6}
@@ -55,13 +55,13 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
         written.append(
             [
                 (tmp_path / str(workers) / name).read_bytes()
-                for name in ("records.arrow", "pictures.arrow", "report.json")
+                for name in ("records.arrow", "images.arrow", "report.json")
             ]
         )
     assert written[0] == written[1]
 
 
-def test_picture_paths_are_relative_to_the_working_directory(
+def test_image_paths_are_relative_to_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -72,11 +72,11 @@ def test_picture_paths_are_relative_to_the_working_directory(
     assert kept(Path("out"))[1].images == ("resources/made/img/1.png",)
 
 
-def test_takes_the_first_folder_that_has_the_picture(tmp_path: Path) -> None:
-    data = data_set(tmp_path / "made", [entry(0, "a.png"), entry(1, "b.png")], pictures=0)
-    picture(data / "one" / "a.png")
-    picture(data / "two" / "a.png")
-    picture(data / "two" / "b.png")
+def test_takes_the_first_folder_that_has_the_image(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", [entry(0, "a.png"), entry(1, "b.png")], images=0)
+    image(data / "one" / "a.png")
+    image(data / "two" / "a.png")
+    image(data / "two" / "b.png")
     mix(data, tmp_path / "out", images=["one", "two"])
     places = [Path(record.images[0]).relative_to(data).as_posix() for record in kept(tmp_path / "out")]
     assert places == ["one/a.png", "two/b.png"]
@@ -84,9 +84,9 @@ def test_takes_the_first_folder_that_has_the_picture(tmp_path: Path) -> None:
 
 # What is wrong with one record among good ones, under which reason it is counted, and what is said of it.
 BAD: dict[str, tuple[Entry, str, str]] = {
-    "missing image": (entry(0, "nowhere.png"), "missing picture", "there is no nowhere.png in"),
-    "corrupt image": (entry(0, "corrupt.png"), "corrupt picture", "corrupt.png: the picture is damaged"),
-    "text as image": (entry(0, "text.jpg"), "corrupt picture", "text.jpg: the picture is in no known"),
+    "missing image": (entry(0, "nowhere.png"), "missing image", "there is no nowhere.png in"),
+    "corrupt image": (entry(0, "corrupt.png"), "corrupt image", "corrupt.png: the image is damaged"),
+    "text as image": (entry(0, "text.jpg"), "corrupt image", "text.jpg: the image is in no known"),
     "no conversations": ({"id": "r0"}, "no conversation", "the conversation is missing or empty"),
     "empty conversations": (entry(0, conversations=[]), "no conversation", "missing or empty"),
     "only an answer": (
@@ -104,23 +104,23 @@ BAD: dict[str, tuple[Entry, str, str]] = {
     "empty answer": (entry(0, conversations=said("a", " \n")), "empty answer", "turn 2 of 2 has no text"),
     "empty question": (entry(0, conversations=said("", "b")), "empty question", "turn 1 of 2 has no text"),
     "no text": (entry(0, conversations=[{"from": "human"}]), "malformed turn", "no text under 'value'"),
-    "mark without picture": (
+    "mark without image": (
         entry(0, conversations=said("<image>\na", "b")),
-        "image marks and pictures differ",
-        "1 <image> marks for 0 pictures",
+        "image marks and images differ",
+        "1 <image> marks for 0 images",
     ),
-    "picture without mark": (
+    "image without mark": (
         entry(0, conversations=said("a", "b"), image="0.png"),
-        "image marks and pictures differ",
-        "0 <image> marks for 1 pictures",
+        "image marks and images differ",
+        "0 <image> marks for 1 images",
     ),
     "mark in an answer": (
         entry(0, conversations=said("a", "<image>"), image="0.png"),
         "misplaced image mark",
         "turn 2, of the assistant, holds <image>",
     ),
-    "image is a number": (entry(0, image=7, conversations=said("a", "b")), "malformed pictures", "'image'"),
-    "a video": (entry(0, video="a.mp4"), "video", "only pictures are supported"),
+    "image is a number": (entry(0, image=7, conversations=said("a", "b")), "malformed images", "'image'"),
+    "a video": (entry(0, video="a.mp4"), "video", "only images are supported"),
     "not an object": (["a"], "not a record", "expected an object with named values"),  # type: ignore[dict-item]
 }
 
@@ -149,7 +149,7 @@ def test_too_many_bad_records_fail_with_the_reasons(tmp_path: Path) -> None:
         mix(data, tmp_path / "out", max_bad=0.05)
     message = str(error.value)
     assert "made (data.json): 2 of 22 records are bad" in message
-    assert "missing picture: 1, e.g. r20: there is no nowhere.png" in message
+    assert "missing image: 1, e.g. r20: there is no nowhere.png" in message
     assert "empty answer: 1, e.g. r21" in message
     assert "max_bad" in message
     assert mix(data, tmp_path / "out", max_bad=0.1)["kept"] == 20
@@ -173,10 +173,10 @@ def test_an_empty_array_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../secret.png", "a/../../secret.png", "/etc/passwd", "\x00/etc/passwd", "\\\\host\\x.png"]
 )
-def test_a_picture_name_that_leads_out_of_the_folder_is_an_error(name: str, tmp_path: Path) -> None:
+def test_a_image_name_that_leads_out_of_the_folder_is_an_error(name: str, tmp_path: Path) -> None:
     """Not one bad record among others: nobody writes this by accident."""
     data = data_set(tmp_path / "made", [entry(0, name)])
-    picture(tmp_path / "made" / "secret.png")
+    image(tmp_path / "made" / "secret.png")
     with pytest.raises(DataError, match="leads out of the data set's folder"):
         mix(data, tmp_path / "out", max_bad=1)
 
@@ -185,7 +185,7 @@ def test_a_picture_name_that_leads_out_of_the_folder_is_an_error(name: str, tmp_
     ("break_it", "message"),
     [
         (lambda data: (data / "data.json").unlink(), "data.json: cannot be read"),
-        (lambda data: (data / "img").rename(data / "other"), "img: the folder of pictures cannot be read"),
+        (lambda data: (data / "img").rename(data / "other"), "img: the folder of images cannot be read"),
         (
             lambda data: (data / "data.json").write_bytes((data / "data.json").read_bytes()[:-40]),
             r"data.json, line 1, column \d+: not valid JSON",
@@ -293,7 +293,7 @@ def test_suffix_and_image_position_change_every_question(tmp_path: Path) -> None
     assert texts == ["<image>\nWhat?\nBe brief.", "a", "And?\nBe brief.", "b"]
 
 
-def test_images_first_keeps_every_picture() -> None:
+def test_images_first_keeps_every_image() -> None:
     assert images_first("a <image> b <image>") == "<image><image>\na  b"
     assert images_first("<image>") == "<image>"
     assert images_first("none") == "none"
@@ -324,10 +324,10 @@ def test_preferences_are_verified_and_kept(tmp_path: Path) -> None:
 
 
 def pixels(path: Path, seed: int) -> bytes:
-    return picture(path / f"{seed}.png", seed=seed).read_bytes()
+    return image(path / f"{seed}.png", seed=seed).read_bytes()
 
 
-def test_pictures_inside_parquet_are_written_out_once(tmp_path: Path) -> None:
+def test_images_inside_parquet_are_written_out_once(tmp_path: Path) -> None:
     first, second = pixels(tmp_path, 1), pixels(tmp_path, 2)
     rows = [
         {"question": "What?", "chosen": "a", "rejected": "b", "image": {"bytes": first, "path": "x.jpg"}},
@@ -338,7 +338,7 @@ def test_pictures_inside_parquet_are_written_out_once(tmp_path: Path) -> None:
         {"question": " ", "chosen": "a", "rejected": "b", "image": {"bytes": first, "path": None}},
         {"question": "Same?", "chosen": "a", "rejected": None, "image": {"bytes": first, "path": None}},
     ]
-    data = data_set(tmp_path / "made", [], pictures=0)
+    data = data_set(tmp_path / "made", [], images=0)
     for shard in (rows[:3], rows[3:]):
         pq.write_table(pa.Table.from_pylist(shard), data / f"RLAIF_{len(shard)}.parquet")
     settings = {"format": "rlaif_v", "annotations": "RLAIF_*.parquet", "images": ".", "max_bad": 0.9}
@@ -352,9 +352,9 @@ def test_pictures_inside_parquet_are_written_out_once(tmp_path: Path) -> None:
     (tmp_path / "stage").rename(tmp_path / "final")
     assert [file.read_bytes() for file in files] == [first, first, second]
     assert {reason: facts["count"] for reason, facts in report["parts"][0]["dropped"].items()} == {
-        "corrupt picture": 1,
+        "corrupt image": 1,
         "empty question": 1,
-        "image marks and pictures differ": 1,
+        "image marks and images differ": 1,
         "malformed turn": 1,
     }
 
@@ -421,7 +421,7 @@ HALF = "b \ud83d"
         {"conversations": [{"from": HALF, "value": "x"}]},
         {"system": HALF},
     ],
-    ids=["answer", "question", "picture", "id", "role", "system"],
+    ids=["answer", "question", "image", "id", "role", "system"],
 )
 def test_half_a_character_is_one_bad_record(change: Entry, tmp_path: Path) -> None:
     data = data_set(tmp_path / "made", [entry(1), entry(0, **change), entry(2)])
@@ -431,10 +431,10 @@ def test_half_a_character_is_one_bad_record(change: Entry, tmp_path: Path) -> No
     assert reason in ("text that is not Unicode", "unknown role")
 
 
-def test_a_name_too_long_for_any_file_is_a_missing_picture(tmp_path: Path) -> None:
+def test_a_name_too_long_for_any_file_is_a_missing_image(tmp_path: Path) -> None:
     entries = [entry(0, "a" * 300 + ".png"), entry(1, "b/" * 3000 + "c.png"), entry(2, "1.png")]
     report = mix(data_set(tmp_path / "made", entries), tmp_path / "out", max_bad=0.7)
-    dropped = report["parts"][0]["dropped"]["missing picture"]
+    dropped = report["parts"][0]["dropped"]["missing image"]
     assert dropped["count"] == 2
     assert all(len(example) < 400 for example in dropped["examples"])
 
@@ -460,13 +460,13 @@ def test_a_system_message_beside_the_conversation_is_a_turn(format_name: str, tm
     assert set(report["parts"][0]["dropped"]) == {"malformed turn", "two system messages"}
 
 
-def test_sharegpt_names_pictures_in_the_plural(tmp_path: Path) -> None:
+def test_sharegpt_names_images_in_the_plural(tmp_path: Path) -> None:
     two = entry(0, ["0.png", "1.png"])
     two["images"] = two.pop("image")
     entries = [two, entry(1, "2.png", images=[]), entry(2, "2.png", images=["1.png"])]
     report = mix(data_set(tmp_path / "made", entries), tmp_path / "out", max_bad=0.5)
     assert [len(record.images) for record in kept(tmp_path / "out")] == [2, 1]
-    assert set(report["parts"][0]["dropped"]) == {"malformed pictures"}
+    assert set(report["parts"][0]["dropped"]) == {"malformed images"}
 
 
 def chat(*texts: str) -> list[dict[str, str]]:
@@ -513,12 +513,12 @@ def test_preferences_are_read_however_they_are_written(way: str, tmp_path: Path)
     assert len(record.images) == 1
 
 
-def test_messages_without_marks_have_their_pictures_first_and_a_note(tmp_path: Path) -> None:
+def test_messages_without_marks_have_their_images_first_and_a_note(tmp_path: Path) -> None:
     rows = [{"messages": chat("Q", "a", "R", "b"), "images": ["0.png", "1.png"]}]
     report = mix(data_set(tmp_path / "made", rows), tmp_path / "out", format="messages")
     texts = [turn.text for turn in kept(tmp_path / "out")[0].turns]
     assert texts == ["<image><image>\nQ", "a", "R", "b"]
-    assert report["parts"][0]["notes"]["pictures put before the first question"]["count"] == 1
+    assert report["parts"][0]["notes"]["images put before the first question"]["count"] == 1
 
 
 @pytest.mark.parametrize(
@@ -531,13 +531,13 @@ def test_messages_without_marks_have_their_pictures_first_and_a_note(tmp_path: P
         ({"with_images": True, "without": "a/*"}, ["r2"]),
     ],
 )
-def test_records_are_left_out_by_the_names_of_their_pictures(
+def test_records_are_left_out_by_the_names_of_their_images(
     filters: dict[str, Any], ids: list[str], tmp_path: Path
 ) -> None:
     entries = [entry(0, "a/0.png"), entry(1, "a/1.png"), entry(2, ["a/1.png", "b/0.png"]), entry(3)]
     data = data_set(tmp_path / "made", entries)
     for name in ("a/0.png", "a/1.png", "b/0.png"):
-        picture(data / "img" / name)
+        image(data / "img" / name)
     if filters == {"with_images": True, "without": "a/*"}:
         (data / "data.json").write_text(json.dumps([*entries[:2], entry(2, "b/0.png"), entry(3)]))
     report = mix(data, tmp_path / "out", **filters)
@@ -546,7 +546,7 @@ def test_records_are_left_out_by_the_names_of_their_pictures(
     assert (part["found"], part["left_out"]) == (len(ids), 4 - len(ids))
 
 
-def test_a_prefix_stands_between_pictures_and_question(tmp_path: Path) -> None:
+def test_a_prefix_stands_between_images_and_question(tmp_path: Path) -> None:
     talk = said("<image>\n<image>\nWhat?", "a", "And <here>?", "b")
     data = data_set(tmp_path / "made", [entry(0, ["0.png", "1.png"], conversations=talk)])
     mix(data, tmp_path / "out", prefix="Look. ", suffix=" Be brief.")
@@ -558,7 +558,7 @@ def test_a_failure_leaves_its_report_and_says_what_is_known(tmp_path: Path) -> N
     names = ["ocr/0.png", "ocr/1.png", "coco/0.png", "coco/1.png", "2.png"]
     data = data_set(tmp_path / "made", [entry(i, name) for i, name in enumerate(names)])
     for name in ("ocr/0.png", "coco/0.png", "coco/1.png"):
-        picture(data / "img" / name)
+        image(data / "img" / name)
     part = {"dataset": "made", "annotations": "data.json", "images": "img", "known": "covers vanish"}
     failed = tmp_path / "logs/mix/small.report.json"
     reports = []
@@ -571,10 +571,10 @@ def test_a_failure_leaves_its_report_and_says_what_is_known(tmp_path: Path) -> N
         else:
             reports.append(build_mixture(spec, {"made": data}, tmp_path / "out", failed_report=failed))
     assert f"{failed} counts all of them" in str(error.value)
-    assert "in ocr: 1 of 2 records lack a picture" in str(error.value)
+    assert "in ocr: 1 of 2 records lack an image" in str(error.value)
     assert "known: covers vanish" in str(error.value)
     assert reports[0] == reports[1] | {"max_bad": 0.1}
-    assert reports[1]["parts"][0]["without_picture_by_folder"] == {"ocr": {"records": 2, "dropped": 1}}
+    assert reports[1]["parts"][0]["without_image_by_folder"] == {"ocr": {"records": 2, "dropped": 1}}
     assert not failed.exists()
 
 
@@ -589,7 +589,7 @@ def test_the_report_page_shows_drops_by_folder_and_what_is_known(tmp_path: Path)
     assert "<code>ocr</code>" in page
 
 
-def test_equal_pictures_and_records_are_counted_over_data_sets(tmp_path: Path) -> None:
+def test_equal_images_and_records_are_counted_over_data_sets(tmp_path: Path) -> None:
     first = data_set(tmp_path / "first", [entry(0, "0.png"), entry(1, "1.png"), entry(2, "1.png")])
     second = data_set(tmp_path / "second", [entry(7, "0.png", id="x"), entry(1, "1.png"), entry(9)])
     (second / "img/0.png").write_bytes((first / "img/0.png").read_bytes())
@@ -597,10 +597,10 @@ def test_equal_pictures_and_records_are_counted_over_data_sets(tmp_path: Path) -
     parts = [{"dataset": name, "annotations": "data.json", "images": "img"} for name in ("first", "second")]
     spec = MixtureSpec.model_validate({"parts": parts})
     report = build_mixture(spec, {"first": first, "second": second}, tmp_path / "out")
-    assert report["equal_pictures"] == 2
+    assert report["equal_images"] == 2
     assert report["parts"][0]["notes"] == {}
     assert {note: facts["count"] for note, facts in report["parts"][1]["notes"].items()} == {
-        "picture equal to one of another name": 2,
+        "image equal to one of another name": 2,
         "record of another data set, kept again": 1,
     }
 
@@ -613,7 +613,7 @@ def test_an_id_may_come_back_for_ever(tmp_path: Path) -> None:
     assert ids == ["x", *(f"x#{number}" for number in range(2, 3001))]
 
 
-def test_pictures_that_were_forgotten_are_decoded_again(
+def test_images_that_were_forgotten_are_decoded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmpipe.data import image_files
@@ -624,5 +624,5 @@ def test_pictures_that_were_forgotten_are_decoded_again(
     monkeypatch.setattr(image_files, "REMEMBERED", 1)
     monkeypatch.setattr(module, "_BLOCK", 3)
     mix(data, tmp_path / "little")
-    for name in ("records.arrow", "pictures.arrow", "report.json"):
+    for name in ("records.arrow", "images.arrow", "report.json"):
         assert (tmp_path / "much" / name).read_bytes() == (tmp_path / "little" / name).read_bytes()

@@ -43,7 +43,7 @@ def test_a_thing_takes_a_few_bytes() -> None:
 
 def test_digests_come_back_in_order(tmp_path: Path) -> None:
     rows = [(f"{number}.png", number.to_bytes(16)) for number in range(10_000)]
-    with DigestWriter(tmp_path / "pictures.arrow") as writer:
+    with DigestWriter(tmp_path / "images.arrow") as writer:
         for row in rows:
             writer.add(*row)
-    assert list(read_digests(tmp_path / "pictures.arrow")) == rows
+    assert list(read_digests(tmp_path / "images.arrow")) == rows

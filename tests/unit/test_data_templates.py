@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_world import IMAGE_TOKENS, char_tokenizer, picture, processor
+from data_records import IMAGE_TOKENS, char_tokenizer, image, processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -146,10 +146,10 @@ def test_a_system_message_takes_the_place_of_the_default() -> None:
     )
 
 
-def test_plain_shows_pictures_alone_and_supervises_caption_and_line_break() -> None:
+def test_plain_shows_images_alone_and_supervises_caption_and_line_break() -> None:
     rendered = get_template("plain").render(talk("Describe it.\n<image>", "A cat."))
     assert rendered == Rendered("<image>A cat.\n", ((7, 14),))
-    with pytest.raises(BadRecord, match="no picture"):
+    with pytest.raises(BadRecord, match="no image"):
         get_template("plain").render(talk("Describe it.", "A cat."))
 
 
@@ -165,7 +165,7 @@ def test_plain_shows_pictures_alone_and_supervises_caption_and_line_break() -> N
         ("What?", "What?"),
     ],
 )
-def test_a_line_break_follows_pictures_at_the_head(text: str, expected: str) -> None:
+def test_a_line_break_follows_images_at_the_head(text: str, expected: str) -> None:
     assert break_after_images(text) == expected
 
 
@@ -223,7 +223,7 @@ def test_the_processor_of_a_checkpoint_gives_the_same_tokens_mask_and_pixels(
 ) -> None:
     """What is trained on is what anybody gets who loads the checkpoint with transformers."""
     chosen, tokenizer = get_template(name), char_tokenizer()
-    path = str(picture(tmp_path / "a.png"))
+    path = str(image(tmp_path / "a.png"))
     turns = talk("<image>What?", "A cat.", "Where <image>?", "There.")
     hf = LlavaProcessor(
         processor(),
@@ -279,7 +279,7 @@ def test_another_image_token_moves_the_spans() -> None:
     assert learnt == ["a", "c"]
 
 
-def test_an_image_token_in_the_text_is_not_taken_for_a_picture() -> None:
+def test_an_image_token_in_the_text_is_not_taken_for_a_image() -> None:
     with pytest.raises(BadRecord, match="the text itself contains"):
         encoded("<image>a<|im_start|>", (7, 8), image_token="<|im_start|>")
 
@@ -292,10 +292,10 @@ def test_text_is_cut_from_the_right() -> None:
 
 
 @pytest.mark.parametrize("max_length", [4, 5, 6])
-def test_a_picture_is_never_cut(max_length: int) -> None:
-    with pytest.raises(BadRecord, match="would lose part of a picture") as error:
+def test_a_image_is_never_cut(max_length: int) -> None:
+    with pytest.raises(BadRecord, match="would lose part of an image") as error:
         encoded("abcd<image>e", (0, 1), max_length=max_length)
-    assert error.value.reason == "too long for its pictures"
+    assert error.value.reason == "too long for its images"
     assert encoded("abcd<image>e", (0, 1), max_length=7)[0][-2:] == ["<image>", "<image>"]
 
 
@@ -305,8 +305,8 @@ def test_a_sample_without_anything_to_learn_is_refused() -> None:
 
 
 def test_a_tokenizer_without_image_token_is_named() -> None:
-    with pytest.raises(DataError, match="has no token '<picture>'"):
-        encoded("a", image_token="<picture>")
+    with pytest.raises(DataError, match="has no token '<image>'"):
+        encoded("a", image_token="<image>")
 
 
 def test_records_count_their_marks() -> None:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from data_world import IMAGE_TOKENS, char_tokenizer, encoder, entry, in_tokens, mix, said
-from data_world import data_set as write_data_set
+from data_records import IMAGE_TOKENS, char_tokenizer, encoder, entry, in_tokens, mix, said
+from data_records import data_set as write_data_set
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -18,7 +18,7 @@ from mmpipe.data.records import PreferenceRecord, Record, Turn
 from mmpipe.data.tokens import Packed, TokenTable, pack, tokenise, unpack
 from mmpipe.errors import ArtifactError, DataError
 
-PICTURE = 7
+IMAGE = 7
 
 
 def record(
@@ -33,28 +33,26 @@ def written(tmp_path: Path, records: list[Record]) -> Path:
 
 
 TOKEN = st.one_of(
-    st.just((PICTURE, False)),
+    st.just((IMAGE, False)),
     st.tuples(st.integers(8, 12), st.booleans()),
     st.tuples(st.integers(8, 12), st.booleans()),
 )
 
 
 @given(st.lists(TOKEN, min_size=1), st.integers(1, 5))
-def test_packing_loses_nothing(tokens: list[tuple[int, bool]], picture_tokens: int) -> None:
+def test_packing_loses_nothing(tokens: list[tuple[int, bool]], image_tokens: int) -> None:
     ids, labels = [], []
     for token, learn in tokens:
-        times = picture_tokens if token == PICTURE else 1
+        times = image_tokens if token == IMAGE else 1
         ids += [token] * times
         labels += [token if learn else IGNORE] * times
-    packed = pack(Encoded(ids, labels), PICTURE, picture_tokens)
+    packed = pack(Encoded(ids, labels), IMAGE, image_tokens)
     assert packed.ids == [token for token, _ in tokens]
-    assert unpack(packed, PICTURE, picture_tokens) == Encoded(ids, labels)
+    assert unpack(packed, IMAGE, image_tokens) == Encoded(ids, labels)
 
 
 def test_two_answers_are_two_ranges() -> None:
-    assert pack(Encoded([8, 9, 8, 9], [IGNORE, 9, IGNORE, 9]), PICTURE, 1) == Packed(
-        [8, 9, 8, 9], [1, 2, 3, 4]
-    )
+    assert pack(Encoded([8, 9, 8, 9], [IGNORE, 9, IGNORE, 9]), IMAGE, 1) == Packed([8, 9, 8, 9], [1, 2, 3, 4])
 
 
 def test_a_record_comes_back_as_it_was_encoded(tmp_path: Path) -> None:
@@ -83,14 +81,12 @@ def test_what_cannot_be_trained_on_is_dropped_counted_and_named(tmp_path: Path) 
             "count": 1,
             "examples": [table.report["dropped"]["question too long"]["examples"][0]],
         },
-        "too long for its pictures": {
+        "too long for its images": {
             "count": 1,
-            "examples": [table.report["dropped"]["too long for its pictures"]["examples"][0]],
+            "examples": [table.report["dropped"]["too long for its images"]["examples"][0]],
         },
     }
-    assert table.report["dropped"]["too long for its pictures"]["examples"][0].startswith(
-        "made/r1: cut to 300"
-    )
+    assert table.report["dropped"]["too long for its images"]["examples"][0].startswith("made/r1: cut to 300")
     assert (table.report["records"], table.report["kept"], table.report["cut"]) == (5, 3, 1)
     assert table.report["tokens_up_to"] == {"256": 2, "512": 1}
 
@@ -100,7 +96,7 @@ def test_what_is_supervised_is_counted(tmp_path: Path) -> None:
     table = in_tokens(tmp_path / "out/records.arrow")
     rows = [row.conversations[0] for row in table]
     assert table.report["supervised_tokens"] == sum(row.supervised for row in rows)
-    assert table.report["picture_tokens"] == IMAGE_TOKENS
+    assert table.report["image_tokens"] == IMAGE_TOKENS
     assert table.report["text_tokens"] == sum(len(row.input_ids) for row in rows) - IMAGE_TOKENS
 
 
@@ -167,12 +163,12 @@ def test_nothing_at_all_is_an_error(tmp_path: Path) -> None:
         in_tokens(written(tmp_path, []))
 
 
-def test_a_model_with_another_tokenizer_or_picture_size_is_refused(tmp_path: Path) -> None:
+def test_a_model_with_another_tokenizer_or_image_size_is_refused(tmp_path: Path) -> None:
     table = in_tokens(written(tmp_path, [record(0)]))
     share = table.require(char_tokenizer(), IMAGE_TOKENS)
     assert 0 < share < 1
     for tokenizer, size in ((char_tokenizer(), IMAGE_TOKENS + 1), (_grown(), IMAGE_TOKENS)):
-        with pytest.raises(ArtifactError, match="another tokenizer or number of tokens a picture"):
+        with pytest.raises(ArtifactError, match="another tokenizer or number of tokens an image"):
             table.require(tokenizer, size)
     with pytest.raises(DataError, match=r"of the text tokens are supervised, expected at least 99"):
         table.require(char_tokenizer(), IMAGE_TOKENS, minimum=0.99)
@@ -208,7 +204,7 @@ def test_records_on_disk(tmp_path: Path) -> None:
     assert list(RecordTable(tmp_path / "a")) == records
 
 
-def test_records_without_pictures_can_be_left_out(tmp_path: Path) -> None:
+def test_records_without_images_can_be_left_out(tmp_path: Path) -> None:
     mix(
         write_data_set(tmp_path / "made", [entry(0), entry(1, "0.png"), entry(2), entry(3, "1.png")]),
         tmp_path / "out",
@@ -217,5 +213,5 @@ def test_records_without_pictures_can_be_left_out(tmp_path: Path) -> None:
     chosen = table.with_images()
     assert ([row.place for row in chosen], chosen.has_image) == ([1, 3], [True, True])
     assert len(table) == 4
-    with pytest.raises(DataError, match="no record has a picture"):
+    with pytest.raises(DataError, match="no record has an image"):
         in_tokens(written(tmp_path, [record(0)])).with_images()

@@ -18,7 +18,7 @@ from mmpipe.errors import ConfigError
 from mmpipe.inference.generate import Answerer
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
-from mmpipe.models.sparsity.cost import cache_bytes, paper_flops, paper_picture_flops
+from mmpipe.models.sparsity.cost import cache_bytes, paper_flops, paper_image_flops
 from mmpipe.models.sparsity.hooks import of_model, sparsify
 from mmpipe.models.sparsity.record import recording
 from mmpipe.models.sparsity.sparsifier import kept_tokens
@@ -36,7 +36,7 @@ def test_the_papers_count(row) -> None:
     flops = (
         paper_flops(layers, 576, width)
         if row["sparse_layer"] is None
-        else paper_picture_flops(layers, width, 576, kept, row["sparse_layer"])
+        else paper_image_flops(layers, width, 576, kept, row["sparse_layer"])
     )
     assert flops / 1e12 == pytest.approx(row["tflops"], rel=1e-12)
     assert flops / paper_flops(layers, 576, width) == pytest.approx(row["ratio"], rel=1e-12)
@@ -44,8 +44,8 @@ def test_the_papers_count(row) -> None:
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory) -> list[Question]:
-    folder = tmp_path_factory.mktemp("pictures")
-    questions = [Question(0, "no picture", ())]
+    folder = tmp_path_factory.mktemp("images")
+    questions = [Question(0, "no image", ())]
     for n, text in enumerate(["What is it?", "And this, which is longer?"], start=1):
         Image.new("RGB", (28, 28), (80 * n, 30, 60)).save(folder / f"{n}.png")
         questions.append(Question(n, text, (folder / f"{n}.png",)))
@@ -88,7 +88,7 @@ def test_fewer_tokens_are_fewer_operations(rows) -> None:
         assert quarter["gain"]
         assert quarter["ratio"] > half["ratio"] > 1
         assert rows[batch, 0.25, "prompt_flops"]["value"] < rows[batch, 0.5, "prompt_flops"]["value"]
-        same = {rows[batch, keep, "picture_flops"]["value"] for keep in (None, 0.25, 0.5, 1.0)}
+        same = {rows[batch, keep, "image_flops"]["value"] for keep in (None, 0.25, 0.5, 1.0)}
         assert len(same) == 1, "the tower sees everything"
         assert not rows[batch, 1.0, "paper_flops"]["gain"]
 
@@ -140,15 +140,15 @@ def test_too_little_memory_for_one_way_is_said(asked, monkeypatch) -> None:
     assert all(row["value"] is not None and row["ratio"] is None for row in sparse)
 
 
-def test_a_checkpoint_that_keeps_pictures_whole(asked, monkeypatch) -> None:
+def test_a_checkpoint_that_keeps_images_whole(asked, monkeypatch) -> None:
     monkeypatch.setattr(efficiency, "REPEATS", 1)
     of = answerer(use_vision_predictor=False)
     assert {row["keep"] for row in efficiency.measure(of, asked, [0.25])} == {None, 1.0}
 
 
-def test_prompts_have_pictures(asked) -> None:
+def test_prompts_have_images(asked) -> None:
     assert [q.id for q in efficiency.prompts(asked, 5)] == [1, 2, 1, 2, 1]
-    with pytest.raises(ConfigError, match="the first one has no pictures"):
+    with pytest.raises(ConfigError, match="the first one has no images"):
         efficiency.prompts(asked[:1], 2)
 
 
@@ -158,7 +158,7 @@ def test_prompts_have_pictures(asked) -> None:
 def test_a_map_is_what_the_model_decided(asked) -> None:
     of = answerer()
     maps = keep_maps(of, asked[1:], [0.25, 1.0])
-    assert [(m["question_id"], m["picture"]) for m in maps] == [(1, 0), (2, 0)]
+    assert [(m["question_id"], m["image"]) for m in maps] == [(1, 0), (2, 0)]
     for row in maps:
         assert {rate: kept.count("1") for rate, kept in row["kept"].items()} == {"0.25": 1, "0.5": 2}
         best, two = row["kept"].values()
@@ -166,29 +166,29 @@ def test_a_map_is_what_the_model_decided(asked) -> None:
     inputs = of.inputs(asked[1:2])
     with recording(of.model) as record:
         of.model(**inputs)
-    assert maps[0]["kept"]["0.5"] == "".join(str(int(kept)) for kept in record.passes[0].pictures[0])
+    assert maps[0]["kept"]["0.5"] == "".join(str(int(kept)) for kept in record.passes[0].images[0])
 
 
-def test_pictures_are_shown_as_the_tower_gets_them(asked) -> None:
-    (picture,) = seen(answerer(), asked[1])
-    assert picture.size == (28, 28)
-    assert max(abs(a - b) for a, b in zip(picture.getpixel((5, 5)), (80, 30, 60), strict=True)) <= 1
+def test_images_are_shown_as_the_tower_gets_them(asked) -> None:
+    (image,) = seen(answerer(), asked[1])
+    assert image.size == (28, 28)
+    assert max(abs(a - b) for a, b in zip(image.getpixel((5, 5)), (80, 30, 60), strict=True)) <= 1
 
 
 @pytest.mark.parametrize(
     ("tokens", "places"), [(576, (0, 24)), (577, (1, 24)), (9, (0, 3)), (70, None), (1, (0, 1))]
 )
-def test_where_tokens_are_in_a_picture(tokens, places) -> None:
+def test_where_tokens_are_in_a_image(tokens, places) -> None:
     assert grid(tokens) == places
 
 
 def test_what_is_dropped_is_pale() -> None:
     red = Image.new("RGB", (40, 40), (255, 0, 0))
-    picture = covered(red, "0001", (0, 2))
-    high = picture.height
-    assert picture.getpixel((high - 9, high - 9)) == (255, 0, 0)
+    image = covered(red, "0001", (0, 2))
+    high = image.height
+    assert image.getpixel((high - 9, high - 9)) == (255, 0, 0)
     for corner in ((9, 9), (9, high - 9), (high - 9, 9)):
-        r, g, b = picture.getpixel(corner)
+        r, g, b = image.getpixel(corner)
         assert r == g == b > 200
     assert covered(red, "10001", (1, 2)).getpixel((high - 9, high - 9)) == (255, 0, 0), "class token first"
 
@@ -198,7 +198,7 @@ def test_what_is_dropped_is_pale() -> None:
 
 def page_of(tmp_path, rows, **changes) -> tuple[str, str]:
     content = {
-        "checkpoint": "run", "benchmark": "b", "layers": 4, "sparse_layer": 2, "picture_tokens": 4, "trained_rate": 0.5,
+        "checkpoint": "run", "benchmark": "b", "layers": 4, "sparse_layer": 2, "image_tokens": 4, "trained_rate": 0.5,
         "prompt_tokens": {"1": 30, "16": 40}, "new_tokens": 16, "dtype": "float32", "weights_bytes": 1000, "device": "cpu",
         "threads": 1, "system": "s", "memory": "m", "libraries": {"torch": "2"}, "rows": rows,
     } | changes  # fmt: skip
@@ -221,10 +221,10 @@ def test_the_page_says_where_nothing_is_gained(rows, tmp_path) -> None:
 
 
 def test_words_around_maps_are_escaped(tmp_path) -> None:
-    row = {"question_id": "<b>", "prompt": "<script>alert(1)</script>", "picture": 0, "kept": {"0.5": "0011"}}
-    picture = Image.new("RGB", (28, 28))
+    row = {"question_id": "<b>", "prompt": "<script>alert(1)</script>", "image": 0, "kept": {"0.5": "0011"}}
+    image = Image.new("RGB", (28, 28))
     for places in ((0, 2), None):
-        keep_maps_page("<i>", [row], [picture], places, tmp_path / "kept.html")
+        keep_maps_page("<i>", [row], [image], places, tmp_path / "kept.html")
         page = (tmp_path / "kept.html").read_text()
         assert "2 of 4" in page
         assert not [mark for mark in ("<script>", "<b>", "<i>") if mark in page]

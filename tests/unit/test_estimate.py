@@ -14,7 +14,7 @@ from mmpipe.estimate.annotations import bytes_per_token, total_bytes
 from mmpipe.estimate.model import Model, model_of
 from mmpipe.estimate.stage import estimate, warnings
 from mmpipe.plan.plan import Plan
-from mmpipe.settings_loader import read_mapping
+from mmpipe.settings import read_mapping
 
 REPOSITORY = Path(__file__).parents[2]
 LLAMA_7B = {
@@ -120,14 +120,14 @@ def test_gpu_hours():
 
 
 def test_names_and_sizes_are_those_of_a_real_model(world):
-    from mmpipe.models import llava
-    from mmpipe.stages.base import VisionLanguage
+    from mmpipe.checkpoints.load import build_model
+    from mmpipe.models.settings import VisionLanguage
 
     folders = {
         role: world / f"resources/backbones/{name}-tiny"
         for role, name in (("vision", "clip"), ("language", "qwen2"))
     }
-    built, _ = llava.build(
+    built, _ = build_model(
         folders, VisionLanguage(vision="x", language="y"), template="plain", image_aspect="pad", seed=0
     )
     real = {name.removeprefix("model."): p.numel() for name, p in built.named_parameters()}

@@ -1,4 +1,4 @@
-"""The log of experts: right whatever the batch, never padding, once for a shared picture, whole after a kill."""
+"""The log of experts: right whatever the batch, never padding, once for a shared image, whole after a kill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmpipe.inference.generate import Answerer
 from mmpipe.models.moe.hooks import Place, without_first
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
-from mmpipe.models.vision_tower import look_at, tiles
+from mmpipe.models.vision_tower import enable_multi_scale, tiles
 
 PARTS: dict[Any, MoESettings] = {
     "vision_tower": MoESettings(experts=3, top_k=2, placement="dense"),
@@ -52,16 +52,16 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
-    folder = tmp_path_factory.mktemp("pictures")
-    pictures = [folder / f"{n}.png" for n in range(3)]
-    for number, path in enumerate(pictures):
+    folder = tmp_path_factory.mktemp("images")
+    images = [folder / f"{n}.png" for n in range(3)]
+    for number, path in enumerate(images):
         Image.linear_gradient("L").rotate(90 * number).convert("RGB").save(path)
     asked = [
-        Question(id=f"q{n // 2}", text="Is it?" + " Really" * (n % 3) + "!" * n, images=(pictures[n % 2],))
+        Question(id=f"q{n // 2}", text="Is it?" + " Really" * (n % 3) + "!" * n, images=(images[n % 2],))
         for n in range(7)
     ]
     asked.append(Question(id="text", text="Two and two?"))
-    asked.append(Question(id="two", text="<image> or <image>?", images=(pictures[2], pictures[0])))
+    asked.append(Question(id="two", text="<image> or <image>?", images=(images[2], images[0])))
     return asked
 
 
@@ -84,7 +84,7 @@ def computed(path: Path) -> Counter[Any]:
     result: Counter[Any] = Counter()
     for r in rows(path):
         if r["part"] != "language_model":
-            # which question a picture stands under depends on sharing; that it was computed does not
+            # which question an image stands under depends on sharing; that it was computed does not
             r |= {"question": None}
         key = (r["part"], r["layer"], r["scale"], r["position"], r["kind"], tuple(r["experts"]))
         result[key] += r["shared_by"]
@@ -168,7 +168,7 @@ def test_answers_are_those_without_a_log_and_their_tokens_are_counted(
     assert generated == sum(a["metadata"]["tokens"] - 1 for a in answers)
 
 
-def test_kinds_pictures_and_layers(model: Any, questions: list[Question], one_by_one: Path) -> None:
+def test_kinds_images_and_layers(model: Any, questions: list[Question], one_by_one: Path) -> None:
     assert places(one_by_one) == [
         Place("vision_tower", 0),
         Place("multi_modal_projector", 0),
@@ -180,11 +180,11 @@ def test_kinds_pictures_and_layers(model: Any, questions: list[Question], one_by
     tower = [r for r in rows(one_by_one) if r["part"] == "vision_tower" and r["question"] == 8]
     assert [r["position"] for r in tower] == list(
         range(2 * 5)
-    )  # two pictures of four patches and a class token
+    )  # two images of four patches and a class token
     assert {r["kind"] for r in tower} == {"image"}
 
 
-def test_what_a_picture_s_questions_share_is_logged_once(
+def test_what_a_image_s_questions_share_is_logged_once(
     model: Any, questions: list[Question], tmp_path: Path
 ) -> None:
     path, _ = logged(model, questions, tmp_path, batch_size=16)
@@ -243,15 +243,15 @@ def test_an_interrupted_chunk_asks_a_torn_batch_again(
 
 def test_scales_and_tiles_are_told_apart(questions: list[Question], tmp_path: Path) -> None:
     model = llava()
-    look_at(model, (1, 3))
+    enable_multi_scale(model, (1, 3))
     upcycle(model, PARTS["vision_tower"], part="vision_tower")
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_1.weight)
     torch.nn.init.zeros_(model.model.multi_modal_projector.linear_1.bias)
     path, _ = logged(model, questions, tmp_path, batch_size=16)
-    table = [row for row in rows(path) if row["question"] == 8]  # two pictures
+    table = [row for row in rows(path) if row["question"] == 8]  # two images
     assert Counter(r["scale"] for r in table) == {1: 2 * 5, 3: 2 * 9 * 5}
     assert sorted(r["position"] for r in table if r["scale"] == 3) == list(range(2 * 9 * 5))
-    # the last tile of its first picture alone gives what the log says of its tokens
+    # the last tile of its first image alone gives what the log says of its tokens
     pixels = Answerer(model, processor(), get_template("qwen"))._pixels([questions[8]])
     layer, seen = model.model.vision_tower.encoder.layers[0].mlp, []
     layer.router.register_forward_hook(lambda m, a, routing: seen.append(routing.indices_TK))

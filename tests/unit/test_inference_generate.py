@@ -1,4 +1,4 @@
-"""Answers do not depend on batch size, on sharing the picture's cache, or on neighbours."""
+"""Answers do not depend on batch size, on sharing the image's cache, or on neighbours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmpipe.inference.generate import Answerer, Row, _batches, _common
 PATCHES = 16
 
 
-class Pictures:
+class Images:
     """Stands for an image processor: 32 x 32 pixels, scaled to [-1, 1]."""
 
     def __call__(self, images: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
@@ -72,22 +72,22 @@ def checkpoint():
         for parameter in model.parameters():
             parameter.mul_(3)  # far from uniform: a wrong mask or position changes the answers
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=Pictures(), image_token="<image>")
+    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=Images(), image_token="<image>")
     return model, processor
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    pictures = [tmp_path_factory.mktemp("pictures") / "p.png" for _ in range(3)]
-    for number, path in enumerate(pictures):
+    images = [tmp_path_factory.mktemp("images") / "p.png" for _ in range(3)]
+    for number, path in enumerate(images):
         Image.linear_gradient("L").rotate(90 * number).convert("RGB").save(path)
     asked = [
-        Question(id=n, text="What is it?" + " Really" * (n % 4) + "!" * n, images=(pictures[n % 3],))
+        Question(id=n, text="What is it?" + " Really" * (n % 4) + "!" * n, images=(images[n % 3],))
         for n in range(14)
     ]
     asked.append(Question(id="text", text="Two and two?"))
-    asked.append(Question(id="two", text="<image> or <image>?", images=(pictures[0], pictures[1])))
-    asked.append(Question(id="late", text="Look here first: <image>", images=(pictures[0],)))
+    asked.append(Question(id="two", text="<image> or <image>?", images=(images[0], images[1])))
+    asked.append(Question(id="late", text="Look here first: <image>", images=(images[0],)))
     return asked
 
 
@@ -108,7 +108,7 @@ def test_answers_do_not_depend_on_the_batch(checkpoint, questions, one_by_one, b
     assert texts(answerer, questions, batch_size=batch_size, share_prefix=share_prefix) == one_by_one
 
 
-def test_answers_depend_on_picture_and_text(one_by_one):
+def test_answers_depend_on_image_and_text(one_by_one):
     assert len({a["text"] for a in one_by_one.values()}) > len(one_by_one) // 2
 
 
@@ -178,16 +178,16 @@ def test_a_checkpoint_of_captions_is_asked_nothing(checkpoint, questions):
         list(answerer.answer(questions[:1]))
 
 
-def test_marks_and_pictures_must_agree(checkpoint, questions):
+def test_marks_and_images_must_agree(checkpoint, questions):
     answerer = Answerer(*checkpoint, get_template("qwen"))
     wrong = Question(id=5, text="<image> <image>", images=questions[0].images)
-    with pytest.raises(DataError, match="question 5: 2 image marks for 1 pictures"):
+    with pytest.raises(DataError, match="question 5: 2 image marks for 1 images"):
         list(answerer.answer([wrong]))
 
 
-def test_unreadable_picture_is_named(checkpoint, tmp_path):
+def test_unreadable_image_is_named(checkpoint, tmp_path):
     bad = tmp_path / "broken.jpg"
-    bad.write_bytes(b"\xff\xd8\xff not a picture")
+    bad.write_bytes(b"\xff\xd8\xff not an image")
     answerer = Answerer(*checkpoint, get_template("qwen"))
     with pytest.raises(DataError, match=r"broken\.jpg"):
         list(answerer.answer([Question(id=1, text="?", images=(bad,))]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_world import char_tokenizer, encoder, in_tokens
+from data_records import char_tokenizer, encoder, in_tokens
 from PIL import Image
 from tiny_llava import llava, processor
 from transformers import Qwen2Config, SiglipVisionConfig
@@ -17,8 +17,8 @@ from mmpipe.data.labels import IGNORE
 from mmpipe.data.record_table import write_records
 from mmpipe.data.records import PreferenceRecord, Turn
 from mmpipe.errors import ConfigError
-from mmpipe.models import llava
-from mmpipe.settings_loader import validate
+from mmpipe.models.llava import joined_config
+from mmpipe.settings import validate
 from mmpipe.stages.distill_sparse import DistillSparse
 from mmpipe.stages.prefer import Prefer
 
@@ -50,9 +50,7 @@ def test_a_tower_without_class_token_loses_no_piece() -> None:
     tower = SiglipVisionConfig(image_size=28, patch_size=14)
 
     def joined(select: str) -> int:
-        config = llava.joined_config(
-            tower, Qwen2Config(), image_id=1, feature_layer=-2, feature_select=select
-        )  # type: ignore[arg-type]
+        config = joined_config(tower, Qwen2Config(), image_id=1, feature_layer=-2, feature_select=select)  # type: ignore[arg-type]
         return config.image_seq_length
 
     assert joined("full") == 4
@@ -61,7 +59,7 @@ def test_a_tower_without_class_token_loses_no_piece() -> None:
 
 
 @pytest.mark.parametrize("aspect", ["pad", "square"])
-def test_questions_show_pictures_as_training_did(aspect: str, tmp_path: Path) -> None:
+def test_questions_show_images_as_training_did(aspect: str, tmp_path: Path) -> None:
     """There, three evaluations crop what training padded. Here the checkpoint knows, and nobody else is asked."""
     made = processor()
     made.image_processor.save_pretrained(tmp_path / "tower")

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lineage_world import tiny_model
+from layouts_data import tiny_model
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_training import finetune, start
 
 from mmpipe.artifacts.files import sha256
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.errors import ConfigError
-from mmpipe.models import llava
-from mmpipe.stages.base import LoraSettings
+from mmpipe.models.settings import LoraSettings
 from mmpipe.stages.pretrain import Pretrain
 from mmpipe.training import launch
 
@@ -35,7 +35,7 @@ def tuned(job):
 
 def test_the_checkpoint_is_the_base_with_the_adapter_added(tuned):
     base, _ = tiny_model(seed=3)
-    merged = llava.load(tuned.model_dir)[0].state_dict()
+    merged = open_checkpoint(tuned.model_dir)[0].state_dict()
     adapter = load_file(tuned.model_dir / "adapter/adapter_model.safetensors")
     adapted = set()
     for name, tensor in base.state_dict().items():
@@ -57,7 +57,7 @@ def test_the_adapter_can_be_put_on_the_base_by_peft_alone(tuned):
     from peft import PeftModel
 
     base, _ = tiny_model(seed=3)
-    merged = llava.load(tuned.model_dir)[0]
+    merged = open_checkpoint(tuned.model_dir)[0]
     base.model.multi_modal_projector.load_state_dict(merged.model.multi_modal_projector.state_dict())
     adapted = PeftModel.from_pretrained(base, str(tuned.model_dir / "adapter")).eval()
     ids = torch.arange(5, 25)[None]

@@ -200,7 +200,7 @@ def test_stages_that_read_a_mixture_alike_share_its_tokens(project):
     assert pretrain.key != finetune.key, "captions have a template of their own"
     again, chatml = map(plan.tokens_of, plan.stages("more")[1:])
     assert again.key == finetune.key != chatml.key
-    assert plan.tokens_of(plan.stages("ear")[1]).key != finetune.key, "another tower, other picture tokens"
+    assert plan.tokens_of(plan.stages("ear")[1]).key != finetune.key, "another tower, other image tokens"
     assert set(finetune.inputs()) == {"mixture", "vision", "language"}
     assert plan.tokens.keys() >= {pretrain.key, finetune.key, chatml.key}
     assert f"{finetune.directory}/report.html" in plan.report_items()

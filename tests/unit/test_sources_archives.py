@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from source_world import MEMBERS, make_tar, make_zip, tree
+from source_entries import MEMBERS, make_tar, make_zip, tree
 
 from mmpipe.errors import DataError
 from mmpipe.sources.transfer import space

@@ -17,14 +17,14 @@ import faulty_server as server
 import pytest
 import yaml
 from PIL import Image
-from source_world import make_zip
+from source_entries import make_zip
 
 from mmpipe import jobs
 from mmpipe.artifacts import manifest
 from mmpipe.cli.data import print_catalogue
 from mmpipe.errors import ConfigError
 from mmpipe.plan.plan import Plan
-from mmpipe.settings_loader import read_mapping
+from mmpipe.settings import read_mapping
 from mmpipe.sources.transfer import download
 
 ROOT = Path(__file__).parents[2]
@@ -218,7 +218,7 @@ def test_an_entry_tells_all_of_itself_and_what_is_in_the_way(shown: Callable[...
 
 def test_a_mixture_called_as_a_data_set_is_shown_beside_it(shown: Callable[..., str]) -> None:
     told = shown("rlaif-v", "mmbench")
-    assert "RLAIF-V preference pairs, pictures inside" in told
+    assert "RLAIF-V preference pairs, images inside" in told
     assert "preference pairs for preference distillation" in told
     assert "benchmark mmbench" in told
 
@@ -312,22 +312,22 @@ def fetch(name: str) -> dict[str, Any]:
     return manifest.read(Path(out).parent)
 
 
-def picture(path: Path, seed: int) -> bytes:
+def image(path: Path, seed: int) -> bytes:
     Image.new("RGB", (24, 16), (seed * 40 % 256, 80, 160)).save(path)
     return path.read_bytes()
 
 
-def test_from_shared_pictures_on_a_server_to_a_verified_mixture(project: Path) -> None:
-    """LLaVA's layout in small: pictures of two publishers, annotations of a third, one of them naming a lost picture."""
+def test_from_shared_images_on_a_server_to_a_verified_mixture(project: Path) -> None:
+    """LLaVA's layout in small: images of two publishers, annotations of a third, one of them naming a lost image."""
     records = [
         {"id": str(n), "image": name, "conversations": [
             {"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": f"colour {n}"}]}
         for n, name in enumerate(["coco/train2017/1.jpg", "vg/VG_100K/2.jpg", "vg/VG_100K_2/3.jpg", "coco/train2017/0.jpg"])
     ]  # fmt: skip
     zips = {
-        "train2017": {"train2017/1.jpg": picture(project / "1.jpg", 1)},
-        "images": {"VG_100K/2.jpg": picture(project / "2.jpg", 2)},
-        "images2": {"VG_100K_2/3.jpg": picture(project / "3.jpg", 3)},
+        "train2017": {"train2017/1.jpg": image(project / "1.jpg", 1)},
+        "images": {"VG_100K/2.jpg": image(project / "2.jpg", 2)},
+        "images2": {"VG_100K_2/3.jpg": image(project / "3.jpg", 3)},
     }
     with server.running() as host:
         for name, members in zips.items():
@@ -366,7 +366,7 @@ def test_from_shared_pictures_on_a_server_to_a_verified_mixture(project: Path) -
     report = json.loads(Path(out, "report.json").read_text())
     assert (report["kept"], report["dropped"]) == (3, 1)
     assert report["parts"][0]["expected"] == 5
-    assert report["parts"][0]["dropped"]["missing picture"]["examples"] == [
+    assert report["parts"][0]["dropped"]["missing image"]["examples"] == [
         "3: there is no coco/train2017/0.jpg in resources/datasets/small-mix"
     ]
 

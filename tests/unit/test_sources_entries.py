@@ -15,7 +15,7 @@ from typing import Any
 import faulty_server as server
 import pytest
 from faulty_server import FaultyServer
-from source_world import MEMBERS, entry, fetched, make_zip, published
+from source_entries import MEMBERS, entry, fetched, make_zip, published
 
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, sha256

@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 from fake_hub import COMMIT, FakeHub
 from huggingface_hub import constants
-from source_world import MEMBERS, entry, fetched, make_zip, published
+from source_entries import MEMBERS, entry, fetched, make_zip, published
 
 from mmpipe.errors import DataError
 from mmpipe.sources import hub as hub_source

@@ -70,7 +70,7 @@ def greedy(model: Any, steps: int = 6, **given: Any) -> tuple[Tensor, Tensor]:
 
 
 def rows(given: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-    """One row of a batch without its padding; pictures of rows before it are skipped."""
+    """One row of a batch without its padding; images of rows before it are skipped."""
     real = given["attention_mask"][row].bool()
     before = int((given["input_ids"][:row] == IMAGE_TOKEN).sum()) // 4
     own = int((given["input_ids"][row] == IMAGE_TOKEN).sum()) // 4
@@ -82,7 +82,7 @@ def rows(given: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 
 
 def mixed() -> dict[str, Tensor]:
-    """Rows with one picture, two pictures, none; of different lengths, padded on the left."""
+    """Rows with one image, two images, none; of different lengths, padded on the left."""
     generator = torch.Generator().manual_seed(5)
     places = ((2,), (1, 7), (), (9,))
     lengths = (11, 18, 7, 14)
@@ -108,7 +108,7 @@ def test_keeping_everything_is_the_dense_model(kind: str) -> None:
     tokens, logits = greedy(model, **given)
     assert torch.equal(tokens, expected[0])
     torch.testing.assert_close(logits, expected[1], rtol=0, atol=1e-5)
-    # the same through the pruned cache: pictures whole, and a text predictor that keeps all
+    # the same through the pruned cache: images whole, and a text predictor that keeps all
     of_model(model).settings = settings(vision_keep_rate=0.999, sparse_layer=2)
     of_model(model).image_score_predictor = None
     of_model(model).keep_of_answer = lambda hidden, real: real
@@ -208,7 +208,7 @@ def test_questions_can_be_dropped_too() -> None:
     texts = [kept[-5:] for kept in first.keep]
     assert all(kept[-1] for kept in texts), "the last token of a prompt stays"
     assert not all(all(kept) for kept in texts), "no token of a question was dropped: nothing was tested"
-    assert all(first.keep[2]), "a text without pictures stays whole"
+    assert all(first.keep[2]), "a text without images stays whole"
 
 
 def test_experts_see_what_is_left() -> None:
@@ -239,7 +239,7 @@ def test_the_cache_is_as_large_as_predicted() -> None:
     assert 0 < kept < fed, kept
     text = model.config.text_config
     a_token = 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * 4
-    # two layers hold everything, two what is kept: of the picture half, of the rest of the prompt all
+    # two layers hold everything, two what is kept: of the image half, of the rest of the prompt all
     expected = a_token * (2 * (11 + fed) + 2 * (11 - 2 + kept))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == expected
@@ -320,7 +320,7 @@ def test_segments_follow_the_labels() -> None:
     labels[0, 5:7], labels[0, 9:11], labels[1, 3:5] = 0, 0, 0
     mask = torch.tensor([[1] * 12, [1] * 5 + [0] * 7])
     found = of_batch(ids, labels, mask, 1)
-    assert found.pictures_BL.nonzero().tolist() == [[0, 1], [0, 2]]
+    assert found.images_BL.nonzero().tolist() == [[0, 1], [0, 2]]
     assert found.answers_BL.nonzero().tolist() == [[0, 9], [0, 10], [1, 3], [1, 4]]
     assert found.questions_BL.nonzero().tolist() == [[0, 7], [0, 8]]
 
@@ -352,10 +352,10 @@ def test_keep_rates_lie_above_0_and_at_most_at_1(rate: float) -> None:
         SparsitySettings(vision_keep_rate=rate)
 
 
-def test_pictures_of_another_token_count_are_refused() -> None:
+def test_images_of_another_token_count_are_refused() -> None:
     model = sparse()
-    of_model(model).picture_tokens = 3
-    with pytest.raises(DataError, match=r"4\] image tokens do not hold whole pictures of 3 tokens"):
+    of_model(model).image_tokens = 3
+    with pytest.raises(DataError, match=r"4\] image tokens do not hold whole images of 3 tokens"):
         model(**batch(padded=0), use_cache=False)
 
 

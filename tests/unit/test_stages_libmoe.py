@@ -11,14 +11,14 @@ import torch
 
 from mmpipe.artifacts.files import read_jsonl
 from mmpipe.benchmarks.base import Question
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ConfigError
 from mmpipe.inference.generate import Answerer
-from mmpipe.models import llava
 from mmpipe.models.moe.collect import moe_layers
 from mmpipe.models.moe.upcycle import noted_settings
+from mmpipe.models.settings import VisionLanguage
 from mmpipe.report.stage import draw_history
-from mmpipe.stages.base import VisionLanguage
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.prefinetune import Prefinetune
 from mmpipe.stages.pretrain import Pretrain
@@ -50,7 +50,7 @@ def test_the_whole_path(made, tmp_path: Path):
     Upcycle(moe=moe, parts=parts).run(replace(sparse, parent=dense.model_dir))
     Finetune(**COMMON, trainable=["*"]).run(replace(tuned, parent=sparse.model_dir))
 
-    before, after = (llava.load(run.model_dir)[0] for run in (sparse, tuned))
+    before, after = (open_checkpoint(run.model_dir)[0] for run in (sparse, tuned))
     assert list(moe_layers(after)) == [
         "vision_tower.encoder.layers.0.mlp",
         "multi_modal_projector",
@@ -74,13 +74,13 @@ def test_the_whole_path(made, tmp_path: Path):
     assert "busiest expert" in (tmp_path / "loss.svg").read_text()
 
 
-def test_pictures_at_two_scales_are_answered_alike_from_shared_beginnings(made, world: Path):
+def test_images_at_two_scales_are_answered_alike_from_shared_beginnings(made, world: Path):
     dense = made("dense")
     Prefinetune(**COMMON).run(dense)
-    model, processor, _ = llava.load(dense.model_dir)
+    model, processor, _ = open_checkpoint(dense.model_dir)
     assert model.config.image_seq_length == 9, "as many tokens as at one scale"
-    picture = next(Path("resources/datasets/shapes").rglob("*.jpg"))
-    questions = [Question(id=i, text=f"What is this, {i}?", images=(picture,)) for i in range(3)]
+    image = next(Path("resources/datasets/shapes").rglob("*.jpg"))
+    questions = [Question(id=i, text=f"What is this, {i}?", images=(image,)) for i in range(3)]
     answerer = Answerer(model, processor, get_template("qwen", processor.tokenizer))
     answers = [
         {
@@ -117,7 +117,7 @@ def test_each_part_has_settings_of_its_own():
     ],
 )
 def test_mistakes_in_the_settings_of_a_part_are_named(parts, message):
-    from mmpipe.settings_loader import validate
+    from mmpipe.settings import validate
 
     with pytest.raises(ConfigError, match=message):
         validate(Upcycle, {"parts": parts}, "recipe.yaml")

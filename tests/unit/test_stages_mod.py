@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, read_jsonl, write_json
 from mmpipe.benchmarks.base import Question
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError, DataError
 from mmpipe.inference.generate import Answerer
 from mmpipe.losses.vocabulary import token_rows
-from mmpipe.models import llava
 from mmpipe.models.moe.collect import moe_layers
-from mmpipe.settings_loader import validate
+from mmpipe.settings import validate
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.distill_dense import DistillDense
 from mmpipe.stages.distill_sparse import DistillSparse
@@ -31,7 +31,7 @@ from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.prefer import Prefer
 from mmpipe.stages.upcycle import Upcycle
 from mmpipe.training import precompute
-from mmpipe.training.objectives.distill_dense import LiveTeacher, resized_pictures
+from mmpipe.training.objectives.distill_dense import LiveTeacher, resized_images
 from mmpipe.training.precompute import Work, annotate_chunk, publish
 from mmpipe.training.precomputed import Annotations
 
@@ -208,7 +208,7 @@ def test_router_losses_count_as_published_or_as_asked(job, dense, compat, counte
     """The published code adds them to the language-modelling loss, and to the sum of both again."""
     grown = job("grown", parent=dense.model_dir)
     Upcycle(moe={"compat": compat, "capacity_factor": 1.5}).run(grown)
-    model, _, _ = llava.load(grown.model_dir)
+    model, _, _ = open_checkpoint(grown.model_dir)
     (layer,) = moe_layers(model).values()
     assert layer.router.settings.second_choice == ("gumbel" if compat == "reference" else "most_likely")
     history = distill(
@@ -241,7 +241,7 @@ def test_experts_and_routers_learn_while_attention_stays(job, dense, sparse):
 def test_a_trained_sparse_student_answers_the_same_in_stock_transformers(job, dense, sparse):
     made = job("student", parent=sparse.model_dir)
     distill(DistillSparse, made, dense.model_dir)  # publishing is gated by a fresh process
-    model, _, card = llava.load(made.model_dir)
+    model, _, card = open_checkpoint(made.model_dir)
     assert list(moe_layers(model)) == ["language_model.layers.0.mlp"]
     assert card["kind"] == "model"
 
@@ -255,7 +255,7 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(job, dense):
 def test_a_teacher_of_a_larger_head_that_wrote_down_everything_equals_the_live_one(job, dense, tmp_path):
     other = job("other")
     Finetune(data="mix", seed=1, **COMMON).run(other)
-    tokens = token_rows(llava.load(dense.model_dir)[1].tokenizer)
+    tokens = token_rows(open_checkpoint(dense.model_dir)[1].tokenizer)
     small = with_head_of(tokens, other.model_dir, tmp_path / "small")
     large = with_head_of(tokens + 64, dense.model_dir, tmp_path / "large")
     live = distill(DistillDense, job("live", parent=small), large)
@@ -358,7 +358,7 @@ def test_another_number_of_chunks_takes_what_is_published(dense, tmp_path, monke
     assert len(made) == 1 + 4, "another checkpoint writes everything anew"
 
 
-def test_a_teacher_that_saw_other_pictures_is_refused(job, dense, tmp_path):
+def test_a_teacher_that_saw_other_images_is_refused(job, dense, tmp_path):
     settings = {"kind": "top_k", "k": 2}
     with pytest.raises(ConfigError, match=r"dense.*do_pad: stage False, annotating model True"):
         written(tmp_path, dense.model_dir, "mix", settings | {"image_aspect": "square"})
@@ -370,7 +370,7 @@ def test_a_teacher_that_saw_other_pictures_is_refused(job, dense, tmp_path):
         distill(DistillDense, made, dense.model_dir, teacher_cache={"k": 2}, image_aspect="square")
 
 
-def test_a_reference_that_saw_other_pictures_is_refused(job, dense, tmp_path):
+def test_a_reference_that_saw_other_images_is_refused(job, dense, tmp_path):
     notes = written(tmp_path, dense.model_dir, "pairs", {"kind": "log_probabilities"})
     made = job(
         "preferred",
@@ -422,13 +422,13 @@ def test_a_teacher_of_another_image_size_is_refused(job, dense):
     card = read_json(dense.model_dir / manifest.NAME)
     card["files"][path.name]["size"] = path.stat().st_size
     write_json(dense.model_dir / manifest.NAME, card)
-    with pytest.raises(ConfigError, match=r"the teacher was trained on other pictures than.*\(size: stage"):
+    with pytest.raises(ConfigError, match=r"the teacher was trained on other images than.*\(size: stage"):
         distill(DistillDense, job("student"), dense.model_dir)
 
 
 @pytest.mark.parametrize("tokens", [3, 5])
-def test_all_tokens_need_a_teacher_with_as_many_picture_tokens(dense, tokens):
-    student, processor, _ = llava.load(dense.model_dir)
+def test_all_tokens_need_a_teacher_with_as_many_image_tokens(dense, tokens):
+    student, processor, _ = open_checkpoint(dense.model_dir)
     assert student.config.image_seq_length not in (3, 5)
     student.config.image_seq_length = tokens
     LiveTeacher(dense.model_dir, student, processor, "response")
@@ -436,7 +436,7 @@ def test_all_tokens_need_a_teacher_with_as_many_picture_tokens(dense, tokens):
         LiveTeacher(dense.model_dir, student, processor, "all")
 
 
-def test_pictures_can_take_another_number_of_tokens():
+def test_images_can_take_another_number_of_tokens():
     batch = {
         "input_ids": torch.tensor([[9, 9, 1, 2, 9, 9, 3], [9, 9, 1, 2, 0, 0, 0]]),
         "labels": torch.tensor(
@@ -444,21 +444,21 @@ def test_pictures_can_take_another_number_of_tokens():
         ),
         "attention_mask": torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]]),
     }
-    seen = resized_pictures(batch, 9, 2, 3)
+    seen = resized_images(batch, 9, 2, 3)
     assert seen["input_ids"].tolist() == [[9, 9, 9, 1, 2, 9, 9, 9, 3], [9, 9, 9, 1, 2, 0, 0, 0, 0]]
     assert seen["attention_mask"].sum(1).tolist() == [9, 5]
     assert (seen["labels"] != -100).sum() == (batch["labels"] != -100).sum()
-    back = resized_pictures(seen, 9, 3, 2)
+    back = resized_images(seen, 9, 3, 2)
     assert back["input_ids"].tolist() == batch["input_ids"].tolist()
 
 
-def test_a_single_token_picture_can_be_resized():
+def test_a_single_token_image_can_be_resized():
     batch = {
         "input_ids": torch.tensor([[9, 1, 9]]),
         "labels": torch.tensor([[-100, 1, -100]]),
         "attention_mask": torch.ones(1, 3),
     }
-    assert resized_pictures(batch, 9, 1, 2)["input_ids"].tolist() == [[9, 9, 1, 9, 9]]
+    assert resized_images(batch, 9, 1, 2)["input_ids"].tolist() == [[9, 9, 1, 9, 9]]
 
 
 def break_weights(checkpoint: Path) -> None:
@@ -487,13 +487,13 @@ def test_broken_weights_name_the_records_that_are_annotated(dense, tmp_path, kin
 def test_a_sparse_student_answers_the_same_at_every_batch_size(job, dense, sparse, world):
     made = job("student", parent=sparse.model_dir)
     distill(DistillSparse, made, dense.model_dir)
-    model, processor, card = llava.load(made.model_dir)
+    model, processor, card = open_checkpoint(made.model_dir)
     template = get_template(card["checkpoint"]["template"], processor.tokenizer)
     answerer = Answerer(model, processor, template)
-    pictures = sorted((world / "resources/datasets/shapes").rglob("*.jpg"))[:18]
+    images = sorted((world / "resources/datasets/shapes").rglob("*.jpg"))[:18]
     questions = [
-        Question(id=number, text="What color is drawn?" + " Say it." * (number % 3), images=(picture,))
-        for number, picture in enumerate(pictures)
+        Question(id=number, text="What color is drawn?" + " Say it." * (number % 3), images=(image,))
+        for number, image in enumerate(images)
     ]
 
     def answers(batch_size: int) -> dict[int, str]:

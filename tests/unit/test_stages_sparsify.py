@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_world import make_job
+from tiny_project import make_job
 
 from mmpipe.artifacts.files import read_jsonl
 from mmpipe.benchmarks.base import Question
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.checkpoints.save import load_checkpoint
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.inference.generate import Answerer
-from mmpipe.models import llava
 from mmpipe.models.sparsity.hooks import of_model, set_keep_rate, whole
 from mmpipe.models.sparsity.record import recording
 from mmpipe.stages.base import StageJob
@@ -80,17 +80,17 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "_read_back", lambda model, out: None)
 
 
-def pictures() -> list[Path]:
+def images() -> list[Path]:
     return sorted(p for p in Path("resources/datasets/shapes").rglob("*") if p.suffix in (".png", ".jpg"))[:3]
 
 
 def answers(job: StageJob, rate: float | str | None = "trained", **settings: Any) -> dict[Any, str]:
     """Answers of a checkpoint to a few questions."""
-    model, processor, card = llava.load(job.model_dir)
+    model, processor, card = open_checkpoint(job.model_dir)
     if rate != "trained":
         set_keep_rate(model, rate, "test")
     template = get_template(card["checkpoint"]["template"], processor.tokenizer)
-    shown = pictures()
+    shown = images()
     questions = [
         Question(id=n, text=f"What is {'really ' * (n % 3)}there?", images=(shown[n % 3],)) for n in range(9)
     ]
@@ -120,7 +120,7 @@ def test_it_trains_and_logs_what_is_kept(sparsified) -> None:
 
 def test_the_checkpoint_is_dense_for_everyone_else(sparsified) -> None:
     """A fresh process that does not know this package reads the dense model."""
-    model, _, _ = llava.load(sparsified.model_dir)
+    model, _, _ = open_checkpoint(sparsified.model_dir)
     with whole(model), torch.no_grad():
         ids = torch.arange(3, 40)[None]
         expected = model(input_ids=ids).logits
@@ -146,16 +146,14 @@ def test_answers_do_not_depend_on_batch_or_sharing(sparsified, settings) -> None
 
 
 def test_the_keep_rate_can_be_changed_afterwards(sparsified, dense) -> None:
-    model, processor, card = llava.load(sparsified.model_dir)
+    model, processor, card = open_checkpoint(sparsified.model_dir)
     for rate, kept in ((0.25, 2), (0.5, 4), (1.0, 9)):
         set_keep_rate(model, rate, "test")
         template = get_template(card["checkpoint"]["template"], processor.tokenizer)
-        picture = pictures()[0]
+        image = images()[0]
         with recording(model) as record:
-            list(
-                Answerer(model, processor, template).answer([Question(id=1, text="What?", images=(picture,))])
-            )
-        assert sum(record.passes[0].pictures[0]) == kept
+            list(Answerer(model, processor, template).answer([Question(id=1, text="What?", images=(image,))]))
+        assert sum(record.passes[0].images[0]) == kept
     assert answers(sparsified, None) == answers(sparsified, None, share_prefix=False)
     with pytest.raises(ConfigError, match="no predictors"):
         answers(dense, 0.5)
@@ -200,7 +198,7 @@ def test_a_student_with_experts(job, dense) -> None:
         Upcycle().run(experts)
     made = job("sparse-experts", parent=experts.model_dir)
     sparsify(max_steps=2).run(made)
-    model, _, _ = llava.load(made.model_dir)
+    model, _, _ = open_checkpoint(made.model_dir)
     assert of_model(model) is not None
     assert "router_balance" in read_jsonl(made.report_dir / "history.jsonl")[0]
     assert answers(made, batch_size=1) == answers(made, batch_size=16)
@@ -209,10 +207,8 @@ def test_a_student_with_experts(job, dense) -> None:
 def test_damaged_predictors_are_named(sparsified) -> None:
     folder = sparsified.model_dir
     config = json.loads((folder / "sparsity.json").read_text())
-    (folder / "sparsity.json").write_text(json.dumps(config | {"picture_tokens": 576}))
-    with pytest.raises(
-        ArtifactError, match="trained for pictures of 576 tokens, the model gives a picture 9"
-    ):
+    (folder / "sparsity.json").write_text(json.dumps(config | {"image_tokens": 576}))
+    with pytest.raises(ArtifactError, match="trained for images of 576 tokens, the model gives an image 9"):
         load_checkpoint(folder)
     (folder / "sparsity.json").write_text(json.dumps(config | {"d_model": 32}))
     with pytest.raises(ArtifactError, match="size mismatch"):

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from mmpipe.artifacts.files import read_jsonl, sha256
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.errors import ConfigError
-from mmpipe.models import llava
 from mmpipe.models.moe.collect import moe_layers
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.stages.base import Hardware, StageJob
@@ -89,7 +89,7 @@ def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, 
     shutil.copytree(whole.state_dir, halved.state_dir)
     on_two(stage, halved)
     assert sha256(halved.model_dir / "model.safetensors") == sha256(whole.model_dir / "model.safetensors")
-    model, _, _ = llava.load(halved.model_dir)
+    model, _, _ = open_checkpoint(halved.model_dir)
     assert len(moe_layers(model)) == 2
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_llava import batch, llava
-from tiny_world import make_job
+from tiny_project import make_job
 from torch import Tensor
 
 from mmpipe.errors import ConfigError

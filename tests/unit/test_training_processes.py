@@ -162,7 +162,7 @@ def test_the_number_of_processes_is_checked(job, monkeypatch, tmp_path):
         launch.read_description(tmp_path / "job.json")
 
 
-def half_without_pictures(job: StageJob, out: Path) -> StageJob:
+def half_without_images(job: StageJob, out: Path) -> StageJob:
     """The job on a mixture whose every second record is text alone."""
     records = [
         replace(
@@ -179,15 +179,15 @@ def half_without_pictures(job: StageJob, out: Path) -> StageJob:
 
 
 @pytest.mark.parametrize("kind", [None, "zero3"])
-def test_a_batch_without_pictures_on_one_rank_does_not_hang_the_others(job, tmp_path, kind):
+def test_a_batch_without_images_on_one_rank_does_not_hang_the_others(job, tmp_path, kind):
     if kind:
         pytest.importorskip("deepspeed")
-    made = half_without_pictures(job("run"), tmp_path)
+    made = half_without_images(job("run"), tmp_path)
     table = TokenTable(made.tokens)
     plan = BatchPlan(lengths=table.words, has_image=table.has_image, micro_batch=1, world_size=2)
-    pictures = [[table.has_image[plan.step(step, rank)[0][0]] for rank in (0, 1)] for step in range(8)]
-    assert [True, False] in pictures
-    assert [False, True] in pictures
+    images = [[table.has_image[plan.step(step, rank)[0][0]] for rank in (0, 1)] for step in range(8)]
+    assert [True, False] in images
+    assert [False, True] in images
     made.state_dir.mkdir(parents=True)
     launch.run_processes(finetune(batch_size=2, max_steps=8, hardware={"deepspeed": kind}), made, 2)
     assert len(read_jsonl(made.report_dir / "history.jsonl")) == 8

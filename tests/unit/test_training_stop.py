@@ -87,8 +87,8 @@ def test_checkpoints_that_are_being_removed_do_not_look_complete(tmp_path, monke
 
 
 @pytest.fixture
-def broken_pictures(world):
-    """A third of the pictures cannot be read any more."""
+def broken_images(world):
+    """A third of the images cannot be read any more."""
     chosen = sorted((world / "resources/datasets/shapes").rglob("*.jpg"))[::3]
     assert chosen
     before = {path: path.read_bytes() for path in chosen}
@@ -99,7 +99,7 @@ def broken_pictures(world):
         path.write_bytes(content)
 
 
-def test_replaced_records_are_counted_over_interruptions_and_processes(job, broken_pictures, tmp_path):
+def test_replaced_records_are_counted_over_interruptions_and_processes(job, broken_images, tmp_path):
     whole, stopped, shared = job("run"), job("stopped", end_time=time.time() - 1), job("shared")
     finetune().run(whole)
     with pytest.raises(stop.Stopped):

@@ -59,7 +59,7 @@ def llava(
     seed: int = 0,
     **text: object,
 ) -> LlavaForConditionalGeneration:
-    """A random model: text family ``kind``, four image tokens a picture of 28 x 28 pixels, float32."""
+    """A random model: text family ``kind``, four image tokens an image of 28 x 28 pixels, float32."""
     shape: dict[str, object] = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -97,7 +97,7 @@ def llava(
 
 
 def batch(rows: int = 3, length: int = 14, padded: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Token ids with one picture a row; the last row ends with ``padded`` padding tokens."""
+    """Token ids with one image a row; the last row ends with ``padded`` padding tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids_BL = torch.randint(3, 250, (rows, length), generator=generator)
     ids_BL[:, 2:6] = IMAGE_TOKEN

@@ -23,10 +23,10 @@ def project(fresh: Project, tmp_path: Path) -> Project:
     return copy
 
 
-def test_llava_15_fetches_every_shared_picture_once(project: Project) -> None:
+def test_llava_15_fetches_every_shared_image_once(project: Project) -> None:
     jobs = project.planned("results/mmbench.json", "--configfile", "config/llava-1.5.yaml")
     assert jobs["pretrain"] == jobs["finetune"] == jobs["compare"] == 1
-    # pretrain; annotations, five sets of pictures and the two that join them; the benchmark
+    # pretrain; annotations, five sets of images and the two that join them; the benchmark
     assert jobs["fetch_dataset"] == 1 + (1 + 5 + 2) + 1
     assert jobs["fetch_backbone"] == 2
     assert jobs["mix_data"] == 2

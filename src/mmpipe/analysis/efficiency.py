@@ -27,7 +27,7 @@ from mmpipe.benchmarks.base import Question
 from mmpipe.benchmarks.prepare import evenly
 from mmpipe.errors import ConfigError
 from mmpipe.inference.generate import Answerer
-from mmpipe.models.sparsity.cost import cache_bytes, paper_picture_flops
+from mmpipe.models.sparsity.cost import cache_bytes, paper_image_flops
 from mmpipe.models.sparsity.hooks import keeping, of_model, of_prompt
 from mmpipe.models.sparsity.sparsifier import kept_tokens
 
@@ -40,10 +40,10 @@ SURE = 0.9
 
 UNITS = {
     "paper_flops": "FLOP",
-    "picture_flops": "FLOP",
+    "image_flops": "FLOP",
     "prompt_flops": "FLOP",
     "token_flops": "FLOP",
-    "picture_seconds": "s",
+    "image_seconds": "s",
     "prompt_seconds": "s",
     "first_token_seconds": "s",
     "token_seconds": "s",
@@ -60,15 +60,15 @@ Row = dict[str, Any]
 
 
 def prompts(questions: Sequence[Question], count: int) -> list[Question]:
-    """``count`` questions with pictures, spread evenly; over again from the first where there are fewer.
+    """``count`` questions with images, spread evenly; over again from the first where there are fewer.
 
-    Raises ConfigError when none has a picture.
+    Raises ConfigError when none has an image.
     """
     asked = [question for question in questions if question.images]
     if not asked:
         raise ConfigError(
-            "benchmarks: the first one has no pictures, which the measurement of sparsified checkpoints needs; put one that "
-            "has pictures first"
+            "benchmarks: the first one has no images, which the measurement of sparsified checkpoints needs; put one that "
+            "has images first"
         )
     return list(itertools.islice(itertools.cycle(evenly(asked, count)), count))
 
@@ -119,7 +119,7 @@ def ways(
 ) -> dict[float | None, Callable[[], AbstractContextManager[None]]]:
     """How the model is run, by keep rate: densely, as it was trained, and at ``rates``.
 
-    Without a predictor for pictures there is no rate: everything of them is kept.
+    Without a predictor for images there is no rate: everything of them is kept.
     """
     sparsifier = of_model(model)
     if sparsifier is None:
@@ -162,7 +162,7 @@ def _measured(
 
 
 def _answer(model: Any, inputs: Inputs, tokens: int, now: Callable[[], float]) -> tuple[list[float], Any]:
-    """Read the prompts and generate ``tokens`` greedily. Returns what ``now`` said at the start, between pictures and language
+    """Read the prompts and generate ``tokens`` greedily. Returns what ``now`` said at the start, between images and language
     model, behind the prompt and at the end; and the bytes of the cache at the last two."""
     marks: list[float] = []
 
@@ -209,7 +209,7 @@ def _timed(model: Any, inputs: Inputs) -> dict[str, float]:
 
     (start, seen, read, end), _ = _answer(model, inputs, NEW_TOKENS, now)
     return {
-        "picture_seconds": seen - start,
+        "image_seconds": seen - start,
         "prompt_seconds": read - seen,
         "first_token_seconds": read - start,
         "token_seconds": (end - read) / NEW_TOKENS,
@@ -224,7 +224,7 @@ def _counted(model: Any, inputs: Inputs) -> Values:
         (start, seen, read, end), _ = _answer(model, inputs, 1, counter.get_total_flops)
     _, (behind_prompt, behind_answer) = _answer(model, inputs, NEW_TOKENS, float)
     return {
-        "picture_flops": [seen - start],
+        "image_flops": [seen - start],
         "prompt_flops": [read - seen],
         "token_flops": [end - read],
         "cache_bytes": [behind_prompt],
@@ -241,17 +241,16 @@ def _promised(model: Any, inputs: Inputs, keep: float | None) -> Values:
     """What the formulas say; of the cache only where it depends on nothing but the rate."""
     sparsifier, text = of_model(model), model.config.text_config
     assert sparsifier is not None
-    size, first = sparsifier.picture_tokens, sparsifier.settings.sparse_layer
+    size, first = sparsifier.image_tokens, sparsifier.settings.sparse_layer
     kept = size if keep is None else kept_tokens(size, keep)
-    pictures = [int(n) // size for n in (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()]
+    images = [int(n) // size for n in (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()]
     lengths = inputs["attention_mask"].sum(1).tolist()
     flops = [
-        paper_picture_flops(text.num_hidden_layers, text.hidden_size, n * size, n * kept, first)
-        for n in pictures
+        paper_image_flops(text.num_hidden_layers, text.hidden_size, n * size, n * kept, first) for n in images
     ]
     values: Values = {"paper_flops": [sum(flops)]}
     if keep is None or sparsifier.instruct_score_predictor is None:
-        longest = max(length - n * (size - kept) for length, n in zip(lengths, pictures, strict=True))
+        longest = max(length - n * (size - kept) for length, n in zip(lengths, images, strict=True))
         rows, whole = inputs["input_ids"].shape
         number = cache_bytes(text, rows, whole, longest, first, model.dtype.itemsize)
         values["predicted_cache_bytes"] = [number]
@@ -300,7 +299,7 @@ def facts(answerer: Answerer, questions: Sequence[Question]) -> Row:
     return {
         "layers": model.config.text_config.num_hidden_layers,
         "sparse_layer": sparsifier.settings.sparse_layer,
-        "picture_tokens": sparsifier.picture_tokens,
+        "image_tokens": sparsifier.image_tokens,
         "trained_rate": sparsifier.settings.vision_keep_rate if sparsifier.image_score_predictor else 1.0,
         "prompt_tokens": {
             size: answerer.inputs(prompts(questions, size))["input_ids"].shape[1] for size in BATCHES

@@ -1,7 +1,7 @@
 """Which experts each token was sent to while questions were answered, as a compact columnar file.
 
 One row is one token in one layer. What was computed once is logged once: tokens that several questions about
-a picture share stand under the shortest of them, with ``shared_by`` telling for how many they were computed.
+an image share stand under the shortest of them, with ``shared_by`` telling for how many they were computed.
 Weighed by it, a log does not depend on batch size, chunks or interruptions. Padding is never logged, nor what
 a row of a batch computes after its answer has ended.
 
@@ -15,7 +15,7 @@ part          dictionary of strings   ``language_model``, ``vision_tower``, ``mu
 layer         int16                   layer of that part, from zero; 0 for the projector
 scale         uint8                   1, or the scale of a multi-scale tower's view
 position      int32                   place of the token in the prompt and answer; in tower and projector its
-                                      place in the picture, pictures and tiles counted on
+                                      place in the image, images and tiles counted on
 kind          dictionary of strings   ``image``, ``text`` (of the prompt) or ``generated``
 experts       list of uint16          chosen experts, the first choice first
 weights       list of float16         how much each counts
@@ -118,10 +118,10 @@ class ExpertLog:
     ) -> None:
         """Note the forward pass just made of prompts ``ids`` ``[B, L]``; ``real`` tells tokens from padding.
 
-        Pictures of the owners went through tower and projector in the same pass, if there are any.
+        Images of the owners went through tower and projector in the same pass, if there are any.
         """
         taken = self._recorder.take()
-        self._pictures(owners, taken)
+        self._images(owners, taken)
         tokens = self._prompt_tokens(owners, ids, real, positions)
         for place, calls in taken.items():
             if place.part == _LANGUAGE:
@@ -144,7 +144,7 @@ class ExpertLog:
         taken = self._recorder.take()
         positions = mask.cumsum(1) - 1
         prompt = self._prompt_tokens(owners, ids, mask, positions)
-        self._pictures(owners, taken)
+        self._images(owners, taken)
         for place, calls in taken.items():
             if place.part != _LANGUAGE:
                 continue
@@ -237,28 +237,28 @@ class ExpertLog:
             )
         return replace(tokens, rows=rows)
 
-    def _pictures(self, owners: Sequence[Owner], taken: Mapping[Place, list[Choices]]) -> None:
+    def _images(self, owners: Sequence[Owner], taken: Mapping[Place, list[Choices]]) -> None:
         """Note the calls of tower and projector; a multi-scale tower is called once a scale."""
-        pictures = [(owner, n) for owner in owners for n in range(len(owner[0].images))]
+        images = [(owner, n) for owner in owners for n in range(len(owner[0].images))]
         scales = noted_scales(self.model) or (1,)
         for place, calls in taken.items():
             if place.part != _LANGUAGE:
                 of_calls = scales if place.part == "vision_tower" else (1,)
                 for call, scale in zip(calls, of_calls, strict=True):
-                    self._seen.append((place, self._picture_tokens(pictures, len(call), scale), call))
+                    self._seen.append((place, self._image_tokens(images, len(call), scale), call))
 
-    def _picture_tokens(self, pictures: Sequence[tuple[Owner, int]], rows: int, scale: int) -> _Tokens:
-        """Rows of a tower: tile by tile, in each tile picture by picture, in each picture token by token."""
+    def _image_tokens(self, images: Sequence[tuple[Owner, int]], rows: int, scale: int) -> _Tokens:
+        """Rows of a tower: tile by tile, in each tile image by image, in each image token by token."""
         tiles = scale**2
-        each = rows // (tiles * len(pictures))
-        tile, picture, token = (
-            index.ravel() for index in np.indices((tiles, len(pictures), each), dtype=np.int32)
+        each = rows // (tiles * len(images))
+        tile, image, token = (
+            index.ravel() for index in np.indices((tiles, len(images), each), dtype=np.int32)
         )
-        numbers = np.array([number for _, number in pictures], np.int32)
+        numbers = np.array([number for _, number in images], np.int32)
         tokens = self._tokens(
-            [owner for owner, _ in pictures],
-            picture,
-            (numbers[picture] * tiles + tile) * each + token,
+            [owner for owner, _ in images],
+            image,
+            (numbers[image] * tiles + tile) * each + token,
             IMAGE,
         )
         tokens.scale[:] = scale
@@ -308,7 +308,7 @@ def _selected_rows(
 
 
 def _order(place: Place) -> tuple[int, int]:
-    """The way of a picture: tower, projector, language model."""
+    """The way of an image: tower, projector, language model."""
     return PARTS.index(place.part), place.layer
 
 

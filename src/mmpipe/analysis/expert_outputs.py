@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mmpipe.benchmarks.prepare import read_questions
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.data.templates import get_template
 from mmpipe.inference.generate import Answerer
-from mmpipe.models import llava
 from mmpipe.models.moe.hooks import Place, placed_layers
 
 
@@ -22,7 +22,9 @@ def expert_outputs(
     """What each expert that was chosen gave for every token of a prompt, ``[T, K, D]``, one layer and question
     at a time. ``questions`` are spread evenly over the benchmark.
     """
-    model, processor, card = llava.load(checkpoint, torch.bfloat16 if device == "cuda" else torch.float32)
+    model, processor, card = open_checkpoint(
+        checkpoint, torch.bfloat16 if device == "cuda" else torch.float32
+    )
     answerer = Answerer(
         model.to(device), processor, get_template(card["checkpoint"]["template"], processor.tokenizer)
     )

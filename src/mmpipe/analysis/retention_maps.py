@@ -1,4 +1,4 @@
-"""Where in its pictures a sparsified model looks: for some questions, which tokens it keeps at every rate."""
+"""Where in its images a sparsified model looks: for some questions, which tokens it keeps at every rate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Map = dict[str, Any]
 
 @torch.inference_mode()
 def keep_maps(answerer: Answerer, questions: Sequence[Question], rates: Sequence[float]) -> list[Map]:
-    """Of every picture of ``questions``: ``question_id, prompt, picture`` (its number) and, by rate, ``kept``, the tokens in
+    """Of every image of ``questions``: ``question_id, prompt, image`` (its number) and, by rate, ``kept``, the tokens in
     order as a text of 0 and 1. Rates of 1, which keep everything, are left out."""
     found = []
     for question in questions:
@@ -31,12 +31,12 @@ def keep_maps(answerer: Answerer, questions: Sequence[Question], rates: Sequence
                 continue
             with way(), recording(answerer.model) as record:
                 answerer.model(**inputs, use_cache=False, logits_to_keep=1, **of_prompt(answerer.model))
-            kept[rate] = record.passes[0].pictures
+            kept[rate] = record.passes[0].images
         found += [
             {
                 "question_id": question.id,
                 "prompt": question.text if question.prompt is None else question.prompt,
-                "picture": number,
+                "image": number,
                 "kept": {f"{rate:g}": _as_text(maps[number]) for rate, maps in kept.items()},
             }
             for number in range(len(question.images))
@@ -49,18 +49,18 @@ def _as_text(keep: Sequence[bool]) -> str:
 
 
 def seen(answerer: Answerer, question: Question) -> list[Image.Image]:
-    """The pictures of a question as the tower gets them: resized, cropped or padded."""
+    """The images of a question as the tower gets them: resized, cropped or padded."""
     processor = answerer.processor.image_processor
     pixels = answerer.inputs([question])["pixel_values"].float().cpu()
     if processor.do_normalize:
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
         pixels = pixels * std + mean
     bytes_PHWC = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(picture.numpy()) for picture in bytes_PHWC]
+    return [Image.fromarray(image.numpy()) for image in bytes_PHWC]
 
 
 def grid(tokens: int) -> tuple[int, int] | None:
-    """How many tokens stand before the patches of a square picture (a class token or none) and its patches a side.
+    """How many tokens stand before the patches of a square image (a class token or none) and its patches a side.
 
     None where the tokens have no such places.
 

@@ -79,9 +79,26 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+_FORMER_KEYS = {
+    "equal_pictures": "equal_images",
+    "picture_flops": "image_flops",
+    "picture_seconds": "image_seconds",
+    "picture_tokens": "image_tokens",
+    "pictures": "images",
+    "shared_pictures": "shared_images",
+    "tokens_per_picture": "tokens_per_image",
+    "without_picture_by_folder": "without_image_by_folder",
+}
+"""Keys of artifacts made by earlier versions, and their names today."""
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file; keys of artifacts of earlier versions get their names of today."""
+    return json.loads(path.read_text(encoding="utf-8"), object_hook=_with_todays_keys)
+
+
+def _with_todays_keys(mapping: dict[str, Any]) -> dict[str, Any]:
+    return {_FORMER_KEYS.get(key, key): value for key, value in mapping.items()}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.choices import LETTERS, infer_option, options_block
-from mmpipe.benchmarks.image_bytes import hub_picture
+from mmpipe.benchmarks.image_bytes import hub_image
 from mmpipe.benchmarks.jsonl import iter_rows
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
@@ -62,7 +62,7 @@ class Ai2d(Benchmark):
             yield Question(
                 id=row.get("question_id", place),
                 text=f"{row['question']}\n{options_block(row['options'])}{OPTION_LETTER}",
-                images=(hub_picture(row["image"], f"ai2d, row {place}"),),
+                images=(hub_image(row["image"], f"ai2d, row {place}"),),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:

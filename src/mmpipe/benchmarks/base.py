@@ -55,10 +55,10 @@ class Question:
 
     id: int | str
     text: str
-    """The user's turn without chat template. Where ``<image>`` does not stand in it, the pictures come
+    """The user's turn without chat template. Where ``<image>`` does not stand in it, the images come
     first."""
     images: tuple[bytes | Path, ...] = ()
-    """Encoded picture files, or paths of them."""
+    """Encoded image files, or paths of them."""
     prompt: str | None = None
     """What the answer record stores as ``prompt`` where that is not ``text``."""
     group: str = ""
@@ -99,7 +99,7 @@ class Item:
     id: int | str
     score: float
     unit: str
-    """What counts as one independent observation (a circular question, a picture)."""
+    """What counts as one independent observation (a circular question, an image)."""
     parsed: str | None = None
     """What was understood of the answer; None where nothing was."""
     answered: bool = True
@@ -169,14 +169,14 @@ class Source:
         """Whether the file that plays ``role`` exists."""
         return role in self.files and self.inside(self.files[role]).exists()
 
-    def picture(self, name: str, role: str = "images") -> Path:
-        """The picture ``name`` below the folder that plays ``role``.
+    def image(self, name: str, role: str = "images") -> Path:
+        """The image ``name`` below the folder that plays ``role``.
 
         Raises DataError when the name leads outside or the file does not exist.
         """
         path = self.inside(f"{self.files[role]}/{name}")
         if not path.is_file():
-            raise DataError(f"{path}: the picture is not there; is the archive of the '{role}' unpacked?")
+            raise DataError(f"{path}: the image is not there; is the archive of the '{role}' unpacked?")
         return path
 
     def inside(self, name: str) -> Path:
@@ -215,7 +215,7 @@ class Benchmark(abc.ABC):
 
     @abc.abstractmethod
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        """The reference records of the questions, in their order and without pictures."""
+        """The reference records of the questions, in their order and without images."""
 
     @abc.abstractmethod
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:

@@ -30,7 +30,7 @@ from mmpipe.benchmarks.base import (
     records_of,
 )
 from mmpipe.benchmarks.jsonl import read_document
-from mmpipe.benchmarks.readers import hub_records, on_hub, pictures_of
+from mmpipe.benchmarks.readers import hub_records, images_of, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 
@@ -99,12 +99,12 @@ class ChartQa(Benchmark):
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         records = self.references(source, protocol)
-        pictures = pictures_of(source, (record["imgname"] for record in records))
-        for record, picture in zip(records, pictures, strict=True):
+        images = images_of(source, (record["imgname"] for record in records))
+        for record, image in zip(records, images, strict=True):
             yield Question(
                 id=record["question_id"],
                 text=record["question"] + _INSTRUCTIONS[protocol.prompt],
-                images=(picture,),
+                images=(image,),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:

@@ -18,7 +18,7 @@ def compare(
 ) -> dict[str, Any]:
     """One row a checkpoint, in the order given, from the contents of their ``score.json``.
 
-    ``controls`` are rows measured under a control (e.g. pictures exchanged between questions), marked as
+    ``controls`` are rows measured under a control (e.g. images exchanged between questions), marked as
     such; ``chance`` is what guessing scores; ``family`` names what checkpoints that differ in their seed alone have in
     common, whose means and spreads stand under ``seeds``. Scores of different protocols or of different question sets are
     different measurements. Raises DataError when the rows are not of one benchmark, protocol and number of

@@ -1,6 +1,6 @@
-"""Pictures that are both trained on and asked about.
+"""Images that are both trained on and asked about.
 
-Files are compared by their content. A picture that was scaled or encoded again is another file and is not found.
+Files are compared by their content. An image that was scaled or encoded again is another file and is not found.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from typing import Any
 
 from mmpipe.benchmarks.base import Question
 from mmpipe.benchmarks.prepare import read_questions
-from mmpipe.data.digests import PICTURES, read_digests
+from mmpipe.data.digests import IMAGES, read_digests
 from mmpipe.data.images import content_digest
 from mmpipe.data.report import EXAMPLES
 
 
 def overlap(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
-    """How many pictures of each prepared benchmark are in the mixture, and how many questions they touch.
+    """How many images of each prepared benchmark are in the mixture, and how many questions they touch.
 
-    What is remembered are the pictures of the benchmarks; those of the mixture, which may be millions, pass by.
+    What is remembered are the images of the benchmarks; those of the mixture, which may be millions, pass by.
     """
     questions = {name: read_questions(prepared) for name, prepared in benchmarks.items()}
     asked = {name: _asked(its) for name, its in questions.items()}
-    wanted = {digest for pictures in asked.values() for digest in pictures.values()}
+    wanted = {digest for images in asked.values() for digest in images.values()}
     trained: dict[bytes, str] = {}
     total = 0
-    for name, digest in read_digests(mixture / PICTURES):
+    for name, digest in read_digests(mixture / IMAGES):
         total += 1
         if digest in wanted:
             trained.setdefault(digest, name)
     shared = {name: _shared(trained, asked[name], its) for name, its in questions.items()}
-    return {"pictures": total, "benchmarks": shared}
+    return {"images": total, "benchmarks": shared}
 
 
 def _asked(questions: Sequence[Question]) -> dict[Path, bytes]:
-    """The digest of every picture that a benchmark asks about."""
+    """The digest of every image that a benchmark asks about."""
     paths = {path for question in questions for path in question.images if isinstance(path, Path)}
     return {path: content_digest(path.read_bytes()) for path in sorted(paths)}
 
@@ -45,8 +45,8 @@ def _shared(
 ) -> dict[str, Any]:
     found = {path: trained[digest] for path, digest in asked.items() if digest in trained}
     return {
-        "pictures": len(asked),
-        "shared_pictures": len(found),
+        "images": len(asked),
+        "shared_images": len(found),
         "questions": len(questions),
         "touched_questions": sum(any(path in found for path in question.images) for question in questions),
         "examples": [f"{path.name} is {name}" for path, name in list(found.items())[:EXAMPLES]],

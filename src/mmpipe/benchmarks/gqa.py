@@ -2,7 +2,7 @@
 
 Files are the official ``testdev_balanced_questions.json`` (``{id: question}``) and the folder ``images``,
 LLaVA's question file beside them if there (role ``prompts``), or the two tables on the hub, questions and
-pictures. The prediction is the reply without periods at the end, in lower case; nothing else is normalised.
+images. The prediction is the reply without periods at the end, in lower case; nothing else is normalised.
 Only balanced questions count.
 
 Validity and plausibility are reported where the choices of the split stand beside the questions (role
@@ -35,7 +35,7 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.jsonl import parquet_rows, write_document
-from mmpipe.benchmarks.readers import as_llava_asks, hub_pictures, hub_records, on_hub
+from mmpipe.benchmarks.readers import as_llava_asks, hub_images, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 
@@ -79,13 +79,13 @@ class Gqa(Benchmark):
         if source.has("prompts"):
             yield from as_llava_asks(source)
             return
-        picture = _hub_pictures(source) if on_hub(source) else lambda name: source.picture(f"{name}.jpg")
+        image = _hub_images(source) if on_hub(source) else lambda name: source.image(f"{name}.jpg")
         for record in self.references(source, protocol):
             require(record, ("question", "imageId"), f"gqa, question {record['question_id']}")
             yield Question(
                 id=record["question_id"],
                 text=record["question"] + SHORT_ANSWER,
-                images=(picture(key(record["imageId"])),),
+                images=(image(key(record["imageId"])),),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
@@ -144,18 +144,18 @@ class Gqa(Benchmark):
         return {}
 
 
-def _hub_pictures(source: Source) -> Callable[[str], bytes]:
-    """The hub's second table, by the id of the picture (the balanced splits have few hundred)."""
+def _hub_images(source: Source) -> Callable[[str], bytes]:
+    """The hub's second table, by the id of the image (the balanced splits have few hundred)."""
     ids = parquet_rows(source.path("parquet_images"), ["id"])
     names = [key(row["id"]) for row in ids]
-    pictures = dict(zip(names, hub_pictures(source, "parquet_images"), strict=True))
+    images = dict(zip(names, hub_images(source, "parquet_images"), strict=True))
 
-    def picture(name: str) -> bytes:
-        if name not in pictures:
-            raise DataError(f"{source.path('parquet_images')}: the picture '{name}' is not in the table")
-        return pictures[name]
+    def image(name: str) -> bytes:
+        if name not in images:
+            raise DataError(f"{source.path('parquet_images')}: the image '{name}' is not in the table")
+        return images[name]
 
-    return picture
+    return image
 
 
 def predicted(reply: str) -> str:

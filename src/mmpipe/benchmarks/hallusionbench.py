@@ -1,8 +1,8 @@
 """HallusionBench (Guan et al. 2023, arXiv 2310.14566): pairs of questions about original and edited figures.
 
-Files are the official ``HallusionBench.json`` (1129 rows) and the folder of its pictures, or the tables of
-the hub (role ``parquet``: with and without pictures in one folder); lmms-eval asks the 951 rows with a
-picture only. A row is identified by ``category_subcategory_set_figure_question``.
+Files are the official ``HallusionBench.json`` (1129 rows) and the folder of its images, or the tables of
+the hub (role ``parquet``: with and without images in one folder); lmms-eval asks the 951 rows with an
+image only. A row is identified by ``category_subcategory_set_figure_question``.
 
 The official verdict is a judge's: "incorrect", "correct" or else unclear. For a question of category VS
 without its figure (``figure_id`` 0) unclear is right too. ``aAcc`` counts rows, ``fAcc`` figures with all
@@ -31,7 +31,7 @@ from mmpipe.benchmarks.base import (
 )
 from mmpipe.benchmarks.jsonl import read_document, write_document
 from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.readers import hub_pictures_if_any, hub_records, on_hub
+from mmpipe.benchmarks.readers import hub_images_if_any, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.yesno import OTHER, yes_in_it, yes_or_no_word
 from mmpipe.errors import DataError
@@ -54,7 +54,7 @@ class HallusionBench(Benchmark):
     protocols = (
         Protocol("hallusionbench", "all rows, judged", rule="judge", judged=True),
         Protocol(
-            "lmms", "the rows with a picture, judged", rule="judge_images", judged=True, aliases=("libmoe",)
+            "lmms", "the rows with an image, judged", rule="judge_images", judged=True, aliases=("libmoe",)
         ),
         Protocol(
             "intern", "lmms-eval's rule without judge: a reply with 'yes' in it is a yes", rule="intern"
@@ -66,19 +66,17 @@ class HallusionBench(Benchmark):
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         records = self._all(source)
-        pictures: Iterator[bytes | Path | None] = (
-            hub_pictures_if_any(source)
-            if on_hub(source)
-            else (_picture(source, record) for record in records)
+        images: Iterator[bytes | Path | None] = (
+            hub_images_if_any(source) if on_hub(source) else (_image(source, record) for record in records)
         )
-        for record, picture in zip(records, pictures, strict=True):
+        for record, image in zip(records, images, strict=True):
             if not _asked(record, protocol):
                 continue
             text = str(record["question"])
             yield Question(
                 id=record["key"],
                 text=f"{text} Please answer yes or no." if protocol.prompt == "yesno" else text,
-                images=() if picture is None else (picture,),
+                images=() if image is None else (image,),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
@@ -108,7 +106,7 @@ class HallusionBench(Benchmark):
 
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
         if protocol.rule == "judge_images":
-            pairs = [pair for pair in pairs if _has_picture(pair.reference)]
+            pairs = [pair for pair in pairs if _has_image(pair.reference)]
         items = [_rate(pair, protocol.rule) for pair in pairs]
         scale = 1.0 if protocol.rule == "intern" else 100.0
         drop_unseen = protocol.rule.startswith("judge")
@@ -171,15 +169,15 @@ def _row_key(record: Record) -> str:
 
 
 def _asked(record: Record, protocol: Protocol) -> bool:
-    return protocol.rule != "judge_images" or _has_picture(record)
+    return protocol.rule != "judge_images" or _has_image(record)
 
 
-def _picture(source: Source, record: Record) -> Path | None:
+def _image(source: Source, record: Record) -> Path | None:
     name = record.get("filename")
-    return source.picture(str(name).removeprefix("./")) if name else None
+    return source.image(str(name).removeprefix("./")) if name else None
 
 
-def _has_picture(record: Record) -> bool:
+def _has_image(record: Record) -> bool:
     return str(record.get("visual_input", "1")) != "0"
 
 

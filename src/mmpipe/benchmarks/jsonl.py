@@ -26,7 +26,7 @@ class Document(NamedTuple):
     content: Any
 
 
-csv.field_size_limit(2**31 - 1)  # a cell may hold a picture
+csv.field_size_limit(2**31 - 1)  # a cell may hold an image
 
 _NO_VALUE = frozenset(
     ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"]
@@ -82,7 +82,7 @@ def read_table(path: Path) -> Iterator[Record]:
 
 
 def iter_rows(path: Path) -> Iterator[Record]:
-    """Rows of a table with pictures, one at a time: TSV, CSV, JSON (lines), parquet, or a folder of parquet
+    """Rows of a table with images, one at a time: TSV, CSV, JSON (lines), parquet, or a folder of parquet
     files.
 
     Raises DataError for anything else.
@@ -118,8 +118,8 @@ def parquet_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = (
         yield from _parquet_rows(part, [name for name in (*columns, *optional) if name in found])
 
 
-def without_pictures(record: Record) -> Record:
-    """The record without values that hold the bytes of a picture."""
+def without_images(record: Record) -> Record:
+    """The record without values that hold the bytes of an image."""
     return {
         name: value
         for name, value in record.items()
@@ -163,7 +163,7 @@ def write_document(path: Path, value: Any, indent: int | None = None) -> None:
 def _content(path: Path) -> Any:
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".parquet":
-        return [without_pictures(row) for row in iter_rows(path)]
+        return [without_images(row) for row in iter_rows(path)]
     if suffix in (".tsv", ".csv"):
         return list(read_table(path))
     text = _text(path)

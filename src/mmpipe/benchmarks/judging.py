@@ -15,5 +15,5 @@ class JudgeRequest:
     instruction: str
     candidate: str
     context: Mapping[str, str] = field(default_factory=dict)
-    """Trusted facts by name: the question, the reference answer, what the picture shows."""
+    """Trusted facts by name: the question, the reference answer, what the image shows."""
     max_tokens: int = 512

@@ -1,7 +1,7 @@
-"""MathVista (Lu et al. 2023, arXiv 2310.02255): mathematics in pictures, multiple choice and free form.
+"""MathVista (Lu et al. 2023, arXiv 2310.02255): mathematics in images, multiple choice and free form.
 
-Files are the official ``testmini.json`` (``{pid: record}``) with its pictures, or the parquet file of the hub
-(``decoded_image`` holds the picture). An answer is extracted from the reply, normalised by the question's
+Files are the official ``testmini.json`` (``{pid: record}``) with its images, or the parquet file of the hub
+(``decoded_image`` holds the image). An answer is extracted from the reply, normalised by the question's
 type and compared as text. Where the type alone does not settle it, a judge extracts; the published numbers
 need that judge.
 
@@ -34,7 +34,7 @@ from mmpipe.benchmarks.base import (
 from mmpipe.benchmarks.choices import LETTERS, infer_option, options_block
 from mmpipe.benchmarks.jsonl import read_document, write_document
 from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.readers import hub_records, on_hub, pictures_of
+from mmpipe.benchmarks.readers import hub_records, images_of, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 
 _FIELDS = ("pid", "question_type", "answer_type", "answer")
@@ -78,9 +78,9 @@ class MathVista(Benchmark):
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         records = self.references(source, protocol)
-        pictures = pictures_of(source, (str(record["image"]) for record in records), column="decoded_image")
-        for record, picture in zip(records, pictures, strict=True):
-            yield Question(id=record["pid"], text=prompt(record, protocol.prompt), images=(picture,))
+        images = images_of(source, (str(record["image"]) for record in records), column="decoded_image")
+        for record, image in zip(records, images, strict=True):
+            yield Question(id=record["pid"], text=prompt(record, protocol.prompt), images=(image,))
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
         if on_hub(source):

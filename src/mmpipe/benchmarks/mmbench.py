@@ -34,7 +34,7 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.choices import infer_option, infer_option_lmms, options_block
-from mmpipe.benchmarks.image_bytes import decode_base64, hub_picture
+from mmpipe.benchmarks.image_bytes import decode_base64, hub_image
 from mmpipe.benchmarks.jsonl import is_missing, iter_rows
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.xlsx import write_sheet
@@ -90,11 +90,11 @@ class MMBench(Benchmark):
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        pictures: dict[str, bytes] = {}
+        images: dict[str, bytes] = {}
         for row in self._rows(source):
             options = _options(row)
             where = f"{self.name}: index {row['index']}"
-            content = self._picture(row, pictures, where)
+            content = self._image(row, images, where)
             question = str(row["question"]).strip() if protocol.prompt == "lmms" else str(row["question"])
             hint = "" if is_missing(row.get("hint")) else str(row["hint"])
             text, recorded = _prompt(protocol.prompt, question, hint, options)
@@ -171,16 +171,16 @@ class MMBench(Benchmark):
             require(record, (*_COLUMNS, "image"), str(path))
             yield record | {"index": _index(record["index"], str(path))}
 
-    def _picture(self, row: Record, pictures: dict[str, bytes], where: str) -> bytes:
-        """The row's picture; a short cell names the row that holds it."""
+    def _image(self, row: Record, images: dict[str, bytes], where: str) -> bytes:
+        """The row's image; a short cell names the row that holds it."""
         cell = row["image"]
         if not isinstance(cell, str):
-            return hub_picture(cell, where)
-        if len(cell) <= 16 and cell.strip() in pictures:
-            return pictures[cell.strip()]
+            return hub_image(cell, where)
+        if len(cell) <= 16 and cell.strip() in images:
+            return images[cell.strip()]
         content = decode_base64(cell, where)
         if row["index"] < 1_000_000:
-            pictures[key(row["index"])] = content
+            images[key(row["index"])] = content
         return content
 
 
@@ -190,7 +190,7 @@ def _column(name: str) -> str:
 
 
 def _clean(row: Record, where: str) -> Record:
-    """The row without picture, cells without value as None and the index as a number."""
+    """The row without image, cells without value as None and the index as a number."""
     clean = {name: None if is_missing(value) else value for name, value in row.items() if name != "image"}
     return clean | {"index": _index(row["index"], where)}
 

@@ -1,12 +1,12 @@
-"""MME (Fu et al. 2023, arXiv 2306.13394): two yes/no questions a picture, in 14 categories.
+"""MME (Fu et al. 2023, arXiv 2306.13394): two yes/no questions an image, in 14 categories.
 
-The official release is a folder a category; in some the pictures and the question files are in ``images/``
+The official release is a folder a category; in some the images and the question files are in ``images/``
 and ``questions_answers_YN/``, in the others side by side. A question file holds two lines
-``question<TAB>Yes|No``. Both questions of a picture carry the same id (``category/[images/]file``), so
+``question<TAB>Yes|No``. Both questions of an image carry the same id (``category/[images/]file``), so
 answers are told apart by their prompt.
 
-A category scores 100 x (share of right answers) + 100 x (share of pictures with both right); perception is
-the sum of ten categories, cognition of four. The two questions of a picture are found by its id, not by their
+A category scores 100 x (share of right answers) + 100 x (share of images with both right); perception is
+the sum of ten categories, cognition of four. The two questions of an image are found by its id, not by their
 order in a file.
 """
 
@@ -33,7 +33,7 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
-from mmpipe.benchmarks.readers import hub_pictures, hub_records, on_hub
+from mmpipe.benchmarks.readers import hub_images, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, bootstrap
 from mmpipe.benchmarks.yesno import OTHER, first_four, first_four_lmms, yes_or_no_word
 from mmpipe.errors import DataError
@@ -45,7 +45,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 _INSTRUCTION = "Please answer yes or no."
 _FIELDS = ("question_id", "category", "question", "answer")
-_PICTURES = (".jpg", ".jpeg", ".png")
+_IMAGES = (".jpg", ".jpeg", ".png")
 _RULES: Mapping[str, Callable[[str], str]] = {
     "official": first_four,
     "lmms": first_four_lmms,
@@ -85,16 +85,16 @@ class Mme(Benchmark):
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         records = self.references(source, protocol)
-        pictures: Iterator[bytes | Path] = (
-            hub_pictures(source)
+        images: Iterator[bytes | Path] = (
+            hub_images(source)
             if on_hub(source)
             else (Source(source.path("questions")).inside(record["image"]) for record in records)
         )
-        for record, picture in zip(records, pictures, strict=True):
+        for record, image in zip(records, images, strict=True):
             yield Question(
                 id=record["question_id"],
                 text=_core(record["question"]) + SHORT_ANSWER,
-                images=(picture,),
+                images=(image,),
                 extra={"category": record["category"]},
             )
 
@@ -121,7 +121,7 @@ class Mme(Benchmark):
     def answer_keys(self, answer: Record) -> list[tuple[str, ...]]:
         if "prompt" not in answer:
             raise DataError(
-                f"mme: the answer to {answer['question_id']} has no 'prompt'; both questions of a picture have "
+                f"mme: the answer to {answer['question_id']} has no 'prompt'; both questions of an image have "
                 "one id, the prompt tells them apart"
             )
         return [(key(answer["question_id"]), _core(str(answer["prompt"])))]
@@ -135,11 +135,11 @@ class Mme(Benchmark):
         return items, {**totals, "total": perception + cognition, "per_category": scores}
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
-        """The perception score, resampled by picture; all of it where no category of perception was asked."""
+        """The perception score, resampled by image; all of it where no category of perception was asked."""
         kept = [item for item in items if item.facts["category"] not in COGNITION] or list(items)
         names = sorted({item.facts["category"] for item in kept})
         totals: dict[str, list[float]] = {}
-        for unit, members in _by_picture(kept).items():
+        for unit, members in _by_image(kept).items():
             row = totals.setdefault(unit, [0.0] * (4 * len(names)))
             first = 4 * names.index(members[0].facts["category"])
             right = sum(item.score for item in members)
@@ -147,8 +147,8 @@ class Mme(Benchmark):
                 row[first + offset] += count
 
         def score(sums: Any) -> Any:
-            right, asked, both, pictures = (sums[..., offset::4] for offset in range(4))
-            return (100 * right / asked + 100 * both / pictures).sum(axis=-1)
+            right, asked, both, images = (sums[..., offset::4] for offset in range(4))
+            return (100 * right / asked + 100 * both / images).sum(axis=-1)
 
         scores = _category_scores(kept)
         return bootstrap(_TOTALS[protocol.rule][0], totals, score, sum(scores.values()))
@@ -206,32 +206,32 @@ def _core(text: str) -> str:
 
 
 def _tree(root: Path) -> list[Record]:
-    """The records of the official folders, categories, pictures and questions in order."""
+    """The records of the official folders, categories, images and questions in order."""
     records: list[Record] = []
     for category in (*PERCEPTION, *COGNITION):
         folder = root / category
         if not folder.is_dir():
             raise DataError(f"{root}: the category '{category}' has no folder; is the release unpacked here?")
         nested = (folder / "images").is_dir()
-        for picture in sorted((folder / "images" if nested else folder).iterdir()):
-            if picture.suffix.lower() in _PICTURES:
-                lines = (folder / "questions_answers_YN" if nested else folder) / f"{picture.stem}.txt"
-                records += _questions_of(lines, category, picture.relative_to(root).as_posix())
+        for image in sorted((folder / "images" if nested else folder).iterdir()):
+            if image.suffix.lower() in _IMAGES:
+                lines = (folder / "questions_answers_YN" if nested else folder) / f"{image.stem}.txt"
+                records += _questions_of(lines, category, image.relative_to(root).as_posix())
     return records
 
 
-def _questions_of(path: Path, category: str, picture: str) -> Iterator[Record]:
+def _questions_of(path: Path, category: str, image: str) -> Iterator[Record]:
     if not path.is_file():
-        raise DataError(f"{path}: the question file of the picture {picture} is missing")
+        raise DataError(f"{path}: the question file of the image {image} is missing")
     for line in path.read_text(encoding="utf-8-sig").splitlines():
         if line.strip():
             question, tab, answer = line.rpartition("\t")
             if not tab or answer.strip().lower() not in ("yes", "no"):
                 raise DataError(f"{path}: the line {line[:60]!r} is not 'question<TAB>Yes|No'")
             yield {
-                "question_id": picture,
+                "question_id": image,
                 "category": category,
-                "image": picture,
+                "image": image,
                 "question": question,
                 "answer": answer.strip(),
             }
@@ -252,11 +252,11 @@ def _rate(pair: Pair, rule: Callable[[str], str]) -> Item:
     )
 
 
-def _by_picture(items: Sequence[Item]) -> dict[str, list[Item]]:
-    pictures: dict[str, list[Item]] = {}
+def _by_image(items: Sequence[Item]) -> dict[str, list[Item]]:
+    images: dict[str, list[Item]] = {}
     for item in items:
-        pictures.setdefault(f"{item.facts['category']}/{item.unit}", []).append(item)
-    return pictures
+        images.setdefault(f"{item.facts['category']}/{item.unit}", []).append(item)
+    return images
 
 
 def _category_scores(items: Sequence[Item]) -> dict[str, float]:
@@ -265,7 +265,7 @@ def _category_scores(items: Sequence[Item]) -> dict[str, float]:
         categories.setdefault(item.facts["category"], []).append(item)
     return {
         category: 100 * fmean(item.score for item in members)
-        + 100 * fmean(all(item.score for item in pair) for pair in _by_picture(members).values())
+        + 100 * fmean(all(item.score for item in pair) for pair in _by_image(members).values())
         for category, members in categories.items()
     }
 

@@ -1,8 +1,8 @@
 """MMHal-Bench (Sun et al. 2023, arXiv 2309.14525): 96 open questions in eight kinds, rated by a judge from 0
 to 6.
 
-Files are RLAIF-V's ``mmhal-bench_with_image.jsonl`` (pictures in base64) or the official
-``response_template.json`` with the folder of the pictures. A rating of 3 or more means no hallucination. The
+Files are RLAIF-V's ``mmhal-bench_with_image.jsonl`` (images in base64) or the official
+``response_template.json`` with the folder of the images. A rating of 3 or more means no hallucination. The
 rating is read as in the published scripts: exactly one of "rating: 0" to "rating: 6" must occur in the
 judge's reply, otherwise the rating is 0.
 
@@ -75,7 +75,7 @@ class MmHal(Benchmark):
             if "image" in record:
                 image: bytes | Path = decode_base64(str(record["image"]), f"mmhal, record {place}")
             else:
-                image = source.picture(PurePosixPath(str(record["image_src"])).name)
+                image = source.image(PurePosixPath(str(record["image_src"])).name)
             text = str(record["question"])
             short = SHORT_ANSWER if protocol.prompt == "short" else ""
             yield Question(id=place, text=text + short, images=(image,), prompt=text if short else None)
@@ -125,7 +125,7 @@ class MmHal(Benchmark):
             key=self.judgement_key(reference),
             instruction=_RUBRIC,
             context={
-                "picture contents": ", ".join(map(str, reference["image_content"])),
+                "image contents": ", ".join(map(str, reference["image_content"])),
                 "question": str(reference["question"]),
                 "human answer": str(reference["gt_answer"]),
             },
@@ -137,8 +137,8 @@ class MmHal(Benchmark):
         return records_of([read_document(source.path(role))])
 
 
-_RUBRIC = """You rate a model's response to a question about a picture that you cannot see. What the picture shows and a
-human's answer are given. A hallucination is a claim about the picture that they contradict or that cannot follow from
+_RUBRIC = """You rate a model's response to a question about an image that you cannot see. What the image shows and a
+human's answer are given. A hallucination is a claim about the image that they contradict or that cannot follow from
 them. Explain briefly, then end with one line "Rating: N", where N is
 6: no hallucination, very informative; 5: none, very informative, could say more; 4: none, somewhat informative;
 3: none, not informative; 2: hallucination, very informative; 1: hallucination, somewhat informative;

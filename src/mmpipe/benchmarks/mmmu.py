@@ -36,8 +36,8 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.choices import LETTERS, options_block
-from mmpipe.benchmarks.image_bytes import hub_picture
-from mmpipe.benchmarks.jsonl import iter_rows, read_document, without_pictures, write_document
+from mmpipe.benchmarks.image_bytes import hub_image
+from mmpipe.benchmarks.jsonl import iter_rows, read_document, without_images, write_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 
@@ -87,8 +87,8 @@ class Mmmu(Benchmark):
         for row in _rows(source.path("questions")):
             where = f"mmmu, {row['id']}"
             text, numbers = _prompt(row, protocol.prompt)
-            pictures = tuple(hub_picture(row.get(f"image_{n}"), where) for n in numbers)
-            yield Question(id=row["id"], text=text, images=pictures)
+            images = tuple(hub_image(row.get(f"image_{n}"), where) for n in numbers)
+            yield Question(id=row["id"], text=text, images=images)
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
         return self.read_references([source.path("questions")])
@@ -96,7 +96,7 @@ class Mmmu(Benchmark):
     def read_references(self, paths: Sequence[Path]) -> list[Record]:
         """Besides files of records, the folder of the subjects."""
         documents = [
-            Document(str(path), [without_pictures(row) for row in _rows(path)])
+            Document(str(path), [without_images(row) for row in _rows(path)])
             if path.is_dir()
             else read_document(path)
             for path in paths
@@ -240,7 +240,7 @@ def _rows(root: Path) -> Iterator[Record]:
 
 
 def _prompt(row: Record, layout: str) -> tuple[str, list[int]]:
-    """The text with a mark for every picture, and the numbers of the pictures in the order of their marks."""
+    """The text with a mark for every image, and the numbers of the images in the order of their marks."""
     options = _list_of(row["options"])
     instruction = OPTION_LETTER if row["question_type"] == _CHOICE else SHORT_ANSWER
     if layout == "lmms":

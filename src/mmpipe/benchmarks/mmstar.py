@@ -1,4 +1,4 @@
-"""MMStar (Chen et al. 2024, arXiv 2403.20330): 1500 multiple-choice questions that need the picture, in 6 x 3
+"""MMStar (Chen et al. 2024, arXiv 2403.20330): 1500 multiple-choice questions that need the image, in 6 x 3
 abilities.
 
 Files are the official ``mmstar.parquet`` (``index, question, image, answer, category, l2_category,
@@ -28,7 +28,7 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.choices import extract_letter_lmms
-from mmpipe.benchmarks.image_bytes import hub_picture
+from mmpipe.benchmarks.image_bytes import hub_image
 from mmpipe.benchmarks.jsonl import iter_rows
 from mmpipe.benchmarks.stats import Estimate, bootstrap, estimate_mean
 
@@ -62,7 +62,7 @@ class MmStar(Benchmark):
             yield Question(
                 id=row["index"],
                 text=text.replace("<image 1>", "").lstrip(),
-                images=(hub_picture(row["image"], f"mmstar, index {row['index']}"),),
+                images=(hub_image(row["image"], f"mmstar, index {row['index']}"),),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:

@@ -1,7 +1,7 @@
 """MM-Vet (Yu et al. 2023, arXiv 2308.02490): 218 open questions, graded by the authors' online grader.
 
 Files are the official ``mm-vet.json`` (``{"v1_0": {imagename, question, answer, ...}}``) and the folder of
-the pictures, or the table of the hub (role ``parquet``). There is no local score: the answers are written in
+the images, or the table of the hub (role ``parquet``). There is no local score: the answers are written in
 the form that the grader accepts.
 """
 
@@ -24,7 +24,7 @@ from mmpipe.benchmarks.base import (
     records_of,
 )
 from mmpipe.benchmarks.jsonl import read_document, write_document
-from mmpipe.benchmarks.readers import hub_records, on_hub, pictures_of
+from mmpipe.benchmarks.readers import hub_records, images_of, on_hub
 from mmpipe.errors import DataError
 
 _PREFIX = "v1_"
@@ -42,9 +42,9 @@ class MmVet(Benchmark):
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         records = self.references(source, protocol)
-        pictures = pictures_of(source, (str(record["imagename"]) for record in records))
-        for record, picture in zip(records, pictures, strict=True):
-            yield Question(id=record["question_id"], text=str(record["question"]), images=(picture,))
+        images = images_of(source, (str(record["imagename"]) for record in records))
+        for record, image in zip(records, images, strict=True):
+            yield Question(id=record["question_id"], text=str(record["question"]), images=(image,))
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
         if on_hub(source):

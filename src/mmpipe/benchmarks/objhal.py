@@ -1,9 +1,9 @@
 """Object HalBench (RLHF-V, Yu et al. 2023, arXiv 2312.00849): which objects of a description are not in the
-picture.
+image.
 
-Files are RLHF-V's ``obj_halbench_300_with_image.jsonl`` (pictures in base64), its ``synonyms_refine.txt`` (a
+Files are RLHF-V's ``obj_halbench_300_with_image.jsonl`` (images in base64), its ``synonyms_refine.txt`` (a
 line a COCO class: the class and its synonyms, comma-separated), and the annotations of COCO 2014
-(``instances_*.json`` and ``captions_*.json`` in one folder), from which the objects of a picture are taken:
+(``instances_*.json`` and ``captions_*.json`` in one folder), from which the objects of an image are taken:
 those annotated, and those its five captions mention.
 
 A judge lists the objects of a reply; replies of at most three words have none. Mentions are mapped to COCO
@@ -242,7 +242,7 @@ class ObjHal(Benchmark):
         return JudgeRequest(
             key=self.judgement_key(pair.reference),
             instruction=(
-                "You list objects. From the description of a picture, list the visible physical objects that it says "
+                "You list objects. From the description of an image, list the visible physical objects that it says "
                 "are there. Leave out abstract things, colours, places, and objects said to be absent. Reply with a "
                 'JSON list of nouns and nothing else, e.g. ["dog", "traffic light"]; if there are none, with [].'
             ),
@@ -354,16 +354,16 @@ def _read_synonyms(path: Path) -> dict[str, str]:
 
 
 def _with_objects(document: Document, annotations: Path, words: Words) -> Document:
-    """The questions without pictures, with the objects that COCO knows in them."""
+    """The questions without images, with the objects that COCO knows in them."""
     rows = [{name: row[name] for name in _FIELDS} for row in records_of([document], _FIELDS)]
     objects = _coco_objects(annotations, {key(row["image_id"]) for row in rows}, words)
     return Document(document.name, [{**row, "gt_objects": objects[key(row["image_id"])]} for row in rows])
 
 
 def _coco_objects(folder: Path, wanted: set[str], words: Words) -> dict[str, list[str]]:
-    """The classes in each wanted picture: those annotated and those its captions mention.
+    """The classes in each wanted image: those annotated and those its captions mention.
 
-    Raises DataError for a picture that has no annotation.
+    Raises DataError for an image that has no annotation.
     """
     found: dict[str, set[str]] = {image: set() for image in wanted}
     seen: set[str] = set()
@@ -383,7 +383,7 @@ def _coco_objects(folder: Path, wanted: set[str], words: Words) -> dict[str, lis
             seen.add(key(entry["image_id"]))
     if wanted - seen:
         some = ", ".join(sorted(wanted - seen)[:5])
-        raise DataError(f"{folder}: {len(wanted - seen)} pictures have no COCO annotation, e.g. {some}")
+        raise DataError(f"{folder}: {len(wanted - seen)} images have no COCO annotation, e.g. {some}")
     return {image: sorted(objects) for image, objects in found.items()}
 
 

@@ -1,7 +1,7 @@
-"""POPE (Li et al. 2023, arXiv 2305.10355): is the object in the picture? Yes or no, in three ways of asking.
+"""POPE (Li et al. 2023, arXiv 2305.10355): is the object in the image? Yes or no, in three ways of asking.
 
 Files are the official ``coco_pope_{adversarial,popular,random}.json`` (JSON lines of ``question_id, image,
-text, label``), each numbered from 1, with the pictures of COCO's val2014. Across the three, questions get
+text, label``), each numbered from 1, with the images of COCO's val2014. Across the three, questions get
 LLaVA's numbers: adversarial as they are, random from 10,000,001, popular from 20,000,001. LLaVA's own
 question file may stand beside the labels (role ``prompts``); then the k-th question of a category belongs to
 the k-th label, as in its scorer. The hub has all in one table (role ``parquet``). Versions differ: ``random``
@@ -32,7 +32,7 @@ from mmpipe.benchmarks.base import (
     records_of,
 )
 from mmpipe.benchmarks.jsonl import read_document, write_records
-from mmpipe.benchmarks.readers import as_llava_asks, hub_records, on_hub, pictures_of
+from mmpipe.benchmarks.readers import as_llava_asks, hub_records, images_of, on_hub
 from mmpipe.benchmarks.stats import Estimate, bootstrap, estimate_mean
 from mmpipe.benchmarks.yesno import NO, OTHER, YES, equal_lmms, llava_pope, yes_or_no_word
 from mmpipe.errors import DataError
@@ -73,12 +73,12 @@ class Pope(Benchmark):
             yield from as_llava_asks(source)
             return
         records = self.references(source, protocol)
-        pictures = pictures_of(source, (record["image"] for record in records))
-        for record, picture in zip(records, pictures, strict=True):
+        images = images_of(source, (record["image"] for record in records))
+        for record, image in zip(records, images, strict=True):
             yield Question(
                 id=record["question_id"],
                 text=record["text"].strip() + SHORT_ANSWER,
-                images=(picture,),
+                images=(image,),
                 extra={"category": record["category"]},
             )
 
@@ -133,7 +133,7 @@ class Pope(Benchmark):
         return items, {**report, **mean}
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
-        """Mean F1 over the categories (lmms-eval: accuracy; VLMEvalKit: F1 of all), resampled by picture."""
+        """Mean F1 over the categories (lmms-eval: accuracy; VLMEvalKit: F1 of all), resampled by image."""
         if protocol.rule == "lmms":
             return estimate_mean("pope_accuracy", [i.score for i in items], [i.unit for i in items])
         if protocol.rule == "vlmevalkit":
@@ -223,7 +223,7 @@ def _numbered_as(questions: Sequence[Record], by_category: Mapping[str, Sequence
         for question, label in zip(asked, labels, strict=True):
             if len({record["image"] for record in (question, label) if "image" in record}) > 1:
                 raise DataError(
-                    f"pope: question {question['question_id']} and its label show different pictures"
+                    f"pope: question {question['question_id']} and its label show different images"
                 )
             references.append(_reference(label, category, question["question_id"]))
     return references

@@ -25,18 +25,18 @@ REFERENCES = "references.jsonl"
 
 
 def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
-    """Write the questions, references and pictures of ``entry`` from the official files below ``source`` into
+    """Write the questions, references and images of ``entry`` from the official files below ``source`` into
     ``out``.
 
-    Equal pictures are stored once, named by their content. Returns counts for the manifest, which the caller
+    Equal images are stored once, named by their content. Returns counts for the manifest, which the caller
     writes. Raises DataError for files that are missing or not in the official form, ConfigError for an
     unknown benchmark, protocol or file role.
     """
     benchmark = get(entry.task)
     protocol = benchmark.protocol(entry.protocol)
     files = benchmark.source(source, entry.files)
-    pictures = _Pictures(out)
-    questions = [_stored(question, pictures) for question in benchmark.questions(files, protocol)]
+    images = _Images(out)
+    questions = [_stored(question, images) for question in benchmark.questions(files, protocol)]
     if entry.questions is not None and len(questions) != entry.questions:
         raise DataError(
             f"{source}: {len(questions)} questions where '{benchmark.name}' has {entry.questions}: a file is cut off "
@@ -54,13 +54,13 @@ def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
     write_records(out / QUESTIONS, map(_as_json, questions))
     write_records(out / REFERENCES, references)
     shown = {str(path) for question in questions for path in question.images}
-    pictures.keep(shown)
+    images.keep(shown)
     return {
         "benchmark": benchmark.name,
         "protocol": protocol.name,
         "questions": len(questions),
         "groups": len({_group(question) for question in questions}),
-        "pictures": len(shown),
+        "images": len(shown),
         "max_new_tokens": entry.max_new_tokens or protocol.max_new_tokens,
     }
 
@@ -94,7 +94,7 @@ def _as_asked(question: Question) -> Record:
 
 
 def read_questions(directory: Path) -> list[Question]:
-    """The questions of a prepared benchmark, pictures as paths."""
+    """The questions of a prepared benchmark, images as paths."""
     return [
         Question(
             id=record["question_id"],
@@ -114,11 +114,11 @@ def evenly(things: Sequence[T], count: int) -> list[T]:
 
 
 def shuffle_images(questions: Sequence[Question], seed: str) -> list[Question]:
-    """The questions, each with the pictures of another one.
+    """The questions, each with the images of another one.
 
-    Questions that shared their pictures share the new ones too, and so do the rotations of a circular
-    question; no question keeps its own. The permutation depends on ``seed`` and the pictures alone. Raises
-    DataError when there are not two different pictures to exchange.
+    Questions that shared their images share the new ones too, and so do the rotations of a circular
+    question; no question keeps its own. The permutation depends on ``seed`` and the images alone. Raises
+    DataError when there are not two different images to exchange.
     """
     own: dict[str, tuple[bytes | Path, ...]] = {}
     for question in questions:
@@ -126,7 +126,7 @@ def shuffle_images(questions: Sequence[Question], seed: str) -> list[Question]:
             own.setdefault(_group(question), question.images)
     pool = sorted(set(own.values()), key=str)
     if own and len(pool) < 2:
-        raise DataError("shuffle_images needs at least two different pictures")
+        raise DataError("shuffle_images needs at least two different images")
     given = dict(zip(pool, _one_cycle(pool, random.Random(f"shuffle_images:{seed}")), strict=True))
     return [replace(q, images=given[own[_group(q)]]) if q.images else q for q in questions]
 
@@ -150,8 +150,8 @@ def _first_groups(questions: Sequence[Question], limit: int | None) -> list[int]
     return [place for place, question in enumerate(questions) if _group(question) in groups]
 
 
-def _stored(question: Question, pictures: _Pictures) -> Question:
-    return replace(question, images=tuple(pictures.store(image, question.id) for image in question.images))
+def _stored(question: Question, images: _Images) -> Question:
+    return replace(question, images=tuple(images.store(image, question.id) for image in question.images))
 
 
 def _as_json(question: Question) -> Record:
@@ -170,8 +170,8 @@ def _as_json(question: Question) -> Record:
 
 
 @dataclass
-class _Pictures:
-    """Stores pictures under ``out/images`` by content; paths returned are relative to ``out``."""
+class _Images:
+    """Stores images under ``out/images`` by content; paths returned are relative to ``out``."""
 
     out: Path
 
@@ -189,7 +189,7 @@ class _Pictures:
         return self._seen[image]
 
     def keep(self, asked: Iterable[str]) -> None:
-        """Remove the pictures that no question asks for."""
+        """Remove the images that no question asks for."""
         wanted = set(asked)
         for path in self.folder.iterdir():
             if f"images/{path.name}" not in wanted:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mmpipe.benchmarks.base import Question, Record, Source, records_of
-from mmpipe.benchmarks.image_bytes import hub_picture
+from mmpipe.benchmarks.image_bytes import hub_image
 from mmpipe.benchmarks.jsonl import parquet_rows, read_document
 
 
@@ -17,44 +17,44 @@ def on_hub(source: Source) -> bool:
 
 
 def hub_records(source: Source, columns: Sequence[str], optional: Sequence[str] = ()) -> list[Record]:
-    """The rows of the hub's table without pictures, which are not even read.
+    """The rows of the hub's table without images, which are not even read.
 
     Raises DataError when the table lacks one of ``columns``.
     """
     return list(parquet_rows(source.path("parquet"), columns, optional))
 
 
-def hub_pictures(source: Source, role: str = "parquet", column: str = "image") -> Iterator[bytes]:
-    """The pictures of the hub's table, one a row. Raises DataError for a row without one."""
+def hub_images(source: Source, role: str = "parquet", column: str = "image") -> Iterator[bytes]:
+    """The images of the hub's table, one a row. Raises DataError for a row without one."""
     for place, row in enumerate(parquet_rows(source.path(role), [column])):
-        yield hub_picture(row[column], f"{source.path(role)}, row {place}")
+        yield hub_image(row[column], f"{source.path(role)}, row {place}")
 
 
-def pictures_of(source: Source, names: Iterable[str], column: str = "image") -> Iterator[bytes | Path]:
-    """The pictures of the records in their order: those of the hub's table, or the files ``names`` below ``images``."""
+def images_of(source: Source, names: Iterable[str], column: str = "image") -> Iterator[bytes | Path]:
+    """The images of the records in their order: those of the hub's table, or the files ``names`` below ``images``."""
     if on_hub(source):
-        yield from hub_pictures(source, column=column)
+        yield from hub_images(source, column=column)
     else:
-        yield from map(source.picture, names)
+        yield from map(source.image, names)
 
 
-def hub_pictures_if_any(source: Source, column: str = "image") -> Iterator[bytes | None]:
-    """The same for tables of which some rows, or some files, have no picture."""
+def hub_images_if_any(source: Source, column: str = "image") -> Iterator[bytes | None]:
+    """The same for tables of which some rows, or some files, have no image."""
     for place, row in enumerate(parquet_rows(source.path("parquet"), (), [column])):
         value = row.get(column)
-        yield None if value is None else hub_picture(value, f"{source.path('parquet')}, row {place}")
+        yield None if value is None else hub_image(value, f"{source.path('parquet')}, row {place}")
 
 
 def as_llava_asks(source: Source, role: str = "prompts") -> Iterator[Question]:
     """The questions of LLaVA's own file (``question_id, image, text, category`` a line), word for word.
 
-    Pictures lie below the role ``images``. Raises DataError for a line without these fields.
+    Images lie below the role ``images``. Raises DataError for a line without these fields.
     """
     for record in _llava_lines(source.path(role)):
         yield Question(
             id=record["question_id"],
             text=str(record["text"]),
-            images=(source.picture(str(record["image"])),),
+            images=(source.image(str(record["image"])),),
             extra={"category": record["category"]} if "category" in record else {},
         )
 

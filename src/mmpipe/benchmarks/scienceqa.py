@@ -1,12 +1,12 @@
-"""ScienceQA (Lu et al. 2022, arXiv 2209.09513): school science with two to five options, half with a picture.
+"""ScienceQA (Lu et al. 2022, arXiv 2209.09513): school science with two to five options, half with an image.
 
-Files are the official ``problems.json`` and ``pid_splits.json`` (the test split), the pictures below
+Files are the official ``problems.json`` and ``pid_splits.json`` (the test split), the images below
 ``test/<id>/``, and LLaVA's ``llava_test_CQM-A.json`` if its prompts are wanted word for word; or a table of
 the hub (role ``parquet``), which has no ids, so that questions are numbered by place. A question without
-picture is asked as text.
+image is asked as text.
 
-LLaVA counts a question as one with a picture when ``<image>`` stands in the *answer's* prompt; so a question
-without answer is wrong, and not counted among those with a picture.
+LLaVA counts a question as one with an image when ``<image>`` stands in the *answer's* prompt; so a question
+without answer is wrong, and not counted among those with an image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mmpipe.benchmarks.base import (
 )
 from mmpipe.benchmarks.choices import LETTERS, options_block
 from mmpipe.benchmarks.jsonl import read_document, write_document
-from mmpipe.benchmarks.readers import hub_pictures_if_any, hub_records, on_hub
+from mmpipe.benchmarks.readers import hub_images_if_any, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import DataError
 
@@ -106,17 +106,15 @@ class ScienceQa(Benchmark):
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         prompts = self._prompts(source, protocol)
         records = self.references(source, protocol)
-        pictures: Iterator[bytes | Path | None] = (
-            hub_pictures_if_any(source)
-            if on_hub(source)
-            else (_picture(source, record) for record in records)
+        images: Iterator[bytes | Path | None] = (
+            hub_images_if_any(source) if on_hub(source) else (_image(source, record) for record in records)
         )
-        for record, picture in zip(records, pictures, strict=True):
+        for record, image in zip(records, images, strict=True):
             text = prompts.get(key(record["question_id"])) or _prompt(record, protocol.prompt)
-            if picture is None:
+            if image is None:
                 yield Question(id=record["question_id"], text=text)
             else:
-                yield Question(id=record["question_id"], text=f"{_MARK}\n{text}", images=(picture,))
+                yield Question(id=record["question_id"], text=f"{_MARK}\n{text}", images=(image,))
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
         if on_hub(source):
@@ -159,22 +157,22 @@ class ScienceQa(Benchmark):
         correct = int(sum(item.score for item in items))
         if protocol.rule != "official":
             return items, {"exact_match": fmean(item.score for item in items), "n": len(items)}
-        pictured = [item.score for item in items if item.facts["is_multimodal"]]
+        imaged = [item.score for item in items if item.facts["is_multimodal"]]
         return items, {
             "accuracy": 100 * correct / len(items),
             "correct": correct,
             "count": len(items),
-            "img_accuracy": 100 * fmean(pictured) if pictured else 0.0,
-            "img_count": len(pictured),
+            "img_accuracy": 100 * fmean(imaged) if imaged else 0.0,
+            "img_count": len(imaged),
         }
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
-        """The questions with a picture (SQA-IMG); all by lmms-eval's rule."""
+        """The questions with an image (SQA-IMG); all by lmms-eval's rule."""
         if protocol.rule != "official":
             return estimate_mean("exact_match", [i.score for i in items], [i.unit for i in items])
-        pictured = [item for item in items if item.facts["is_multimodal"]]
-        if pictured:
-            return estimate_mean("img_accuracy", [i.score for i in pictured], [i.unit for i in pictured], 100)
+        imaged = [item for item in items if item.facts["is_multimodal"]]
+        if imaged:
+            return estimate_mean("img_accuracy", [i.score for i in imaged], [i.unit for i in imaged], 100)
         return estimate_mean("accuracy", [i.score for i in items], [i.unit for i in items], 100)
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
@@ -207,9 +205,9 @@ class ScienceQa(Benchmark):
         return {number: text.replace(_MARK, "").strip() + OPTION_LETTER for number, text in texts.items()}
 
 
-def _picture(source: Source, record: Record) -> Path | None:
+def _image(source: Source, record: Record) -> Path | None:
     name = record.get("image")
-    return source.picture(f"{key(record['question_id'])}/{name}") if name else None
+    return source.image(f"{key(record['question_id'])}/{name}") if name else None
 
 
 def _prompt(record: Record, layout: str) -> str:

@@ -1,8 +1,8 @@
-"""SEED-Bench (Li et al. 2023, arXiv 2307.16125): multiple choice in twelve kinds; the picture questions are
+"""SEED-Bench (Li et al. 2023, arXiv 2307.16125): multiple choice in twelve kinds; the image questions are
 asked.
 
 Files are the official ``SEED-Bench.json`` (``{"questions": [...], "question_type": {name: number}}``) and the
-folder of the pictures. A reply is right if it is the letter and nothing else, as in LLaVA's script.
+folder of the images. A reply is right if it is the letter and nothing else, as in LLaVA's script.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FIELDS = ("question_id", "answer", "question_type_id", "data_type")
 
 
 class Seed(Benchmark):
-    """SEED-Bench, picture part."""
+    """SEED-Bench, image part."""
 
     name = "seed"
     files: ClassVar[Mapping[str, str]] = {"questions": "SEED-Bench.json", "images": "SEED-Bench-image"}
@@ -47,7 +47,7 @@ class Seed(Benchmark):
             yield Question(
                 id=record["question_id"],
                 text=f"{record['question']}\n{options_block(options)}{OPTION_LETTER}",
-                images=(source.picture(str(record["data_id"])),),
+                images=(source.image(str(record["data_id"])),),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
@@ -67,7 +67,7 @@ class Seed(Benchmark):
         return records
 
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
-        # the protocol asks about pictures; who asked about videos too gets them counted
+        # the protocol asks about images; who asked about videos too gets them counted
         items = [_rate(pair) for pair in pairs if pair.answered or pair.reference["data_type"] == "image"]
         metrics: Record = {"accuracy": _percent(items)}
         for name in ("image", "video"):

@@ -72,7 +72,7 @@ class BenchmarkEntry(Settings):
     reports."""
 
     control: Literal["shuffle_images", "without_first_expert"] | None = None
-    """``shuffle_images`` asks every question with the picture of another one: what a model scores without
+    """``shuffle_images`` asks every question with the image of another one: what a model scores without
     seeing. ``without_first_expert`` leaves out the first expert each token chooses."""
 
     title: str = ""

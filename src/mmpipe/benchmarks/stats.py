@@ -1,6 +1,6 @@
 """How sure a score is: 95 % intervals over independent units.
 
-Questions about one picture, or the rotations of one circular question, stand and fall together. They are one
+Questions about one image, or the rotations of one circular question, stand and fall together. They are one
 unit, and units are what is counted or resampled.
 """
 

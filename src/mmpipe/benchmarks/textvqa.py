@@ -1,11 +1,11 @@
-"""TextVQA (Singh et al. 2019, arXiv 1904.08920): read the text in the picture; ten human answers a question.
+"""TextVQA (Singh et al. 2019, arXiv 1904.08920): read the text in the image; ten human answers a question.
 
 Files are the official ``TextVQA_0.5.1_val.json`` (``{"data": [...]}``) and the folder ``train_images``. The
 OCR tokens of the prompt come from the records, from the Rosetta file, or with whole prompts from LLaVA's
 question file. The table on the hub (role ``parquet``) has the tokens in it. Prompts with and without OCR
 tokens differ by ten points or more, so they are different protocols.
 
-LLaVA's answers carry the picture's id for the question's; the question is then read from the prompt.
+LLaVA's answers carry the image's id for the question's; the question is then read from the prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.jsonl import read_document, write_document
-from mmpipe.benchmarks.readers import hub_records, on_hub, pictures_of
+from mmpipe.benchmarks.readers import hub_records, images_of, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.text import (
     evalai_normal,
@@ -86,13 +86,13 @@ class TextVqa(Benchmark):
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         prompts = self._prompts(source, protocol)
         records = self.references(source, protocol)
-        pictures = pictures_of(source, (f"{record['image_id']}.jpg" for record in records))
-        for record, picture in zip(records, pictures, strict=True):
+        images = images_of(source, (f"{record['image_id']}.jpg" for record in records))
+        for record, image in zip(records, images, strict=True):
             text = prompts.get(_question_key(record)) or _prompt(record, protocol.prompt)
             yield Question(
                 id=record["question_id"],
                 text=text,
-                images=(picture,),
+                images=(image,),
                 extra={"image_id": record["image_id"]},
             )
 
@@ -148,7 +148,7 @@ class TextVqa(Benchmark):
         return {}
 
     def _prompts(self, source: Source, protocol: Protocol) -> dict[tuple[str, ...], str]:
-        """LLaVA's prompts by picture and question, if its question file is there."""
+        """LLaVA's prompts by image and question, if its question file is there."""
         if protocol.prompt != "llava" or not source.has("prompts"):
             return {}
         records = records_of([read_document(source.path("prompts"))], ("question_id", "text"))
@@ -195,7 +195,7 @@ def _add_ocr_tokens(records: Sequence[Record], source: Source) -> None:
     }
     for record in records:
         if key(record["image_id"]) not in tokens:
-            raise DataError(f"{document.name}: no OCR tokens for the picture {record['image_id']}")
+            raise DataError(f"{document.name}: no OCR tokens for the image {record['image_id']}")
         record["ocr_tokens"] = tokens[key(record["image_id"])]
 
 

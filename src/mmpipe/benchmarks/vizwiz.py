@@ -1,8 +1,8 @@
 """VizWiz-VQA (Gurari et al. 2018, arXiv 1802.08218): questions of blind people about their photographs.
 
 Files are the official ``val.json`` or ``test.json`` (a list of ``image, question, answers``) and the folder
-of the pictures. A question's id is its place in the list, as in LLaVA's question file (role ``prompts``); the
-picture's name is accepted too, and is the id in the table on the hub (role ``parquet``). The test split has
+of the images. A question's id is its place in the list, as in LLaVA's question file (role ``prompts``); the
+image's name is accepted too, and is the id in the table on the hub (role ``parquet``). The test split has
 no public answers: its submission file goes to EvalAI.
 
 The official scorer normalises the prediction but never the human answers. Its table of contractions is
@@ -31,7 +31,7 @@ from mmpipe.benchmarks.base import (
     records_of,
 )
 from mmpipe.benchmarks.jsonl import write_document
-from mmpipe.benchmarks.readers import as_llava_asks, hub_records, on_hub, pictures_of
+from mmpipe.benchmarks.readers import as_llava_asks, hub_records, images_of, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.text import (
     CONTRACTIONS,
@@ -92,15 +92,15 @@ class VizWiz(Benchmark):
             yield from as_llava_asks(source)
             return
         records = self.references(source, protocol)
-        pictures = pictures_of(source, (record["image"] for record in records))
-        for record, picture in zip(records, pictures, strict=True):
+        images = images_of(source, (record["image"] for record in records))
+        for record, image in zip(records, images, strict=True):
             question = str(record["question"])
             if protocol.prompt == "lmms":
                 question = question.capitalize()
             yield Question(
                 id=record["question_id"],
                 text=question + _INSTRUCTION + SHORT_ANSWER,
-                images=(picture,),
+                images=(image,),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
@@ -141,7 +141,7 @@ class VizWiz(Benchmark):
         """
         missing = [str(pair.reference["image"]) for pair in pairs if not pair.answered]
         if missing:
-            raise DataError(f"vizwiz: {len(missing)} pictures have no answer, e.g. {', '.join(missing[:5])}")
+            raise DataError(f"vizwiz: {len(missing)} images have no answer, e.g. {', '.join(missing[:5])}")
         write_document(
             out, [{"image": pair.reference["image"], "answer": evalai_normal(pair.text)} for pair in pairs]
         )
@@ -149,7 +149,7 @@ class VizWiz(Benchmark):
 
 
 def _named_as_official(row: Record) -> Record:
-    """A row of the hub's table, whose id is the picture's name, with or without extension."""
+    """A row of the hub's table, whose id is the image's name, with or without extension."""
     stem = PurePosixPath(str(row["question_id"])).stem
     kind = {"answer_type": row["category"]} if "category" in row else {}
     return {

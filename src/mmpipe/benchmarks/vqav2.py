@@ -1,6 +1,6 @@
-"""VQA v2 (Goyal et al. 2017, arXiv 1612.00837): questions about COCO pictures, ten human answers each.
+"""VQA v2 (Goyal et al. 2017, arXiv 1612.00837): questions about COCO images, ten human answers each.
 
-Files are the official question and annotation files of a split and the folder of its pictures; the questions
+Files are the official question and annotation files of a split and the folder of its images; the questions
 may also be LLaVA's (``question_id, image, text`` a line), and the hub has all in one table (role
 ``parquet``). Annotations of the test splits are not public: their submission goes to EvalAI and must hold
 every question of test2015 (role ``submitted``), asked or not.
@@ -31,7 +31,7 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.jsonl import read_document, write_document
-from mmpipe.benchmarks.readers import as_llava_asks, hub_pictures, hub_records, on_hub
+from mmpipe.benchmarks.readers import as_llava_asks, hub_images, hub_records, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.benchmarks.text import evalai_normal, one_line, soft_accuracy, vqa_normal, vqa_normal_lmms
 from mmpipe.errors import DataError
@@ -60,8 +60,8 @@ class VqaV2(Benchmark):
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         if on_hub(source):
             rows = hub_records(source, ("question_id", "question"))
-            for row, picture in zip(rows, hub_pictures(source), strict=True):
-                yield Question(id=row["question_id"], text=row["question"] + SHORT_ANSWER, images=(picture,))
+            for row, image in zip(rows, hub_images(source), strict=True):
+                yield Question(id=row["question_id"], text=row["question"] + SHORT_ANSWER, images=(image,))
             return
         records = _questions(read_document(source.path("questions")))
         if any("text" in record for record in records):
@@ -73,7 +73,7 @@ class VqaV2(Benchmark):
             yield Question(
                 id=record["question_id"],
                 text=record["question"] + SHORT_ANSWER,
-                images=(source.picture(f"COCO_{split}_{int(record['image_id']):012d}.jpg"),),
+                images=(source.image(f"COCO_{split}_{int(record['image_id']):012d}.jpg"),),
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 BODY = 64 << 20
 """Bytes of a request at most."""
-PICTURES = 16
-"""Pictures of a request at most."""
+IMAGES = 16
+"""Images of a request at most."""
 _FINISH = {"stop": "stop", "length": "length", "stopped": "stop"}
 # Parameters that say nothing about the answer, and what others may be without changing it.
 _WITHOUT_EFFECT = {"user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key"}
@@ -107,7 +107,7 @@ class _Asked(BaseModel, extra="allow"):
 
 
 def router(models: Mapping[str, ChatModel], default: Sampling, limits: Limits | None = None) -> APIRouter:
-    """The routes below ``/v1``; ``default`` is what a request leaves open, ``limits`` hold for pictures."""
+    """The routes below ``/v1``; ``default`` is what a request leaves open, ``limits`` hold for images."""
     routes, bounds = APIRouter(prefix="/v1"), limits or Limits()
 
     @routes.get("/models")
@@ -174,16 +174,16 @@ def _parse(body: bytes) -> _Asked:
 
 
 def _messages(asked: _Asked, limits: Limits) -> list[Message]:
-    """The messages with their pictures fetched."""
+    """The messages with their images fetched."""
     shown = sum(part.type == "image_url" for said in asked.messages for part in _parts(said))
-    if shown > PICTURES:
-        raise _Refused(400, f"{shown} pictures, at most {PICTURES} are taken", param="messages")
+    if shown > IMAGES:
+        raise _Refused(400, f"{shown} images, at most {IMAGES} are taken", param="messages")
     with _refusing("messages"):
         return [
             Message(
                 "system" if said.role == "developer" else said.role,
                 tuple(
-                    _picture(part, limits) if part.type == "image_url" else part.text for part in _parts(said)
+                    _image(part, limits) if part.type == "image_url" else part.text for part in _parts(said)
                 ),
             )
             for said in asked.messages
@@ -196,7 +196,7 @@ def _parts(said: _Said) -> list[_Part]:
     return [_Part(type="text", text=said.content)] if said.content else []
 
 
-def _picture(part: _Part, limits: Limits) -> Any:
+def _image(part: _Part, limits: Limits) -> Any:
     if part.image_url is None:
         raise _Refused(400, "an image_url part needs image_url.url", param="messages")
     url = part.image_url.url

@@ -10,7 +10,7 @@ _SHOWN |= {0x7F: "\u2421"} | {code: f"<{code:02X}>" for code in (*range(0x80, 0x
 
 
 def visible(text: str) -> str:
-    """``text`` with every control character but line feed and tab replaced by a picture of it.
+    """``text`` with every control character but line feed and tab replaced by an image of it.
 
     A model can be led to write escape sequences, which would clear the screen, set its title, or worse.
 

@@ -62,7 +62,7 @@ def _directory(path: Path) -> Found:
 
 def _planned(reference: str, configfile: Path) -> Found:
     from mmpipe.plan.plan import Plan
-    from mmpipe.settings_loader import read_mapping
+    from mmpipe.settings import read_mapping
 
     plan = Plan(read_mapping(configfile), where=str(configfile))
     recipe = reference.partition("@")[0]

@@ -19,7 +19,7 @@ class ChatError(MmpipeError):
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says: texts and pictures (RGB), in order."""
+    """What one side says: texts and images (RGB), in order."""
 
     role: Role
     parts: tuple[str | Image.Image, ...]
@@ -31,7 +31,7 @@ class Message:
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
-        """The pictures alone."""
+        """The images alone."""
         return tuple(part for part in self.parts if not isinstance(part, str))
 
     def to_chat(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Message:
 
 
 def ask(text: str, images: Sequence[Image.Image] = ()) -> Message:
-    """A question of the user, its pictures first."""
+    """A question of the user, its images first."""
     return Message("user", (*images, *([text] if text else [])))
 
 
@@ -90,11 +90,11 @@ class Reply:
 
     text: str
     prompt_tokens: int
-    """Pictures included."""
+    """Images included."""
     tokens: int
     finish: str
     """``stop``: the model ended it; ``length``: it was cut at the limit; ``stopped``: somebody stopped it."""
     expert_loads: dict[str, list[float]] = field(default_factory=dict)
     """By layer, the share of the choices that each expert carried out, prompt and answer together."""
     keep_maps: list[list[bool]] = field(default_factory=list)
-    """Of every picture of the conversation, which of its tokens a sparsified model kept, row by row."""
+    """Of every image of the conversation, which of its tokens a sparsified model kept, row by row."""

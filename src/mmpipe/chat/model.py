@@ -44,12 +44,12 @@ class ChatModel:
 
     @property
     def captions_only(self) -> bool:
-        """Whether it was trained to describe pictures and reads no words (the stage that trains the projector)."""
+        """Whether it was trained to describe images and reads no words (the stage that trains the projector)."""
         return self.template is not None and self.template.captions
 
     @property
     def sparsified(self) -> bool:
-        """Whether it has predictors that say what of a picture is kept."""
+        """Whether it has predictors that say what of an image is kept."""
         return isinstance(self.model, LlavaForConditionalGeneration) and of_model(self.model) is not None
 
     def answer(self, messages: Sequence[Message], sampling: Sampling) -> Answer:
@@ -62,8 +62,8 @@ class ChatModel:
     def _captioned(self, message: Message) -> list[Message]:
         if not message.images:
             raise ChatError(
-                f"{self.name} describes pictures and cannot be asked without one: it was trained on captions (template "
-                f"'{self.template.name if self.template else ''}'); give a picture, or take a later stage of the recipe"
+                f"{self.name} describes images and cannot be asked without one: it was trained on captions (template "
+                f"'{self.template.name if self.template else ''}'); give an image, or take a later stage of the recipe"
             )
         return [Message("user", message.images)]
 
@@ -79,7 +79,7 @@ class ChatModel:
             torch.manual_seed(sampling.seed)
         loads = _ExpertLoads(self.model)
         what = f"a conversation of {length} tokens and an answer of up to {limit}"
-        hint = "clear the conversation, show fewer pictures, ask for fewer tokens, or load in fewer bits"
+        hint = "clear the conversation, show fewer images, ask for fewer tokens, or load in fewer bits"
         with loads.counted(), self._recorded() as kept, memory.told(what, hint):
             self.model.generate(
                 **inputs,
@@ -94,7 +94,7 @@ class ChatModel:
             tokens=len(writer.tokens.ids),
             finish="stopped" if answer.is_stopped and finish != "stop" else finish,
             expert_loads=loads.shares(),
-            keep_maps=[kept_map for done in kept.passes for kept_map in done.pictures],
+            keep_maps=[kept_map for done in kept.passes for kept_map in done.images],
         )
 
     def _encode(self, messages: Sequence[Message]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class ChatModel:
         }
 
     def _plain(self, part: Any) -> Any:
-        """A text whose control tokens are broken up: nobody but the template ends a turn or puts a picture."""
+        """A text whose control tokens are broken up: nobody but the template ends a turn or puts an image."""
         if not isinstance(part, str):
             return part
         whole = part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of characters
@@ -131,7 +131,7 @@ class ChatModel:
             return wanted
         if length >= known:
             raise ChatError(
-                f"the conversation has {length} tokens and {self.name} takes {known}; clear it or show fewer pictures"
+                f"the conversation has {length} tokens and {self.name} takes {known}; clear it or show fewer images"
             )
         return min(wanted, known - length)
 

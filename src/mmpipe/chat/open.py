@@ -15,10 +15,10 @@ from mmpipe.chat.find import Found
 from mmpipe.chat.messages import ChatError
 from mmpipe.chat.options import DTYPES, Loading
 from mmpipe.chat.template import settle
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.checkpoints.save import empty_model
 from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError
-from mmpipe.models import llava
 from mmpipe.models.sparsity.hooks import set_keep_rate
 
 
@@ -33,7 +33,7 @@ class Opened:
     template: Template | None
 
 
-def open_checkpoint(found: Found, loading: Loading) -> Opened:
+def open_for_chat(found: Found, loading: Loading) -> Opened:
     """Load what :func:`mmpipe.chat.find.find` found.
 
     Raises ArtifactError when it is no image-text model or does not fit its template, ChatError when it does not fit into
@@ -71,7 +71,7 @@ def _sparsify(model: Any, name: str, wanted: str) -> None:
 
 
 def _ours(path: Path, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any, str | None]:
-    model, processor, card = llava.load(path, dtype, **options)
+    model, processor, card = open_checkpoint(path, dtype, **options)
     return model, processor, card["checkpoint"]["template"]
 
 
@@ -86,7 +86,7 @@ def _stock(path: Path, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any
     except (OSError, ValueError, ImportError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
-        raise ArtifactError(f"{path}: brings no processor for texts and pictures (processor_config.json)")
+        raise ArtifactError(f"{path}: brings no processor for texts and images (processor_config.json)")
     return model, processor, None
 
 

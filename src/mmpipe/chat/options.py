@@ -24,4 +24,4 @@ class Loading:
     bits: Bits | None = None
     """Of the language model's weights."""
     sparsity: str | None = None
-    """Of a sparsified model: the share of a picture to keep, or ``off`` for the dense model behind it."""
+    """Of a sparsified model: the share of an image to keep, or ``off`` for the dense model behind it."""

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from mmpipe.chat import images
 from mmpipe.chat.escape import visible
 from mmpipe.chat.messages import Message, Reply, Sampling, ask, said
-from mmpipe.chat.visualise import expert_bars, kept_picture, kept_pictures
+from mmpipe.chat.visualise import expert_bars, kept_image, kept_images
 from mmpipe.errors import MmpipeError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _blocks(models: Sequence[ChatModel], sampling: Sampling) -> gr.Blocks:
             file_types=["image"],
             file_count="multiple",
             sources=["upload"],
-            placeholder="Drop pictures here and ask about them",
+            placeholder="Drop images here and ask about them",
             show_label=False,
             autofocus=True,
             elem_id="question",
@@ -136,7 +136,7 @@ def _blocks(models: Sequence[ChatModel], sampling: Sampling) -> gr.Blocks:
             *shown: list[dict[str, Any]],
         ) -> Iterator[list[Any]]:
             if not (box.get("text") or "").strip() and not box.get("files"):
-                raise gr.Error("Write a question or drop a picture.", print_exception=False)
+                raise gr.Error("Write a question or drop an image.", print_exception=False)
             chosen = Sampling(temperature, top_p, int(max_tokens))
             try:
                 session = str(request.session_hash)
@@ -169,7 +169,7 @@ def _blocks(models: Sequence[ChatModel], sampling: Sampling) -> gr.Blocks:
 def _column(model: ChatModel) -> tuple[gr.Chatbot, gr.HTML]:
     """A conversation, and below it what went on inside."""
     with gr.Column():
-        notice = " describes pictures, reads no words" if model.captions_only else ""
+        notice = " describes images, reads no words" if model.captions_only else ""
         chat = gr.Chatbot(
             label=f"{model.name}{notice}",
             height=460,
@@ -192,8 +192,8 @@ def _inside(model: ChatModel, reply: Reply | None, history: Sequence[Message]) -
     if reply is None:
         return ""
     images = [image for message in history for image in message.images]
-    kept = [kept_picture(model, image, kept) for image, kept in zip(images, reply.keep_maps, strict=False)]
-    return expert_bars(reply.expert_loads) + kept_pictures(kept)
+    kept = [kept_image(model, image, kept) for image, kept in zip(images, reply.keep_maps, strict=False)]
+    return expert_bars(reply.expert_loads) + kept_images(kept)
 
 
 def _stopper(talk: _Talk) -> Any:

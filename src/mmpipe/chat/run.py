@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmpipe.chat.find import Found, find
+from mmpipe.chat.images import check, from_anywhere
 from mmpipe.chat.messages import ChatError, Sampling
 from mmpipe.chat.options import Loading
 
@@ -31,8 +32,8 @@ def chat(
     """Talk, or with ``prompt`` ask once (``-`` reads it from the standard input)."""
     found = find(checkpoint, configfile)
     for where in images:
-        images.check(where)
-    shown = [images.from_anywhere(where) for where in images]
+        check(where)
+    shown = [from_anywhere(where) for where in images]
     from mmpipe.chat.queue import Desk
     from mmpipe.chat.terminal import Terminal, aloud, once
 
@@ -72,6 +73,6 @@ def open_model(found: Found, loading: Loading, desk: Desk) -> ChatModel:
     if not sys.stderr.isatty():
         talk.disable_progress_bar()
     from mmpipe.chat.model import ChatModel
-    from mmpipe.chat.open import open_checkpoint
+    from mmpipe.chat.open import open_for_chat
 
-    return ChatModel(open_checkpoint(found, loading), desk)
+    return ChatModel(open_for_chat(found, loading), desk)

@@ -10,7 +10,7 @@ from mmpipe.data.records import IMAGE_MARK, Turn
 from mmpipe.data.templates import Template, TokenizerTemplate, get_template, template_names, to_messages
 from mmpipe.errors import ArtifactError, DataError
 
-# With and without picture, first and later round, so that no two templates look the same.
+# With and without image, first and later round, so that no two templates look the same.
 _PROBE = to_messages(
     [
         Turn("user", f"{IMAGE_MARK}\nfirst question"),

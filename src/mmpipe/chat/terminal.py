@@ -45,7 +45,7 @@ class Terminal:
         _edit_lines()
         self._say(f"{self.model.name}. /help shows the commands, Ctrl-D ends.\n")
         if self.model.captions_only:
-            self._say("It was trained on captions: it describes pictures, and does not read what is asked.\n")
+            self._say("It was trained on captions: it describes images, and does not read what is asked.\n")
         while True:
             try:
                 line = self._read(_PROMPT).strip()
@@ -91,17 +91,17 @@ class Terminal:
     # ---- commands: a method each, its first line is its help
 
     def do_image(self, where: str) -> None:
-        """/image FILE or ADDRESS: show a picture with the next question; several are possible"""
+        """/image FILE or ADDRESS: show an image with the next question; several are possible"""
         if not where:
             raise ChatError("/image needs a file or an address")
         image = images.from_anywhere(where)
         self.pending.append(image)
         self._say(
-            f"picture {len(self.pending)} for the next question: {where} ({image.width} x {image.height})\n"
+            f"image {len(self.pending)} for the next question: {where} ({image.width} x {image.height})\n"
         )
 
     def do_clear(self, _: str) -> None:
-        """/clear: forget the conversation and its pictures"""
+        """/clear: forget the conversation and its images"""
         self.history, self.pending = [], []
 
     def do_retry(self, _: str) -> None:

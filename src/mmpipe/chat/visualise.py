@@ -1,4 +1,4 @@
-"""What goes on inside a model, for the eye: which experts worked, what was kept of a picture."""
+"""What goes on inside a model, for the eye: which experts worked, what was kept of an image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mmpipe.chat.model import ChatModel
 
 _SIDE = 336
-"""Pixels of a shown picture."""
+"""Pixels of a shown image."""
 
 
 def expert_bars(loads: Mapping[str, Sequence[float]]) -> str:
@@ -41,8 +41,8 @@ def _row(layer: str, shares: Sequence[float]) -> str:
     return f"<tr><th style='text-align:left;padding-right:10px;font-weight:500'>{html.escape(layer)}</th>{bars}</tr>"
 
 
-def kept_picture(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -> Image.Image:
-    """The picture as the vision tower gets it, faded where the model did not keep its tokens."""
+def kept_image(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -> Image.Image:
+    """The image as the vision tower gets it, faded where the model did not keep its tokens."""
     processor = model.processor.image_processor
     pixels = np.asarray(
         processor(images=[image], return_tensors="np")["pixel_values"][0]
@@ -56,15 +56,15 @@ def kept_picture(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -> 
     return Image.composite(shown, Image.new("RGB", shown.size, "white"), mask)
 
 
-def kept_pictures(shown: Sequence[Image.Image]) -> str:
-    """HTML: such pictures side by side; empty without any."""
+def kept_images(shown: Sequence[Image.Image]) -> str:
+    """HTML: such images side by side; empty without any."""
     if not shown:
         return ""
     images = "".join(
         f"<img alt='' src='{_data_url(image)}' style='width:200px;border:1px solid #ccc'>" for image in shown
     )
     return (
-        "<div class='kept'><p style='margin:0 0 6px;font-size:13px'>What the model kept of the pictures</p>"
+        "<div class='kept'><p style='margin:0 0 6px;font-size:13px'>What the model kept of the images</p>"
         f"<div style='display:flex;flex-wrap:wrap;gap:8px'>{images}</div></div>"
     )
 

@@ -11,16 +11,16 @@ _PROMPT_TOKENS = 48
 
 
 def probe(model: Any, rows: int = 2) -> dict[str, Tensor]:
-    """Made prompts with a picture each, the same every time; ``rows`` of different length, padded on the right."""
+    """Made prompts with an image each, the same every time; ``rows`` of different length, padded on the right."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.vision_config.image_size
     ids = torch.randint(0, model.config.image_token_id, (rows, _PROMPT_TOKENS), generator=generator)
-    pictures = torch.full((rows, model.config.image_seq_length), model.config.image_token_id)
-    mask = torch.ones(rows, _PROMPT_TOKENS + pictures.shape[1], dtype=torch.long)
+    images = torch.full((rows, model.config.image_seq_length), model.config.image_token_id)
+    mask = torch.ones(rows, _PROMPT_TOKENS + images.shape[1], dtype=torch.long)
     for row in range(1, rows):
         mask[row, -(row * _PROMPT_TOKENS // (rows + 1)) :] = 0
     return {
-        "input_ids": torch.cat([pictures, ids], dim=1),
+        "input_ids": torch.cat([images, ids], dim=1),
         "attention_mask": mask,
         "pixel_values": torch.randn(rows, 3, size, size, generator=generator),
     }

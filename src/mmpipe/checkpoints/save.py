@@ -70,7 +70,7 @@ def load_checkpoint(
     """Open a checkpoint directory: the model in evaluation mode with weights of ``dtype`` (``auto``: as stored), and
     its processor.
 
-    Pictures are processed with Pillow on every machine, so that pixels do not depend on what is installed.
+    Images are processed with Pillow on every machine, so that pixels do not depend on what is installed.
     ``placement`` goes to ``from_pretrained`` (``device_map``, ``quantization_config``).
 
     Raises ArtifactError when the directory is not a LLaVA checkpoint, or naming the tensors on which its

@@ -14,7 +14,7 @@ import typer
 
 from mmpipe import __version__
 from mmpipe.errors import ConfigError, MmpipeError
-from mmpipe.settings_loader import read_mapping
+from mmpipe.settings import read_mapping
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +40,7 @@ TemplateName = Annotated[
     typer.Option("--template", "--conv-mode", help="Checked against the checkpoint's own."),
 ]
 Sparsity = Annotated[
-    str | None, typer.Option(help="Of a sparsified model: the share of a picture to keep (0.2), or off.")
+    str | None, typer.Option(help="Of a sparsified model: the share of an image to keep (0.2), or off.")
 ]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest word.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest words of this total probability.")]
@@ -246,14 +246,14 @@ def export_mixture(
             help="llava (conversations), messages (Parquet for TRL and datasets), preference (LLaVA-MoD's pairs).",
         ),
     ],
-    root: Annotated[Path, typer.Option(help="Pictures are named relative to this folder.")] = Path(),
+    root: Annotated[Path, typer.Option(help="Images are named relative to this folder.")] = Path(),
     images: Annotated[
         Path | None,
-        typer.Option(help="Link pictures into this folder instead, and name them relative to it."),
+        typer.Option(help="Link images into this folder instead, and name them relative to it."),
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="With --images: copy, do not link.")] = False,
     embed: Annotated[
-        bool, typer.Option("--embed", help="Put pictures into the Parquet file itself (messages).")
+        bool, typer.Option("--embed", help="Put images into the Parquet file itself (messages).")
     ] = False,
 ) -> None:
     """Write a verified mixture as other programs read it."""
@@ -263,8 +263,8 @@ def export_mixture(
     if copy and images is None:
         raise ConfigError("--copy needs --images, the folder to copy into")
     directory = Path(mixture) if Path(mixture).is_dir() else Path("resources/mixtures", mixture)
-    pictures = Below(root) if images is None else PutInto(images, copy)
-    print(f"{out}: {write(directory, out, layout, pictures, embed=embed)} records")
+    placement = Below(root) if images is None else PutInto(images, copy)
+    print(f"{out}: {write(directory, out, layout, placement, embed=embed)} records")
 
 
 @app.command()
@@ -293,7 +293,7 @@ def judge(
     """Let a judge model read answers, or say what that would cost; prints JSON."""
     from mmpipe.benchmarks.judge import judge_answers, price
     from mmpipe.benchmarks.spec import JudgeSettings
-    from mmpipe.settings_loader import validate
+    from mmpipe.settings import validate
 
     chosen = {
         "base_url": base_url,
@@ -317,7 +317,7 @@ def chat(
         ),
     ],
     image: Annotated[
-        list[str] | None, typer.Option(help="A file or address; repeat it for several pictures.")
+        list[str] | None, typer.Option(help="A file or address; repeat it for several images.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask this once and end; '-' reads it from the standard input.")
@@ -336,7 +336,7 @@ def chat(
     sparsity: Sparsity = None,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
-    """Talk to a checkpoint about pictures."""
+    """Talk to a checkpoint about images."""
     from mmpipe.chat.messages import ChatError, Sampling
     from mmpipe.chat.run import chat as talk
 

@@ -1,1 +1,1 @@
-"""Records and their formats, chat templates and labels, pictures, mixtures and their verification."""
+"""Records and their formats, chat templates and labels, images, mixtures and their verification."""

@@ -1,6 +1,6 @@
-"""From a record in tokens and its pictures to a batch: what the trainer reads.
+"""From a record in tokens and its images to a batch: what the trainer reads.
 
-Shapes: T tokens of a sample, B samples and N pictures of a batch, H x W pixels of a processed picture.
+Shapes: T tokens of a sample, B samples and N images of a batch, H x W pixels of a processed image.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from mmpipe.data.images import open_picture
+from mmpipe.data.images import open_image
 from mmpipe.data.labels import IGNORE, Encoded
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import DataError
@@ -37,7 +37,7 @@ class Tokens(TypedDict):
     """A conversation in tokens."""
 
     input_ids: torch.Tensor
-    """[T] int64; every picture takes as many positions as it has image tokens."""
+    """[T] int64; every image takes as many positions as it has image tokens."""
     labels: torch.Tensor
     """[T] int64; -100 where nothing is supervised."""
 
@@ -59,7 +59,7 @@ class Sample(Tokens, Facts):
 
 
 class Pair(Facts):
-    """One preference record: two conversations about the same pictures, which are given once."""
+    """One preference record: two conversations about the same images, which are given once."""
 
     chosen: Tokens
     rejected: Tokens
@@ -71,15 +71,15 @@ def as_tensors(encoded: Encoded) -> Tokens:
 
 
 def pixels(paths: Sequence[str], processor: LlavaImageProcessorPil) -> list[torch.Tensor]:
-    """Each picture as [3, H, W] float32. Raises DataError if one cannot be opened."""
-    images = [open_picture(Path(path)).image for path in paths]
+    """Each image as [3, H, W] float32. Raises DataError if one cannot be opened."""
+    images = [open_image(Path(path)).image for path in paths]
     return list(processor(images, return_tensors="pt")["pixel_values"]) if images else []
 
 
 class RecordDataset(Dataset[S], Generic[S], ABC):
     """The records of a mixture as samples.
 
-    A record whose pictures cannot be read although the mixture was verified is replaced by the next one, so that the same
+    A record whose images cannot be read although the mixture was verified is replaced by the next one, so that the same
     run gives the same batches; the sample says so in ``replaced`` and a warning is logged. Nothing is replaced silently or
     at random.
     """
@@ -105,12 +105,12 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
 
     @property
     def lengths(self) -> list[int]:
-        """Length of each record in words, pictures counted."""
+        """Length of each record in words, images counted."""
         return self.tokens.words
 
     @property
     def has_image(self) -> list[bool]:
-        """Whether each record has pictures."""
+        """Whether each record has images."""
         return self.tokens.has_image
 
     def __getitem__(self, place: int) -> S:
@@ -118,15 +118,15 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
         for step in range(min(len(self), MAX_REPLACEMENTS)):
             row = self.tokens[(place + step) % len(self)]
             try:
-                pictures = pixels(row.images, self.processor)
+                images = pixels(row.images, self.processor)
             except DataError as error:
                 faults.append(f"{row.id}: {error}")
                 log.warning("replaced by the next record: %s", faults[-1])
                 continue
-            facts = Facts(id=row.id, index=row.place, pixel_values=pictures, replaced=tuple(faults))
+            facts = Facts(id=row.id, index=row.place, pixel_values=images, replaced=tuple(faults))
             return self.sample(row.conversations, facts)
         raise DataError(
-            f"{self.tokens.directory}: the pictures of {len(faults)} records in a row cannot be read; "
+            f"{self.tokens.directory}: the images of {len(faults)} records in a row cannot be read; "
             f"the first: {faults[0]}"
         )
 
@@ -166,9 +166,9 @@ class Batch(TypedDict):
     labels: torch.Tensor
     """[B, T] int64, -100 where nothing is supervised."""
     pixel_values: torch.Tensor
-    """[N, 3, H, W] float32, in the order of the samples; one of zeros if no sample has a picture."""
+    """[N, 3, H, W] float32, in the order of the samples; one of zeros if no sample has an image."""
     dummy_image: bool
-    """The picture is of zeros and belongs to no token; every rank runs the tower, or ranks would hang."""
+    """The image is of zeros and belongs to no token; every rank runs the tower, or ranks would hang."""
     replaced: list[str]
     """Why records were replaced, for the trainer to count."""
 
@@ -178,13 +178,13 @@ class Padding:
     """How rows of different lengths become a batch."""
 
     pad_token_id: int
-    picture_size: tuple[int, int]
-    """Height and width of processed pictures, in pixels."""
+    image_size: tuple[int, int]
+    """Height and width of processed images, in pixels."""
     multiple_of: int = 1
     """The padded length is a multiple of this."""
 
     def batch(self, rows: Sequence[Tokens], samples: Sequence[Sample | Pair]) -> Batch:
-        """A batch of ``rows`` with the pictures of ``samples``."""
+        """A batch of ``rows`` with the images of ``samples``."""
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), -(-longest // self.multiple_of) * self.multiple_of)
         input_ids = torch.full(shape, self.pad_token_id)
@@ -195,15 +195,15 @@ class Padding:
             input_ids[number, :length] = row["input_ids"]
             labels[number, :length] = row["labels"]
             attention_mask[number, :length] = 1
-        pictures = [picture for sample in samples for picture in sample["pixel_values"]]
+        images = [image for sample in samples for image in sample["pixel_values"]]
         return Batch(
             ids=[sample["id"] for sample in samples],
             indices=[sample["index"] for sample in samples],
             input_ids=input_ids,
             attention_mask=attention_mask,
             labels=labels,
-            pixel_values=torch.stack(pictures) if pictures else torch.zeros(1, 3, *self.picture_size),
-            dummy_image=not pictures,
+            pixel_values=torch.stack(images) if images else torch.zeros(1, 3, *self.image_size),
+            dummy_image=not images,
             replaced=[fault for sample in samples for fault in sample["replaced"]],
         )
 
@@ -218,7 +218,7 @@ class Collator(Padding):
 class PreferenceCollator(Padding):
     """Pads pairs to a batch of 2 B rows: B chosen answers, then the B rejected ones in the same order.
 
-    ``ids`` has B entries and ``pixel_values`` each picture once; the features of all pictures, repeated as a
+    ``ids`` has B entries and ``pixel_values`` each image once; the features of all images, repeated as a
     whole, are those of the 2 B rows.
     """
 

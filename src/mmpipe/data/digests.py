@@ -1,4 +1,4 @@
-"""Which pictures a mixture holds: ``pictures.arrow``, the name and the digest of every file, written as they are found."""
+"""Which images a mixture holds: ``images.arrow``, the name and the digest of every file, written as they are found."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import pyarrow as pa
 
-PICTURES = "pictures.arrow"
+IMAGES = "images.arrow"
 _SCHEMA = pa.schema([pa.field("name", pa.string()), pa.field("digest", pa.binary(16))])
 _ROWS = 4096
 
 
 class DigestWriter(AbstractContextManager["DigestWriter"]):
-    """Writes a row a picture, in the order they are added."""
+    """Writes a row an image, in the order they are added."""
 
     def __init__(self, path: Path) -> None:
         self._names: list[str] = []
@@ -26,7 +26,7 @@ class DigestWriter(AbstractContextManager["DigestWriter"]):
             self._opened = opened.pop_all()
 
     def add(self, name: str, digest: bytes) -> None:
-        """Write one picture; nothing is asked about those before."""
+        """Write one image; nothing is asked about those before."""
         self._names.append(name)
         self._digests.append(digest)
         if len(self._names) == _ROWS:
@@ -44,7 +44,7 @@ class DigestWriter(AbstractContextManager["DigestWriter"]):
 
 
 def read_digests(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and digest of every picture; memory does not grow with their number."""
+    """Name and digest of every image; memory does not grow with their number."""
     with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
         for batch in stream:
             yield from zip(batch.column("name").to_pylist(), batch.column("digest").to_pylist(), strict=True)

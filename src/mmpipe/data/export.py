@@ -1,7 +1,7 @@
 """Mixtures as other programs read them: LLaVA's JSON, chat messages in Parquet, LLaVA-MoD's preference pairs.
 
 Records are written as they are read: memory does not grow with their number. The file appears whole or not at all, after the
-pictures that it names.
+images that it names.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ from mmpipe.errors import ArtifactError, ConfigError, DataError, did_you_mean
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
 _ROWS = 512
 _GROUP_BYTES = 32 << 20
-"""Embedded pictures of a row group of Parquet, which is written at once."""
+"""Embedded images of a row group of Parquet, which is written at once."""
 
 R = TypeVar("R", Record, PreferenceRecord)
 
 
-class Pictures(Protocol):
-    """What becomes of a record's pictures."""
+class Images(Protocol):
+    """What becomes of a record's images."""
 
     def name(self, stored: str) -> str:
-        """What the exported file calls the picture that records call ``stored``."""
+        """What the exported file calls the image that records call ``stored``."""
         ...
 
 
 @dataclass(frozen=True)
 class Below:
-    """Pictures stay where they are, named relative to a folder above them."""
+    """Images stay where they are, named relative to a folder above them."""
 
     root: Path
 
     def name(self, stored: str) -> str:
-        """See Pictures. Raises DataError for a picture that lies elsewhere."""
+        """See Images. Raises DataError for an image that lies elsewhere."""
         path = Path(os.path.abspath(stored))
         root = Path(os.path.abspath(self.root))
         if not path.is_relative_to(root):
             raise DataError(
-                f"{stored}: lies outside of {root}; name a folder above it, or let pictures be put into one"
+                f"{stored}: lies outside of {root}; name a folder above it, or let images be put into one"
             )
         return path.relative_to(root).as_posix()
 
 
 @dataclass(frozen=True)
 class PutInto:
-    """Pictures are linked or copied into a folder and named relative to it."""
+    """Images are linked or copied into a folder and named relative to it."""
 
     folder: Path
     copy: bool = False
 
     def name(self, stored: str) -> str:
-        """See Pictures."""
+        """See Images."""
         name = stored.lstrip("/")
         target = self.folder / name
         if not target.exists():
@@ -81,46 +81,46 @@ class PutInto:
         return name
 
 
-def export_mixture(mixture: Path, out: Path, layout: str, pictures: Pictures, *, embed: bool = False) -> int:
+def export_mixture(mixture: Path, out: Path, layout: str, images: Images, *, embed: bool = False) -> int:
     """Write the records of a published mixture into the file ``out``; returns how many.
 
-    ``layout`` is a name of :data:`LAYOUTS`; ``embed`` puts the pictures themselves into the file, where the layout can hold them.
-    Raises ArtifactError for a mixture that is not there, ConfigError for an unknown or unfit layout, DataError for a picture
+    ``layout`` is a name of :data:`LAYOUTS`; ``embed`` puts the images themselves into the file, where the layout can hold them.
+    Raises ArtifactError for a mixture that is not there, ConfigError for an unknown or unfit layout, DataError for an image
     that is not where it should be.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"there is no layout '{layout}'{did_you_mean(layout, LAYOUTS)}")
     if embed and layout != "messages":
-        raise ConfigError(f"the layout '{layout}' names pictures; only 'messages' can hold them")
+        raise ConfigError(f"the layout '{layout}' names images; only 'messages' can hold them")
     if out.exists():
         raise ConfigError(f"{out}: exists; name a file that does not")
     if not (mixture / manifest.NAME).is_file():
         raise ArtifactError(f"{mixture}: no published mixture; make it: snakemake {mixture / manifest.NAME}")
     records = RecordTable(mixture / RECORDS)
     with atomic_open(out) as file:
-        LAYOUTS[layout](records, file, pictures, embed)
+        LAYOUTS[layout](records, file, images, embed)
     return len(records)
 
 
-def _llava(records: RecordTable, file: BinaryIO, pictures: Pictures, embed: bool) -> None:
+def _llava(records: RecordTable, file: BinaryIO, images: Images, embed: bool) -> None:
     def row(record: Record) -> dict[str, Any]:
-        return {**_head(record, record.turns, pictures), "conversations": _said(record.turns)}
+        return {**_head(record, record.turns, images), "conversations": _said(record.turns)}
 
     _write_array(file, (row(_of_kind(record, Record, "messages' or 'preference")) for record in records))
 
 
-def _preference(records: RecordTable, file: BinaryIO, pictures: Pictures, embed: bool) -> None:
+def _preference(records: RecordTable, file: BinaryIO, images: Images, embed: bool) -> None:
     def row(record: PreferenceRecord) -> dict[str, Any]:
         answers = {"chosen": record.chosen, "rejected": record.rejected}
         return {
-            **_head(record, record.prompt, pictures),
+            **_head(record, record.prompt, images),
             **{name: _said((*record.prompt, Turn("assistant", text))) for name, text in answers.items()},
         }
 
     _write_array(file, (row(_of_kind(record, PreferenceRecord, "llava' or 'messages")) for record in records))
 
 
-def _messages(records: RecordTable, file: BinaryIO, pictures: Pictures, embed: bool) -> None:
+def _messages(records: RecordTable, file: BinaryIO, images: Images, embed: bool) -> None:
     pairs = len(records) > 0 and isinstance(records[0], PreferenceRecord)
     columns = ("prompt", "chosen", "rejected") if pairs else ("messages",)
 
@@ -139,7 +139,7 @@ def _messages(records: RecordTable, file: BinaryIO, pictures: Pictures, embed: b
             "id": record.id,
             "source": record.source,
             **said,
-            "images": [_picture(stored, pictures, embed) for stored in record.images],
+            "images": [_image(stored, images, embed) for stored in record.images],
         }
 
     schema = _message_schema(columns)
@@ -148,12 +148,12 @@ def _messages(records: RecordTable, file: BinaryIO, pictures: Pictures, embed: b
             writer.write_batch(pa.RecordBatch.from_pylist(group, schema=schema))
 
 
-LAYOUTS: dict[str, Callable[[RecordTable, BinaryIO, Pictures, bool], None]] = {
+LAYOUTS: dict[str, Callable[[RecordTable, BinaryIO, Images, bool], None]] = {
     "llava": _llava,
     "messages": _messages,
     "preference": _preference,
 }
-"""``llava``: an array of ``{"id", "image", "conversations"}``. ``messages``: Parquet of chat messages and pictures as TRL and
+"""``llava``: an array of ``{"id", "image", "conversations"}``. ``messages``: Parquet of chat messages and images as TRL and
 ``datasets`` read it, of preferences with ``prompt``, ``chosen`` and ``rejected``. ``preference``: LLaVA-MoD's array of
 ``{"id", "image", "chosen", "rejected"}``."""
 
@@ -164,9 +164,9 @@ def _of_kind(record: AnyRecord, kind: type[R], others: str) -> R:
     return record
 
 
-def _head(record: AnyRecord, turns: Sequence[Turn], pictures: Pictures) -> dict[str, Any]:
+def _head(record: AnyRecord, turns: Sequence[Turn], images: Images) -> dict[str, Any]:
     """What stands before the conversation. A system message goes beside it, as ShareGPT has it; LLaVA reads none."""
-    names = [pictures.name(stored) for stored in record.images]
+    names = [images.name(stored) for stored in record.images]
     system = turns[0].text if turns[0].role == "system" else None
     return {
         "id": record.id,
@@ -189,19 +189,19 @@ def _write_array(file: BinaryIO, rows: Iterator[dict[str, Any]]) -> None:
     file.write(b"\n]\n")
 
 
-def _picture(stored: str, pictures: Pictures, embed: bool) -> dict[str, Any]:
+def _image(stored: str, images: Images, embed: bool) -> dict[str, Any]:
     if not embed:
-        return {"bytes": None, "path": pictures.name(stored)}
+        return {"bytes": None, "path": images.name(stored)}
     try:
         return {"bytes": Path(stored).read_bytes(), "path": Path(stored).name}
     except OSError as error:
         raise DataError(
-            f"{stored}: the picture cannot be read ({error.strerror}); build the mixture again"
+            f"{stored}: the image cannot be read ({error.strerror}); build the mixture again"
         ) from error
 
 
 def _message_schema(columns: Sequence[str]) -> Any:
-    """The columns with what ``datasets`` needs to know that ``images`` are pictures."""
+    """The columns with what ``datasets`` needs to know that ``images`` are images."""
     from datasets import Features, Image, List, Value
 
     text = Value("string")
@@ -212,12 +212,12 @@ def _message_schema(columns: Sequence[str]) -> Any:
 
 
 def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Rows to be written at once: many, but few large pictures."""
+    """Rows to be written at once: many, but few large images."""
     group: list[dict[str, Any]] = []
     size = 0
     for row in rows:
         group.append(row)
-        size += sum(len(picture["bytes"] or b"") for picture in row["images"])
+        size += sum(len(image["bytes"] or b"") for image in row["images"])
         if len(group) == _ROWS or size > _GROUP_BYTES:
             yield group
             group, size = [], 0

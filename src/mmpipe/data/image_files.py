@@ -1,4 +1,4 @@
-"""Finding and inspecting the pictures that records name, many at a time and each once."""
+"""Finding and inspecting the images that records name, many at a time and each once."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from mmpipe.data.formats.base import Draft
-from mmpipe.data.images import Inspection, inspect_picture
+from mmpipe.data.images import Inspection, inspect_image
 from mmpipe.data.records import BadRecord
 from mmpipe.errors import DataError
 
 _EMBEDDED = "\x00"
-"""Begins the names of pictures that were written out; no name in annotations may hold it."""
+"""Begins the names of images that were written out; no name in annotations may hold it."""
 
 _LONGEST_NAME = 200
 REMEMBERED = 16_384
-"""So many pictures are remembered after they were decoded; who comes back later is decoded again."""
+"""So many images are remembered after they were decoded; who comes back later is decoded again."""
 
 
 class Found(NamedTuple):
-    """A picture that a record names."""
+    """An image that a record names."""
 
     name: str
     """Its path as records carry it: relative to the working directory if below it; empty if not found."""
     inspection: Inspection
 
 
-class EmbeddedPictures:
-    """Pictures that annotations contain, written out as files named after their content, equal ones once.
+class EmbeddedImages:
+    """Images that annotations contain, written out as files named after their content, equal ones once.
 
     They are written into ``folder``, which will later be found at ``published``.
     """
@@ -47,7 +47,7 @@ class EmbeddedPictures:
         self.published = published
 
     def keep(self, content: bytes) -> str:
-        """Write one picture; returns its name relative to the folder."""
+        """Write one image; returns its name relative to the folder."""
         digest = hashlib.sha256(content).hexdigest()[:32]
         name = f"{digest[:2]}/{digest}{_suffix(content)}"
         path = self.folder / name
@@ -57,10 +57,10 @@ class EmbeddedPictures:
         return name
 
 
-class PictureFinder:
-    """The pictures of one part: in folders that names are relative to, searched in order, or embedded."""
+class ImageFinder:
+    """The images of one part: in folders that names are relative to, searched in order, or embedded."""
 
-    def __init__(self, folders: Sequence[Path], embedded: EmbeddedPictures) -> None:
+    def __init__(self, folders: Sequence[Path], embedded: EmbeddedImages) -> None:
         self._folders = folders
         self._embedded = embedded
         self._found: dict[str, Found] = {}
@@ -68,7 +68,7 @@ class PictureFinder:
             _check_readable(folder)
 
     def unpacked(self, draft: Draft) -> Draft:
-        """The draft with its embedded pictures written out, and their names in its record.
+        """The draft with its embedded images written out, and their names in its record.
 
         Raises DataError for a name that leads out of the folders.
         """
@@ -82,7 +82,7 @@ class PictureFinder:
         return replace(draft, record=replace(draft.record, images=names), embedded=())
 
     def prepare(self, names: Iterable[str], pool: Executor) -> None:
-        """Find and decode these pictures, but for those that were asked for not long ago."""
+        """Find and decode these images, but for those that were asked for not long ago."""
         wanted = dict.fromkeys(names)
         new = [name for name in wanted if name not in self._found]
         # the latest ones stand last
@@ -93,19 +93,19 @@ class PictureFinder:
             del self._found[name]
 
     def __getitem__(self, name: str) -> Found:
-        """A prepared picture. Raises BadRecord if it is missing or cannot be trained on."""
+        """A prepared image. Raises BadRecord if it is missing or cannot be trained on."""
         found = self._found[name]
         if not found.name:
             folders = " or ".join(str(folder) for folder in self._folders)
-            raise BadRecord("missing picture", f"there is no {_short(name)} in {folders}")
+            raise BadRecord("missing image", f"there is no {_short(name)} in {folders}")
         if found.inspection.fault:
-            raise BadRecord("corrupt picture", found.inspection.fault)
+            raise BadRecord("corrupt image", found.inspection.fault)
         return found
 
     def _find(self, name: str) -> Found:
         if name.startswith(_EMBEDDED):
             inner = name.removeprefix(_EMBEDDED)
-            inspection = inspect_picture(self._embedded.folder / inner)
+            inspection = inspect_image(self._embedded.folder / inner)
             return Found(_from_here(self._embedded.published / inner), inspection)
         for folder in self._folders:
             path = folder / name
@@ -116,7 +116,7 @@ class PictureFinder:
                     continue
                 raise DataError(f"{path}: cannot be looked at ({error.strerror})") from error
             if there:
-                return Found(_from_here(path), inspect_picture(path))
+                return Found(_from_here(path), inspect_image(path))
         return Found("", Inspection())
 
 
@@ -141,7 +141,7 @@ def _check_readable(folder: Path) -> None:
         next(folder.iterdir(), None)
     except OSError as error:
         raise DataError(
-            f"{folder}: the folder of pictures cannot be read ({error.strerror}); "
+            f"{folder}: the folder of images cannot be read ({error.strerror}); "
             "correct `images` of the part, or fetch the data set again"
         ) from error
 
@@ -150,6 +150,6 @@ def _check_inside(name: str) -> None:
     """Raise DataError for a name that leads out of the folder: an honest data set has none."""
     if name.startswith(("/", "\\")) or ".." in PurePosixPath(name).parts or "\x00" in name:
         raise DataError(
-            f"the picture name {name!r} leads out of the data set's folder; nothing is read from there: "
+            f"the image name {name!r} leads out of the data set's folder; nothing is read from there: "
             "make the names in the annotations relative"
         )

@@ -1,4 +1,4 @@
-"""Opening pictures, and the image processor that belongs to a vision tower."""
+"""Opening images, and the image processor that belongs to a vision tower."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Aspect = Literal["pad", "square"]
 """``pad``: to a square with the mean colour, then resized. ``square``: the tower's own resizing, cropping."""
 
 MAX_PIXELS = 80_000_000
-"""A larger picture is taken for a decompression bomb (an A3 page scanned at 600 dpi has 70 million)."""
+"""A larger image is taken for a decompression bomb (an A3 page scanned at 600 dpi has 70 million)."""
 
 MAX_SIDE = 12_000
 """In pixels. Padding makes a square of the longer side before anything is shrunk: this one takes 430 MB."""
@@ -32,37 +32,37 @@ MAX_ASPECT = 200
 
 # What Pillow's decoders are known to raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-# The JPEG of many cameras holds a second picture, a preview.
+# The JPEG of many cameras holds a second image, a preview.
 _SAME_FORMAT = {"MPO": "JPEG"}
 _DEEP_GREY = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """An opened picture. ``notes`` say what is odd about the file without being an error."""
+class OpenedImage:
+    """An opened image. ``notes`` say what is odd about the file without being an error."""
 
     image: Image.Image
     """Mode RGB."""
     notes: tuple[str, ...] = ()
 
 
-def open_picture(path: Path, *, upright: bool = False) -> Picture:
-    """Decode a picture as RGB; equal files give equal pixels.
+def open_image(path: Path, *, upright: bool = False) -> OpenedImage:
+    """Decode an image as RGB; equal files give equal pixels.
 
     The format is read from the content, not from the name. Of several frames the first is taken, transparency
     is dropped, 16-bit grey is scaled to 8 bits. With ``upright`` the orientation in the EXIF data is applied;
     by default it is not, as in LLaVA.
 
-    Raises DataError, naming the file, if it is missing, damaged, no picture, or too large.
+    Raises DataError, naming the file, if it is missing, damaged, no image, or too large.
     """
     image, notes = _identify(path, _read(path))
-    return Picture(_pixels(image, str(path), upright=upright), notes)
+    return OpenedImage(_pixels(image, str(path), upright=upright), notes)
 
 
-def decode_picture(
+def decode_image(
     content: bytes, where: str, *, upright: bool = False, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """The picture in ``content`` as :func:`open_picture` decodes it; ``where`` names it in messages.
+    """The image in ``content`` as :func:`open_image` decodes it; ``where`` names it in messages.
 
     ``formats`` are Pillow's names of the only formats to read: fewer decoders see what a stranger sent.
     """
@@ -78,12 +78,12 @@ def _pixels(image: Image.Image, where: str, *, upright: bool) -> Image.Image:
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         return image.convert("RGB")
     except _DAMAGE as error:
-        raise DataError(f"{where}: the picture is damaged ({error}); fetch it again") from error
+        raise DataError(f"{where}: the image is damaged ({error}); fetch it again") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What the verification of a picture finds. ``fault`` is None when it can be trained on."""
+    """What the verification of an image finds. ``fault`` is None when it can be trained on."""
 
     width: int = 0
     height: int = 0
@@ -98,8 +98,8 @@ def content_digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def inspect_picture(path: Path) -> Inspection:
-    """Decode a picture to the end and say what it is; faults are returned, not raised.
+def inspect_image(path: Path) -> Inspection:
+    """Decode an image to the end and say what it is; faults are returned, not raised.
 
     JPEG is decoded at a fraction of its size, which reads the whole file all the same in half the time.
     """
@@ -113,7 +113,7 @@ def inspect_picture(path: Path) -> Inspection:
         image.draft(None, (max(1, width // 8), max(1, height // 8)))
         image.load()
     except _DAMAGE as error:
-        return Inspection(fault=f"{path}: the picture is damaged ({error}); fetch it again")
+        return Inspection(fault=f"{path}: the image is damaged ({error}); fetch it again")
     return Inspection(width, height, notes, digest=content_digest(content))
 
 
@@ -121,7 +121,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: the picture cannot be read ({error.strerror})") from error
+        raise DataError(f"{path}: the image cannot be read ({error.strerror})") from error
 
 
 def _identify(path: Path, content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
@@ -158,17 +158,17 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> Image.Image:
-    """Read the header of a picture."""
+    """Read the header of an image."""
     try:
         image = Image.open(io.BytesIO(content), formats=formats)
     except Image.UnidentifiedImageError as error:
-        known = "no known picture format" if formats is None else f"none of the formats {', '.join(formats)}"
+        known = "no known image format" if formats is None else f"none of the formats {', '.join(formats)}"
         what = f"in {known}" if content else "an empty file"
-        raise DataError(f"{where}: the picture is {what}; fetch it again") from error
+        raise DataError(f"{where}: the image is {what}; fetch it again") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: {error}") from error
     except _DAMAGE as error:
-        raise DataError(f"{where}: the picture is damaged ({error}); fetch it again") from error
+        raise DataError(f"{where}: the image is damaged ({error}); fetch it again") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"{where}: {image.width}x{image.height} are more than {MAX_PIXELS} pixels; shrink it")
     longer, shorter = max(image.size), min(image.size)
@@ -183,12 +183,12 @@ def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> I
             "shorter side to what a vision tower sees would take too much memory; cut it"
         )
     if image.mode == "F":
-        raise DataError(f"{where}: a picture of floating-point numbers has no defined brightness; convert it")
+        raise DataError(f"{where}: an image of floating-point numbers has no defined brightness; convert it")
     return image
 
 
 def image_processor(vision_dir: Path, aspect: Aspect) -> LlavaImageProcessorPil:
-    """The processor that turns a picture into the input of the vision tower stored in ``vision_dir``.
+    """The processor that turns an image into the input of the vision tower stored in ``vision_dir``.
 
     Always of one class, which a ``LlavaProcessor`` can hold and save, with the sizes, means and deviations of
     the tower's own ``preprocessor_config.json``; always on Pillow: the same pixels on every machine.
@@ -223,6 +223,6 @@ _PROCESSOR_SETTINGS = {
 }
 
 
-def picture_size(processor: LlavaImageProcessorPil) -> tuple[int, int]:
+def image_size(processor: LlavaImageProcessorPil) -> tuple[int, int]:
     """Height and width of what the processor returns, in pixels."""
     return processor.crop_size["height"], processor.crop_size["width"]

@@ -65,16 +65,16 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     rendered: Rendered,
     image_token: str,
-    image_tokens_per_picture: int,
+    tokens_per_image: int,
     max_length: int | None = None,
 ) -> Encoded:
     """Tokenise a conversation and label the tokens that begin inside a supervised span.
 
-    Every image mark becomes ``image_tokens_per_picture`` times the id of ``image_token``, never supervised.
+    Every image mark becomes ``tokens_per_image`` times the id of ``image_token``, never supervised.
     What the tokenizer adds by itself (BOS) is kept, not supervised, and not added to a text that begins with
     BOS already: the rule of a processor's ``apply_chat_template``.
 
-    With ``max_length``, text is cut from the right. Raises BadRecord if that would cut a picture or leave
+    With ``max_length``, text is cut from the right. Raises BadRecord if that would cut an image or leave
     nothing to learn; DataError if the tokenizer cannot be used.
     """
     if not tokenizer.is_fast:
@@ -103,8 +103,8 @@ def encode(
     labels: list[int] = []
     for token_id, learn in zip(tokens["input_ids"], supervised, strict=True):
         if token_id == image_id:
-            input_ids += [image_id] * image_tokens_per_picture
-            labels += [IGNORE] * image_tokens_per_picture
+            input_ids += [image_id] * tokens_per_image
+            labels += [IGNORE] * tokens_per_image
         else:
             input_ids.append(token_id)
             labels.append(token_id if learn else IGNORE)
@@ -127,8 +127,8 @@ def _inside(
 def _cut(encoded: Encoded, max_length: int, image_id: int) -> Encoded:
     if image_id in encoded.input_ids[max_length:]:
         raise BadRecord(
-            "too long for its pictures",
-            f"cut to {max_length} tokens, the {len(encoded.input_ids)} tokens would lose part of a picture; "
+            "too long for its images",
+            f"cut to {max_length} tokens, the {len(encoded.input_ids)} tokens would lose part of an image; "
             "raise max_length or leave the record out",
         )
     lost = len(encoded.input_ids) - max_length

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import write_json
-from mmpipe.data.digests import PICTURES, DigestWriter
-from mmpipe.data.image_files import EmbeddedPictures
+from mmpipe.data.digests import IMAGES, DigestWriter
+from mmpipe.data.image_files import EmbeddedImages
 from mmpipe.data.record_table import write_records
 from mmpipe.data.report import Pace, histogram, keeping
 from mmpipe.data.spec import MixtureSpec
-from mmpipe.data.verify import EQUAL_PICTURE, Known, Log, Part
+from mmpipe.data.verify import EQUAL_IMAGE, Known, Log, Part
 from mmpipe.errors import DataError
 
 RECORDS = "records.arrow"
@@ -31,21 +31,21 @@ def build_mixture(
     published: Path | None = None,
     failed_report: Path | None = None,
 ) -> dict[str, Any]:
-    """Write ``records.arrow``, ``pictures.arrow`` and ``report.json`` into ``out`` and return the report.
+    """Write ``records.arrow``, ``images.arrow`` and ``report.json`` into ``out`` and return the report.
 
-    ``datasets`` gives the directory of each data set by name. Pictures are decoded by ``workers`` threads;
+    ``datasets`` gives the directory of each data set by name. Images are decoded by ``workers`` threads;
     the result does not depend on their number, and memory hardly grows with that of the records. Each dropped record is
-    a line of ``log``. Pictures that annotations contain are written to ``out/images``; ``published`` is where ``out``
+    a line of ``log``. Images that annotations contain are written to ``out/images``; ``published`` is where ``out``
     will be, if not there.
 
-    Raises DataError when a file or folder cannot be read, when a picture's name leads out of its folder, or
+    Raises DataError when a file or folder cannot be read, when an image's name leads out of its folder, or
     when more than ``spec.max_bad`` of the records of a part are bad; the message lists the reasons, and the report is
     written to ``failed_report`` then.
     """
     out.mkdir(parents=True, exist_ok=True)
     pace = Pace()
-    embedded = EmbeddedPictures(out / "images", (published or out) / "images")
-    with DigestWriter(out / PICTURES) as digests, ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+    embedded = EmbeddedImages(out / "images", (published or out) / "images")
+    with DigestWriter(out / IMAGES) as digests, ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         known = Known(digests)
         parts = [Part(part, datasets[part.dataset], spec.seed, known, embedded, log) for part in spec.parts]
         write_records(out / RECORDS, (record for part in parts for record in part.records(pool)))
@@ -67,7 +67,7 @@ def _report(spec: MixtureSpec, parts: Sequence[Part]) -> dict[str, Any]:
         "wanted": sum(part.wanted for part in parts),
         "dropped": sum(part.bad for part in parts),
         "with_images": sum(part.with_images for part in parts),
-        "equal_pictures": sum(part.notes.counts[EQUAL_PICTURE] for part in parts),
+        "equal_images": sum(part.notes.counts[EQUAL_IMAGE] for part in parts),
         "max_bad": spec.max_bad,
         "words_up_to": histogram(lengths),
         "longer_side_up_to": histogram(sides),

@@ -1,4 +1,4 @@
-"""Whether two models see the same pixels of a picture."""
+"""Whether two models see the same pixels of an image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SETTINGS = ("size", "crop_size", "do_pad", "image_mean", "image_std", "resample
 
 
 def pixel_settings(processor: Any) -> dict[str, Any]:
-    """What an image processor does to a picture, as it would be read back from JSON."""
+    """What an image processor does to an image, as it would be read back from JSON."""
     settings = processor.to_dict()
     kept: dict[str, Any] = json.loads(json.dumps({key: settings.get(key) for key in _SETTINGS}))
     return kept
@@ -22,7 +22,7 @@ def pixel_settings(processor: Any) -> dict[str, Any]:
 def require_same_pixels(
     where: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: str = "teacher"
 ) -> None:
-    """Raise ConfigError, naming ``where``, when the other model saw other pictures than this stage shows.
+    """Raise ConfigError, naming ``where``, when the other model saw other images than this stage shows.
 
     Arguments are what :func:`pixel_settings` gives; ``whose`` is the part the other model plays.
     """
@@ -30,6 +30,6 @@ def require_same_pixels(
     if different:
         shown = "; ".join(f"{key}: stage {ours.get(key)}, {whose} {theirs.get(key)}" for key in different)
         raise ConfigError(
-            f"{where}: the {whose} was trained on other pictures than the stage shows ({shown}); "
+            f"{where}: the {whose} was trained on other images than the stage shows ({shown}); "
             f"give the stage the {whose}'s image_aspect, or take a {whose} of the same image size"
         )

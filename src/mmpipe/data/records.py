@@ -9,10 +9,10 @@ from typing import Literal, get_args
 from mmpipe.errors import DataError
 
 IMAGE_MARK = "<image>"
-"""Stands in a turn's text where a picture goes; the k-th mark of a record is its k-th picture."""
+"""Stands in a turn's text where an image goes; the k-th mark of a record is its k-th image."""
 
 WORDS_PER_IMAGE = 128
-"""What a picture counts for in the length of a record, in words (LLaVA's length grouping)."""
+"""What an image counts for in the length of a record, in words (LLaVA's length grouping)."""
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -28,13 +28,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A conversation about pictures."""
+    """A conversation about images."""
 
     id: str
     source: str
     """The data set the record comes from."""
     images: tuple[str, ...]
-    """Paths of the pictures, in the order of their marks."""
+    """Paths of the images, in the order of their marks."""
     turns: tuple[Turn, ...]
 
     @property
@@ -134,7 +134,7 @@ def check_turns(turns: Sequence[Turn]) -> None:
 
 
 def check_marks(record: Record) -> None:
-    """Raise BadRecord unless there is one ``<image>`` mark per picture, all of them in the user's turns."""
+    """Raise BadRecord unless there is one ``<image>`` mark per image, all of them in the user's turns."""
     marks = 0
     for position, turn in enumerate(record.turns):
         found = turn.text.count(IMAGE_MARK)
@@ -145,8 +145,8 @@ def check_marks(record: Record) -> None:
         marks += found
     if marks != len(record.images):
         raise BadRecord(
-            "image marks and pictures differ",
-            f"{marks} {IMAGE_MARK} marks for {len(record.images)} pictures",
+            "image marks and images differ",
+            f"{marks} {IMAGE_MARK} marks for {len(record.images)} images",
         )
 
 
@@ -162,6 +162,6 @@ def check_record(record: AnyRecord) -> None:
 
 
 def length_in_words(record: AnyRecord) -> int:
-    """Words of the longest conversation, ``WORDS_PER_IMAGE`` for a picture: what batches are grouped by."""
+    """Words of the longest conversation, ``WORDS_PER_IMAGE`` for an image: what batches are grouped by."""
     words = max(sum(len(turn.text.split()) for turn in c.turns) for c in record.conversations)
     return words + WORDS_PER_IMAGE * len(record.images)

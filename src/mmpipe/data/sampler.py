@@ -33,7 +33,7 @@ class BatchPlan:
     lengths: Sequence[int]
     """Length of each record, in any unit, positive."""
     has_image: Sequence[bool]
-    """Whether each record has pictures."""
+    """Whether each record has images."""
     micro_batch: int
     """Records per forward pass of a rank."""
     accumulation: int = 1
@@ -144,9 +144,9 @@ def modality_length_order(
     chunks: int,
     generator: torch.Generator,
 ) -> list[int]:
-    """As ``length_order``, with only records with pictures, or only records without, in a global batch.
+    """As ``length_order``, with only records with images, or only records without, in a global batch.
 
-    Records with and without pictures are ordered separately. The last group of each kind, full or not, is
+    Records with and without images are ordered separately. The last group of each kind, full or not, is
     taken out; the other groups of both are shuffled together; the two taken out follow at the end, by record
     number, so that up to two global batches of an epoch are mixed.
     """

@@ -23,7 +23,7 @@ def _listed(value: object) -> object:
 
 def _matches_something(pattern: str) -> str:
     if not pattern or pattern.startswith("/"):
-        raise ValueError(f"'{pattern}' matches no picture: names are relative, as the annotations write them")
+        raise ValueError(f"'{pattern}' matches no image: names are relative, as the annotations write them")
     return pattern
 
 
@@ -47,20 +47,20 @@ class PartSpec(Settings):
     annotations: InnerPaths
     """Files that hold the records, relative to the data set's directory, in this order; ``*.json`` is a pattern."""
     images: InnerPaths = (".",)
-    """The folder or folders that picture names are relative to; the first that holds a picture gives it."""
+    """The folder or folders that image names are relative to; the first that holds an image gives it."""
     format: str = "llava"
     """How the annotations are written: a module of ``mmpipe.data.formats``."""
     take: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, le=1)] | None = None
     """A number of records, or a share of them, chosen at random; None takes all."""
     with_images: bool | None = None
-    """True keeps only records with pictures, False only those without."""
+    """True keeps only records with images, False only those without."""
     only: Patterns = ()
-    """Keeps only records whose pictures all have a name that matches one of these: ``coco/*`` is everything below ``coco/``.
+    """Keeps only records whose images all have a name that matches one of these: ``coco/*`` is everything below ``coco/``.
     Names are matched as the annotations write them, before ``take`` chooses."""
     without: Patterns = ()
-    """Leaves out records with a picture whose name matches one of these."""
+    """Leaves out records with an image whose name matches one of these."""
     prefix: str = ""
-    """Put before the text of every question, behind the pictures at its head."""
+    """Put before the text of every question, behind the images at its head."""
     suffix: str = ""
     """Appended to every question, e.g. the instruction to answer with a single word."""
     expected: Annotated[int, Field(gt=0)] | None = None
@@ -68,7 +68,7 @@ class PartSpec(Settings):
     known: str = ""
     """Why records are known to be dropped, and from where one knows; the report and the failure show it beside the drops."""
     image_position: Literal["keep", "first"] = "keep"
-    """``first`` moves the pictures of a question to its head, as LLaVA does; ``keep`` leaves them."""
+    """``first`` moves the images of a question to its head, as LLaVA does; ``keep`` leaves them."""
 
 
 class MixtureSpec(Settings):

@@ -36,7 +36,7 @@ class Template(Protocol):
 
     @property
     def captions(self) -> bool:
-        """Whether nothing but pictures comes before an answer."""
+        """Whether nothing but images comes before an answer."""
         ...
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
@@ -80,7 +80,7 @@ class TextTemplate:
     answer_after: str = ""
     """Not supervised: what separates an answer from the next question."""
     captions: bool = False
-    """The user's text is left out but for its pictures."""
+    """The user's text is left out but for its images."""
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """See Template."""
@@ -153,9 +153,7 @@ class TextTemplate:
             return break_after_images(question)
         marks = question.count(IMAGE_MARK)
         if not marks:
-            raise BadRecord(
-                "no picture", f"the template '{self.name}' trains captions and shows pictures alone"
-            )
+            raise BadRecord("no image", f"the template '{self.name}' trains captions and shows images alone")
         return IMAGE_MARK * marks
 
 
@@ -255,7 +253,7 @@ def template_names() -> list[str]:
 
 
 def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as chat messages of text and image parts, the pictures themselves left out."""
+    """Turns as chat messages of text and image parts, the images themselves left out."""
 
     def parts(text: str) -> Iterator[dict[str, str]]:
         for number, piece in enumerate(text.split(IMAGE_MARK)):
@@ -268,9 +266,9 @@ def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def break_after_images(text: str) -> str:
-    """Begin a new line after pictures at the head of a message: LLaVA's prompts read ``<image>\\nquestion``.
+    """Begin a new line after images at the head of a message: LLaVA's prompts read ``<image>\\nquestion``.
 
-    Chat messages carry a picture and a text as two parts with nothing between: they become the same text.
+    Chat messages carry an image and a text as two parts with nothing between: they become the same text.
     """
     body = text
     while body.startswith(IMAGE_MARK):

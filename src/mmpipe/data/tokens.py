@@ -1,7 +1,7 @@
 """A mixture in tokens: every record encoded once, in shards that training reads memory mapped.
 
-On disk a picture is one token, however many positions it takes in the model, and labels are the ranges that are supervised:
-a record costs a few bytes a word. Pictures stay files, by reference. Equal records and settings give equal bytes, however
+On disk an image is one token, however many positions it takes in the model, and labels are the ranges that are supervised:
+a record costs a few bytes a word. Images stay files, by reference. Equal records and settings give equal bytes, however
 many processes worked.
 """
 
@@ -70,9 +70,9 @@ class TextEncoder:
     template: Template
     tokenizer: PreTrainedTokenizerBase
     image_token: str
-    image_tokens_per_picture: int
+    tokens_per_image: int
     max_length: int | None = None
-    """In tokens, pictures counted; longer texts are cut from the right."""
+    """In tokens, images counted; longer texts are cut from the right."""
 
     def __call__(self, record: Record) -> Encoded:
         """Token ids and labels. Raises BadRecord if the record cannot be trained on."""
@@ -81,13 +81,13 @@ class TextEncoder:
             self.tokenizer,
             self.template.render(record.turns),
             self.image_token,
-            self.image_tokens_per_picture,
+            self.tokens_per_image,
             self.max_length,
         )
 
     @property
     def image_token_id(self) -> int:
-        """The id that stands for a picture."""
+        """The id that stands for an image."""
         found: Any = self.tokenizer.convert_tokens_to_ids(self.image_token)
         return int(found)
 
@@ -101,16 +101,16 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 class Packed(NamedTuple):
-    """A conversation on disk: one token a picture, and ``[start, end)`` pairs of what is supervised, flat."""
+    """A conversation on disk: one token an image, and ``[start, end)`` pairs of what is supervised, flat."""
 
     ids: list[int]
     supervised: list[int]
 
 
-def pack(encoded: Encoded, image_id: int, picture_tokens: int) -> Packed:
-    """Leave one token of every picture, and the ranges of the labels.
+def pack(encoded: Encoded, image_id: int, image_tokens: int) -> Packed:
+    """Leave one token of every image, and the ranges of the labels.
 
-    >>> pack(Encoded([9, 9, 9, 5, 6], [-100, -100, -100, -100, 6]), image_id=9, picture_tokens=3)
+    >>> pack(Encoded([9, 9, 9, 5, 6], [-100, -100, -100, -100, 6]), image_id=9, image_tokens=3)
     Packed(ids=[9, 5, 6], supervised=[2, 3])
     """
     ids: list[int] = []
@@ -124,11 +124,11 @@ def pack(encoded: Encoded, image_id: int, picture_tokens: int) -> Packed:
             else:
                 supervised += [len(ids), len(ids) + 1]
         ids.append(token)
-        position += picture_tokens if token == image_id else 1
+        position += image_tokens if token == image_id else 1
     return Packed(ids, supervised)
 
 
-def unpack(packed: Packed, image_id: int, picture_tokens: int) -> Encoded:
+def unpack(packed: Packed, image_id: int, image_tokens: int) -> Encoded:
     """What :func:`pack` was given."""
     input_ids: list[int] = []
     labels: list[int] = []
@@ -138,8 +138,8 @@ def unpack(packed: Packed, image_id: int, picture_tokens: int) -> Encoded:
         if place == end:
             start, end = next(ranges, -1), next(ranges, -1)
         if token == image_id:
-            input_ids += [token] * picture_tokens
-            labels += [IGNORE] * picture_tokens
+            input_ids += [token] * image_tokens
+            labels += [IGNORE] * image_tokens
         else:
             input_ids.append(token)
             labels.append(token if start <= place < end else IGNORE)
@@ -154,13 +154,13 @@ class _Counts:
     kept: int = 0
     text_tokens: int = 0
     supervised_tokens: int = 0
-    picture_tokens: int = 0
+    image_tokens: int = 0
     cut: int = 0
     dropped: Tally = field(default_factory=Tally)
     lengths: Counter[int] = field(default_factory=Counter)
 
     def update(self, later: _Counts) -> None:
-        for name in ("records", "kept", "text_tokens", "supervised_tokens", "picture_tokens", "cut"):
+        for name in ("records", "kept", "text_tokens", "supervised_tokens", "image_tokens", "cut"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.dropped.update(later.dropped)
         self.lengths += later.lengths
@@ -172,7 +172,7 @@ class _Counts:
             "cut": self.cut,
             "text_tokens": self.text_tokens,
             "supervised_tokens": self.supervised_tokens,
-            "picture_tokens": self.picture_tokens,
+            "image_tokens": self.image_tokens,
             "dropped": self.dropped.report(),
             "tokens_up_to": histogram(self.lengths),
         }
@@ -190,7 +190,7 @@ def tokenise(
 ) -> dict[str, Any]:
     """Write ``shards/*.arrow`` and ``report.json`` into ``out`` and return the report.
 
-    A record without a single supervised token, or whose pictures do not fit into ``max_length``, is dropped and counted. One
+    A record without a single supervised token, or whose images do not fit into ``max_length``, is dropped and counted. One
     process a core encodes shard after shard; memory does not grow with the number of records.
 
     Raises DataError, naming template, tokenizer and records, when the template does not belong to the tokenizer, when more than
@@ -217,7 +217,7 @@ def tokenise(
         "template": encoder.template.name,
         "tokenizer": tokenizer_hash(encoder.tokenizer),
         "image_token_id": encoder.image_token_id,
-        "tokens_per_picture": encoder.image_tokens_per_picture,
+        "tokens_per_image": encoder.tokens_per_image,
         "max_length": encoder.max_length,
         "preferences": isinstance(table[0], PreferenceRecord),
         **counts.report(),
@@ -264,14 +264,14 @@ def _row(place: int, record: AnyRecord, encoder: TextEncoder, counts: _Counts) -
         counts.dropped.add(fault.reason, f"{name}: {fault.detail}")
         return None
     longest = max(len(conversation.input_ids) for conversation in encoded)
-    pictures = len(record.images) * encoder.image_tokens_per_picture
+    images = len(record.images) * encoder.tokens_per_image
     counts.kept += 1
     counts.cut += any(conversation.cut for conversation in encoded)
     counts.lengths[up_to(longest)] += 1
-    counts.picture_tokens += pictures * len(encoded)
-    counts.text_tokens += sum(len(conversation.input_ids) - pictures for conversation in encoded)
+    counts.image_tokens += images * len(encoded)
+    counts.text_tokens += sum(len(conversation.input_ids) - images for conversation in encoded)
     counts.supervised_tokens += sum(conversation.supervised for conversation in encoded)
-    size = encoder.image_token_id, encoder.image_tokens_per_picture
+    size = encoder.image_token_id, encoder.tokens_per_image
     return {
         "index": place,
         "id": name,
@@ -337,11 +337,11 @@ class TokenTable:
             )
 
     def with_images(self) -> TokenTable:
-        """The records with pictures alone. Raises DataError when there is none."""
+        """The records with images alone. Raises DataError when there is none."""
         chosen = [row for row, has_image in enumerate(self.has_image) if has_image]
         if not chosen:
             raise DataError(
-                f"{self.directory}: no record has a picture; choose another mixture, or set requires_image: false"
+                f"{self.directory}: no record has an image; choose another mixture, or set requires_image: false"
             )
         others = copy.copy(self)
         others._table = self._table.select(chosen)
@@ -352,20 +352,20 @@ class TokenTable:
 
     def __getitem__(self, place: int) -> TokenRow:
         row = self._table[place]
-        size = self.report["image_token_id"], self.report["tokens_per_picture"]
+        size = self.report["image_token_id"], self.report["tokens_per_image"]
         conversations = tuple(unpack(Packed(**packed), *size) for packed in row["conversations"])
         return TokenRow(row["index"], row["id"], tuple(row["images"]), conversations)
 
-    def require(self, tokenizer: PreTrainedTokenizerBase, picture_tokens: int, minimum: float = 0.0) -> float:
+    def require(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int, minimum: float = 0.0) -> float:
         """Check that a model can train on these tokens; returns the supervised share of the text tokens.
 
-        Raises ArtifactError when they were made for another tokenizer or picture size, DataError when a smaller share than
+        Raises ArtifactError when they were made for another tokenizer or image size, DataError when a smaller share than
         ``minimum`` is supervised.
         """
-        made_for = self.report["tokenizer"], self.report["tokens_per_picture"]
-        if made_for != (tokenizer_hash(tokenizer), picture_tokens):
+        made_for = self.report["tokenizer"], self.report["tokens_per_image"]
+        if made_for != (tokenizer_hash(tokenizer), image_tokens):
             raise ArtifactError(
-                f"{self.directory}: made with another tokenizer or number of tokens a picture than the model's; "
+                f"{self.directory}: made with another tokenizer or number of tokens an image than the model's; "
                 "delete the directory to make it again"
             )
         share: float = self.report["supervised_tokens"] / max(1, self.report["text_tokens"])
@@ -384,12 +384,12 @@ class TokenTable:
 
     @property
     def words(self) -> list[int]:
-        """Length of each record in words, pictures counted: what batches are grouped by."""
+        """Length of each record in words, images counted: what batches are grouped by."""
         return self._column("words")
 
     @property
     def has_image(self) -> list[bool]:
-        """Whether each record has pictures."""
+        """Whether each record has images."""
         return self._column("has_image")
 
     def _column(self, name: str) -> list[Any]:

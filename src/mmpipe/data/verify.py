@@ -17,7 +17,7 @@ from mmpipe import registry
 from mmpipe.data import formats
 from mmpipe.data.digests import DigestWriter
 from mmpipe.data.formats.base import Draft, Format
-from mmpipe.data.image_files import EmbeddedPictures, Found, PictureFinder
+from mmpipe.data.image_files import EmbeddedImages, Found, ImageFinder
 from mmpipe.data.records import (
     IMAGE_MARK,
     AnyRecord,
@@ -31,11 +31,11 @@ from mmpipe.data.spec import PartSpec
 from mmpipe.errors import ConfigError, DataError, did_you_mean
 
 _BLOCK = 1024
-"""Records that are held at once while their pictures are decoded."""
+"""Records that are held at once while their images are decoded."""
 _SIDES = (64, 128, 224, 336, 448, 672, 1024, 2048, 4096)
-"""Upper bounds of the longer side in the histogram of picture sizes."""
+"""Upper bounds of the longer side in the histogram of image sizes."""
 _FOLDERS = 1000
-"""So many folders of pictures are told apart."""
+"""So many folders of images are told apart."""
 _FOLDERS_SHOWN = 20
 _OFTEN = 8
 """An id that comes back more often has its last number remembered: counting up from 2 each time would take for ever."""
@@ -45,7 +45,7 @@ Log = Callable[[str], None]
 
 
 class Known:
-    """What the parts of a mixture know together: ids, records and pictures that have come by."""
+    """What the parts of a mixture know together: ids, records and images that have come by."""
 
     def __init__(self, digests: DigestWriter) -> None:
         self._seen = Seen()
@@ -65,29 +65,29 @@ class Known:
             self._last_numbers[identity] = number
         return record if new_id == record.id else replace(record, id=new_id)
 
-    def repeated(self, record: AnyRecord, pictures: list[Found]) -> str | None:
-        """Where the same texts about the same pictures have come by before, if they have."""
-        content = digest_of(_texts(record), *(picture.inspection.digest for picture in pictures))
+    def repeated(self, record: AnyRecord, images: list[Found]) -> str | None:
+        """Where the same texts about the same images have come by before, if they have."""
+        content = digest_of(_texts(record), *(image.inspection.digest for image in images))
         anywhere = not self._seen.add("record", content)
         here = not self._seen.add("record of", record.source, content)
         if here:
             return "record seen before, kept again"
         return "record of another data set, kept again" if anywhere else None
 
-    def picture(self, found: Found) -> str | None:
-        """Write the picture down unless it has come by under this name; what is odd about it."""
-        if not self._seen.add("picture", found.name):
+    def image(self, found: Found) -> str | None:
+        """Write the image down unless it has come by under this name; what is odd about it."""
+        if not self._seen.add("image", found.name):
             return None
         self._digests.add(found.name, found.inspection.digest)
         new = self._seen.add("content", found.inspection.digest)
-        return None if new else EQUAL_PICTURE
+        return None if new else EQUAL_IMAGE
 
 
-EQUAL_PICTURE = "picture equal to one of another name"
+EQUAL_IMAGE = "image equal to one of another name"
 
 
 def _texts(record: AnyRecord) -> list[tuple[str, str]]:
-    """What is said in a record, whatever it and its pictures are called."""
+    """What is said in a record, whatever it and its images are called."""
     return [(turn.role, turn.text) for conversation in record.conversations for turn in conversation.turns]
 
 
@@ -103,7 +103,7 @@ class Part:
         directory: Path,
         seed: int,
         known: Known,
-        embedded: EmbeddedPictures,
+        embedded: EmbeddedImages,
         log: Log,
     ) -> None:
         self.spec = spec
@@ -134,14 +134,14 @@ class Part:
     def records(self, pool: Executor) -> Iterator[AnyRecord]:
         """The good records, in order."""
         self._log(f"{self.name}: reading")
-        pictures = PictureFinder(self._folders, self._embedded)
-        drafts = map(pictures.unpacked, self._chosen())
+        images = ImageFinder(self._folders, self._embedded)
+        drafts = map(images.unpacked, self._chosen())
         while block := list(islice(drafts, _BLOCK)):
-            pictures.prepare((name for draft in block if draft.record for name in draft.record.images), pool)
+            images.prepare((name for draft in block if draft.record for name in draft.record.images), pool)
             for draft in block:
                 self.wanted += 1
                 try:
-                    record = self._verified(draft, pictures)
+                    record = self._verified(draft, images)
                 except BadRecord as fault:
                     self.dropped.add(fault.reason, f"{draft.id}: {fault.detail}")
                     self._log(f"dropped {self.spec.dataset}/{draft.id}: {fault}")
@@ -191,7 +191,7 @@ class Part:
                 number -= 1
                 yield draft
 
-    def _verified(self, draft: Draft, finder: PictureFinder) -> AnyRecord:
+    def _verified(self, draft: Draft, finder: ImageFinder) -> AnyRecord:
         """The record as it will be trained on. Raises BadRecord."""
         if draft.record is None:
             raise cast(BadRecord, draft.fault)
@@ -199,12 +199,12 @@ class Part:
             self.notes.add(note, draft.id)
         record = draft.record.with_questions(self._question)
         check_record(record)
-        pictures = self._pictures(record, finder)
-        for picture in pictures:
-            self._look_at(picture)
-        record = replace(record, images=tuple(picture.name for picture in pictures))
+        images = self._images(record, finder)
+        for image in images:
+            self._look_at(image)
+        record = replace(record, images=tuple(image.name for image in images))
         numbered = self._known.numbered(record)
-        oddity = self._known.repeated(record, pictures)
+        oddity = self._known.repeated(record, images)
         if not oddity and numbered.id != record.id:
             oddity = "id used before, numbered"
         if oddity:
@@ -219,8 +219,8 @@ class Part:
             text = text[:head] + self.spec.prefix + text[head:]
         return text + self.spec.suffix
 
-    def _pictures(self, record: AnyRecord, finder: PictureFinder) -> list[Found]:
-        """The record's pictures. Raises BadRecord, after counting the folder of the one that is missing or damaged."""
+    def _images(self, record: AnyRecord, finder: ImageFinder) -> list[Found]:
+        """The record's images. Raises BadRecord, after counting the folder of the one that is missing or damaged."""
         for folder in {_first_folder(name) for name in record.images}:
             self._named[self._told_apart(folder)] += 1
         found = []
@@ -235,13 +235,13 @@ class Part:
     def _told_apart(self, folder: str) -> str:
         return folder if folder in self._named or len(self._named) < _FOLDERS else "others"
 
-    def _look_at(self, picture: Found) -> None:
-        side = max(picture.inspection.width, picture.inspection.height)
+    def _look_at(self, image: Found) -> None:
+        side = max(image.inspection.width, image.inspection.height)
         self.sides[next((bound for bound in _SIDES if side <= bound), side)] += 1
-        for note in picture.inspection.notes:
-            self.notes.add(note, picture.name)
-        if oddity := self._known.picture(picture):
-            self.notes.add(oddity, picture.name)
+        for note in image.inspection.notes:
+            self.notes.add(note, image.name)
+        if oddity := self._known.image(image):
+            self.notes.add(oddity, image.name)
 
     def _count(self, record: AnyRecord) -> None:
         self.kept += 1
@@ -258,12 +258,12 @@ class Part:
         for reason, facts in self.dropped.report().items():
             yield f"{reason}: {facts['count']}, e.g. {facts['examples'][0]}"
         for folder, facts in self._lacking_folders().items():
-            yield f"in {folder}: {facts['dropped']} of {facts['records']} records lack a picture"
+            yield f"in {folder}: {facts['dropped']} of {facts['records']} records lack an image"
         if self.dropped.total() and self.spec.known:
             yield f"known: {self.spec.known}"
 
     def _lacking_folders(self) -> dict[str, dict[str, int]]:
-        """Where pictures are missing or damaged: by first folder, records that name it and how many of them were dropped."""
+        """Where images are missing or damaged: by first folder, records that name it and how many of them were dropped."""
         worst = sorted(self._lacking.items(), key=lambda item: (-item[1], item[0]))
         return {
             folder: {"records": self._named[folder], "dropped": count}
@@ -284,7 +284,7 @@ class Part:
             "kept": self.kept,
             "with_images": self.with_images,
             "dropped": self.dropped.report(),
-            "without_picture_by_folder": self._lacking_folders(),
+            "without_image_by_folder": self._lacking_folders(),
             "notes": self.notes.report(),
             "words_up_to": histogram(self.lengths),
             "longer_side_up_to": histogram(self.sides),
@@ -292,7 +292,7 @@ class Part:
 
 
 def images_first(question: str) -> str:
-    """The marks of all pictures at the head of the question, then the rest of its text, as LLaVA does."""
+    """The marks of all images at the head of the question, then the rest of its text, as LLaVA does."""
     marks = question.count(IMAGE_MARK)
     if not marks:
         return question
@@ -305,7 +305,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _first_folder(name: str) -> str:
-    """What stands before the first slash: the data set a picture is from, where a mixture joins several."""
+    """What stands before the first slash: the data set an image is from, where a mixture joins several."""
     parts = PurePosixPath(name.lstrip("\x00")).parts
     return parts[0] if len(parts) > 1 else "."
 

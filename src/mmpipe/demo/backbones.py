@@ -68,7 +68,7 @@ def clip_tiny(
     patch_size: int = 16,
     training_steps: int = 600,
 ) -> None:
-    """A CLIP vision tower for the made pictures, with its preprocessor.
+    """A CLIP vision tower for the made images, with its preprocessor.
 
     Random weights hold no knowledge to align a language model with, so the tower is first trained for
     ``training_steps`` (0 for none) to name the attributes of scenes: a stand-in for contrastive pretraining, of
@@ -173,7 +173,7 @@ def _teach_reading(
     steps: int,
     batch_size: int = 64,
 ) -> None:
-    """Train the model to say and answer, from a caption, what it will be asked about pictures."""
+    """Train the model to say and answer, from a caption, what it will be asked about images."""
     stream = told_scenes(seed)
 
     def loss() -> torch.Tensor:

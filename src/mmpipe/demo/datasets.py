@@ -57,7 +57,7 @@ ROTATION = 1_000_000
 
 
 def captions(out: Path, *, seed: int, records: int = 3000) -> None:
-    """Pictures with one caption each, laid out as LLaVA-Pretrain (``blip_laion_cc_sbu_558k``)."""
+    """Images with one caption each, laid out as LLaVA-Pretrain (``blip_laion_cc_sbu_558k``)."""
     rng = random.Random(seed)
     entries = []
     for number, scene in enumerate(islice(scenes(rng.getrandbits(32)), records)):
@@ -78,20 +78,20 @@ def conversations(
     text_only: float = 0.04,
     wrong: float = 0.0,
 ) -> None:
-    """Conversations about pictures, and some without one, laid out as LLaVA-1.5's ``llava_v1_5_mix665k``.
+    """Conversations about images, and some without one, laid out as LLaVA-1.5's ``llava_v1_5_mix665k``.
 
-    A share ``letters`` of the records asks one multiple-choice question (in the original: A-OKVQA on COCO pictures),
-    the others ask ``turns`` questions to be answered by a word (GQA). A share ``text_only`` has no picture. A share
-    ``wrong`` of the answers about pictures names another value, as hurried annotators do.
+    A share ``letters`` of the records asks one multiple-choice question (in the original: A-OKVQA on COCO images),
+    the others ask ``turns`` questions to be answered by a word (GQA). A share ``text_only`` has no image. A share
+    ``wrong`` of the answers about images names another value, as hurried annotators do.
     """
     rng = random.Random(seed)
-    pictured = scenes(rng.getrandbits(32))
+    imaged = scenes(rng.getrandbits(32))
     entries = []
     for number in range(records):
         if rng.random() < text_only:
             entries.append(_entry(f"text_{number}", None, _about_words(rng)))
             continue
-        scene = next(pictured)
+        scene = next(imaged)
         if rng.random() < letters:
             name = f"coco/train2017/{number:012d}.jpg"
             attribute = rng.choice(list(ATTRIBUTES))
@@ -101,7 +101,7 @@ def conversations(
             asked = rng.sample(list(ATTRIBUTES), turns)
             dialogue = _by_word({attribute: _annotated(scene, attribute, wrong, rng) for attribute in asked})
         _save_jpeg(scene.draw(), out / name)
-        entries.append(_entry(Path(name).stem, name, _pictured(dialogue)))
+        entries.append(_entry(Path(name).stem, name, _imaged(dialogue)))
     _save_json(entries, out / "llava_v1_5_mix665k.json")
 
 
@@ -116,12 +116,12 @@ def digits(out: Path, *, seed: int, records: int = 500) -> None:
         name = f"images/{number:06d}.jpg"
         _save_jpeg(_enlarged(source.images[number]), out / name)
         dialogue = _about_digit(int(source.target[number]), rng)
-        entries.append(_entry(f"{number:06d}", name, _pictured(dialogue)))
+        entries.append(_entry(f"{number:06d}", name, _imaged(dialogue)))
     _save_json(entries, out / "digits.json")
 
 
 def mmbench(out: Path, *, seed: int, questions: int = 300) -> None:
-    """Multiple-choice questions about held-out pictures: MMBench's dev table with all rotations (CircularEval)."""
+    """Multiple-choice questions about held-out images: MMBench's dev table with all rotations (CircularEval)."""
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
     for index, scene in enumerate(islice(scenes(rng.getrandbits(32), held_out=True), questions), start=100):
@@ -138,7 +138,7 @@ def _circular_rows(index: int, scene: Scene, attribute: str, rng: random.Random)
     """The rows of one question: as many rotations as it has options."""
     choice = ask(attribute, scene.value(attribute), rng)
     category, l2_category = CATEGORIES[attribute]
-    picture = base64.b64encode(_jpeg(scene.draw())).decode("ascii")
+    image = base64.b64encode(_jpeg(scene.draw())).decode("ascii")
     for turn in range(len(choice.options)):
         rotated = choice.rotated(turn)
         yield {
@@ -147,7 +147,7 @@ def _circular_rows(index: int, scene: Scene, attribute: str, rng: random.Random)
             **dict(zip(LETTERS, rotated.options, strict=False)),
             "answer": rotated.letter,
             "category": category,
-            "image": picture,
+            "image": image,
             "source": "made",
             "l2-category": l2_category,
             "split": "dev",
@@ -155,7 +155,7 @@ def _circular_rows(index: int, scene: Scene, attribute: str, rng: random.Random)
 
 
 def _enlarged(digit: np.ndarray) -> Image.Image:
-    """A picture of the usual size from gray levels (8, 8) between 0 and 16."""
+    """An image of the usual size from gray levels (8, 8) between 0 and 16."""
     small = Image.fromarray((digit * (255 / 16)).astype("uint8"))
     return small.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).convert("RGB")
 
@@ -188,27 +188,27 @@ def _by_word(answers: dict[str, str]) -> Dialogue:
 
 
 def _about_words(rng: random.Random) -> Dialogue:
-    """A multiple-choice question that needs no picture."""
+    """A multiple-choice question that needs no image."""
     attribute = rng.choice(list(ATTRIBUTES))
     answer = rng.choice(ATTRIBUTES[attribute])
     return _by_letter(replace(ask(attribute, answer, rng), question=f"Which option says {answer}?"))
 
 
-def _pictured(dialogue: Dialogue) -> Dialogue:
-    """The dialogue with the picture's place marked in front of its first question."""
+def _imaged(dialogue: Dialogue) -> Dialogue:
+    """The dialogue with the image's place marked in front of its first question."""
     (question, answer), *rest = dialogue
     return [(f"<image>\n{question}", answer), *rest]
 
 
 def _entry(identity: str, image: str | None, dialogue: Dialogue) -> dict[str, Any]:
-    """A record in LLaVA's JSON schema; without a picture it has no ``image``."""
+    """A record in LLaVA's JSON schema; without an image it has no ``image``."""
     said = [
         turn
         for question, answer in dialogue
         for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
     ]
-    picture = {} if image is None else {"image": image}
-    return {"id": identity, **picture, "conversations": said}
+    named = {} if image is None else {"image": image}
+    return {"id": identity, **named, "conversations": said}
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -1,4 +1,4 @@
-"""Made data about what is *not* in a picture: conversations, preference pairs, and a POPE-like benchmark.
+"""Made data about what is *not* in an image: conversations, preference pairs, and a POPE-like benchmark.
 
 Each question names an object that may not be there. Instruction data mostly asks about what is (so models learn to agree);
 preference pairs ask about both equally often, and the better answer is the true one.
@@ -39,7 +39,7 @@ def presence(out: Path, *, seed: int, records: int = 800, present: float = 0.75)
 
 
 def preferences(out: Path, *, seed: int, pairs: int = 600, shards: int = 2) -> None:
-    """Preference pairs laid out as RLAIF-V: Parquet with the pictures inside."""
+    """Preference pairs laid out as RLAIF-V: Parquet with the images inside."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -53,7 +53,7 @@ def preferences(out: Path, *, seed: int, pairs: int = 600, shards: int = 2) -> N
 
 
 def pope(out: Path, *, seed: int, questions: int = 100) -> None:
-    """Yes-or-no questions about objects in held-out pictures, laid out as POPE on COCO: ``questions`` for each of the three
+    """Yes-or-no questions about objects in held-out images, laid out as POPE on COCO: ``questions`` for each of the three
     kinds (another color, another shape, another color of the same shape)."""
     rng = random.Random(seed)
     drawn = list(islice(scenes(rng.getrandbits(32), held_out=True), questions // 2))

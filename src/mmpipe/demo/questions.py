@@ -1,4 +1,4 @@
-"""Questions about made pictures, as short answers or multiple choice, in the wording of LLaVA's instruction data."""
+"""Questions about made images, as short answers or multiple choice, in the wording of LLaVA's instruction data."""
 
 from __future__ import annotations
 

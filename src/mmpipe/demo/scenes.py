@@ -1,8 +1,8 @@
-"""Small pictures of shapes, each with a complete description.
+"""Small images of shapes, each with a complete description.
 
-A :class:`Scene` says everything that can be asked about its picture: one to three equal shapes of one color and size
+A :class:`Scene` says everything that can be asked about its image: one to three equal shapes of one color and size
 lie along one side of a plain background. One combination of attributes in six is *held out*: benchmarks draw only
-from those, training data only from the others, so that no benchmark picture can have been seen in training.
+from those, training data only from the others, so that no benchmark image can have been seen in training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from mmpipe.errors import DataError
 
 PIXELS = 48
-"""Width and height of a picture."""
+"""Width and height of an image."""
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {
@@ -40,7 +40,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "background": tuple(BACKGROUNDS),
 }
-"""What can be asked about a picture, and all possible answers."""
+"""What can be asked about an image, and all possible answers."""
 
 _HELD_OUT_ONE_IN = 4
 _CELLS = 3
@@ -53,7 +53,7 @@ _OVERSAMPLING = 4
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture in words. ``variation`` seeds what is never asked: the exact places and shades."""
+    """One image in words. ``variation`` seeds what is never asked: the exact places and shades."""
 
     shape: str
     color: str
@@ -92,7 +92,7 @@ class Scene:
         return f"{noun} at the {self.side} of a {self.background} background"
 
     def draw(self) -> Image.Image:
-        """The picture, RGB, :data:`PIXELS` square."""
+        """The image, RGB, :data:`PIXELS` square."""
         rng = random.Random(self.variation)
         image = Image.new("RGB", (PIXELS * _OVERSAMPLING,) * 2, _shade(BACKGROUNDS[self.background], 12, rng))
         canvas = ImageDraw.Draw(image)
@@ -136,7 +136,7 @@ def _shade(color: tuple[int, int, int], spread: int, rng: random.Random) -> tupl
 def _draw_shape(
     canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, int, int]
 ) -> None:
-    """Draw one shape centered at (x, y); all in pixels of the finished picture."""
+    """Draw one shape centered at (x, y); all in pixels of the finished image."""
     x, y, radius = x * _OVERSAMPLING, y * _OVERSAMPLING, radius * _OVERSAMPLING
 
     def box(half_width: float, half_height: float) -> tuple[float, float, float, float]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from mmpipe.errors import ConfigError
 from mmpipe.plan.plan import Plan, StagePlan
-from mmpipe.settings_loader import read_mapping
+from mmpipe.settings import read_mapping
 
 Status = Literal["ok", "warning", "problem"]
 _PROBE_SECONDS = 180

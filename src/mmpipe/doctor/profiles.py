@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mmpipe.settings_loader import read_mapping
+from mmpipe.settings import read_mapping
 
 # as snakemake.profiles looks for them
 _FILES = ("profile.yaml", "config.v9+.yaml", "config.yaml")

@@ -16,7 +16,7 @@ class Work:
     """What one sample goes through."""
 
     length: float
-    """Tokens of the language model, pictures included."""
+    """Tokens of the language model, images included."""
     supervised: float
     """Positions that the output head computes."""
     layers: float

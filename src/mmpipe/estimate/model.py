@@ -31,7 +31,7 @@ class Model:
     top_k: Mapping[str, int]
     """Experts a token is sent to, by the layer's name; layers without experts are not named."""
     experts: Mapping[str, int]
-    tokens_per_picture: int
+    tokens_per_image: int
 
     @cached_property
     def parameters(self) -> int:
@@ -66,7 +66,7 @@ def model_of(plan: Plan, stage: StagePlan, root: Path = Path()) -> Model | None:
         return None
     scales = len(stage.vision_language.scales)
     tensors = count.language(text) | count.tower(vision) | count.projector(vision, text, scales)
-    model = Model(text, vision, tensors, {}, {}, count.picture_tokens(vision))
+    model = Model(text, vision, tensors, {}, {}, count.image_tokens(vision))
     for before in stage.path():
         if isinstance(before.settings, Upcycle):
             for part, moe in before.settings.of_parts().items():

@@ -163,7 +163,7 @@ def _activations(model: Model, trained: list[str], settings: TrainStage, micro: 
     needed = memory.activations(model.text, micro * longest, networks=model.networks, **how)
     if any(name.startswith("vision_tower") for name in trained):
         # two layers of the plain feed-forward network stand for the four of a gated one
-        needed += memory.activations(model.vision, micro * model.tokens_per_picture, networks=0.5, **how)
+        needed += memory.activations(model.vision, micro * model.tokens_per_image, networks=0.5, **how)
     return needed
 
 
@@ -179,12 +179,12 @@ def _lengths(plan: Plan, stage: StagePlan, model: Model, root: Path) -> _Lengths
         longest = max((int(bound) for bound in counted["tokens_up_to"]), default=1)
         return _Lengths(
             kept,
-            (counted["text_tokens"] + counted["picture_tokens"]) / kept,
+            (counted["text_tokens"] + counted["image_tokens"]) / kept,
             min(longest, settings.max_length),
             counted["supervised_tokens"] / kept,
             measured=True,
         )
-    length = min(settings.max_length, model.tokens_per_picture + TEXT_TOKENS)
+    length = min(settings.max_length, model.tokens_per_image + TEXT_TOKENS)
     return _Lengths(_records(plan, settings.data), length, length, TEXT_TOKENS / 2, measured=False)
 
 
@@ -234,6 +234,6 @@ def _work(model: Model, trained: set[str], lengths: _Lengths) -> flops.Work:
         attention_width=model.text["num_hidden_layers"] * count.heads(model.text)[0],
         tower=sum(model.tensors[name] for name in tower),
         tower_trains=any(name in trained for name in tower),
-        tower_tokens=model.tokens_per_picture,
+        tower_tokens=model.tokens_per_image,
         head_trains=head in trained,
     )

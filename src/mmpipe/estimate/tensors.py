@@ -57,7 +57,7 @@ def tower(config: Config) -> Tensors:
         f"{root}.embeddings.patch_embedding.weight": config.get("num_channels", 3)
         * config["patch_size"] ** 2
         * hidden,
-        f"{root}.embeddings.position_embedding.weight": (picture_tokens(config) + clip) * hidden,
+        f"{root}.embeddings.position_embedding.weight": (image_tokens(config) + clip) * hidden,
     }
     if clip:
         tensors[f"{root}.embeddings.class_embedding"] = hidden
@@ -107,8 +107,8 @@ def adapters(tensors: Tensors, chosen: Sequence[str], rank: int, config: Config)
     }
 
 
-def picture_tokens(vision: Config) -> int:
-    """Patches of one picture."""
+def image_tokens(vision: Config) -> int:
+    """Patches of one image."""
     return (vision["image_size"] // vision["patch_size"]) ** 2
 
 

@@ -29,7 +29,7 @@ def split(questions: Sequence[Question], chunks: int) -> list[list[Question]]:
     """``chunks`` contiguous parts whose sizes differ by one at most; with fewer questions than chunks some
     are empty.
 
-    Questions that share their pictures are often neighbours; contiguous parts keep them together.
+    Questions that share their images are often neighbours; contiguous parts keep them together.
     """
     size, larger = divmod(len(questions), chunks)
     parts, start = [], 0

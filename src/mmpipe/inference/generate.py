@@ -1,8 +1,8 @@
-"""Greedy answers to benchmark questions: batched, sorted by length, the picture's part of the cache shared.
+"""Greedy answers to benchmark questions: batched, sorted by length, the image's part of the cache shared.
 
-Questions about one picture begin alike: the template's first words, the picture, often some text. That common
+Questions about one image begin alike: the template's first words, the image, often some text. That common
 beginning is run through the model once; its keys and values are then repeated for each question (all
-questions of a picture stand in one batch, pictures of similar length side by side). Every row has its own
+questions of an image stand in one batch, images of similar length side by side). Every row has its own
 positions and mask, so an answer does not depend on its neighbours.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmpipe.benchmarks.base import Question
-from mmpipe.data.images import open_picture
+from mmpipe.data.images import open_image
 from mmpipe.data.labels import encode
 from mmpipe.data.records import IMAGE_MARK, Turn
 from mmpipe.data.templates import Rendered, Template
@@ -40,13 +40,13 @@ class Row:
 
     question: Question
     ids: tuple[int, ...]
-    """Token ids of the prompt, every picture as so many image tokens."""
+    """Token ids of the prompt, every image as so many image tokens."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Questions with the same pictures and a common beginning of ``shared`` tokens, which holds all the
-    pictures."""
+    """Questions with the same images and a common beginning of ``shared`` tokens, which holds all the
+    images."""
 
     rows: tuple[Row, ...]
     shared: int
@@ -99,7 +99,7 @@ class Answerer:
         question's own. Decoding is greedy, or by beam search with ``num_beams`` > 1. ``share_prefix=False``
         hands whole prompts to the model's own ``generate``; the answers are the same (a model that drops tokens of
         questions never shares). ``log`` is told which experts were chosen; a batch is in it before its answers are
-        yielded. Raises DataError for a question whose pictures and image marks do not agree.
+        yielded. Raises DataError for a question whose images and image marks do not agree.
         """
         rows = [Row(question, self._encode(question)) for question in questions]
         plain = num_beams > 1 or not share_prefix or not shares_prompts(self.model)
@@ -166,30 +166,30 @@ class Answerer:
         text = question.text
         if IMAGE_MARK not in text:
             text = f"{IMAGE_MARK}\n" * len(question.images) + text
-        marks, pictures = text.count(IMAGE_MARK), len(question.images)
-        if marks != pictures:
-            raise DataError(f"question {question.id}: {marks} image marks for {pictures} pictures")
+        marks, images = text.count(IMAGE_MARK), len(question.images)
+        if marks != images:
+            raise DataError(f"question {question.id}: {marks} image marks for {images} images")
         return self.template.prompt([Turn("user", text)])
 
     def _encode(self, question: Question, continuation: str = "") -> tuple[int, ...]:
-        per_picture = int(self.model.config.image_seq_length)
+        per_image = int(self.model.config.image_seq_length)
         text = Rendered(self.prompt(question) + continuation, ())
-        return tuple(encode(self.tokenizer, text, self.image_token, per_picture).input_ids)
+        return tuple(encode(self.tokenizer, text, self.image_token, per_image).input_ids)
 
     def _families(self, rows: Sequence[Row]) -> list[Family]:
-        """Rows by their pictures and all that stands before and between them; without pictures each is
+        """Rows by their images and all that stands before and between them; without images each is
         alone."""
         together: dict[Any, list[Row]] = {}
         for row in rows:
-            opening = row.ids[: self._after_pictures(row)]
+            opening = row.ids[: self._after_images(row)]
             together.setdefault((row.question.images, opening) if opening else len(together), []).append(row)
         return [
             Family(tuple(sorted(members, key=lambda row: len(row.ids))), _common(members))
             for members in together.values()
         ]
 
-    def _after_pictures(self, row: Row) -> int:
-        """How many tokens there are up to the end of the last picture."""
+    def _after_images(self, row: Row) -> int:
+        """How many tokens there are up to the end of the last image."""
         return max((place + 1 for place, token in enumerate(row.ids) if token == self.image_id), default=0)
 
     # ---- running the model
@@ -326,11 +326,11 @@ class Answerer:
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _pixels(self, questions: Sequence[Question]) -> torch.Tensor | None:
-        """Pixels of all pictures (pictures, 3, height, width), in the order of their marks."""
-        pictures = [_open(image) for question in questions for image in question.images]
-        if not pictures:
+        """Pixels of all images (images, 3, height, width), in the order of their marks."""
+        images = [_open(image) for question in questions for image in question.images]
+        if not images:
             return None
-        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         return pixels.to(device=self.model.device, dtype=self.model.dtype)
 
     # ---- answers
@@ -388,8 +388,8 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 
 def _open(image: bytes | Path) -> Image.Image:
     if isinstance(image, bytes):
-        raise DataError("pictures must be files; prepare the benchmark first (mmpipe.benchmarks.prepare)")
-    return open_picture(image).image
+        raise DataError("images must be files; prepare the benchmark first (mmpipe.benchmarks.prepare)")
+    return open_image(image).image
 
 
 def _answer_id(model_id: str, question: int | str, prompt: str) -> str:

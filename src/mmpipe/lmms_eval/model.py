@@ -1,6 +1,6 @@
 """The model class that lmms-eval runs: its requests become questions, answered as in our own benchmarks.
 
-lmms-eval owns data sets, prompts and scores; template, pictures and decoding are the checkpoint's, so an answer is the one
+lmms-eval owns data sets, prompts and scores; template, images and decoding are the checkpoint's, so an answer is the one
 that ``snakemake results/...`` would give to the same prompt.
 """
 
@@ -45,14 +45,14 @@ class Mmpipe(lmms):
         experts: str | None = None,
     ) -> None:
         super().__init__()
+        from mmpipe.checkpoints.load import open_checkpoint
         from mmpipe.data.templates import get_template
         from mmpipe.inference.generate import Answerer
-        from mmpipe.models import llava
 
         self.batch_size = _batch_size(batch_size, max_batch_size)
         self.device = torch.device(self._processes(device))
         kind = _dtype(dtype, self.device)
-        model, processor, card = llava.load(Path(pretrained), kind)
+        model, processor, card = open_checkpoint(Path(pretrained), kind)
         self._experts = Path(experts) if experts else None
         template = get_template(card["checkpoint"]["template"], processor.tokenizer)
         self.answerer = Answerer(model.to(self.device), processor, template, model_id=pretrained)
@@ -138,14 +138,12 @@ class Mmpipe(lmms):
         return self.task_dict[task][split][number]
 
     def _question(self, name: str, context: str, rest: Sequence[Any], folder: Path) -> Question:
-        """A request as a question; equal pictures are stored once, so that their part of the prompt is shared."""
-        to_pictures = rest[0]
-        pictures = tuple(
-            _stored(p, folder) for p in _flat(to_pictures(self._doc(rest)) if to_pictures else ())
-        )
-        # where marks and pictures do not agree, the pictures come first
-        text = context if context.count(IMAGE_MARK) == len(pictures) else context.replace(IMAGE_MARK, "")
-        return Question(id=name, text=text, images=pictures)
+        """A request as a question; equal images are stored once, so that their part of the prompt is shared."""
+        to_images = rest[0]
+        images = tuple(_stored(p, folder) for p in _flat(to_images(self._doc(rest)) if to_images else ()))
+        # where marks and images do not agree, the images come first
+        text = context if context.count(IMAGE_MARK) == len(images) else context.replace(IMAGE_MARK, "")
+        return Question(id=name, text=text, images=images)
 
 
 def _name(place: int, request: Any) -> str:
@@ -170,28 +168,28 @@ def _cut(reply: str, until: str | Sequence[str] | None) -> str:
     return reply.strip()
 
 
-def _flat(pictures: Any) -> Iterable[Any]:
-    """Pictures of a document, which tasks hand over as one, a list, a list of lists, or nothing."""
-    if pictures is None:
+def _flat(images: Any) -> Iterable[Any]:
+    """Images of a document, which tasks hand over as one, a list, a list of lists, or nothing."""
+    if images is None:
         return []
-    if isinstance(pictures, list | tuple):
-        return [one for some in pictures for one in _flat(some)]
-    return [pictures]
+    if isinstance(images, list | tuple):
+        return [one for some in images for one in _flat(some)]
+    return [images]
 
 
-def _stored(picture: Any, folder: Path) -> Path:
-    """The picture as a file without loss, named by its content. Raises DataError for what is no picture."""
+def _stored(image: Any, folder: Path) -> Path:
+    """The image as a file without loss, named by its content. Raises DataError for what is no image."""
     from PIL import Image
 
-    if not isinstance(picture, Image.Image):
+    if not isinstance(image, Image.Image):
         raise DataError(
-            f"lmms-eval hands over a {type(picture).__name__}; mmpipe's checkpoints see pictures only"
+            f"lmms-eval hands over a {type(image).__name__}; mmpipe's checkpoints see images only"
         )
-    picture = picture.convert("RGB")
-    name = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    image = image.convert("RGB")
+    name = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
     path = folder / f"{name}.png"
     if not path.exists():
-        picture.save(path, compress_level=1)
+        image.save(path, compress_level=1)
     return path
 
 

@@ -71,7 +71,7 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Divergence of the student from a teacher that ran on the same tokens; returns ``(loss, metrics)``.
 
-    A teacher that gives a picture another number of tokens has labels and a mask of its own; its chosen
+    A teacher that gives an image another number of tokens has labels and a mask of its own; its chosen
     positions stand for the same text, in the same order. Both heads are applied to the chosen positions only,
     a few at a time. ``vocabulary`` is the number of leading rows the two heads share (see
     :mod:`mmpipe.losses.vocabulary`); by default both must have the same number. ``normaliser`` defaults to
@@ -102,7 +102,7 @@ def distillation_loss(
         if len(teacher_rows_R) != len(rows_R):
             raise DataError(
                 f"the teacher has {len(teacher_rows_R)} positions to distil in this batch, the student {len(rows_R)}: "
-                "they do not stand for the same text; a teacher that gives a picture another number of tokens "
+                "they do not stand for the same text; a teacher that gives an image another number of tokens "
                 "can teach the response alone ('tokens: response')"
             )
     teacher_RE = teacher_hidden_BLE.detach().flatten(0, 1)[teacher_rows_R].to(teacher_head_UE.dtype)

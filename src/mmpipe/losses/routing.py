@@ -17,7 +17,7 @@ def load_balancing_loss(p_TN: Tensor, first_T: Tensor, sequence_T: Tensor | None
     Counts the first choice only, before any is dropped (Switch Transformer, eq. 4-6; as in DeepSpeed and
     LLaVA-MoD, where the losses of the layers are summed). The gradient flows through the probabilities.
 
-    ``sequence_T`` gives the sequence (or picture) of each token: the loss is then taken of each one and
+    ``sequence_T`` gives the sequence (or image) of each token: the loss is then taken of each one and
     averaged (LibMoE), which asks for balance within every sequence.
     """
     experts = p_TN.shape[1]

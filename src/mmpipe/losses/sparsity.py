@@ -1,6 +1,6 @@
 """How far a sparsified model is from its keep rates: squared differences of means (Dynamic-LLaVA, equation 10).
 
-The paper writes a Frobenius norm; the published code, and this, the squared difference. Sums over pictures or rows are
+The paper writes a Frobenius norm; the published code, and this, the squared difference. Sums over images or rows are
 divided by ``normaliser``, their number in the global batch.
 """
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-def picture_loss(keep_PN: Tensor, rate: float, normaliser: Tensor) -> Tensor:
-    """``sum over pictures of (rate - share kept)^2 / normaliser``; keep is 0 or 1 for each of N tokens."""
+def image_loss(keep_PN: Tensor, rate: float, normaliser: Tensor) -> Tensor:
+    """``sum over images of (rate - share kept)^2 / normaliser``; keep is 0 or 1 for each of N tokens."""
     return ((rate - keep_PN.mean(1)) ** 2).sum() / normaliser
 
 

@@ -16,7 +16,7 @@ from mmpipe.errors import ArtifactError
 from mmpipe.models.trainable import matching
 
 if TYPE_CHECKING:
-    from mmpipe.stages.base import LoraSettings
+    from mmpipe.models.settings import LoraSettings
 
 _CONFIGS = "peft_config"  # where peft leaves its settings on a model
 

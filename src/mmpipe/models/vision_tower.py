@@ -1,4 +1,4 @@
-"""The vision tower as the language model uses it: pictures at several scales, and nothing that nobody reads.
+"""The vision tower as the language model uses it: images at several scales, and nothing that nobody reads.
 
 LLaVA projects the output of the tower's last block but one. What stands behind it (the last block, the final
 normalisation, a pooling head) is computed for nothing and gets no gradient. A stock checkpoint keeps it, because
@@ -69,8 +69,8 @@ def noted_scales(model: LlavaForConditionalGeneration) -> tuple[int, ...] | None
     return tuple(noted["scales"]) if noted else None
 
 
-def look_at(model: LlavaForConditionalGeneration, scales: Sequence[int]) -> None:
-    """Let the tower look at every picture at several scales (S2, Shi et al. 2024), in place.
+def enable_multi_scale(model: LlavaForConditionalGeneration, scales: Sequence[int]) -> None:
+    """Let the tower look at every image at several scales (S2, Shi et al. 2024), in place.
 
     The tower is cut behind the projected block. The projector's first layer, when its width changes, is a new
     one without values. The number of image tokens stays. ``(1,)`` cuts the tower and changes nothing else.
@@ -149,11 +149,11 @@ def multi_scale_features(
     *,
     class_tokens: int = 0,
 ) -> Tensor:
-    """Features of square pictures at several scales, ``[B, class_tokens + tokens, scales * width]``.
+    """Features of square images at several scales, ``[B, class_tokens + tokens, scales * width]``.
 
-    For scale s the pictures are enlarged s times (bicubic, float32) and cut into s x s tiles of the original
-    size; the tiles of all pictures go through ``encode`` as one batch (first tile of every picture, second tile
-    of every picture, ...). Their maps of tokens are put together again and averaged down to the first map's size
+    For scale s the images are enlarged s times (bicubic, float32) and cut into s x s tiles of the original
+    size; the tiles of all images go through ``encode`` as one batch (first tile of every image, second tile
+    of every image, ...). Their maps of tokens are put together again and averaged down to the first map's size
     (``area``). Class tokens, which come first, are averaged over the tiles.
     """
     maps: list[Tensor] = []
@@ -172,7 +172,7 @@ def multi_scale_features(
 
 
 def tiles(pixels_BCHW: Tensor, scale: int) -> Tensor:
-    """The tiles of the enlarged pictures, ``[scale² * B, C, H, W]``: by place row by row, then by picture."""
+    """The tiles of the enlarged images, ``[scale² * B, C, H, W]``: by place row by row, then by image."""
     if scale == 1:
         return pixels_BCHW
     side = pixels_BCHW.shape[-1]
@@ -188,8 +188,8 @@ def _squares(enlarged: Tensor, side: int) -> Iterator[Tensor]:
 
 
 def _assembled(tokens_TNE: Tensor, scale: int) -> Tensor:
-    """Tiles' tokens as one map a picture, ``[B, width, scale * side, scale * side]``."""
+    """Tiles' tokens as one map an image, ``[B, width, scale * side, scale * side]``."""
     side = round(tokens_TNE.shape[1] ** 0.5)
     grid = tokens_TNE.unflatten(0, (scale, scale, -1)).unflatten(3, (side, side))
-    # row of tiles, column of tiles, picture, row, column, width -> picture, width, rows, columns
+    # row of tiles, column of tiles, image, row, column, width -> image, width, rows, columns
     return grid.permute(2, 5, 0, 3, 1, 4).flatten(4, 5).flatten(2, 3)

@@ -15,7 +15,7 @@ from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.errors import ConfigError, did_you_mean
 from mmpipe.plan.config import Config
-from mmpipe.settings_loader import read_mapping, validate
+from mmpipe.settings import read_mapping, validate
 from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from mmpipe.models.settings import VisionLanguage
 from mmpipe.settings import Settings
-from mmpipe.stages.base import Hardware, VisionLanguage
+from mmpipe.stages.base import Hardware
 
 
 class Smoke(Settings):
@@ -52,7 +53,7 @@ class Config(Settings):
     ] = None
     """Write down which experts tokens are sent to while benchmarks are answered, and draw the analysis of it."""
     keep_rates: list[Annotated[float, Field(gt=0, le=1)]] = []
-    """Sparsified checkpoints are also compared with these shares of each picture's tokens kept, one row a rate."""
+    """Sparsified checkpoints are also compared with these shares of each image's tokens kept, one row a rate."""
     smoke: Smoke = Smoke()
     gpu_request: str = Field("gpu", pattern="^(gpu|gres)$")
     """How GPUs are asked for on the cluster: ``gpu`` (``--gpus``) or ``gres`` (``--gres``)."""

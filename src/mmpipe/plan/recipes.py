@@ -14,7 +14,7 @@ from mmpipe.plan.catalogues import NAME, Catalogues
 from mmpipe.plan.config import Recipe
 from mmpipe.plan.stages import StagePlan
 from mmpipe.plan.variants import split
-from mmpipe.settings_loader import read_mapping, validate
+from mmpipe.settings import read_mapping, validate
 from mmpipe.stages import stage_kinds
 from mmpipe.stages.base import Hardware, Stage
 

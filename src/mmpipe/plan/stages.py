@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import canonical_json
-from mmpipe.stages.base import Encoding, Hardware, Stage, VisionLanguage
+from mmpipe.models.settings import VisionLanguage
+from mmpipe.stages.base import Encoding, Hardware, Stage
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TokensPlan:
     mixture: str
     encoding: Encoding
     model: Mapping[str, Any]
-    """What the tokenizer and the number of a picture's tokens come from."""
+    """What the tokenizer and the number of an image's tokens come from."""
     vision_language: VisionLanguage
     manifests: Mapping[str, Path]
     directories: Mapping[str, Path]

@@ -1,6 +1,6 @@
 """Checkpoints answered in another way than they were trained: a suffix of the reference, ``recipe@stage+keep0.5``.
 
-``+keep0.5`` keeps half of each picture's tokens, ``+whole`` keeps everything, as the dense model does. Only sparsified
+``+keep0.5`` keeps half of each image's tokens, ``+whole`` keeps everything, as the dense model does. Only sparsified
 checkpoints have variants. Plain Python: the plan and the rules read it.
 """
 
@@ -20,7 +20,7 @@ class Variant:
     """How much of its context a checkpoint keeps."""
 
     keep_rate: float | None
-    """Share of each picture's tokens; None keeps everything."""
+    """Share of each image's tokens; None keeps everything."""
 
     @property
     def suffix(self) -> str:

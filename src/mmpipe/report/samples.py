@@ -1,4 +1,4 @@
-"""Sample questions with their pictures, what the model answered, and the verdict."""
+"""Sample questions with their images, what the model answered, and the verdict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def samples_page(prepared: Path, answers: Path, per_item: Path, page: Path, show
     samples = [
         {
             "id": question.id,
-            "pictures": [_data_url(path) for path in question.images if isinstance(path, Path)],
+            "images": [_data_url(path) for path in question.images if isinstance(path, Path)],
             "prompt": answer["prompt"][:_LONGEST],
             "text": answer["text"][:_LONGEST],
             "parsed": verdict["parsed"],

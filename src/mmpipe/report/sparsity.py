@@ -1,4 +1,4 @@
-"""What the report shows of a sparsified checkpoint: what it saves, and what it keeps of pictures."""
+"""What the report shows of a sparsified checkpoint: what it saves, and what it keeps of images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TITLES = {
-    "paper_flops": "operations over the pictures' tokens, by the paper's formula",
+    "paper_flops": "operations over the images' tokens, by the paper's formula",
     "prompt_flops": "operations of the language model over the prompt, counted",
-    "picture_flops": "operations of vision tower and projector, counted",
+    "image_flops": "operations of vision tower and projector, counted",
     "token_flops": "operations of a generated token, counted",
-    "picture_seconds": "time of vision tower and projector",
+    "image_seconds": "time of vision tower and projector",
     "prompt_seconds": "time of the language model over the prompt",
     "first_token_seconds": "both: time to the first token",
     "token_seconds": "time of each further token",
@@ -38,7 +38,7 @@ DRAWN = {
     "cache_bytes": "cache",
     "peak_bytes": "peak memory",
 }
-TOWER = {"picture_flops", "picture_seconds"}
+TOWER = {"image_flops", "image_seconds"}
 """What no keep rate changes."""
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"))
@@ -127,7 +127,7 @@ def draw_efficiency(measured: Path, out: Path) -> None:
                     axis.plot(*place, "o", markersize=4, color=line.get_color(), markerfacecolor=face)
             axis.axhline(1, color="grey", linestyle=":", linewidth=1)
             axis.set_title(f"batch of {size}")
-            axis.set_xlabel("share of a picture's tokens that is kept")
+            axis.set_xlabel("share of an image's tokens that is kept")
             axis.set_ylabel("times less than dense")
             axis.set_ylim(bottom=0)
         axes.flat[0].legend(fontsize=7, title="hollow: no gain", title_fontsize=7)
@@ -139,52 +139,52 @@ def draw_efficiency(measured: Path, out: Path) -> None:
 def keep_maps_page(
     title: str,
     maps: Sequence[Row],
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     places: tuple[int, int] | None,
     page: Path,
 ) -> None:
-    """Show what is kept of each picture: ``maps`` as :func:`mmpipe.analysis.retention_maps.keep_maps` gives them, ``pictures`` in
+    """Show what is kept of each image: ``maps`` as :func:`mmpipe.analysis.retention_maps.keep_maps` gives them, ``images`` in
     the same order, ``places`` as its ``grid`` tells them."""
     shown = [
         {
             "question_id": row["question_id"],
             "prompt": row["prompt"],
-            "picture": _data_url(_enlarged(picture)),
+            "image": _data_url(_enlarged(image)),
             "kept": [
                 {
                     "rate": rate,
                     "count": tokens.count("1"),
                     "of": len(tokens),
-                    "picture": _data_url(covered(picture, tokens, places)) if places else None,
+                    "image": _data_url(covered(image, tokens, places)) if places else None,
                 }
                 for rate, tokens in row["kept"].items()
             ],
         }
-        for row, picture in zip(maps, pictures, strict=True)
+        for row, image in zip(maps, images, strict=True)
     ]
     write_page(page, "kept.html", title=title, maps=shown)
 
 
-def covered(picture: Image.Image, tokens: str, places: tuple[int, int]) -> Image.Image:
-    """The picture, pale where its ``tokens`` (0 and 1) are dropped."""
+def covered(image: Image.Image, tokens: str, places: tuple[int, int]) -> Image.Image:
+    """The image, pale where its ``tokens`` (0 and 1) are dropped."""
     from PIL import Image
 
     lead, side = places
-    large = _enlarged(picture)
+    large = _enlarged(image)
     grey = large.convert("L").convert("RGB")
     pale = Image.blend(grey, Image.new("RGB", large.size, "white"), 0.8)
     mask = Image.frombytes("L", (side, side), bytes(255 * int(token) for token in tokens[lead:]))
     return Image.composite(large, pale, mask.resize(large.size, Image.Resampling.NEAREST))
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
+def _enlarged(image: Image.Image) -> Image.Image:
     from PIL import Image
 
-    how = Image.Resampling.NEAREST if picture.width < _WIDTH else Image.Resampling.BICUBIC
-    return picture.convert("RGB").resize((_WIDTH, _WIDTH * picture.height // picture.width), how)
+    how = Image.Resampling.NEAREST if image.width < _WIDTH else Image.Resampling.BICUBIC
+    return image.convert("RGB").resize((_WIDTH, _WIDTH * image.height // image.width), how)
 
 
-def _data_url(picture: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=88)
+    image.save(file, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

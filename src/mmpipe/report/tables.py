@@ -30,5 +30,5 @@ def tokens_page(report: Path, page: Path) -> None:
 
 
 def overlap_page(report: Path, page: Path) -> None:
-    """Lay out which pictures of the benchmarks a mixture holds."""
+    """Lay out which images of the benchmarks a mixture holds."""
     write_page(page, "overlap.html", title=f"Overlap of {report.stem}", report=read_json(report))

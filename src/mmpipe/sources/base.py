@@ -59,9 +59,10 @@ class Source(Settings):
     size_gb: float | None = Field(None, gt=0)
     """About how many GB are fetched, where that is known; the disk must have that room."""
     records: int | None = Field(None, gt=0)
-    """How many records (or pictures) its publishers name."""
+    """How many records (or images) its publishers name."""
     layout: str = "stock"
-    """Backbones: how the files name their tensors, a module of ``mmpipe.checkpoints.layouts``. ``stock`` is what transformers writes."""
+    """Backbones: how the files name their tensors, a module of ``mmpipe.checkpoints.layouts``; default: as transformers
+    writes them."""
     shape: dict[str, Any] = {}
     """Backbones: what their ``config.json`` says of their size, for estimates before they are fetched."""
     subfolder: InnerPath | None = None

@@ -23,6 +23,16 @@ class Made(Source):
     version: int = 1
     """Raise it when the maker's code changes what it makes."""
 
+    def spec(self) -> dict[str, Any]:
+        # the demo's package had another name; a spec keeps it, so that nothing is made again
+        package, _, rest = self.maker.partition("mmpipe.demo.")
+        former = {"scenes": "pictures", "presence": "falsehoods"}
+        module, _, function = rest.partition(":")
+        maker = (
+            f"mmpipe.world.{former.get(module, module)}:{function}" if rest and not package else self.maker
+        )
+        return super().spec() | {"maker": maker}
+
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         make = load_object(self.maker, f"maker of {out}")
         with staged_directory(out) as stage:

@@ -25,7 +25,7 @@ class Manual(Downloaded):
     source: Literal["manual"] = "manual"
     files: tuple[WantedFile, ...] = ()
     folders: tuple[InnerPath, ...] = ()
-    """Folders that the person lays out; they are linked, not copied. Their pictures are proven where they are mixed."""
+    """Folders that the person lays out; they are linked, not copied. Their images are proven where they are mixed."""
     how: str
     """From where to get it and what to do with it, in a sentence or two."""
 

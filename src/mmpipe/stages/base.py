@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mmpipe.errors import did_you_mean
+from mmpipe.models.settings import LoraSettings, VisionLanguage
 from mmpipe.settings import Settings
 
 
@@ -64,46 +65,6 @@ class Hardware(Settings):
         if kind is not None and kind not in kinds():
             raise ValueError(f"there is no kind '{kind}'{did_you_mean(kind, kinds())}")
         return kind
-
-
-class VisionLanguage(Settings):
-    """What a recipe starts from: parts and how they are joined, or a whole model."""
-
-    vision: str | None = None
-    """A vision backbone of ``backbones.yaml``."""
-    language: str | None = None
-    """A language backbone of ``backbones.yaml``."""
-    checkpoint: str | None = None
-    """A whole vision-language model of ``backbones.yaml``. ``vision`` and ``language`` then name what it leaves out:
-    the tower that original LLaVA checkpoints refer to, the base of an adapter or of a lone projector."""
-    feature_layer: int = -2
-    """Hidden state of the vision tower that is projected; -2 is the output of the block before the last."""
-    feature_select: Literal["patch", "full"] = "patch"
-    """``patch`` drops the class token; ``full`` keeps every token (towers without a class token)."""
-    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
-    """Two linear layers with a GELU between, as in LLaVA-1.5."""
-    scales: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1)
-    """Scales at which pictures are seen, ``[1, 3]`` for LibMoE's S2: at scale 3, nine tiles of a picture of three times
-    the size; their features stand beside those of scale 1, the number of image tokens stays."""
-
-    @model_validator(mode="after")
-    def _parts_or_whole(self) -> VisionLanguage:
-        if self.checkpoint is None:
-            lacking = [role for role in ("vision", "language") if getattr(self, role) is None]
-            if lacking:
-                raise ValueError(
-                    f"'{lacking[0]}' is missing; name a vision and a language backbone, or a whole 'checkpoint'"
-                )
-        elif joined := sorted(
-            self.model_fields_set & {"feature_layer", "feature_select", "projector", "scales"}
-        ):
-            raise ValueError(f"'{joined[0]}' is a fact of the checkpoint '{self.checkpoint}'; leave it out")
-        return self
-
-    def parts(self) -> dict[str, str]:
-        """The entries of ``backbones.yaml`` by their role: ``vision``, ``language``, ``checkpoint``."""
-        named = {role: getattr(self, role) for role in ("vision", "language", "checkpoint")}
-        return {role: name for role, name in named.items() if name is not None}
 
 
 @dataclass(frozen=True)
@@ -216,20 +177,6 @@ class Stage(Settings):
         raise NotImplementedError
 
 
-class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) instead of whole weights; defaults are LLaVA-1.5's
-    ``finetune_lora.sh``, whose learning rates are 2e-4 and 2e-5 for the projector."""
-
-    rank: int = Field(128, ge=1)
-    alpha: float = Field(256, gt=0)
-    """The adapters' product is scaled by ``alpha / rank``."""
-    dropout: float = Field(0.05, ge=0, lt=1)
-    targets: tuple[str, ...] = ("language_model.layers.*_proj",)
-    """Glob patterns of the linear layers that get an adapter, by their full names: towers stay out unless named."""
-    beside: tuple[str, ...] = ("multi_modal_projector.*",)
-    """Glob patterns of the parameters that train whole beside the adapters."""
-
-
 class TrainStage(Stage):
     """A stage that trains on a mixture."""
 
@@ -238,9 +185,9 @@ class TrainStage(Stage):
     template: str = "vicuna_v1"
     """The conversation template; ``tokenizer`` takes the tokenizer's own."""
     image_aspect: Literal["pad", "square"] = "pad"
-    """``pad`` pads pictures to a square; ``square`` crops the centre."""
+    """``pad`` pads images to a square; ``square`` crops the centre."""
     max_length: int = Field(2048, ge=16)
-    """Tokens per sample, picture tokens included; longer texts are cut on the right."""
+    """Tokens per sample, image tokens included; longer texts are cut on the right."""
     trainable: tuple[str, ...] = ("language_model.*", "lm_head.*", "multi_modal_projector.*")
     """Glob patterns of the parameters that train; the others stay bit-identical."""
     lora: LoraSettings | None = None
@@ -261,7 +208,7 @@ class TrainStage(Stage):
     """Gradients are clipped to this norm; 0 switches clipping off."""
     precision: Literal["float32", "bfloat16"] = "float32"
     grouping: Literal["none", "length", "modality_length"] = "none"
-    """Batches of like length, or of like length and kind (with or without pictures)."""
+    """Batches of like length, or of like length and kind (with or without images)."""
     minimum_supervised: float = Field(0.001, ge=0, le=1)
     """Training stops at once when a smaller share of the text tokens is supervised: the template does not fit."""
     llava_projector: bool = False
@@ -306,11 +253,11 @@ class TrainStage(Stage):
 
         return SupervisedDataset(tokens, processor)
 
-    def collator(self, pad_token_id: int, picture_size: tuple[int, int]) -> Any:
+    def collator(self, pad_token_id: int, image_size: tuple[int, int]) -> Any:
         """What puts samples into a batch."""
         from mmpipe.data.dataset import Collator
 
-        return Collator(pad_token_id, picture_size)
+        return Collator(pad_token_id, image_size)
 
     def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
         """What is optimised (:class:`mmpipe.training.objectives.base.Objective`)."""

@@ -19,7 +19,7 @@ class Construct(Stage):
     template: str = "vicuna_v1"
     """The conversation template the model was trained with; ``tokenizer`` takes the tokenizer's own."""
     image_aspect: Literal["pad", "square"] = "pad"
-    """``pad`` pads pictures to a square; ``square`` crops the centre."""
+    """``pad`` pads images to a square; ``square`` crops the centre."""
 
     def run(self, job: StageJob) -> None:
         from mmpipe.training.construct import construct_stage

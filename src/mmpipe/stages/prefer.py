@@ -43,10 +43,10 @@ class Prefer(TrainStage):
 
         return PreferenceDataset(tokens, processor)
 
-    def collator(self, pad_token_id: int, picture_size: tuple[int, int]) -> Any:
+    def collator(self, pad_token_id: int, image_size: tuple[int, int]) -> Any:
         from mmpipe.data.dataset import PreferenceCollator
 
-        return PreferenceCollator(pad_token_id, picture_size)
+        return PreferenceCollator(pad_token_id, image_size)
 
     def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
         from mmpipe.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Learned sparsification: predictors behind the first layers learn which tokens of pictures and answers later layers need."""
+"""Learned sparsification: predictors behind the first layers learn which tokens of images and answers later layers need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sparsify(TrainStage):
     gumbel_end_tau: float = Field(0.1, gt=0)
     """Temperature at the end."""
     requires_image: bool = True
-    """Leave out records without pictures."""
+    """Leave out records without images."""
     learning_rate: float = Field(5e-6, gt=0)
     learning_rates: dict[str, float] = {"language_model.sparsifier.*": 2e-4}
     batch_size: int = Field(64, ge=1)

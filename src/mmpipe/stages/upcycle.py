@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from mmpipe.errors import ConfigError
 from mmpipe.models.moe.spec import MoESettings, Part
 from mmpipe.registry import source_file
-from mmpipe.settings_loader import validate
+from mmpipe.settings import validate
 from mmpipe.stages.base import Stage, StageJob
 
 

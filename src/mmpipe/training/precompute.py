@@ -35,6 +35,7 @@ from mmpipe.artifacts.files import (
     write_json,
 )
 from mmpipe.artifacts.state import open_state
+from mmpipe.checkpoints.load import open_checkpoint, preprocessor_directory
 from mmpipe.data.dataset import Collator, PreferenceCollator, PreferenceDataset, SupervisedDataset
 from mmpipe.data.images import image_processor
 from mmpipe.data.preprocessing_match import pixel_settings, require_same_pixels
@@ -43,7 +44,6 @@ from mmpipe.errors import ArtifactError
 from mmpipe.losses.preference import response_log_probabilities
 from mmpipe.losses.teacher import draws, most_likely
 from mmpipe.losses.vocabulary import token_rows
-from mmpipe.models import llava
 from mmpipe.training.objectives.base import Batch, hidden_states
 from mmpipe.training.precomputed import PAIRS, RECORDS_PER_SHARD, SHARDS, TOKENS
 from mmpipe.training.stop import as_helper
@@ -94,7 +94,7 @@ def annotate_chunk(
     """Write the shards of ``chunk`` (``.../0002-of-0008.json``) that are not there yet, and then that file.
 
     The file tells :func:`publish` of the chunk's shards with size and hash (``files``) and of the model (``facts``; none
-    without shards). Raises ConfigError when the model saw other pictures than ``settings['image_aspect']`` makes,
+    without shards). Raises ConfigError when the model saw other images than ``settings['image_aspect']`` makes,
     ArtifactError, naming the records, when its numbers are not finite.
     """
     table = TokenTable(work.tokens)
@@ -158,13 +158,13 @@ class _Annotator:
     def __init__(self, work: Work, table: TokenTable, device: str, workers: int) -> None:
         settings = work.settings
         self.where, self.settings, self.device, self.workers = work.checkpoint, settings, device, workers
-        model, self.processor, card = llava.load(
+        model, self.processor, card = open_checkpoint(
             work.checkpoint, torch.bfloat16 if device == "cuda" else torch.float32
         )
         self.model = model.to(device).requires_grad_(False).eval()
         self.tokenizer = self.processor.tokenizer
         table.require(self.tokenizer, model.config.image_seq_length)
-        asked = image_processor(llava.pictures_of(work.checkpoint, card), settings["image_aspect"])
+        asked = image_processor(preprocessor_directory(work.checkpoint, card), settings["image_aspect"])
         self.pixels = pixel_settings(self.processor.image_processor)
         require_same_pixels(work.checkpoint, pixel_settings(asked), self.pixels, "annotating model")
         self.vocabulary = token_rows(self.tokenizer)

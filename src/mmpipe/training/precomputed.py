@@ -70,7 +70,7 @@ class Annotations:
             )
 
     def require_pixels(self, processor: Any, whose: str) -> None:
-        """Raise ConfigError when the annotating model, ``whose`` part is named, saw other pictures than ``processor``
+        """Raise ConfigError when the annotating model, ``whose`` part is named, saw other images than ``processor``
         makes."""
         require_same_pixels(self.directory, pixel_settings(processor), self._pixels, whose)
 
@@ -105,7 +105,7 @@ class Annotations:
         if missing:
             raise ArtifactError(
                 f"{self.directory}: nothing is written about record {missing[0]} of the mixture: it did not fit "
-                "into max_length with the other model's image tokens (raise max_length of the stage), or its pictures "
+                "into max_length with the other model's image tokens (raise max_length of the stage), or its images "
                 "could not be read then (delete the directory to write it again)"
             )
         rows: list[int] = self._row_of[list(indices)].tolist()

@@ -37,7 +37,7 @@ def publish(
     """Write model or projector, let a fresh process read a sparse or sparsified model back, then publish with a manifest.
 
     Adapters on the model are written on their own and merged first. ``facts`` says how the checkpoint is to be used
-    (template, pictures, backbones); ``statements`` are further entries of the manifest. Raises ArtifactError when stock
+    (template, images, backbones); ``statements`` are further entries of the manifest. Raises ArtifactError when stock
     transformers computes something else from the files.
     """
     model.eval()

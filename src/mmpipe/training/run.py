@@ -15,11 +15,13 @@ from mmpipe import slurm
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, read_jsonl, write_json, write_text
 from mmpipe.artifacts.state import open_state
+from mmpipe.checkpoints.load import build_model, open_checkpoint, preprocessor_directory, projector_base
 from mmpipe.checkpoints.save import some
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import ConfigError, MmpipeError
-from mmpipe.models import attention, llava, lora
+from mmpipe.models import attention, lora
+from mmpipe.models.llava import make_processor
 from mmpipe.models.trainable import select
 from mmpipe.models.vision_tower import freeze_idle
 from mmpipe.stages.base import StageJob, TrainStage
@@ -140,7 +142,7 @@ def untrained_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
 def starting_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
     """The model a stage starts from with the processor it will publish."""
     if job.parent is None:
-        return llava.build(
+        return build_model(
             job.backbones,
             job.vision_language,
             layouts=job.layouts,
@@ -148,10 +150,10 @@ def starting_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
             image_aspect=stage.image_aspect,
             seed=stage.seed,
         )
-    model, processor, card = llava.load(job.parent)
-    processor = llava.make_processor(
+    model, processor, card = open_checkpoint(job.parent)
+    processor = make_processor(
         processor.tokenizer,
-        llava.pictures_of(job.parent, card),
+        preprocessor_directory(job.parent, card),
         model.config,
         template=stage.template,
         image_aspect=stage.image_aspect,
@@ -326,5 +328,5 @@ def records_replaced(history: Path) -> int:
 def _foundation(stage: TrainStage, job: StageJob) -> dict[str, Any]:
     """What the model stands on; a projector published alone is put back there."""
     if stage.PUBLISHES == "projector" and job.parent is not None:
-        return llava.base_of(job.parent, manifest.read(job.parent))
+        return projector_base(job.parent, manifest.read(job.parent))
     return {"backbones": {role: path.as_posix() for role, path in job.backbones.items()}}

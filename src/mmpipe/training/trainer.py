@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = "trainable.safetensors"
 COMPLETE = "complete"
 REPLACED = "records_replaced"
-"""Of a step in the history, over all processes: records whose pictures could not be read, see
+"""Of a step in the history, over all processes: records whose images could not be read, see
 :class:`mmpipe.data.dataset.RecordDataset`."""
 LAYOUT = "layout.json"
 

@@ -1,4 +1,4 @@
-"""Whether experts specialise on picture tokens, words of the prompt, or words they say themselves."""
+"""Whether experts specialise on image tokens, words of the prompt, or words they say themselves."""
 
 from __future__ import annotations
 

@@ -34,10 +34,10 @@ class Whole:
     model: LlavaForConditionalGeneration
     """The stock model; its tensors have the precision of the files."""
     tokenizer: PreTrainedTokenizerBase
-    pictures: Path
-    """The directory whose ``preprocessor_config.json`` says how pictures are prepared."""
+    images: Path
+    """The directory whose ``preprocessor_config.json`` says how images are prepared."""
     image_aspect: str | None = None
-    """How pictures were made square in its training (``pad``, ``square``), where the files say it."""
+    """How images were made square in its training (``pad``, ``square``), where the files say it."""
 
 
 class Layout:

@@ -100,7 +100,7 @@ class LibMoE(Layout):
     """Fsoft-AIC/LibMoE, vision-language part: pretrain, pft and sft folders."""
 
     def whole(self, directory: Path, parts: Mapping[str, Part]) -> Whole:
-        from mmpipe.models import llava
+        from mmpipe.models.llava import IMAGE_TOKEN, joined_config, with_image_token
         from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
 
         written = _tensors.read_config(directory / CONFIG)
@@ -112,12 +112,12 @@ class LibMoE(Layout):
         tensors = _ours(directory, tensors, found) if found else tensors
         if not any(name.startswith(_names.TOWER) for name in tensors):
             tensors |= {f"{_names.TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
-        tokenizer = llava.with_image_token(checkpoint_tokenizer(directory, parts, None), directory)
+        tokenizer = with_image_token(checkpoint_tokenizer(directory, parts, None), directory)
         has_class_token = tower.config.model_type == "clip_vision_model"
-        joined = llava.joined_config(
+        joined = joined_config(
             tower.config,
             text,
-            image_id=int(tokenizer.convert_tokens_to_ids(llava.IMAGE_TOKEN)),  # type: ignore[arg-type]
+            image_id=int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),  # type: ignore[arg-type]
             feature_layer=-2,  # whatever mm_vision_select_layer says, the code returns the last block's input
             feature_select="patch" if has_class_token else "full",
         )

@@ -38,7 +38,7 @@ class Llava(Layout):
     def whole(self, directory: Path, parts: Mapping[str, Part]) -> Whole:
         from transformers import LlavaForConditionalGeneration
 
-        from mmpipe.models import llava
+        from mmpipe.models.llava import IMAGE_TOKEN, joined_config, with_image_token
 
         written = _tensors.read_config(directory / CONFIG)
         text, packed = text_config(directory, written)
@@ -48,11 +48,11 @@ class Llava(Layout):
         if any(name.startswith(_names.TOWER) for name in own):
             tensors = {}  # a tower in the checkpoint is the one that was trained
         tensors |= own
-        tokenizer = llava.with_image_token(checkpoint_tokenizer(directory, parts, packed), directory)
-        config = llava.joined_config(
+        tokenizer = with_image_token(checkpoint_tokenizer(directory, parts, packed), directory)
+        config = joined_config(
             tower.config,
             text,
-            image_id=int(tokenizer.convert_tokens_to_ids(llava.IMAGE_TOKEN)),  # type: ignore[arg-type]
+            image_id=int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),  # type: ignore[arg-type]
             feature_layer=int(written.get("mm_vision_select_layer", -2)),
             feature_select=_feature_select(directory, written),
         )
@@ -169,14 +169,14 @@ def _merged(directory: Path, tensors: Mapping[str, Tensor], text: Any) -> dict[s
 
 def named_tower(directory: Path, written: Mapping[str, Any], parts: Mapping[str, Part]) -> Any:
     """The vision tower that a recipe names beside a checkpoint; ConfigError when it names none."""
-    from mmpipe.models import llava
+    from mmpipe.models.llava import vision_tower
 
     if "vision" not in parts:
         named = written.get("mm_vision_tower") or written.get("mm_image_tower")
         raise ConfigError(
             f"{directory}: its tower '{named}' lies elsewhere; name an entry for it under model.vision"
         )
-    return llava.vision_tower(parts["vision"].directory, "auto")
+    return vision_tower(parts["vision"].directory, "auto")
 
 
 def checkpoint_tokenizer(directory: Path, parts: Mapping[str, Part], packed: PackedLanguage | None) -> Any:
@@ -188,7 +188,7 @@ def checkpoint_tokenizer(directory: Path, parts: Mapping[str, Part], packed: Pac
 
 
 def _feature_select(directory: Path, written: Mapping[str, Any]) -> Any:
-    """LLaVA's word for the kept features as ours. Wrapped pictures are refused: their marks are in no template."""
+    """LLaVA's word for the kept features as ours. Wrapped images are refused: their marks are in no template."""
     if written.get("mm_use_im_start_end"):
         raise ConfigError(
             f"{directory}/{CONFIG}: mm_use_im_start_end is true; no template writes these marks"

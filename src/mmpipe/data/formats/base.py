@@ -43,7 +43,7 @@ class Draft:
     notes: tuple[str, ...] = ()
     """What was put right in reading."""
     embedded: tuple[bytes, ...] = ()
-    """The pictures themselves, where the annotations contain them; else ``record.images`` names files."""
+    """The images themselves, where the annotations contain them; else ``record.images`` names files."""
 
 
 class Format(Protocol):
@@ -105,34 +105,34 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """The pictures of a row: names of files, or placeholders and the content itself."""
+class Images:
+    """The images of a row: names of files, or placeholders and the content itself."""
 
     names: tuple[str, ...]
     embedded: tuple[bytes, ...] = ()
 
 
-def read_pictures(row: Row) -> Pictures:
-    """What stands under ``image`` or ``images``: nothing, one picture or a list of them.
+def read_images(row: Row) -> Images:
+    """What stands under ``image`` or ``images``: nothing, one image or a list of them.
 
-    A picture is a file name or, as ``datasets`` writes it, ``{"bytes", "path"}``.
+    An image is a file name or, as ``datasets`` writes it, ``{"bytes", "path"}``.
     """
     given = [key for key in ("image", "images") if row.get(key) not in (None, "", [])]
     if not given:
-        return Pictures(())
+        return Images(())
     if len(given) > 1:
-        raise BadRecord("malformed pictures", "there are pictures under 'image' and under 'images'")
+        raise BadRecord("malformed images", "there are images under 'image' and under 'images'")
     (key,) = given
     values = row[key] if isinstance(row[key], list) else [row[key]]
     contents = [one.get("bytes") if isinstance(one, dict) else None for one in values]
     embedded = tuple(content for content in contents if isinstance(content, bytes))
     if embedded and len(embedded) == len(values):
-        return Pictures(("embedded",) * len(embedded), embedded)
+        return Images(("embedded",) * len(embedded), embedded)
     names = [one.get("path") if isinstance(one, dict) else one for one in values]
     files = tuple(name for name in names if isinstance(name, str) and name)
     if embedded or len(files) < len(values):
-        raise BadRecord("malformed pictures", f"'{key}' is neither a file name nor a list of file names")
-    return Pictures(files)
+        raise BadRecord("malformed images", f"'{key}' is neither a file name nor a list of file names")
+    return Images(files)
 
 
 def read_turns(conversation: Any, system: Any = None) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
@@ -190,17 +190,15 @@ def _system(text: Any, turns: Sequence[Turn]) -> tuple[Turn, ...]:
     return (Turn("system", text),)
 
 
-def pictures_before_text(
-    turns: tuple[Turn, ...], pictures: Pictures
-) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Chat messages whose text does not say where pictures go, with all of them before the first question, and notes.
+def images_before_text(turns: tuple[Turn, ...], images: Images) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """Chat messages whose text does not say where images go, with all of them before the first question, and notes.
 
     TRL reads such records so (``prepare_multimodal_messages``).
     """
-    if not pictures.names or any(IMAGE_MARK in turn.text for turn in turns):
+    if not images.names or any(IMAGE_MARK in turn.text for turn in turns):
         return turns, ()
     first = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
         return turns, ()
-    marked = Turn("user", f"{IMAGE_MARK * len(pictures.names)}\n{turns[first].text}")
-    return (*turns[:first], marked, *turns[first + 1 :]), ("pictures put before the first question",)
+    marked = Turn("user", f"{IMAGE_MARK * len(images.names)}\n{turns[first].text}")
+    return (*turns[:first], marked, *turns[first + 1 :]), ("images put before the first question",)

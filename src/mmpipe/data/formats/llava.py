@@ -1,6 +1,6 @@
 """LLaVA's format, which is ShareGPT's: ``{"id", "image", "conversations": [{"from", "value"}, ...]}``.
 
-One array, or one record a line. Several pictures stand in a list, under ``image`` or ``images``; a ``system`` message may
+One array, or one record a line. Several images stand in a list, under ``image`` or ``images``; a ``system`` message may
 stand beside the conversation.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmpipe.data.formats.base import Draft, Row, drafts, read_pictures, read_turns
+from mmpipe.data.formats.base import Draft, Row, drafts, read_images, read_turns
 from mmpipe.data.records import BadRecord, Record
 
 
@@ -18,10 +18,10 @@ def read(path: Path, source: str) -> Iterator[Draft]:
 
     def make(record_id: str, row: Row) -> Draft:
         if row.get("video") or row.get("videos"):
-            raise BadRecord("video", "the record is about a video; only pictures are supported")
-        pictures = read_pictures(row)
+            raise BadRecord("video", "the record is about a video; only images are supported")
+        images = read_images(row)
         turns, notes = read_turns(row.get("conversations"), row.get("system"))
-        record = Record(record_id, source, pictures.names, turns)
-        return Draft(record_id, record, notes=notes, embedded=pictures.embedded)
+        record = Record(record_id, source, images.names, turns)
+        return Draft(record_id, record, notes=notes, embedded=images.embedded)
 
     return drafts(path, make)

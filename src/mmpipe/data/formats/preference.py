@@ -16,9 +16,9 @@ from mmpipe.data.formats.base import (
     Draft,
     Row,
     drafts,
+    images_before_text,
     is_chat,
-    pictures_before_text,
-    read_pictures,
+    read_images,
     read_turns,
 )
 from mmpipe.data.records import BadRecord, PreferenceRecord
@@ -28,7 +28,7 @@ def read(path: Path, source: str) -> Iterator[Draft]:
     """The records of one file, in its order."""
 
     def make(record_id: str, row: Row) -> Draft:
-        pictures = read_pictures(row)
+        images = read_images(row)
         prompt = _messages(row.get("prompt"), "user") or _messages(row.get("conversations"), "user")
         both = [[*prompt, *_messages(row.get(key), "assistant")] for key in ("chosen", "rejected")]
         (chosen, notes), (rejected, _) = (read_turns(messages, row.get("system")) for messages in both)
@@ -38,12 +38,12 @@ def read(path: Path, source: str) -> Iterator[Draft]:
             raise BadRecord("odd turn order", "chosen and rejected must end with an answer")
         question = chosen[:-1]
         if is_chat(both[0][0]):
-            question, moved = pictures_before_text(question, pictures)
+            question, moved = images_before_text(question, images)
             notes = (*notes, *moved)
         record = PreferenceRecord(
-            record_id, source, pictures.names, question, chosen[-1].text, rejected[-1].text
+            record_id, source, images.names, question, chosen[-1].text, rejected[-1].text
         )
-        return Draft(record_id, record, notes=notes, embedded=pictures.embedded)
+        return Draft(record_id, record, notes=notes, embedded=images.embedded)
 
     return drafts(path, make)
 

@@ -1,4 +1,4 @@
-"""RLAIF-V's format: rows of ``question``, ``chosen``, ``rejected`` and the picture in ``image``.
+"""RLAIF-V's format: rows of ``question``, ``chosen``, ``rejected`` and the image in ``image``.
 
 The columns are those of the Hugging Face data set ``openbmb/RLAIF-V-Dataset``, which is Parquet.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmpipe.data.formats.base import Draft, Row, drafts, read_pictures
+from mmpipe.data.formats.base import Draft, Row, drafts, read_images
 from mmpipe.data.records import IMAGE_MARK, BadRecord, PreferenceRecord, Turn
 
 
@@ -19,10 +19,10 @@ def read(path: Path, source: str) -> Iterator[Draft]:
         question, chosen, rejected = (_text(row, name) for name in ("question", "chosen", "rejected"))
         if not question.strip():
             raise BadRecord("empty question", "'question' has no text")
-        pictures = read_pictures(row)
+        images = read_images(row)
         prompt = Turn("user", f"{IMAGE_MARK}\n{question}")
-        record = PreferenceRecord(record_id, source, pictures.names, (prompt,), chosen, rejected)
-        return Draft(record_id, record, embedded=pictures.embedded)
+        record = PreferenceRecord(record_id, source, images.names, (prompt,), chosen, rejected)
+        return Draft(record_id, record, embedded=images.embedded)
 
     return drafts(path, make)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 KEYWORD = "moe_forward_pass"
-_COUNTS: ContextVar[bool] = ContextVar("pictures_count", default=True)
+_COUNTS: ContextVar[bool] = ContextVar("images_count", default=True)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def begin_unmasked(root: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def next_pass(root: nn.Module) -> None:
-    """Begin another pass of a part within the same call (its pictures at another scale), if it has experts."""
+    """Begin another pass of a part within the same call (its images at another scale), if it has experts."""
     passes: Any = getattr(root, "moe_forward_passes", None)
     if passes is None:
         return
@@ -114,7 +114,7 @@ def next_pass(root: nn.Module) -> None:
 
 @contextmanager
 def nothing_counts() -> Iterator[None]:
-    """What tower and projector see meanwhile is not routed and enters no loss: a picture that stands in for
+    """What tower and projector see meanwhile is not routed and enters no loss: an image that stands in for
     none."""
     token = _COUNTS.set(False)
     try:

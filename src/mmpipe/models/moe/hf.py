@@ -100,7 +100,7 @@ def sparse_layers(model: LlavaForConditionalGeneration) -> dict[int, MoELayer]:
 def why_not_stock(model: LlavaForConditionalGeneration) -> str | None:
     """What keeps a model from being a stock one; None when nothing does."""
     if noted_scales(model) not in (None, (1,)):
-        return f"pictures are seen at the scales {noted_scales(model)}, which no stock class does"
+        return f"images are seen at the scales {noted_scales(model)}, which no stock class does"
     elsewhere = sorted(set(noted_settings(model)) - {"language_model"})
     if elsewhere:
         return f"there are experts in the {' and the '.join(elsewhere)}, where no stock class has any"

@@ -1,6 +1,6 @@
 """Models that no stock class computes, as a class of this package.
 
-Other routers than softmax top-k, residual experts, experts in the tower and pictures at several scales have no
+Other routers than softmax top-k, residual experts, experts in the tower and images at several scales have no
 counterpart in transformers. Such a model is
 stored under the model type ``mmpipe_llava``, with its own tensor names: plain transformers says that it does
 not know the type, and after ``import mmpipe.models.moe.modeling_mmpipe_llava`` its ``Auto`` classes open it.
@@ -19,7 +19,7 @@ from transformers import (
 
 from mmpipe.models.moe.placement import chosen_sites
 from mmpipe.models.moe.upcycle import empty_layer, install, noted_settings
-from mmpipe.models.vision_tower import look_at, noted_scales
+from mmpipe.models.vision_tower import enable_multi_scale, noted_scales
 
 
 class SparseLlavaConfig(LlavaConfig):
@@ -29,7 +29,7 @@ class SparseLlavaConfig(LlavaConfig):
 
 
 class SparseLlava(LlavaForConditionalGeneration):
-    """LLaVA with experts in the parts that ``config.mmpipe["moe"]`` names, and pictures at the scales of
+    """LLaVA with experts in the parts that ``config.mmpipe["moe"]`` names, and images at the scales of
     ``config.mmpipe["tower"]``."""
 
     config: SparseLlavaConfig
@@ -39,7 +39,7 @@ class SparseLlava(LlavaForConditionalGeneration):
         super().__init__(config)
         scales = noted_scales(self)
         if scales is not None:
-            look_at(self, scales)
+            enable_multi_scale(self, scales)
         for part, settings in noted_settings(self).items():
             for site in chosen_sites(self, part, settings):
                 site.put(empty_layer(site, settings))

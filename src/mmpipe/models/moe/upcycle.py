@@ -21,7 +21,7 @@ from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.placement import Site, chosen_sites, read
 from mmpipe.models.moe.routers.base import build
 from mmpipe.models.moe.spec import MoESettings, Part
-from mmpipe.models.vision_tower import look_at, noted_scales
+from mmpipe.models.vision_tower import enable_multi_scale, noted_scales
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -47,7 +47,7 @@ def upcycle(
     if any(isinstance(module, MoELayer) for module in root.modules()):
         raise ConfigError(f"the {part} already has experts; up-cycling starts from a dense one")
     if part == "vision_tower" and settings.compat == "fixed" and noted_scales(model) is None:
-        look_at(model, (1,))  # no stock class has such a tower, so none needs its idle end
+        enable_multi_scale(model, (1,))  # no stock class has such a tower, so none needs its idle end
     with torch.random.fork_rng(devices=[]):
         for site in chosen_sites(model, part, settings):
             site.put(_sparse(site, settings, seed, part))

@@ -1,4 +1,4 @@
-"""Learned sparsification of pictures and text in the context (Dynamic-LLaVA, Huang et al., arXiv 2412.00876).
+"""Learned sparsification of images and text in the context (Dynamic-LLaVA, Huang et al., arXiv 2412.00876).
 
 Small predictors behind the first decoder layers say which tokens later layers need. In training, tokens that are dropped
 stop being keys of others (:mod:`attention`); in generation they leave the computation and the cache (:mod:`cache`). The

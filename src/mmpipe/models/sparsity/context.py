@@ -80,8 +80,8 @@ class TrainingPass:
 class PruningPass:
     """Generation: what is dropped of a prompt leaves the computation; a new token may leave the cache behind it."""
 
-    def __init__(self, pictures_BL: Tensor, is_prompt: bool | None = None) -> None:
-        self.pictures_BL = pictures_BL
+    def __init__(self, images_BL: Tensor, is_prompt: bool | None = None) -> None:
+        self.images_BL = images_BL
         self.is_prompt = is_prompt
         """Whether the tokens are given rather than generated; None: unless it is one token behind others."""
         self.slots: Slots | None = None
@@ -97,7 +97,7 @@ class PruningPass:
         real_BL, sparsifier = setting.real_BL, setting.sparsifier
         positions_BL = arguments["position_ids"].expand(rows, -1)
         if prompt:
-            self.keep_BL = sparsifier.keep_of_prompt(hidden_BLD, real_BL, self.pictures_BL, starts)
+            self.keep_BL = sparsifier.keep_of_prompt(hidden_BLD, real_BL, self.images_BL, starts)
             self._narrow(self.keep_BL, real_BL)
             positions_BL = self._kept(positions_BL)
             self._real_BM = stored_BM = self._kept(self.keep_BL)
@@ -137,7 +137,7 @@ class PruningPass:
         """The hidden states at their old places ``[B, L, D]``, zeros where tokens left."""
         if self._source_BM is None:
             return hidden_BMD
-        length, width = self.pictures_BL.shape[1], hidden_BMD.shape[-1]
+        length, width = self.images_BL.shape[1], hidden_BMD.shape[-1]
         full_BLD = hidden_BMD.new_zeros(len(hidden_BMD), length, width)
         source_BMD = self._source_BM[..., None].expand_as(hidden_BMD)
         return full_BLD.scatter(1, source_BMD, hidden_BMD * self._real_BM[..., None])

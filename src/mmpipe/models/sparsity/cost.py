@@ -1,6 +1,6 @@
 """What a keep rate promises: operations and bytes, from sizes alone.
 
-Tokens of pictures that are not kept leave the layers from ``sparse_layer`` on. What really happens is measured
+Tokens of images that are not kept leave the layers from ``sparse_layer`` on. What really happens is measured
 (:mod:`mmpipe.analysis.efficiency`) and shown beside it.
 """
 
@@ -18,8 +18,8 @@ def paper_flops(layers: int, tokens: int, width: int) -> int:
     return layers * (32 * tokens * width**2 + 4 * tokens**2 * width)
 
 
-def paper_picture_flops(layers: int, width: int, tokens: int, kept: int, sparse_layer: int) -> int:
-    """The same over a picture's ``tokens`` of which layers from ``sparse_layer`` on see ``kept``; predictors left out."""
+def paper_image_flops(layers: int, width: int, tokens: int, kept: int, sparse_layer: int) -> int:
+    """The same over an image's ``tokens`` of which layers from ``sparse_layer`` on see ``kept``; predictors left out."""
     return paper_flops(sparse_layer, tokens, width) + paper_flops(layers - sparse_layer, kept, width)
 
 

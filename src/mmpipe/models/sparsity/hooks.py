@@ -41,11 +41,11 @@ def attach(model: Any, settings: SparsitySettings) -> Sparsifier:
     sparsifier = wrap(text, settings, model.config.image_seq_length)
     like = text.get_input_embeddings().weight
     sparsifier.to(device=like.device, dtype=like.dtype).train(text.training)
-    model.model.register_forward_pre_hook(see_pictures, with_kwargs=True)
+    model.model.register_forward_pre_hook(see_images, with_kwargs=True)
     return sparsifier
 
 
-def wrap(text: nn.Module, settings: SparsitySettings, picture_tokens: int) -> Sparsifier:
+def wrap(text: nn.Module, settings: SparsitySettings, image_tokens: int) -> Sparsifier:
     """Put predictors on a text model, in place; their values are what PyTorch draws."""
     config: Any = text.config
     if config.model_type not in FAMILIES:
@@ -60,7 +60,7 @@ def wrap(text: nn.Module, settings: SparsitySettings, picture_tokens: int) -> Sp
         raise ConfigError(
             f"sparse_layer: {first}: the language model has the layers 0 to {layers - 1}; layers from 1 on can be sparse"
         )
-    sparsifier = Sparsifier(config.hidden_size, settings, picture_tokens)
+    sparsifier = Sparsifier(config.hidden_size, settings, image_tokens)
     text.sparsifier = sparsifier
     text.register_forward_pre_hook(begin, with_kwargs=True)
     text.register_forward_hook(finish, with_kwargs=True)
@@ -109,7 +109,7 @@ def whole(model: Any) -> Iterator[None]:
 
 
 def set_keep_rate(model: Any, rate: float | None, where: str) -> None:
-    """Let a sparsified model keep another share of its pictures than it was trained for; None keeps all of everything.
+    """Let a sparsified model keep another share of its images than it was trained for; None keeps all of everything.
 
     Raises ConfigError, opened by ``where``, for a model without predictors or a rate outside (0, 1].
     """
@@ -122,7 +122,7 @@ def set_keep_rate(model: Any, rate: float | None, where: str) -> None:
         sparsifier.enabled = False
         return
     if sparsifier.image_score_predictor is None:
-        raise ConfigError(f"{where}: the checkpoint has no predictor for pictures, so they have no keep rate")
+        raise ConfigError(f"{where}: the checkpoint has no predictor for images, so they have no keep rate")
     if not 0 < rate <= 1:
         raise ConfigError(f"{where}: a keep rate is above 0 and at most 1, not {rate:g}")
     sparsifier.settings = sparsifier.settings.model_copy(update={"vision_keep_rate": rate})
@@ -143,8 +143,8 @@ def keeping(model: Any, rate: float | None) -> Iterator[None]:
 # ---- hooks, in the order in which they run
 
 
-def see_pictures(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
-    """Pre-hook of the vision-language model: in evaluation, tell the text model where pictures are."""
+def see_images(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
+    """Pre-hook of the vision-language model: in evaluation, tell the text model where images are."""
     prompt = kwargs.pop(PROMPT, None)
     ids: Tensor | None = kwargs.get("input_ids")
     if (

@@ -36,7 +36,7 @@ def save(model: Any, out: Path) -> None:
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sparsifier.state_dict().items()}
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-    config = sparsifier.settings.model_dump(mode="json") | {"picture_tokens": sparsifier.picture_tokens}
+    config = sparsifier.settings.model_dump(mode="json") | {"image_tokens": sparsifier.image_tokens}
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -53,15 +53,15 @@ def load(model: Any, directory: Path) -> None:
         raise ArtifactError(f"{missing} is missing; without it the checkpoint's predictors cannot be used")
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        picture_tokens = config.pop("picture_tokens")
+        image_tokens = config.pop("image_tokens")
         settings = SparsitySettings(**config)
         tensors = load_file(directory / WEIGHTS)
     except (ValueError, KeyError, ValidationError, SafetensorError) as error:
         raise ArtifactError(f"{directory}: the predictors cannot be read: {error}") from error
-    if picture_tokens != model.config.image_seq_length:
+    if image_tokens != model.config.image_seq_length:
         raise ArtifactError(
-            f"{directory / CONFIG}: the predictors were trained for pictures of {picture_tokens} tokens, the model gives a "
-            f"picture {model.config.image_seq_length}; both must come from one training"
+            f"{directory / CONFIG}: the predictors were trained for images of {image_tokens} tokens, the model gives a "
+            f"image {model.config.image_seq_length}; both must come from one training"
         )
     sparsifier = attach(model, settings)
     try:

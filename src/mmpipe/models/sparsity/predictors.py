@@ -17,7 +17,7 @@ INITIALIZER_RANGE = 0.02
 
 
 class VisionPredictor(nn.Module):
-    """Judges the tokens of one picture together: each by itself and by the average of all."""
+    """Judges the tokens of one image together: each by itself and by the average of all."""
 
     def __init__(self, width: int, settings: SparsitySettings) -> None:
         super().__init__()

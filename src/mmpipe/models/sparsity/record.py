@@ -21,8 +21,8 @@ class Decided:
     """Whether it read a prompt (or a piece of one) rather than a generated token."""
     keep: Map
     """Of every row, which of its tokens (padding left out) were kept."""
-    pictures: Map
-    """Of every picture, which of its tokens were kept, in the order of rows and places."""
+    images: Map
+    """Of every image, which of its tokens were kept, in the order of rows and places."""
     computed: list[int]
     """Tokens of each row that went through the deep layers."""
     cached: list[int]
@@ -41,7 +41,7 @@ class Record:
         """Add a pass that has decided."""
         assert done.keep_BL is not None
         real_BL, keep_BL = setting.real_BL, done.keep_BL
-        pictures = keep_BL[done.pictures_BL].view(-1, setting.sparsifier.picture_tokens).tolist()
+        images = keep_BL[done.images_BL].view(-1, setting.sparsifier.image_tokens).tolist()
         computed = keep_BL.sum(1).tolist() if done.is_prompt else real_BL.sum(1).tolist()
         cached = done.slots.counts if done.slots else []
         rows = [keep[real].tolist() for keep, real in zip(keep_BL, real_BL, strict=True)]
@@ -49,7 +49,7 @@ class Record:
             Decided(
                 bool(done.is_prompt),
                 rows,
-                pictures,
+                images,
                 computed,
                 cached,
                 setting.whole_B.tolist() if cached else [],

@@ -1,4 +1,4 @@
-"""Which tokens of a batch belong to pictures, to the last answer and to the question before it."""
+"""Which tokens of a batch belong to images, to the last answer and to the question before it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from mmpipe.errors import DataError
 class Segments:
     """Masks ``[B, L]`` over the tokens of a batch; they do not overlap."""
 
-    pictures_BL: Tensor
-    """All tokens of all pictures."""
+    images_BL: Tensor
+    """All tokens of all images."""
     answers_BL: Tensor
     """The last answer of each row; earlier answers of a conversation stay whole."""
     questions_BL: Tensor
-    """What stands between the last answer and the picture or the answer before it; nothing in rows without pictures."""
+    """What stands between the last answer and the image or the answer before it; nothing in rows without images."""
 
 
 def of_batch(
     input_ids_BL: Tensor, labels_BL: Tensor, attention_mask_BL: Tensor, image_token: int
 ) -> Segments:
-    """The segments of a training batch, read off its labels: any template, any number of pictures."""
+    """The segments of a training batch, read off its labels: any template, any number of images."""
     real_BL = attention_mask_BL.bool()
-    pictures_BL = (input_ids_BL == image_token) & real_BL
+    images_BL = (input_ids_BL == image_token) & real_BL
     supervised_BL = (labels_BL != IGNORE) & real_BL
     answers_BL = _last_run(supervised_BL)
     places_L = torch.arange(labels_BL.shape[1], device=labels_BL.device)
     before_BL = answers_BL.any(1, keepdim=True) & (answers_BL.cumsum(1) == 0)
-    # the question begins behind the last picture or answer before it
-    seen_BL = before_BL & (pictures_BL | supervised_BL)
+    # the question begins behind the last image or answer before it
+    seen_BL = before_BL & (images_BL | supervised_BL)
     begin_B1 = torch.where(seen_BL, places_L + 1, 0).amax(1, keepdim=True)
-    with_pictures_B1 = (pictures_BL & before_BL).any(1, keepdim=True)
-    questions_BL = before_BL & real_BL & (places_L >= begin_B1) & with_pictures_B1
-    return Segments(pictures_BL, answers_BL, questions_BL)
+    with_images_B1 = (images_BL & before_BL).any(1, keepdim=True)
+    questions_BL = before_BL & real_BL & (places_L >= begin_B1) & with_images_B1
+    return Segments(images_BL, answers_BL, questions_BL)
 
 
 def _last_run(mask_BL: Tensor) -> Tensor:
@@ -48,15 +48,15 @@ def _last_run(mask_BL: Tensor) -> Tensor:
     return mask_BL & (gaps_BL == at_end_B1)
 
 
-def one_by_one(hidden_BLD: Tensor, pictures_BL: Tensor, picture_tokens: int) -> Tensor:
-    """The hidden states of all pictures, ``[pictures, picture_tokens, D]``, in the order of rows and places.
+def one_by_one(hidden_BLD: Tensor, images_BL: Tensor, image_tokens: int) -> Tensor:
+    """The hidden states of all images, ``[images, image_tokens, D]``, in the order of rows and places.
 
-    Raises DataError when a row's image tokens are not whole pictures.
+    Raises DataError when a row's image tokens are not whole images.
     """
-    counts_B = pictures_BL.sum(1)
-    if bool((counts_B % picture_tokens).any()):
+    counts_B = images_BL.sum(1)
+    if bool((counts_B % image_tokens).any()):
         raise DataError(
-            f"rows with {sorted(set(counts_B.tolist()))} image tokens do not hold whole pictures of {picture_tokens} tokens; "
-            "the predictors were trained for a tower that gives a picture so many"
+            f"rows with {sorted(set(counts_B.tolist()))} image tokens do not hold whole images of {image_tokens} tokens; "
+            "the predictors were trained for a tower that gives an image so many"
         )
-    return hidden_BLD[pictures_BL].view(-1, picture_tokens, hidden_BLD.shape[-1])
+    return hidden_BLD[images_BL].view(-1, image_tokens, hidden_BLD.shape[-1])

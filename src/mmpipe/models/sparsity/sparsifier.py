@@ -13,19 +13,19 @@ from mmpipe.models.sparsity.segments import Segments, one_by_one
 from mmpipe.models.sparsity.spec import SparsitySettings
 
 Decisions = dict[str, Tensor]
-"""Keep decisions by segment (``pictures``, ``answers``, ``questions``), ``[tokens]`` in the order of rows and places."""
+"""Keep decisions by segment (``images``, ``answers``, ``questions``), ``[tokens]`` in the order of rows and places."""
 
 
 class Sparsifier(FollowsTraining):
-    """The predictors of a language model of ``width`` whose pictures have ``picture_tokens`` tokens.
+    """The predictors of a language model of ``width`` whose images have ``image_tokens`` tokens.
 
     The temperature of the draws follows training.
     """
 
-    def __init__(self, width: int, settings: SparsitySettings, picture_tokens: int) -> None:
+    def __init__(self, width: int, settings: SparsitySettings, image_tokens: int) -> None:
         super().__init__()
         self.settings = settings
-        self.picture_tokens = picture_tokens
+        self.image_tokens = image_tokens
         self.enabled = True
         """Whether generation drops anything at all."""
         self.record: Record | None = None
@@ -83,9 +83,9 @@ class Sparsifier(FollowsTraining):
         """Name, mask, logits and least length of every segment that has a predictor."""
         judged = []
         if self.image_score_predictor is not None:
-            pictures = one_by_one(hidden_BLD, segments.pictures_BL, self.picture_tokens)
-            logits_T2 = self.image_score_predictor(pictures).flatten(0, 1)
-            judged.append(("pictures", segments.pictures_BL, logits_T2, 0))
+            images = one_by_one(hidden_BLD, segments.images_BL, self.image_tokens)
+            logits_T2 = self.image_score_predictor(images).flatten(0, 1)
+            judged.append(("images", segments.images_BL, logits_T2, 0))
         if self.output_text_score_predictor is not None:
             logits_T2 = self.output_text_score_predictor(hidden_BLD[segments.answers_BL])
             length = self.settings.output_text_len_for_training
@@ -98,7 +98,7 @@ class Sparsifier(FollowsTraining):
 
     def _idle(self, name: str, hidden_BLD: Tensor) -> Tensor:
         predictor: nn.Module | None = {
-            "pictures": self.image_score_predictor,
+            "images": self.image_score_predictor,
             "answers": self.output_text_score_predictor,
             "questions": self.instruct_score_predictor,
         }[name]
@@ -107,26 +107,24 @@ class Sparsifier(FollowsTraining):
 
     # ---- generation
 
-    def keep_of_prompt(
-        self, hidden_BLD: Tensor, real_BL: Tensor, pictures_BL: Tensor, starts: bool
-    ) -> Tensor:
+    def keep_of_prompt(self, hidden_BLD: Tensor, real_BL: Tensor, images_BL: Tensor, starts: bool) -> Tensor:
         """What of a prompt, or of a piece of it, is kept, ``[B, L]``.
 
-        Of every picture as many tokens as the rate says, the best ones. With a predictor for questions also what it
-        keeps of the text behind the pictures, and always a row's last token. ``starts`` is false for pieces that follow
+        Of every image as many tokens as the rate says, the best ones. With a predictor for questions also what it
+        keeps of the text behind the images, and always a row's last token. ``starts`` is false for pieces that follow
         others.
         """
         keep_BL = real_BL.clone()
         rate = self.settings.vision_keep_rate
-        if self.image_score_predictor is not None and rate < 1 and bool(pictures_BL.any()):
-            pictures = one_by_one(hidden_BLD, pictures_BL, self.picture_tokens)
-            scores_PN = self.image_score_predictor(pictures).float().log_softmax(-1)[..., KEEP]
-            best = scores_PN.topk(kept_tokens(self.picture_tokens, rate), dim=1).indices
-            keep_BL[pictures_BL] = (
+        if self.image_score_predictor is not None and rate < 1 and bool(images_BL.any()):
+            images = one_by_one(hidden_BLD, images_BL, self.image_tokens)
+            scores_PN = self.image_score_predictor(images).float().log_softmax(-1)[..., KEEP]
+            best = scores_PN.topk(kept_tokens(self.image_tokens, rate), dim=1).indices
+            keep_BL[images_BL] = (
                 torch.zeros_like(scores_PN, dtype=torch.bool).scatter(1, best, True).flatten()
             )
         if self.instruct_score_predictor is not None and self.settings.instruct_keep_rate < 1:
-            asked_BL = _behind_pictures(real_BL, pictures_BL, starts)
+            asked_BL = _behind_images(real_BL, images_BL, starts)
             keep_BL &= ~asked_BL | _kept(self.instruct_score_predictor(hidden_BLD))
         return keep_BL
 
@@ -137,19 +135,19 @@ class Sparsifier(FollowsTraining):
         return real_BL & _kept(self.output_text_score_predictor(hidden_BLD))
 
 
-def kept_tokens(picture_tokens: int, rate: float) -> int:
-    """How many of a picture's tokens generation keeps (576 at 0.2: 115)."""
-    return max(1, int(picture_tokens * rate))
+def kept_tokens(image_tokens: int, rate: float) -> int:
+    """How many of an image's tokens generation keeps (576 at 0.2: 115)."""
+    return max(1, int(image_tokens * rate))
 
 
 def _kept(logits: Tensor) -> Tensor:
     return logits[..., KEEP] > logits[..., DROP]
 
 
-def _behind_pictures(real_BL: Tensor, pictures_BL: Tensor, starts: bool) -> Tensor:
-    """The text behind the last picture of each row without its last token; all of a piece that follows others."""
+def _behind_images(real_BL: Tensor, images_BL: Tensor, starts: bool) -> Tensor:
+    """The text behind the last image of each row without its last token; all of a piece that follows others."""
     places_L = torch.arange(real_BL.shape[1], device=real_BL.device)
     last_B1 = torch.where(real_BL, places_L, -1).amax(1, keepdim=True)
-    picture_B1 = torch.where(pictures_BL, places_L, -1).amax(1, keepdim=True)
-    behind_BL = real_BL & (places_L > picture_B1) & (places_L < last_B1)
-    return behind_BL & (picture_B1 >= 0) if starts else behind_BL
+    image_B1 = torch.where(images_BL, places_L, -1).amax(1, keepdim=True)
+    behind_BL = real_BL & (places_L > image_B1) & (places_L < last_B1)
+    return behind_BL & (image_B1 >= 0) if starts else behind_BL

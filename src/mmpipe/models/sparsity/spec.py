@@ -18,7 +18,7 @@ class SparsitySettings(Settings):
     """The first decoder layer that works on what is kept, counted from 0; the layers before it see everything."""
     use_vision_predictor: bool = True
     vision_keep_rate: Rate = 0.2
-    """Share of a picture's tokens that is kept; generation keeps exactly so many, rounded down, at least one."""
+    """Share of an image's tokens that is kept; generation keeps exactly so many, rounded down, at least one."""
     use_output_text_predictor: bool = True
     """Let generated tokens decide whether later ones may look at them."""
     output_text_keep_rate: Rate = 0.5
@@ -35,7 +35,7 @@ class SparsitySettings(Settings):
     nhead: int = Field(8, ge=1)
     dim_feedforward: int = Field(2048, ge=1)
     num_layers: int = Field(2, ge=1)
-    """Transformer blocks of the predictor for pictures."""
+    """Transformer blocks of the predictor for images."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SparsitySettings:

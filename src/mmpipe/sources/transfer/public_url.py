@@ -148,7 +148,7 @@ def _checked_address(url: str, host: str, port: int, limits: Limits) -> tuple[An
     for *_, address in found:
         if not limits.allowed(str(address[0])):
             raise DataError(
-                f"{url}: leads into a private network ({address[0]}); such pictures are not fetched, give the file itself"
+                f"{url}: leads into a private network ({address[0]}); such images are not fetched, give the file itself"
             )
     return found[0]
 

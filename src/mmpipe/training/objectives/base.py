@@ -97,10 +97,10 @@ def routing_statistics(model: nn.Module) -> Metrics:
     return sums
 
 
-def picture_features(model: Any, batch: Batch) -> Tensor:
-    """The projected features of all pictures of a batch, ``[picture tokens, width]``, in order.
+def image_features(model: Any, batch: Batch) -> Tensor:
+    """The projected features of all images of a batch, ``[image tokens, width]``, in order.
 
-    The vision tower and the projector run for every batch, one without pictures has one of zeros: devices that wait for
+    The vision tower and the projector run for every batch, one without images has one of zeros: devices that wait for
     each other's gradients must see the same parameters used in every step.
     """
     with nothing_counts() if batch["dummy_image"] else nullcontext():
@@ -111,14 +111,14 @@ def picture_features(model: Any, batch: Batch) -> Tensor:
 def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, /, **further: Any) -> Tensor:
     """Run the vision-language model without its head; returns hidden states ``[rows, length, width]``.
 
-    ``features_FD`` are the batch's :func:`picture_features` where they are known already; ``further`` arguments reach the
+    ``features_FD`` are the batch's :func:`image_features` where they are known already; ``further`` arguments reach the
     decoder layers.
 
-    A batch of preference pairs has each picture once and two rows for it: the features are repeated as a whole.
+    A batch of preference pairs has each image once and two rows for it: the features are repeated as a whole.
     """
     body = model.model
     if features_FD is None:
-        features_FD = picture_features(model, batch)
+        features_FD = image_features(model, batch)
     embeddings_BLD = body.get_input_embeddings()(batch["input_ids"])
     if batch["dummy_image"]:
         embeddings_BLD = embeddings_BLD + 0.0 * features_FD.sum()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.data.preprocessing_match import pixel_settings, require_same_pixels
 from mmpipe.errors import ConfigError
 from mmpipe.losses import positions
@@ -20,7 +21,7 @@ from mmpipe.losses.distillation import (
 )
 from mmpipe.losses.language_modelling import language_modelling_loss
 from mmpipe.losses.vocabulary import shared_rows
-from mmpipe.models import attention, llava
+from mmpipe.models import attention
 from mmpipe.training.objectives.base import (
     Batch,
     Metrics,
@@ -80,9 +81,9 @@ class Distillation:
 
 
 class LiveTeacher:
-    """A frozen teacher that runs once on every batch, on the student's pictures.
+    """A frozen teacher that runs once on every batch, on the student's images.
 
-    It may have its own tower and give a picture another number of tokens, as long as it takes the same pixels and the
+    It may have its own tower and give an image another number of tokens, as long as it takes the same pixels and the
     response alone is distilled. Not a module: nothing wraps, trains or saves it.
 
     Raises ConfigError for a teacher that sees other pixels, has other tokens, or, with ``tokens="all"``, another number
@@ -90,17 +91,17 @@ class LiveTeacher:
     """
 
     def __init__(self, checkpoint: Path, student: Any, processor: Any, tokens: Tokens = "response") -> None:
-        model, teacher_processor, _ = llava.load(checkpoint)
+        model, teacher_processor, _ = open_checkpoint(checkpoint)
         require_same_pixels(
             checkpoint,
             pixel_settings(processor.image_processor),
             pixel_settings(teacher_processor.image_processor),
         )
-        self.picture_tokens = (student.config.image_seq_length, model.config.image_seq_length)
-        ours, theirs = self.picture_tokens
+        self.image_tokens = (student.config.image_seq_length, model.config.image_seq_length)
+        ours, theirs = self.image_tokens
         if tokens == "all" and ours != theirs:
             raise ConfigError(
-                f"{checkpoint}: the teacher gives a picture {theirs} tokens, the student {ours}: there is no position of "
+                f"{checkpoint}: the teacher gives an image {theirs} tokens, the student {ours}: there is no position of "
                 "the teacher for each of the student's; distil the response alone ('tokens: response')"
             )
         self.vocabulary = shared_rows(
@@ -145,9 +146,9 @@ class LiveTeacher:
         return self.model
 
     def _as_teacher_sees(self, batch: Batch, image_token: int) -> Batch:
-        """The batch with as many tokens a picture as the teacher gives it."""
-        ours, theirs = self.picture_tokens
-        return batch if ours == theirs else resized_pictures(batch, image_token, ours, theirs)
+        """The batch with as many tokens an image as the teacher gives it."""
+        ours, theirs = self.image_tokens
+        return batch if ours == theirs else resized_images(batch, image_token, ours, theirs)
 
 
 class WrittenTeacher:
@@ -177,7 +178,7 @@ class WrittenTeacher:
         return cached_distillation_loss(*common, tail=settings.tail, normaliser=normaliser)
 
 
-def resized_pictures(batch: Batch, image_token: int, ours: int, theirs: int) -> Batch:
+def resized_images(batch: Batch, image_token: int, ours: int, theirs: int) -> Batch:
     """The batch with ``theirs`` image tokens in the place of every ``ours``; padded on the right as before."""
     rows = [
         _resized(ids[mask.bool()], labels[mask.bool()], image_token, ours, theirs)
@@ -196,7 +197,7 @@ def resized_pictures(batch: Batch, image_token: int, ours: int, theirs: int) -> 
 def _resized(
     ids_L: Tensor, labels_L: Tensor, image_token: int, ours: int, theirs: int
 ) -> tuple[Tensor, Tensor]:
-    pictures_L = ids_L == image_token
-    first_L = pictures_L & (pictures_L.cumsum(0) % ours == 1 % ours)
-    counts_L = torch.where(pictures_L, torch.where(first_L, theirs, 0), 1)
+    images_L = ids_L == image_token
+    first_L = images_L & (images_L.cumsum(0) % ours == 1 % ours)
+    counts_L = torch.where(images_L, torch.where(first_L, theirs, 0), 1)
     return ids_L.repeat_interleave(counts_L), labels_L.repeat_interleave(counts_L)

@@ -13,7 +13,7 @@ from mmpipe.training.objectives.base import (
     Metrics,
     Normaliser,
     hidden_states,
-    picture_features,
+    image_features,
     router_losses,
 )
 from mmpipe.training.precomputed import Annotations
@@ -38,7 +38,7 @@ class Preference:
         return {"pairs": len(batch["ids"])}
 
     def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
-        features_FD = picture_features(model, batch)
+        features_FD = image_features(model, batch)
         sums: list[Tensor] = []
         auxiliary = features_FD.new_zeros((), dtype=torch.float32)
         parts: Metrics = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmpipe.losses.language_modelling import language_modelling_loss
-from mmpipe.losses.sparsity import picture_loss, text_loss
+from mmpipe.losses.sparsity import image_loss, text_loss
 from mmpipe.models.sparsity import gumbel, segments
 from mmpipe.models.sparsity.context import KEYWORD, TrainingPass
 from mmpipe.models.sparsity.hooks import of_model
@@ -40,13 +40,13 @@ class Sparsification:
         assert sparsifier is not None
         self.sparsifier = sparsifier
         self.sparsity = sparsifier.settings
-        self.picture_tokens = sparsifier.picture_tokens
+        self.image_tokens = sparsifier.image_tokens
 
     def counts(self, batch: Batch) -> dict[str, int]:
         found = self._segments(batch)
         return {
             "response": response_tokens(batch),
-            "pictures": int(found.pictures_BL.sum()) // self.picture_tokens,
+            "images": int(found.images_BL.sum()) // self.image_tokens,
             "answers": int(found.answers_BL.any(1).sum()),
             "questions": int(found.questions_BL.any(1).sum()),
         }
@@ -93,10 +93,10 @@ class Sparsification:
         """The distances from the keep rates by predictor, and the shares that were kept."""
         distances: dict[str, Tensor] = {}
         kept: Metrics = {}
-        if "pictures" in decisions:
-            keep_PN = decisions["pictures"].view(-1, self.picture_tokens)
-            number = normaliser.counts["pictures"]
-            distances["image"] = picture_loss(keep_PN, self.sparsity.vision_keep_rate, number)
+        if "images" in decisions:
+            keep_PN = decisions["images"].view(-1, self.image_tokens)
+            number = normaliser.counts["images"]
+            distances["image"] = image_loss(keep_PN, self.sparsity.vision_keep_rate, number)
             kept["image_kept"] = keep_PN.detach().mean(1).sum() / number
         for name, segment, mask_BL, rate, minimum in (
             (

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from mmpipe.artifacts.files import read_jsonl
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.errors import ConfigError
-from mmpipe.models import llava
 from mmpipe.models.moe.collect import moe_layers
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.upcycle import Upcycle
@@ -55,7 +55,7 @@ def test_the_example_of_the_documentation_trains(my_router: Path, job):
     stage.run(sparse := job("sparse", parent=dense.model_dir))
     Finetune(**COMMON, max_steps=3).run(tuned := job("tuned", parent=sparse.model_dir))
 
-    model, _, _ = llava.load(tuned.model_dir)
+    model, _, _ = open_checkpoint(tuned.model_dir)
     routers = [layer.router for layer in moe_layers(model).values()]
     assert {type(router).__name__ for router in routers} == {"Sharpened"}
     assert [router.scheduled(1.0, 4.0) for router in routers] == [4.0, 4.0], "evaluation takes the last value"
@@ -91,7 +91,7 @@ class Watched(Sharpened):
 
 
 def test_a_file_that_is_not_there_is_asked_for_before_anything_runs(my_router: Path):
-    from mmpipe.settings_loader import validate
+    from mmpipe.settings import validate
 
     with pytest.raises(ConfigError, match=r"recipe: .*no module 'my_ruoter': put my_ruoter.py into"):
         validate(Upcycle, {"moe": {"router": "my_ruoter:Sharpened"}}, "recipe")

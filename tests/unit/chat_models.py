@@ -14,7 +14,7 @@ from mmpipe.artifacts import manifest
 from mmpipe.chat.find import Found
 from mmpipe.chat.messages import Sampling
 from mmpipe.chat.model import ChatModel
-from mmpipe.chat.open import open_checkpoint
+from mmpipe.chat.open import open_for_chat
 from mmpipe.chat.options import Loading
 from mmpipe.chat.queue import Desk
 from mmpipe.checkpoints.save import save_checkpoint
@@ -65,4 +65,4 @@ def stock(out: Path, template: str | None = "qwen", **changes: Any) -> Path:
 
 
 def talk(path: Path, desk: Desk, *, ours: bool = True, loading: Loading | None = None) -> ChatModel:
-    return ChatModel(open_checkpoint(Found(path, path.name, ours=ours), loading or Loading()), desk)
+    return ChatModel(open_for_chat(Found(path, path.name, ours=ours), loading or Loading()), desk)

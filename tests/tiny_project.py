@@ -9,7 +9,8 @@ from typing import Any
 
 from made_tokens import TINY, write_tokens
 
-from mmpipe.stages.base import StageJob, VisionLanguage
+from mmpipe.models.settings import VisionLanguage
+from mmpipe.stages.base import StageJob
 
 
 def make_one_sided(path: Path) -> None:
@@ -53,7 +54,7 @@ def make_world(root: Path) -> Path:
         "pairs": PartSpec(dataset="pairs", annotations="*.parquet", format="rlaif_v"),
     }
     here = Path.cwd()
-    os.chdir(root)  # records name pictures relative to the working directory
+    os.chdir(root)  # records name images relative to the working directory
     try:
         for name, part in parts.items():
             out = Path("resources/mixtures", name)

@@ -17,14 +17,14 @@ from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_la
 from mmpipe.models.moe.context import nothing_counts
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
-from mmpipe.models.vision_tower import freeze_idle, look_at, multi_scale_features, noted_scales
+from mmpipe.models.vision_tower import enable_multi_scale, freeze_idle, multi_scale_features, noted_scales
 
 TOWERS = ("clip", "siglip")
 
 
 def multi_scale(tower: str, scales: tuple[int, ...] = (1, 3)) -> Any:
     model = llava(tower=tower)
-    look_at(model, scales)
+    enable_multi_scale(model, scales)
     torch.manual_seed(3)
     model.model.multi_modal_projector.linear_1.reset_parameters()
     return model
@@ -34,7 +34,7 @@ def multi_scale(tower: str, scales: tuple[int, ...] = (1, 3)) -> Any:
 def test_cutting_the_tower_changes_no_number(tower: str) -> None:
     model = llava(tower=tower)
     before, names = logits(model, batch()), set(model.state_dict())
-    look_at(model, (1,))
+    enable_multi_scale(model, (1,))
     assert torch.equal(logits(model, batch()), before)
     gone = names - set(model.state_dict())
     assert {name.split(".")[2] for name in gone} == {"encoder", "post_layernorm"} | (
@@ -46,7 +46,7 @@ def test_cutting_the_tower_changes_no_number(tower: str) -> None:
 @pytest.mark.parametrize("tower", TOWERS)
 def test_scale_one_stands_first_and_the_others_beside_it(tower: str) -> None:
     plain = llava(tower=tower)
-    look_at(plain, (1,))
+    enable_multi_scale(plain, (1,))
     both = multi_scale(tower)
     pixels = batch()["pixel_values"]
     one = plain.model.vision_tower(pixels).hidden_states[-1]
@@ -98,7 +98,7 @@ def test_experts_in_every_part_of_a_model_with_two_scales(tower: str, tmp_path: 
     statistics = collect_statistics(sparse)
     tokens = 5 if tower == "clip" else 4
     tower_layer = statistics["vision_tower.encoder.layers.0.mlp"]
-    assert tower_layer["tokens"].item() == 3 * tokens * 10, "one picture and nine tiles"
+    assert tower_layer["tokens"].item() == 3 * tokens * 10, "one image and nine tiles"
     assert statistics["multi_modal_projector"]["tokens"].item() == 3 * 4
     assert 0 <= tower_layer["entropy"].item() <= torch.tensor(4.0).log().item() + 1e-5
     save_checkpoint(sparse, processor(), tmp_path)
@@ -110,7 +110,7 @@ def test_losses_are_averaged_over_layers_and_scales() -> None:
     model = llava(layers=2)
     model.model.vision_tower.encoder.layers.append(copy.deepcopy(model.model.vision_tower.encoder.layers[0]))
     model.config.vision_config.num_hidden_layers = 3
-    look_at(model, (1, 3))
+    enable_multi_scale(model, (1, 3))
     model.model.multi_modal_projector.linear_1.reset_parameters()
     upcycle(
         model,
@@ -128,7 +128,7 @@ def test_losses_are_averaged_over_layers_and_scales() -> None:
     torch.testing.assert_close(collect_losses(model)[1]["balance"], torch.stack(values).mean())
 
 
-def test_the_picture_that_stands_in_for_none_is_not_counted() -> None:
+def test_the_image_that_stands_in_for_none_is_not_counted() -> None:
     model = multi_scale("clip")
     for part in ("vision_tower", "multi_modal_projector"):
         upcycle(model, MoESettings(placement="dense"), part=part)  # type: ignore[arg-type]

@@ -72,16 +72,16 @@ def published(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from mmpipe.artifacts import manifest
+    from mmpipe.checkpoints.load import build_model
     from mmpipe.checkpoints.save import save_checkpoint
-    from mmpipe.models import llava
-    from mmpipe.stages.base import VisionLanguage
+    from mmpipe.models.settings import VisionLanguage
 
     out = tmp_path_factory.mktemp("published") / "model"
     backbones = {
         "vision": world / "resources/backbones/clip-tiny",
         "language": world / "resources/backbones/qwen2-tiny",
     }
-    model, processor = llava.build(
+    model, processor = build_model(
         backbones,
         VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
         template="qwen",
@@ -96,15 +96,15 @@ def published(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def request(context: str, settings: Any, pictures: Any, number: int = 0) -> Any:
+def request(context: str, settings: Any, images: Any, number: int = 0) -> Any:
     """What lmms-eval hands over for one question."""
-    arguments = (context, settings, lambda doc: doc["pictures"], number, "task", "test")
-    return SimpleNamespace(args=arguments, pictures=pictures)
+    arguments = (context, settings, lambda doc: doc["images"], number, "task", "test")
+    return SimpleNamespace(args=arguments, images=images)
 
 
 def make(kind: Any, published: Path, requests: list[Any], **more: Any) -> Any:
     model = kind.create_from_arg_string(f"pretrained={published}", {"batch_size": 4, "device": "cpu", **more})
-    model.task_dict = {"task": {"test": [{"pictures": r.pictures} for r in requests]}}
+    model.task_dict = {"task": {"test": [{"images": r.images} for r in requests]}}
     return model
 
 
@@ -116,8 +116,8 @@ def asked() -> list[Any]:
     rows = [("What is it?", [shade(10)]), ("Which colour?", [shade(10)]), ("<image> What?", [shade(200)])]
     rows += [("Two and two?", []), ("<image 1>? <image>", [[shade(1), shade(2)]]), ("And now?", shade(3))]
     return [
-        request(text, {"max_new_tokens": 5 + n % 2, "until": ["\n\n"]}, pictures, n)
-        for n, (text, pictures) in enumerate(rows)
+        request(text, {"max_new_tokens": 5 + n % 2, "until": ["\n\n"]}, images, n)
+        for n, (text, images) in enumerate(rows)
     ]
 
 
@@ -141,7 +141,7 @@ def test_likelihoods_tell_the_greedy_reply(kind, published):
     model = make(kind, published, requests)
     replies = model.generate_until(requests)
     pairs = [
-        request(r.args[0], text, r.pictures, n)
+        request(r.args[0], text, r.images, n)
         for n, r in enumerate(requests)
         for text in (replies[n], " zebra")
     ]
@@ -161,14 +161,14 @@ def test_stop_texts_cut(kind, published):
 
 
 @pytest.mark.parametrize(
-    ("settings", "pictures", "error", "message"),
+    ("settings", "images", "error", "message"),
     [
         ({"do_sample": True, "temperature": 0.7}, [], ConfigError, "greedily or by beams"),
         ({}, ["clip.mp4"], DataError, "hands over a str"),
     ],
 )
-def test_what_it_cannot_do_is_said(kind, published, settings, pictures, error, message):
-    requests = [request("?", settings, pictures)]
+def test_what_it_cannot_do_is_said(kind, published, settings, images, error, message):
+    requests = [request("?", settings, images)]
     with pytest.raises(error, match=message):
         make(kind, published, requests).generate_until(requests)
 

@@ -86,7 +86,7 @@ def test_the_tower_loads_with_stock_classes(tower: Path) -> None:
     assert model(pixels).last_hidden_state.shape == (1, 1 + 9, 64)
 
 
-def test_patches_tell_every_attribute_of_held_out_pictures(tower: Path) -> None:
+def test_patches_tell_every_attribute_of_held_out_images(tower: Path) -> None:
     model = CLIPVisionModel.from_pretrained(tower)
     processor = CLIPImageProcessorPil.from_pretrained(tower)
 

@@ -1,4 +1,4 @@
-"""Pictures from elsewhere: limits of size, time, kind and place."""
+"""Images from elsewhere: limits of size, time, kind and place."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def huge_png() -> bytes:
 
 
 class Site(BaseHTTPRequestHandler):
-    """What a server may do to whoever fetches a picture."""
+    """What a server may do to whoever fetches an image."""
 
     def do_GET(self) -> None:
         getattr(self, f"get_{self.path.strip('/').partition('?')[0]}", self.get_nothing)()
@@ -127,7 +127,7 @@ HASTY = Limits(size=1 << 20, seconds=0.4, allowed=LIMITS.allowed)
 
 
 @pytest.mark.parametrize("path", ["good", "moved", "good?a=b c"])
-def test_a_picture_is_fetched(site, path):
+def test_a_image_is_fetched(site, path):
     image = images.from_address(f"{site}/{path}", LIMITS)
     assert (image.size, image.getpixel((0, 0))) == ((3, 2), (255, 0, 0))
 
@@ -136,7 +136,7 @@ def test_a_picture_is_fetched(site, path):
     ("path", "why"),
     [
         ("nothing", "answered 404"),
-        ("page", "'text/html', not a picture"),
+        ("page", "'text/html', not an image"),
         ("text", "none of the formats"),
         ("bomb", "more than 80000000 pixels"),
         ("large", "1000000000 bytes, more than"),
@@ -162,7 +162,7 @@ def test_a_server_that_never_ends_is_left(site, path):
     assert time.monotonic() - start < 3
 
 
-def test_this_machine_is_no_place_for_pictures(site):
+def test_this_machine_is_no_place_for_images(site):
     with pytest.raises(DataError, match="private network"):
         images.from_address(f"{site}/good")
 
@@ -229,7 +229,7 @@ def data_url(content: bytes, head: str = "data:image/png;base64") -> str:
     return f"{head},{base64.b64encode(content).decode()}"
 
 
-def test_pictures_in_data_urls():
+def test_images_in_data_urls():
     assert images.from_data_url(data_url(png()), 1000).size == (3, 2)
     for url, why in (
         (data_url(png((300, 300)) * 9), "more than the 1000 bytes"),
@@ -244,7 +244,7 @@ def test_pictures_in_data_urls():
 def test_files(tmp_path):
     with pytest.raises(DataError, match="more than 80000000 pixels"):
         images.from_data_url(data_url(huge_png()), 1 << 20)
-    with pytest.raises(DataError, match="no such picture"):
+    with pytest.raises(DataError, match="no such image"):
         images.check(str(tmp_path / "none.png"))
     turned = Image.new("RGB", (6, 4))
     exif = turned.getexif()

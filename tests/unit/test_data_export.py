@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_world import data_set, entry, mix, said
+from data_records import data_set, entry, mix, said
 from typer.testing import CliRunner
 
 from mmpipe.artifacts import manifest
@@ -42,7 +42,7 @@ def published(folder: Path, entries: list[Any], **part: Any) -> Path:
 
 
 def facts(mixture: Path, root: Path) -> list[Any]:
-    """What must survive: all but where the pictures lie."""
+    """What must survive: all but where the images lie."""
     return [
         (
             record.id,
@@ -77,13 +77,13 @@ def test_what_is_exported_makes_the_same_mixture(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mixture = published(Path("first"), entries, format=read)
-    pictures = {
+    placement = {
         "where they are": Below(Path("first")),
         "links": PutInto(Path("put")),
         "copies": PutInto(Path("put"), copy=True),
     }[place]
     out = Path("again/data.json")
-    assert export_mixture(mixture, out, layout, pictures, embed=embed) == len(entries)
+    assert export_mixture(mixture, out, layout, placement, embed=embed) == len(entries)
     if not embed:
         Path("again/img").symlink_to(tmp_path / ("first" if place == "where they are" else "put"))
     images = "." if embed else "img"
@@ -118,7 +118,7 @@ def test_the_schema_is_llava_mods(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("embed", [True, False])
-def test_datasets_sees_messages_and_pictures(
+def test_datasets_sees_messages_and_images(
     embed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -135,7 +135,7 @@ def test_datasets_sees_messages_and_pictures(
         },
         {"role": "assistant", "content": [{"type": "text", "text": "It is 0."}]},
     ]
-    assert [[picture.size for picture in row["images"]] for row in table] == [[(30, 20)], [], [(30, 20)] * 2]
+    assert [[image.size for image in row["images"]] for row in table] == [[(30, 20)], [], [(30, 20)] * 2]
 
 
 def test_what_cannot_be_exported_is_named_and_leaves_nothing(
@@ -157,7 +157,7 @@ def test_what_cannot_be_exported_is_named_and_leaves_nothing(
     with pytest.raises(ArtifactError, match="no published mixture"):
         export_mixture(Path("nowhere"), out, "llava", here)
     Path("a/made/img/2.png").unlink()
-    with pytest.raises(DataError, match=r"2\.png: the picture cannot be read"):
+    with pytest.raises(DataError, match=r"2\.png: the image cannot be read"):
         export_mixture(talks, out, "messages", here, embed=True)
     assert not list(tmp_path.glob("*out.json*"))
     out.touch()
@@ -170,7 +170,7 @@ def test_the_command_finds_a_mixture_by_name(tmp_path: Path, monkeypatch: pytest
     mixture = published(Path("first"), PAIRS, format="preference")
     Path("resources/mixtures").mkdir(parents=True)
     Path("resources/mixtures/pairs").symlink_to(mixture.resolve())
-    command = ["export-mixture", "pairs", "out.json", "--as", "preference", "--images", "pictures"]
+    command = ["export-mixture", "pairs", "out.json", "--as", "preference", "--images", "images"]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.output == "out.json: 2 records\n"
-    assert all(Path("pictures", row["image"]).is_file() for row in json.loads(Path("out.json").read_text()))
+    assert all(Path("images", row["image"]).is_file() for row in json.loads(Path("out.json").read_text()))

@@ -55,7 +55,7 @@ def encoder(template: str = "vicuna_v1", max_length: int | None = None, **change
         "template": get_template(template),
         "tokenizer": char_tokenizer(),
         "image_token": "<image>",
-        "image_tokens_per_picture": IMAGE_TOKENS,
+        "tokens_per_image": IMAGE_TOKENS,
         "max_length": max_length,
     }
     return TextEncoder(**(parts | changes))
@@ -69,7 +69,7 @@ def in_tokens(records: Path, with_encoder: TextEncoder | None = None, max_bad: f
 
 
 def entry(number: int, image: str | list[str] | None = None, **changes: Any) -> Entry:
-    """A good record in LLaVA's format; with a picture unless told otherwise."""
+    """A good record in LLaVA's format; with an image unless told otherwise."""
     marks = len(image) if isinstance(image, list) else bool(image)
     made: Entry = {
         "id": f"r{number}",
@@ -88,19 +88,19 @@ def said(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-def picture(path: Path, size: tuple[int, int] = (30, 20), seed: int = 0) -> Path:
+def image(path: Path, size: tuple[int, int] = (30, 20), seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = bytes((seed + 7 * i) % 256 for i in range(size[0] * size[1] * 3))
     Image.frombytes("RGB", size, pixels).save(path)
     return path
 
 
-def data_set(path: Path, entries: Sequence[Entry], pictures: int = 4) -> Path:
+def data_set(path: Path, entries: Sequence[Entry], images: int = 4) -> Path:
     """A data set directory: ``data.json`` and ``img/0.png``, ``img/1.png``, ..."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "data.json").write_text(json.dumps(entries))
-    for number in range(pictures):
-        picture(path / "img" / f"{number}.png", seed=number)
+    for number in range(images):
+        image(path / "img" / f"{number}.png", seed=number)
     return path
 
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmpipe.artifacts import manifest
+from mmpipe.checkpoints.load import build_model, open_checkpoint
 from mmpipe.errors import ArtifactError
-from mmpipe.models import llava, projector
-from mmpipe.stages.base import VisionLanguage
+from mmpipe.models import projector
+from mmpipe.models.settings import VisionLanguage
 from mmpipe.stages.finetune import Finetune
 
 PARTS = VisionLanguage(vision="clip-tiny", language="qwen2-tiny")
@@ -24,7 +25,7 @@ def model(world):
         "vision": world / "resources/backbones/clip-tiny",
         "language": world / "resources/backbones/qwen2-tiny",
     }
-    return llava.build(backbones, PARTS, template="qwen", image_aspect="pad", seed=3)[0]
+    return build_model(backbones, PARTS, template="qwen", image_aspect="pad", seed=3)[0]
 
 
 def test_the_parts_are_the_backbones(world, model):
@@ -41,8 +42,8 @@ def test_the_projector_depends_on_the_seed_alone(world, model):
         "language": world / "resources/backbones/qwen2-tiny",
     }
     torch.rand(7)  # whatever was drawn before
-    again = llava.build(backbones, PARTS, template="qwen", image_aspect="pad", seed=3)[0]
-    other = llava.build(backbones, PARTS, template="qwen", image_aspect="pad", seed=4)[0]
+    again = build_model(backbones, PARTS, template="qwen", image_aspect="pad", seed=3)[0]
+    other = build_model(backbones, PARTS, template="qwen", image_aspect="pad", seed=4)[0]
     name = "multi_modal_projector.linear_1.weight"
     first = projector.state(model)[name]
     assert torch.equal(first, projector.state(again)[name])
@@ -93,4 +94,4 @@ def test_the_tokenizer_of_another_checkpoint_is_refused(job):
     (made.model_dir / manifest.NAME).unlink()
     manifest.write(made.model_dir, kind="model", spec="{}", inputs={})
     with pytest.raises(ArtifactError, match="tokenizer does not belong to this checkpoint"):
-        llava.load(made.model_dir)
+        open_checkpoint(made.model_dir)

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from mmpipe.checkpoints.load import build_model
 from mmpipe.checkpoints.save import save_checkpoint
-from mmpipe.models import llava
-from mmpipe.stages.base import VisionLanguage
+from mmpipe.models.settings import VisionLanguage
 
 BACKBONES = {
     "vision": Path("resources/backbones/clip-tiny"),
@@ -26,7 +26,7 @@ HIDDEN, VISION_HIDDEN = 32, 32
 
 def tiny_model(seed: int = 0) -> tuple[Any, Any]:
     """The world's model with a projector drawn from ``seed``."""
-    return llava.build(
+    return build_model(
         BACKBONES,
         VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
         template="chatml",

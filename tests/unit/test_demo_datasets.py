@@ -102,11 +102,11 @@ def test_captions_are_laid_out_like_llava_pretrain(tmp_path: Path) -> None:
         assert instruction in datasets.INSTRUCTIONS
         assert "background" in caption
         assert re.fullmatch(r"\d{5}/\d{9}\.jpg", record["image"])
-        with Image.open(root / "images" / record["image"]) as picture:
-            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (PIXELS, PIXELS))
+        with Image.open(root / "images" / record["image"]) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (PIXELS, PIXELS))
 
 
-def test_conversations_come_from_several_folders_and_some_have_no_picture(
+def test_conversations_come_from_several_folders_and_some_have_no_image(
     conversations: Path, records: list[dict[str, Any]]
 ) -> None:
     folders: dict[str, int] = defaultdict(int)
@@ -152,7 +152,7 @@ def test_letter_conversations_offer_all_values_in_circular_order(records: list[d
 
 
 def truths(root: Path, records: list[dict[str, Any]]) -> list[bool]:
-    """Whether each answer about a background is what the corner of the picture shows."""
+    """Whether each answer about a background is what the corner of the image shows."""
     found = []
     for record in records:
         for text, answer in dialogue(record):
@@ -163,7 +163,7 @@ def truths(root: Path, records: list[dict[str, Any]]) -> list[bool]:
     return found
 
 
-def test_answers_are_true_of_the_pictures(conversations: Path, records: list[dict[str, Any]]) -> None:
+def test_answers_are_true_of_the_images(conversations: Path, records: list[dict[str, Any]]) -> None:
     found = truths(conversations, records)
     assert all(found)
     assert len(found) > 100
@@ -202,8 +202,8 @@ def test_digits_are_those_of_scikit_learn(tmp_path: Path) -> None:
         said = options_of(text)[1][answer] if by_letter else answer
         assert said == datasets.DIGITS[targets[int(record["id"])]]
         forms.add(by_letter)
-        with Image.open(root / record["image"]) as picture:
-            assert picture.size == (PIXELS, PIXELS)
+        with Image.open(root / record["image"]) as image:
+            assert image.size == (PIXELS, PIXELS)
     assert len(records) == 80
     assert forms == {True, False}
 
@@ -234,7 +234,7 @@ def test_mmbench_rotates_every_question_as_often_as_it_has_options(table: list[d
     assert sizes == {2, 3, 4}
 
 
-def test_mmbench_answers_are_true_of_the_pictures(table: list[dict[str, str]]) -> None:
+def test_mmbench_answers_are_true_of_the_images(table: list[dict[str, str]]) -> None:
     asked = [row for row in table if row["question"] == ASKED_AS["background"]]
     for row in asked:
         corner = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["image"], validate=True))))[
@@ -244,7 +244,7 @@ def test_mmbench_answers_are_true_of_the_pictures(table: list[dict[str, str]]) -
     assert len(asked) == 15 * 3
 
 
-def test_no_benchmark_picture_is_among_those_of_training(conversations: Path, tmp_path: Path) -> None:
+def test_no_benchmark_image_is_among_those_of_training(conversations: Path, tmp_path: Path) -> None:
     """Even from one seed, for which nothing but the held-out rule keeps them apart."""
     table = make(datasets.mmbench, tmp_path / "mmbench", seed=1, questions=300)
     tested = {line.split("\t")[9] for line in next(table.glob("*.tsv")).read_text().splitlines()[1:]}

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts import manifest
-from mmpipe.settings_loader import validate
+from mmpipe.settings import validate
 from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 
-MEMBERS = {"pictures/a.jpg": b"a" * 5000, "pictures/deep/b.jpg": bytes(range(256)) * 30, "list.json": b"[]"}
+MEMBERS = {"images/a.jpg": b"a" * 5000, "images/deep/b.jpg": bytes(range(256)) * 30, "list.json": b"[]"}
 
 
 def make_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:

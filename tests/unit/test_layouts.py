@@ -7,7 +7,7 @@ import os
 import pickle
 from pathlib import Path
 
-import lineage_world as made
+import layouts_data as made
 import pytest
 import torch
 from made_tokens import write_tokens
@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from test_construct import bringing_in
 from typer.testing import CliRunner
 
+from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.cli.main import app
 from mmpipe.demo.moss2 import moss2_tiny
 from mmpipe.errors import ArtifactError, ConfigError
-from mmpipe.models import llava
-from mmpipe.stages.base import VisionLanguage
+from mmpipe.models.settings import VisionLanguage
 from mmpipe.stages.construct import Construct
 from mmpipe.stages.pretrain import Pretrain
 
@@ -91,9 +91,9 @@ def test_what_was_written_can_be_brought_in_again(bring, job, tmp_path):
 
 
 def test_the_model_computes_what_its_parts_do(bring, job, tmp_path):
-    """A tower in the checkpoint is used instead of the one it refers to, and pictures reach the right projector."""
+    """A tower in the checkpoint is used instead of the one it refers to, and images reach the right projector."""
     tensors = made.whole_llava(tmp_path / "llava")
-    model, processor, _ = llava.load(bring(tmp_path / "llava"))
+    model, processor, _ = open_checkpoint(bring(tmp_path / "llava"))
     pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     weight = {
@@ -113,7 +113,7 @@ def test_the_model_computes_what_its_parts_do(bring, job, tmp_path):
 
 def test_without_a_tower_the_named_one_is_used(bring, job, tmp_path):
     made.whole_llava(tmp_path / "llava", with_tower=False)
-    model, _, _ = llava.load(bring(tmp_path / "llava"))
+    model, _, _ = open_checkpoint(bring(tmp_path / "llava"))
     plain = made.AutoModel.from_pretrained(made.BACKBONES["vision"]).state_dict()
     assert all(
         torch.equal(value, plain[name]) for name, value in model.model.vision_tower.state_dict().items()
@@ -181,7 +181,7 @@ def test_llava_moss2_with_its_packed_language_model(bring, job, tmp_path):
     config |= layout.written(stock) | {"model_type": "llava_moss2"}
     (source / "config.json").write_text(json.dumps(config))
     published = bring(source)
-    model, _, _ = llava.load(published)
+    model, _, _ = open_checkpoint(published)
     assert model.config.text_config.model_type == "llama"
     written = export(published, tmp_path / "out", "--language", "moss2", "--binary")
     assert_same(written, packed)
@@ -381,7 +381,7 @@ def test_a_tokenizer_that_takes_more_packages_says_which(monkeypatch, tmp_path):
             get(layout).tokenizer(tmp_path)
 
 
-def test_another_treatment_of_pictures_than_in_training_is_pointed_out(bring, job, tmp_path, caplog):
+def test_another_treatment_of_images_than_in_training_is_pointed_out(bring, job, tmp_path, caplog):
     made.whole_llava(tmp_path / "llava", image_aspect_ratio="square")
     bring(tmp_path / "llava")
-    assert "trained with the pictures' aspect 'square'; the recipe says 'pad'" in caplog.text
+    assert "trained with the images' aspect 'square'; the recipe says 'pad'" in caplog.text

@@ -18,12 +18,12 @@ from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, SiglipVisio
 from mmpipe.checkpoints import layouts
 from mmpipe.checkpoints.dummy_inputs import probe
 from mmpipe.checkpoints.layouts.base import Part
+from mmpipe.checkpoints.load import build_model, open_checkpoint
 from mmpipe.errors import ArtifactError, ConfigError
-from mmpipe.models import llava
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import logits, noted_settings, upcycle
+from mmpipe.models.settings import VisionLanguage
 from mmpipe.models.vision_tower import noted_scales
-from mmpipe.stages.base import VisionLanguage
 from mmpipe.stages.construct import Construct
 from mmpipe.stages.finetune import Finetune
 
@@ -100,7 +100,7 @@ def dense(parts: dict[str, Path]) -> Any:
     """Our model of the parts, its projector drawn from a seed."""
     select = "full" if "siglip" in parts["vision"].name else "patch"
     how = VisionLanguage(vision="v", language="l", scales=(1, 3), feature_select=select)
-    model, _ = llava.build(parts, how, template="phi3", image_aspect="pad", seed=2)
+    model, _ = build_model(parts, how, template="phi3", image_aspect="pad", seed=2)
     return model
 
 
@@ -294,7 +294,7 @@ def test_it_is_published_and_trained_further(parts: dict[str, Path], tmp_path: P
         manifests=(),
     )
     Construct(template="phi3").run(whole)
-    found, _, _ = llava.load(whole.model_dir)
+    found, _, _ = open_checkpoint(whole.model_dir)
     batch = probe(model)
     torch.testing.assert_close(logits(found, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
     tuned = job("tuned", parent=whole.model_dir)

@@ -16,7 +16,7 @@ from mmpipe.checkpoints.layouts import _write_llava
 from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
 from mmpipe.errors import ArtifactError
 from mmpipe.models import lora, projector
-from mmpipe.stages.base import LoraSettings
+from mmpipe.models.settings import LoraSettings
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Pictures show what their scenes say, and held-out combinations never occur in training."""
+"""Images show what their scenes say, and held-out combinations never occur in training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read(scene: Scene) -> dict[str, str]:
     }
 
 
-def test_pictures_show_what_their_scenes_say() -> None:
+def test_images_show_what_their_scenes_say() -> None:
     for scene in islice(scenes(3), 300):
         assert read(scene) == {name: scene.value(name) for name in ("color", "background", "count", "side")}
 
@@ -60,7 +60,7 @@ def test_every_shape_has_an_outline_of_its_own() -> None:
     assert len(drawings) == len(ATTRIBUTES["shape"])
 
 
-def test_a_scene_determines_its_picture() -> None:
+def test_a_scene_determines_its_image() -> None:
     scene = next(scenes(0))
     assert scene.draw().tobytes() == scene.draw().tobytes()
     assert scene.draw().tobytes() != replace(scene, variation=scene.variation + 1).draw().tobytes()

@@ -1,0 +1,210 @@
+"""Opening checkpoints: a model built from its backbones, brought in from elsewhere, or published here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from mmpipe.artifacts import manifest
+from mmpipe.checkpoints import layouts as checkpoint_layouts
+from mmpipe.checkpoints.layouts.base import Part
+from mmpipe.checkpoints.save import load_checkpoint
+from mmpipe.errors import ArtifactError
+from mmpipe.models import projector
+from mmpipe.models.llava import (
+    IMAGE_TOKEN,
+    Aspect,
+    assemble,
+    greedy_generation,
+    image_tokens,
+    joined_config,
+    make_processor,
+    resize_embeddings,
+    vision_tower,
+    with_image_token,
+)
+from mmpipe.models.settings import VisionLanguage
+
+log = logging.getLogger(__name__)
+
+
+def build_model(
+    backbones: Mapping[str, Path],
+    settings: VisionLanguage,
+    *,
+    layouts: Mapping[str, str] = {},
+    template: str,
+    image_aspect: Aspect,
+    seed: int,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Join a vision tower and a language model with a fresh projector.
+
+    ``backbones`` gives the checkpoint directories of ``vision`` and ``language``, ``layouts`` how they name their tensors.
+    The projector is initialised from ``seed`` with PyTorch's default for linear layers, as LLaVA does. Raises ArtifactError
+    when a backbone does not load.
+    """
+    parts = _parts(backbones, layouts)
+    vision_dir, found = backbones["vision"], parts["language"]
+    tokenizer = with_image_token(found.layout.tokenizer(found.directory), found.directory)
+    language: Any = found.layout.language(found.directory, torch.float32)
+    image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    resize_embeddings(language, tokenizer, seed)
+    vision: Any = vision_tower(vision_dir)
+    config = joined_config(
+        vision.config,
+        language.config,
+        image_id=image_id,
+        feature_layer=settings.feature_layer,
+        feature_select=settings.feature_select,
+    )
+    model = assemble(config, vision, language, seed, settings.scales)
+    processor = make_processor(tokenizer, vision_dir, config, template=template, image_aspect=image_aspect)
+    model.generation_config = greedy_generation(language.generation_config, tokenizer)
+    return model, processor
+
+
+def import_checkpoint(
+    backbones: Mapping[str, Path],
+    settings: VisionLanguage,
+    *,
+    layouts: Mapping[str, str] = {},
+    template: str,
+    image_aspect: Aspect,
+    seed: int,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Open a whole model from elsewhere: ``backbones["checkpoint"]``, on the other backbones where it refers to them.
+
+    Tensors keep the precision of the files; nothing is drawn from ``seed`` but rows of the vocabulary the model has no
+    use for. Raises ArtifactError when files are missing, left over, or do not fit.
+    """
+    parts = _parts(backbones, layouts)
+    source = parts.pop("checkpoint")
+    whole = source.layout.whole(source.directory, parts)
+    if whole.image_aspect not in (None, image_aspect):
+        log.warning(
+            "%s was trained with the images' aspect '%s'; the recipe says '%s' (image_aspect of construct)",
+            *(source, whole.image_aspect, image_aspect),
+        )
+    tokenizer = with_image_token(whole.tokenizer, source.directory)
+    resize_embeddings(whole.model, tokenizer, seed)
+    _check_tokenizer(source.directory, whole.model, tokenizer)
+    processor = make_processor(
+        tokenizer, whole.images, whole.model.config, template=template, image_aspect=image_aspect
+    )
+    whole.model.generation_config = greedy_generation(whole.model.generation_config, tokenizer)
+    return whole.model, processor
+
+
+def _parts(backbones: Mapping[str, Path], layouts: Mapping[str, str]) -> dict[str, Part]:
+    return {
+        role: Part(directory, checkpoint_layouts.get(layouts.get(role, "stock")))
+        for role, directory in backbones.items()
+    }
+
+
+def load_tokenizer(
+    directories: Mapping[str, Path], settings: VisionLanguage, layouts: Mapping[str, str] = {}
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of a model, and how many tokens it gives an image; no weights are read.
+
+    ``directories`` gives a published ``checkpoint``, or the ``vision`` and ``language`` backbones it is built from.
+    """
+    if "checkpoint" in directories:
+        directory = directories["checkpoint"]
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return tokenizer, AutoConfig.from_pretrained(directory, local_files_only=True).image_seq_length
+    language = _parts(directories, layouts)["language"]
+    config = AutoConfig.from_pretrained(directories["vision"])
+    tokens = image_tokens(getattr(config, "vision_config", config), settings.feature_select)
+    return with_image_token(language.layout.tokenizer(language.directory), language.directory), tokens
+
+
+def open_checkpoint(
+    directory: Path, dtype: torch.dtype = torch.float32, **placement: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Open a published checkpoint of either kind: ``(model, processor, manifest)``.
+
+    A projector alone is put on the checkpoint or the backbones its manifest names. ``placement`` is what
+    ``from_pretrained`` takes to put a model elsewhere (``device_map``, ``quantization_config``). Raises ArtifactError when
+    files are missing or do not fit.
+    """
+    card = manifest.read(directory)
+    if card["kind"] != "projector":
+        model, processor = load_checkpoint(directory, dtype, **placement)
+        _check_tokenizer(directory, model, processor.tokenizer)
+        return model, processor, card
+    if "quantization_config" in placement:
+        raise ArtifactError(
+            f"{directory}: holds a projector alone, which is put on backbones in full precision; load it without "
+            "--load-4bit and --load-8bit, or take a later stage of the recipe"
+        )
+    facts = card["checkpoint"]
+    how = {"template": facts["template"], "image_aspect": facts["image_aspect"]}
+    if "base" in facts:
+        base = Path(facts["base"])
+        model, processor, _ = open_checkpoint(base)
+        processor = make_processor(processor.tokenizer, base, model.config, **how)
+    else:
+        model, processor = build_model(
+            {role: Path(path) for role, path in facts["backbones"].items()},
+            VisionLanguage(**card["spec"]["model"]),
+            layouts=card["spec"].get("layouts", {}),
+            seed=0,
+            **how,
+        )
+    projector.load(model, directory / projector.FILE)
+    model = model.to(dtype=dtype)  # type: ignore[call-arg]
+    return _placed(model, placement.get("device_map")), processor, card
+
+
+def _placed(model: Any, device_map: Any) -> Any:
+    """A model that was built in main memory, where ``device_map`` wants it."""
+    if device_map is None:
+        return model
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    if device_map == "auto":
+        device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
+    return (
+        dispatch_model(model, device_map)
+        if len(device_map) > 1
+        else model.to(next(iter(device_map.values())))
+    )
+
+
+def preprocessor_directory(directory: Path, card: Mapping[str, Any]) -> Path:
+    """The directory that says how images are prepared for a published checkpoint with the manifest ``card``."""
+    if card["kind"] != "projector":
+        return directory
+    facts = card["checkpoint"]
+    return Path(facts["base"] if "base" in facts else facts["backbones"]["vision"])
+
+
+def projector_base(directory: Path, card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a projector trained from a checkpoint is to be put on: statements for its manifest."""
+    if card["kind"] != "projector":
+        return {"base": directory.as_posix()}
+    return {key: card["checkpoint"][key] for key in ("base", "backbones") if key in card["checkpoint"]}
+
+
+def _check_tokenizer(directory: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ArtifactError when the tokenizer beside a checkpoint is not the one it was trained with."""
+    image_id = tokenizer.get_vocab().get(IMAGE_TOKEN)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if image_id != model.config.image_token_id or len(tokenizer) > rows:
+        raise ArtifactError(
+            f"{directory}: the tokenizer does not belong to this checkpoint: '{IMAGE_TOKEN}' is {image_id}, the model "
+            f"expects {model.config.image_token_id}; it has {len(tokenizer)} tokens for {rows} embedding rows. "
+            "Put back the tokenizer files the checkpoint was published with"
+        )
