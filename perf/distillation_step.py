@@ -51,16 +51,9 @@ def model(width: int, layers: int) -> LlavaForConditionalGeneration:
         tie_word_embeddings=True,
     )
     vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=64,
-        patch_size=8,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2, image_size=64, patch_size=8
     )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=IMAGE_TOKENS
-    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=IMAGE_TOKENS)
     return LlavaForConditionalGeneration(config)
 
 
@@ -87,10 +80,7 @@ def written(ids_RK: torch.Tensor, log_p_RK: torch.Tensor, records: int, out: Pat
         for values, name in zip(flat, ("ids", "log_probabilities"), strict=True)
     ]
     (out / SHARDS).mkdir()
-    with (
-        pa.OSFile(str(out / SHARDS / "00000-of-00001.arrow"), "wb") as file,
-        pa.ipc.new_stream(file, TOKENS) as sink,
-    ):
+    with pa.OSFile(str(out / SHARDS / "00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, TOKENS) as sink:
         index = pa.array(range(records), pa.int32())
         sink.write_batch(pa.RecordBatch.from_arrays([index, *lists], schema=TOKENS))
     settings = {"kind": "top_k", "k": ids_RK.shape[1]}
@@ -136,11 +126,7 @@ def main() -> None:
     def live() -> None:
         step(
             distillation_loss(
-                hidden_states(student, rows),
-                student.lm_head.weight,
-                teach(),
-                teacher.lm_head.weight,
-                rows["labels"],
+                hidden_states(student, rows), student.lm_head.weight, teach(), teacher.lm_head.weight, rows["labels"]
             )[0]
         )
 

@@ -44,14 +44,10 @@ def model_of(arguments: argparse.Namespace) -> LlavaForConditionalGeneration:
         patch_size=14,
     )
     torch.manual_seed(0)
-    config = LlavaConfig(
-        text_config=text, vision_config=tower, image_token_index=IMAGE_ID, image_seq_length=IMAGE
-    )
+    config = LlavaConfig(text_config=text, vision_config=tower, image_token_index=IMAGE_ID, image_seq_length=IMAGE)
     model = LlavaForConditionalGeneration(config).eval()
     size = arguments.predictor
-    sparsify(
-        model, SparsitySettings(d_model=size, dim_feedforward=4 * size, vision_keep_rate=arguments.rates[0])
-    )
+    sparsify(model, SparsitySettings(d_model=size, dim_feedforward=4 * size, vision_keep_rate=arguments.rates[0]))
     return model.to(device=arguments.device, dtype=getattr(torch, arguments.dtype))
 
 
@@ -67,9 +63,7 @@ def prompts_of(rows: int, arguments: argparse.Namespace) -> dict[str, torch.Tens
 
 def main() -> None:
     """Measure every batch size and print a table and one line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--predictor", type=int, default=512, help="width of the predictors")
@@ -88,9 +82,7 @@ def main() -> None:
     for row in rows:
         keep = "dense" if row["keep"] is None else f"keep {row['keep']:g}"
         value = "–" if row["value"] is None else in_units(row["value"], row["unit"])
-        against = (
-            "" if row["ratio"] is None else f"x{row['ratio']:.2f}" + ("" if row["gain"] else ", no gain")
-        )
+        against = "" if row["ratio"] is None else f"x{row['ratio']:.2f}" + ("" if row["gain"] else ", no gain")
         print(f"{row['batch']:>3}  {keep:<9}  {TITLES[row['measure']]:<62}  {value:>12}  {against}")
     print(json.dumps(rows))
 

@@ -106,10 +106,7 @@ class Stock(nn.Module):
         config._experts_implementation = "grouped_mm"
         self.router = layer.router
         self.experts = Qwen2MoeExperts(config)
-        self.experts.gate_up_proj, self.experts.down_proj = (
-            layer.experts.gate_up_proj,
-            layer.experts.down_proj,
-        )
+        self.experts.gate_up_proj, self.experts.down_proj = (layer.experts.gate_up_proj, layer.experts.down_proj)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         x_TD = x_BLD.flatten(0, 1)
@@ -174,9 +171,7 @@ def measure(variant: nn.Module, x_BLD: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--inner", type=int, default=1408)

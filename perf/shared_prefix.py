@@ -87,9 +87,7 @@ def build(options: argparse.Namespace) -> Answerer:
     processor = SimpleNamespace(
         tokenizer=tokenizer,
         image_token="<image>",
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
-        ),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
     )
     dtype = getattr(torch, options.dtype)
     return Answerer(model.to(device=options.device, dtype=dtype), processor, get_template("vicuna_v1"))
@@ -107,9 +105,7 @@ def questions(options: argparse.Namespace, folder: Path) -> list[Question]:
     return asked
 
 
-def answers(
-    answerer: Answerer, asked: list[Question], options: argparse.Namespace, ours: bool
-) -> dict[str, Any]:
+def answers(answerer: Answerer, asked: list[Question], options: argparse.Namespace, ours: bool) -> dict[str, Any]:
     """The text of every answer by its question."""
     settings = {"batch_size": options.batch_size} if ours else {"batch_size": 1, "share_prefix": False}
     done = answerer.answer(asked, max_new_tokens=options.new_tokens, **settings)

@@ -105,9 +105,7 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 @torch.inference_mode()
 def main() -> None:
     """Time everything and print a table and one line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--predictor", type=int, default=512, help="width of the predictors")

@@ -53,12 +53,9 @@ def make(folder: Path, records: int, text: bool) -> None:
     images.mkdir(parents=True)
     for number in range(CONTENTS):
         noise = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(
-            images / f"{number}.jpg", quality=90
-        )
+        Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(images / f"{number}.jpg", quality=90)
     phrases = [
-        [" ".join(f"word{chooser.randrange(WORDS)}" for _ in range(length)) for _ in range(PHRASES)]
-        for length in TURNS
+        [" ".join(f"word{chooser.randrange(WORDS)}" for _ in range(length)) for _ in range(PHRASES)] for length in TURNS
     ]
     with (folder / "mix.json").open("w") as file:
         for number in range(records):
@@ -88,9 +85,7 @@ def verifying(folder: Path, workers: int) -> Callable[[], dict[str, Any]]:
     from mmpipe.data.spec import MixtureSpec, PartSpec
 
     spec = MixtureSpec(parts=(PartSpec(dataset="made", annotations="mix.json", images="images"),))
-    return lambda: build_mixture(
-        spec, {"made": folder}, folder / "out", workers=workers, log=lambda line: None
-    )
+    return lambda: build_mixture(spec, {"made": folder}, folder / "out", workers=workers, log=lambda line: None)
 
 
 def tokenising(folder: Path, workers: int) -> Callable[[], dict[str, Any]]:
@@ -104,11 +99,7 @@ def tokenising(folder: Path, workers: int) -> Callable[[], dict[str, Any]]:
     backend = ByteLevelBPETokenizer()
     words = (f"word{number} USER: ASSISTANT:" for number in range(WORDS))
     backend.train_from_iterator(
-        words,
-        vocab_size=4000,
-        min_frequency=1,
-        special_tokens=["<s>", "</s>", "<image>"],
-        show_progress=False,
+        words, vocab_size=4000, min_frequency=1, special_tokens=["<s>", "</s>", "<image>"], show_progress=False
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
@@ -121,9 +112,7 @@ def tokenising(folder: Path, workers: int) -> Callable[[], dict[str, Any]]:
         max_length=2048,
     )
     records = folder / "out" / "records.arrow"
-    return lambda: tokenise(
-        records, encoder, folder / "tokens", max_bad=0, workers=workers, log=lambda line: None
-    )
+    return lambda: tokenise(records, encoder, folder / "tokens", max_bad=0, workers=workers, log=lambda line: None)
 
 
 STEPS = {"verify": verifying, "tokenise": tokenising}
@@ -162,9 +151,7 @@ def watched(command: list[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, nargs="+", default=[10_000, 30_000, 100_000])
     parser.add_argument("--text", action="store_true", help="records without images")
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))

@@ -23,9 +23,7 @@ use rule answer_chunk as answer_chunk_and_log with:
 
 rule gather_experts:
     input:
-        lambda wildcards: PLAN.expert_logs.chunk_files(
-            out(wildcards), wildcards.checkpoint, wildcards.benchmark
-        ),
+        lambda wildcards: PLAN.expert_logs.chunk_files(out(wildcards), wildcards.checkpoint, wildcards.benchmark),
     output:
         "results/{smoke}{checkpoint}/eval/{benchmark}/experts.parquet",
     log:

@@ -13,14 +13,15 @@ sys.path.insert(0, SOURCE)
 # Slurm sends SIGTERM to every process of a job. The shell around a job must not die of it while the job saves its progress.
 shell.prefix("trap '' TERM; ")
 
-from mmpipe.checkout import tell_jobs
 from mmpipe.errors import MmpipeError
 from mmpipe.plan.plan import Plan
 from mmpipe.cli.announcement import announcement
 from mmpipe.stages.base import Hardware
 from mmpipe.plan.variants import PATTERN as VARIANT
 
-tell_jobs(SOURCE)
+# every process started from here imports mmpipe from this checkout too
+others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", SOURCE)]
+os.environ["PYTHONPATH"] = os.pathsep.join([SOURCE, *others])
 
 try:
     PLAN = Plan(config, Path(workflow.basedir))

@@ -63,21 +63,7 @@ def mmbench(root: Path) -> list[str]:
         options = ["cat", "dog"]
         rows.append([index, "What?", "", *options, "", "nan", "A", "c", cell, "s", "l", "", "dev"])
         rows.append(
-            [
-                index + 10**6,
-                "What?",
-                "Look.",
-                *options[::-1],
-                "",
-                "",
-                "B",
-                "c",
-                str(index),
-                "s",
-                "l",
-                "",
-                "dev",
-            ]
+            [index + 10**6, "What?", "Look.", *options[::-1], "", "", "B", "c", str(index), "s", "l", "", "dev"]
         )
     with (root / "mmbench_dev_en_20231003.tsv").open("w", newline="") as file:
         csv.writer(file, delimiter="\t").writerows([head, *rows])
@@ -115,14 +101,10 @@ def mme(root: Path) -> list[str]:
 def textvqa(root: Path) -> list[str]:
     images(root / "train_images", "i1.jpg")
     data = [
-        {"question_id": n, "image_id": "i1", "question": f"What Brand {n}?", "answers": ["nokia"] * 10}
-        for n in (7, 8)
+        {"question_id": n, "image_id": "i1", "question": f"What Brand {n}?", "answers": ["nokia"] * 10} for n in (7, 8)
     ]
     dump(root / "TextVQA_0.5.1_val.json", {"data": data})
-    dump(
-        root / "TextVQA_Rosetta_OCR_v0.2_val.json",
-        {"data": [{"image_id": "i1", "ocr_tokens": ["NOKIA", "3310"]}]},
-    )
+    dump(root / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [{"image_id": "i1", "ocr_tokens": ["NOKIA", "3310"]}]})
     return ["Nokia.", "nokia"]
 
 
@@ -131,14 +113,7 @@ def vizwiz(root: Path) -> list[str]:
     answers = [{"answer": "can", "answer_confidence": "yes"}] * 10
     dump(
         root / "val.json",
-        [
-            {
-                "image": "VizWiz_val_00000000.jpg",
-                "question": "What is this?",
-                "answers": answers,
-                "answerable": 1,
-            }
-        ],
+        [{"image": "VizWiz_val_00000000.jpg", "question": "What is this?", "answers": answers, "answerable": 1}],
     )
     return ["A can."]
 
@@ -148,11 +123,7 @@ def scienceqa(root: Path) -> list[str]:
     problem = {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "", "image": None}
     dump(
         root / "problems.json",
-        {
-            "4": problem,
-            "5": {**problem, "hint": "Look.", "image": "image.png"},
-            "6": {**problem, "split": "train"},
-        },
+        {"4": problem, "5": {**problem, "hint": "Look.", "image": "image.png"}, "6": {**problem, "split": "train"}},
     )
     dump(root / "pid_splits.json", {"test": ["5", "4"], "train": ["6"]})
     return ["B", "B"]
@@ -206,13 +177,7 @@ def mmmu(root: Path) -> list[str]:
     }  # fmt: skip
     parquet(root / "Art/validation-00000-of-00001.parquet", [row])
     parquet(root / "Art/test-00000-of-00001.parquet", [{**row, "id": "test_Art_1"}])
-    open_row = {
-        **row,
-        "id": "validation_Math_1",
-        "options": "[]",
-        "answer": "['3', '4']",
-        "question_type": "open",
-    }
+    open_row = {**row, "id": "validation_Math_1", "options": "[]", "answer": "['3', '4']", "question_type": "open"}
     parquet(root / "Math/validation-00000-of-00001.parquet", [open_row])
     return ["(B)", "It is 4"]
 
@@ -255,10 +220,7 @@ def objhal(root: Path) -> list[str]:
         ],
     )
     (root / "synonyms_refine.txt").write_text("person, man, woman\ndog, puppy\ntraffic light, street light\n")
-    instances = {
-        "categories": [{"id": 1, "name": "person"}],
-        "annotations": [{"image_id": 9, "category_id": 1}],
-    }
+    instances = {"categories": [{"id": 1, "name": "person"}], "annotations": [{"image_id": 9, "category_id": 1}]}
     dump(root / "annotations/instances_val2014.json", instances)
     captions = [{"image_id": 8, "caption": "Two puppies under the street lights"}]
     dump(root / "annotations/captions_val2014.json", {"annotations": captions})
@@ -282,28 +244,19 @@ def mmvet(root: Path) -> list[str]:
 
 # benchmark -> (how its files are made, with the right answers; the first question's text)
 LAYOUTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "ai2d": (
-        ai2d,
-        "Which?\nA. leaf\nB. stem\nAnswer with the option's letter from the given choices directly.",
-    ),
+    "ai2d": (ai2d, "Which?\nA. leaf\nB. stem\nAnswer with the option's letter from the given choices directly."),
     "chartqa": (chartqa, "How many?\nAnswer the question with a single word."),
     "gqa": (gqa, "Is it red?\nAnswer the question using a single word or phrase."),
     "hallusionbench": (hallusionbench, "Is it?"),
     "mathvista": (mathvista, "Hint: x\nQuestion: How many?"),
-    "mmbench": (
-        mmbench,
-        "What?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly.",
-    ),
+    "mmbench": (mmbench, "What?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly."),
     "mme": (mme, "Is it red?\nAnswer the question using a single word or phrase."),
     "mmhal": (mmhal, "What?"),
     "mmmu": (
         mmmu,
         "What is <image>?\n(A) one\n(B) <image>\n\nAnswer with the option's letter from the given choices directly.",
     ),
-    "mmstar": (
-        mmstar,
-        "Which?\nOptions: A: a, B: b\nAnswer with the option's letter from the given choices directly.",
-    ),
+    "mmstar": (mmstar, "Which?\nOptions: A: a, B: b\nAnswer with the option's letter from the given choices directly."),
     "mmvet": (mmvet, "Why?"),
     "objhal": (objhal, "Describe."),
     "pope": (pope, "Is there a cat?\nAnswer the question using a single word or phrase."),
@@ -311,10 +264,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         scienceqa,
         "<image>\nContext: Look.\nWhich?\nA. a\nB. b\nAnswer with the option's letter from the given choices directly.",
     ),
-    "seed": (
-        seed,
-        "Which?\nA. a\nB. b\nC. c\nD. d\nAnswer with the option's letter from the given choices directly.",
-    ),
+    "seed": (seed, "Which?\nA. a\nB. b\nC. c\nD. d\nAnswer with the option's letter from the given choices directly."),
     "textvqa": (
         textvqa,
         "What Brand 7?\nReference OCR token: NOKIA, 3310\nAnswer the question using a single word or phrase.",
@@ -351,22 +301,13 @@ def gqa_hub(root: Path) -> list[str]:
         "types": {"structural": "verify", "semantic": "attr"}, "groups": {"global": "color", "local": "l"},
         "semantic": [{"operation": "select", "argument": "cat (1)", "dependencies": [0]}],
     }  # fmt: skip
-    parquet(
-        root / "testdev_balanced_instructions/testdev-00000-of-00001.parquet", [row, {**row, "id": "202"}]
-    )
+    parquet(root / "testdev_balanced_instructions/testdev-00000-of-00001.parquet", [row, {**row, "id": "202"}])
     parquet(root / "testdev_balanced_images/testdev-00000-of-00001.parquet", [{"id": "n1", "image": hub(2)}])
     return ["Yes.", "yes"]
 
 
 def scienceqa_hub(root: Path) -> list[str]:
-    row = {
-        "question": "Which?",
-        "choices": ["a", "b"],
-        "answer": 1,
-        "hint": "Look.",
-        "subject": "x",
-        "image": hub(3),
-    }
+    row = {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "Look.", "subject": "x", "image": hub(3)}
     parquet(root / "ScienceQA-FULL/test-00000-of-00001.parquet", [row, {**row, "hint": "", "image": None}])
     return ["B", "B"]
 
@@ -403,12 +344,7 @@ def pope_llava(root: Path) -> list[str]:
     lines(
         root / "llava_pope_test.jsonl",
         [
-            {
-                "question_id": first[category] + n + 1,
-                "image": "ab"[n] + ".jpg",
-                "text": text,
-                "category": category,
-            }
+            {"question_id": first[category] + n + 1, "image": "ab"[n] + ".jpg", "text": text, "category": category}
             for category in first
             for n in (0, 1)
         ],
@@ -445,27 +381,17 @@ def vizwiz_llava(root: Path) -> list[str]:
 
 def scienceqa_llava(root: Path) -> list[str]:
     right = scienceqa(root)
-    turns = [
-        {"from": "human", "value": "<image>\nContext: Look.\nWhich?\nA. a\nB. b"},
-        {"from": "gpt", "value": "B"},
-    ]
+    turns = [{"from": "human", "value": "<image>\nContext: Look.\nWhich?\nA. a\nB. b"}, {"from": "gpt", "value": "B"}]
     plain = [{"from": "human", "value": "Which?\nA. a\nB. b"}]
-    records = [
-        {"id": "5", "image": "5/image.png", "conversations": turns},
-        {"id": "4", "conversations": plain},
-    ]
+    records = [{"id": "5", "image": "5/image.png", "conversations": turns}, {"id": "4", "conversations": plain}]
     dump(root / "llava_test_CQM-A.json", records)
     return right
 
 
 def textvqa_llava(root: Path) -> list[str]:
     right = textvqa(root)
-    prompt = (
-        "What Brand {}?\nReference OCR token: NOKIA, 3310\nAnswer the question using a single word or phrase."
-    )
-    lines(
-        root / "llava_textvqa_val_v051_ocr.jsonl", [_llava("i1", "i1.jpg", prompt.format(n)) for n in (7, 8)]
-    )
+    prompt = "What Brand {}?\nReference OCR token: NOKIA, 3310\nAnswer the question using a single word or phrase."
+    lines(root / "llava_textvqa_val_v051_ocr.jsonl", [_llava("i1", "i1.jpg", prompt.format(n)) for n in (7, 8)])
     (root / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
     return right
 
@@ -522,20 +448,13 @@ def mmmu_hub(root: Path) -> list[str]:
     mmmu(root)
     for place, subject in enumerate(("Art", "Math")):
         (root / "data").mkdir(exist_ok=True)
-        (root / subject / "validation-00000-of-00001.parquet").rename(
-            root / f"data/validation-0000{place}.parquet"
-        )
+        (root / subject / "validation-00000-of-00001.parquet").rename(root / f"data/validation-0000{place}.parquet")
     return ["(B)", "It is 4"]
 
 
 def mmhal_official(root: Path) -> list[str]:
     images(root / "images", "1.jpg")
-    record = {
-        "question": "What?",
-        "gt_answer": "A cat.",
-        "image_content": ["Cat"],
-        "image_src": "https://x.org/1.jpg",
-    }
+    record = {"question": "What?", "gt_answer": "A cat.", "image_content": ["Cat"], "image_src": "https://x.org/1.jpg"}
     dump(root / "response_template.json", [record] * 8)
     return ["A cat."] * 8
 

@@ -12,10 +12,7 @@ from mmpipe.data.tokens import TextEncoder, tokenise
 from mmpipe.models.llava import IMAGE_TOKEN
 from mmpipe.models.settings import VisionLanguage
 
-TINY = {
-    "vision": Path("resources/backbones/clip-tiny"),
-    "language": Path("resources/backbones/qwen2-tiny"),
-}
+TINY = {"vision": Path("resources/backbones/clip-tiny"), "language": Path("resources/backbones/qwen2-tiny")}
 
 
 def write_tokens(mixture: Path, out: Path, directories: Mapping[str, Path], template: str = "qwen") -> Path:

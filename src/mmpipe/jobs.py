@@ -386,9 +386,7 @@ def _open_to_ask(snakemake: Any) -> Any:
     return Answerer(model.to(device), processor, template, model_id=snakemake.wildcards.checkpoint)
 
 
-def _expert_log(
-    snakemake: Any, plan: Plan, model: Any, folder: Path, questions: list[Any], start: int
-) -> Any:
+def _expert_log(snakemake: Any, plan: Plan, model: Any, folder: Path, questions: list[Any], start: int) -> Any:
     """The log of experts where the rule declares one."""
     from mmpipe.analysis.expert_log import ExpertLog
 
@@ -499,9 +497,7 @@ def judge(snakemake: Any, plan: Plan) -> None:
 
     entry = plan.benchmarks[snakemake.wildcards.benchmark]
     if entry.judge is None:
-        raise ConfigError(
-            f"{snakemake.wildcards.benchmark}: no judge is configured; give the entry a 'judge'"
-        )
+        raise ConfigError(f"{snakemake.wildcards.benchmark}: no judge is configured; give the entry a 'judge'")
     _unchanged(snakemake, plan.judge_spec(snakemake.wildcards.benchmark))
     out = Path(snakemake.output[0])
     progress = out.parent / "state" / "judge.jsonl"
@@ -540,10 +536,7 @@ def convert(snakemake: Any, plan: Plan) -> None:
 
     entry = plan.benchmarks[snakemake.wildcards.benchmark]
     report = convert_files(
-        entry.task,
-        [Path(snakemake.input.references)],
-        [Path(snakemake.input.answers)],
-        Path(snakemake.output[0]),
+        entry.task, [Path(snakemake.input.references)], [Path(snakemake.input.answers)], Path(snakemake.output[0])
     )
     log.info("%s", report)
 
@@ -570,10 +563,7 @@ def compare(snakemake: Any, plan: Plan) -> None:
     }
     marks = ["", *(f" ({plan.benchmarks[control].control})" for control in plan.controls(name))]
     family = {f"{c}{mark}": f"{plan.family(c)}{mark}" for c in plan.chosen_recipes for mark in marks}
-    comparison = {
-        "title": plan.benchmarks[name].title or name,
-        **compare(name, scores(name), controls, family=family),
-    }
+    comparison = {"title": plan.benchmarks[name].title or name, **compare(name, scores(name), controls, family=family)}
     published = json.loads(_unchanged(snakemake, plan.published(name), "published"))
     write_json(Path(snakemake.output.json), {**comparison, "published": beside(comparison, published)})
 
@@ -589,8 +579,7 @@ def rank(snakemake: Any, plan: Plan) -> None:
     def of_each(read: Callable[[Path], Any], file: str) -> dict[str, dict[str, Any]]:
         return {
             benchmark: {
-                checkpoint: read(out / checkpoint / "eval" / benchmark / file)
-                for checkpoint in plan.chosen_recipes
+                checkpoint: read(out / checkpoint / "eval" / benchmark / file) for checkpoint in plan.chosen_recipes
             }
             for benchmark in plan.compared_benchmarks
         }

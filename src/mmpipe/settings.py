@@ -102,9 +102,8 @@ def _describe(kind: Any, problem: Mapping[str, Any]) -> str:
             return f"{key}: unknown value '{problem['input']}'" + did_you_mean(problem["input"], choices)
         case "union_tag_invalid":
             tags = [tag.strip(" '") for tag in problem["ctx"]["expected_tags"].split(",")]
-            return (
-                f"{key}: unknown {problem['ctx']['discriminator'].strip(chr(39))} '{problem['ctx']['tag']}'"
-                + (did_you_mean(str(problem["ctx"]["tag"]), tags))
+            return f"{key}: unknown {problem['ctx']['discriminator'].strip(chr(39))} '{problem['ctx']['tag']}'" + (
+                did_you_mean(str(problem["ctx"]["tag"]), tags)
             )
         case _:
             value = problem["input"]

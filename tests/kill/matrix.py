@@ -28,9 +28,7 @@ from typing import Any
 
 for place in (Path(__file__).parents[1], Path(__file__).parents[2] / "src"):
     sys.path.insert(0, str(place))
-os.environ.update(
-    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu"
-)
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
 
 DECLARED = (
     "run/model/model.safetensors",
@@ -79,29 +77,18 @@ def train_and_evaluate(folder: Path) -> None:
     from mmpipe.stages.finetune import Finetune
 
     stage = Finetune(
-        data="mix",
-        template="qwen",
-        batch_size=8,
-        max_steps=STEPS,
-        learning_rate=1e-3,
-        hardware={"checkpoint_every": 1},
+        data="mix", template="qwen", batch_size=8, max_steps=STEPS, learning_rate=1e-3, hardware={"checkpoint_every": 1}
     )
     stage.run(make_job(folder))
     entry = BenchmarkEntry(task="pope", data="pope", max_new_tokens=4, batch_size=2)
-    plan: Any = SimpleNamespace(
-        benchmarks={"pope": entry}, expert_logs=SimpleNamespace(spec=lambda: "", settings=None)
-    )
+    plan: Any = SimpleNamespace(benchmarks={"pope": entry}, expert_logs=SimpleNamespace(spec=lambda: "", settings=None))
     prepared, results = Path("resources/benchmarks/pope"), folder / "eval/pope"
     chunk, answers = results / "chunks/0000-of-0001.jsonl", results / "answers.jsonl"
 
     def job(output: Any, **inputs: Any) -> Any:
         wildcards = SimpleNamespace(checkpoint="run", benchmark="pope", chunk="0000-of-0001")
         return SimpleNamespace(
-            threads=1,
-            wildcards=wildcards,
-            input=SimpleNamespace(**inputs),
-            output=output,
-            resources={"gpu": 0},
+            threads=1, wildcards=wildcards, input=SimpleNamespace(**inputs), output=output, resources={"gpu": 0}
         )
 
     # the jobs themselves, without the log that the rules' wrapper opens
@@ -150,15 +137,7 @@ def _operations(folder: Path, seen: Callable[[str], None]) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(arguments[1], str) and not set(arguments[1]) & set("wax+"):
             return
-        if event in (
-            "open",
-            "os.rename",
-            "os.remove",
-            "os.mkdir",
-            "os.rmdir",
-            "os.truncate",
-            "shutil.rmtree",
-        ):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"):
             names = [str(name) for name in arguments[:2] if isinstance(name, (str, Path))]
             inside = [name for name in names if str(folder) in name or not name.startswith("/")]
             if inside:
@@ -291,9 +270,7 @@ def disturbed(folder: Path, reference: Reference, points: list[Point]) -> dict[s
         "half_written": sorted(visible),
         "different": sorted(name for name in DECLARED if final.get(name) != reference.digests[name]),
         # as large as a model, and nobody would miss them
-        "left_over": sorted(
-            str(path.relative_to(folder)) for path in folder.rglob(".*.tmp") if path.is_dir()
-        ),
+        "left_over": sorted(str(path.relative_to(folder)) for path in folder.rglob(".*.tmp") if path.is_dir()),
         "failed": "" if status == 0 else folder.with_suffix(".log").read_text()[-1500:],
     }
 
@@ -305,14 +282,10 @@ def aims(reference: Reference, seed: int) -> Iterator[Point]:
     """Points without end: one aimed at each delicate moment, then the same again at other places, mixed with random ones."""
     chance = random.Random(seed)
     events = reference.events
-    progress = next(
-        i for i, e in enumerate(events) if e.startswith("shutil.rmtree") and e.endswith("/checkpoints")
-    )
+    progress = next(i for i, e in enumerate(events) if e.startswith("shutil.rmtree") and e.endswith("/checkpoints"))
     moments: dict[str, Callable[[int], bool]] = {
         "writing a checkpoint": lambda i: "/checkpoints/" in events[i],
-        "publishing, before the manifest": lambda i: (
-            events[i].startswith("os.rename") and "/run/model/" in events[i]
-        ),
+        "publishing, before the manifest": lambda i: events[i].startswith("os.rename") and "/run/model/" in events[i],
         # files in a folder that is being removed have no path
         "removing the progress": lambda i: (
             i >= progress and events[i].startswith("os.remove ") and "/" not in events[i]
@@ -325,11 +298,7 @@ def aims(reference: Reference, seed: int) -> Iterator[Point]:
         for about, belongs in moments.items():
             index = chance.choice([i for i in range(len(events)) if belongs(i)])
             yield Point("operation", index, about=f"({about}: {events[index]})")
-        yield Point(
-            "torn",
-            1 + chance.randrange(max(1, reference.files_of_tensors)),
-            about="(half a safetensors file)",
-        )
+        yield Point("torn", 1 + chance.randrange(max(1, reference.files_of_tensors)), about="(half a safetensors file)")
         yield Point("clock", seconds=chance.uniform(0, reference.seconds), about="(any moment)")
 
 
@@ -371,9 +340,7 @@ def run(kills: int, seed: int, a_run: int = 2) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--a-run", type=int, default=2, help="kills before each run to the end")

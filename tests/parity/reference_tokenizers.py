@@ -35,9 +35,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     else:
         backend = _characters(bos=name.startswith("char_bos"))
     bos = None if name == "char_nobos" else "<s>"
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=bos, eos_token="</s>", unk_token="<unk>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="</s>", unk_token="<unk>")
     made.add_tokens(["<image>"], special_tokens=True)
     return made
 
@@ -62,9 +60,7 @@ def toy_qwen(pieces: list[str], regex: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|extra_0|>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(regex), "isolated")
     backend.add_special_tokens(["<|endoftext|>", "<|extra_0|>"])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<|extra_0|>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<|extra_0|>")
     made.add_tokens(["<image>"], special_tokens=True)
     return made
 

@@ -52,13 +52,9 @@ def test_reference_loss_and_gradient(masks: dict, tokens: str, key: str) -> None
     assert metrics["teacher_entropy"].item() == pytest.approx(exact["teacher_entropy"], abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "key"), [("response", "shifted_response_only"), ("all", "shifted_all_nonpad")]
-)
+@pytest.mark.parametrize(("tokens", "key"), [("response", "shifted_response_only"), ("all", "shifted_all_nonpad")])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_default_reads_the_positions_that_predict(
-    masks: dict, tokens: str, key: str, divergence: str
-) -> None:
+def test_default_reads_the_positions_that_predict(masks: dict, tokens: str, key: str, divergence: str) -> None:
     exact = masks["derived_not_upstream"][key]
     loss, metrics = run(masks, tokens=tokens, divergence=divergence)
     assert loss.item() == pytest.approx(exact[divergence], abs=1e-6)
@@ -67,9 +63,7 @@ def test_default_reads_the_positions_that_predict(
 
 
 @pytest.mark.parametrize(("tokens", "key"), [("response", "response_only"), ("all", "all_tokens")])
-def test_student_logits_of_minus_infinity(
-    masks: dict, tokens: str, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_student_logits_of_minus_infinity(masks: dict, tokens: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = vector("02_kd_edge_cases.json")
     student = torch.tensor(masks["inputs"]["student_logits"])
     for b, t, v in case["inputs"]["neg_inf_positions"]:

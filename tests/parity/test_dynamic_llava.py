@@ -62,9 +62,7 @@ def test_the_predictor_of_images() -> None:
 
 def test_the_predictor_of_text() -> None:
     given = PREDICTORS["text_predictor"]
-    predictor = TextPredictor(
-        given["cfg"]["input_dim"], SparsitySettings(d_model=given["cfg"]["d_model"], nhead=4)
-    )
+    predictor = TextPredictor(given["cfg"]["input_dim"], SparsitySettings(d_model=given["cfg"]["d_model"], nhead=4))
     named = dict(predictor.named_parameters())
     assert {name: list(p.shape) for name, p in named.items()} == given["shapes"]
     fill(named)
@@ -146,9 +144,7 @@ def model(case: dict[str, Any], **changes: object) -> tuple[LlamaForCausalLM, Sp
     named = {name.replace("sparsifier.", ""): p for name, p in llama.named_parameters()}
     fill(
         named,
-        case["bias_override_after_fill"]
-        if "bias_override_after_fill" in case
-        else MODEL["bias_override_after_fill"],
+        case["bias_override_after_fill"] if "bias_override_after_fill" in case else MODEL["bias_override_after_fill"],
     )
     return llama.eval(), settings
 
@@ -177,9 +173,7 @@ def training(case: dict[str, Any]) -> tuple[LlamaForCausalLM, dict[str, Tensor],
     noise = torch.zeros(len(rows), longest, 2)
     for (name, key), call in zip(names.items(), case["gumbel_calls"], strict=False):
         padded = torch.tensor(call["noise"])
-        kept = (
-            torch.arange(padded.shape[1]) < torch.tensor([b - a for a, b in (r[key] for r in rows)])[:, None]
-        )
+        kept = torch.arange(padded.shape[1]) < torch.tensor([b - a for a, b in (r[key] for r in rows)])[:, None]
         noise[getattr(segments, f"{name}_BL")] = padded[kept]
     current = TrainingPass(segments, noise, case["tau"], case["tau"])
     hidden = llama.model(
@@ -196,12 +190,7 @@ def training(case: dict[str, Any]) -> tuple[LlamaForCausalLM, dict[str, Tensor],
         "images": image_loss(current.decisions["images"].view(-1, IMAGE), settings.vision_keep_rate, number),
     }
     for name, mask_BL, rate, least in (
-        (
-            "answers",
-            segments.answers_BL,
-            settings.output_text_keep_rate,
-            settings.output_text_len_for_training,
-        ),
+        ("answers", segments.answers_BL, settings.output_text_keep_rate, settings.output_text_len_for_training),
         ("questions", segments.questions_BL, settings.instruct_keep_rate, settings.instruct_len_for_training),
     ):
         if name in current.decisions:

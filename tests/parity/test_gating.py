@@ -46,12 +46,7 @@ def test_top_2_weights_drops_and_loss(name: str, monkeypatch: pytest.MonkeyPatch
     assert routing.losses["balance"].item() == pytest.approx(expected["l_aux"], abs=1e-6)
 
     places = slot_numbers(routing.indices_TK, 4)
-    ours = {
-        (t, int(routing.indices_TK[t, k]), int(places[t, k]))
-        for t in range(8)
-        for k in range(2)
-        if kept_TK[t, k]
-    }
+    ours = {(t, int(routing.indices_TK[t, k]), int(places[t, k])) for t in range(8) for k in range(2) if kept_TK[t, k]}
     assert ours == {tuple(place) for place in expected["slots_of_dispatched_tokens"]}
     counts = torch.bincount(routing.indices_TK.flatten(), minlength=4)
     assert counts.tolist() == expected["exp_counts_ds0198"]
@@ -96,9 +91,7 @@ def test_balance_loss_limits_and_other_definitions() -> None:
         loss = all_choices_balancing_loss(p, LOGITS.topk(k, dim=1).indices)
         assert loss.item() == pytest.approx(other[f"top_k{k}_one_layer"], abs=1e-6)
     three = GATING["expected"]["topk3_cf1.5_probs_drop_ds0198_only"]["l_aux"]
-    assert all_choices_balancing_loss(p, LOGITS.topk(3, dim=1).indices).item() / 3 == pytest.approx(
-        three, abs=1e-6
-    )
+    assert all_choices_balancing_loss(p, LOGITS.topk(3, dim=1).indices).item() / 3 == pytest.approx(three, abs=1e-6)
 
 
 def test_placement_of_experts() -> None:

@@ -21,8 +21,7 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = REFERENCE["processor"]["crop"]
     path = tmp_path_factory.mktemp("tower")
     CLIPImageProcessorPil(
-        size={"shortest_edge": REFERENCE["processor"]["shortest_edge"]},
-        crop_size={"height": size, "width": size},
+        size={"shortest_edge": REFERENCE["processor"]["shortest_edge"]}, crop_size={"height": size, "width": size}
     ).save_pretrained(path)
     return path
 

@@ -53,12 +53,7 @@ CASES = [
     Case("head_sigmoid", "sigmoid"),
     Case("v11_cosine", "cosine", GATE | {"gate.bias": "bias"}, REFERENCE),
     Case("v11_hyper_step3of10", "hyper", HYPER, REFERENCE, progress=0.3),
-    Case(
-        "head_xmoe",
-        "xmoe",
-        {"expert_embeddings": "embeddings", "inp_reduction.weight": "reduction"},
-        REFERENCE,
-    ),
+    Case("head_xmoe", "xmoe", {"expert_embeddings": "embeddings", "inp_reduction.weight": "reduction"}, REFERENCE),
     Case("head_share_v2", "shared"),
     Case("v20_remoe", "remoe"),
     Case("head_tcmoe", "tcmoe"),
@@ -177,9 +172,7 @@ def test_the_later_cosine_router_is_the_sphere_router() -> None:
     vector = load("v20_cosine_gate_only")
     given, weights = vector["settings"], vector["weights_before_forward"]
     width = len(weights["inp_reduction.weight"][0])
-    settings = MoESettings(
-        experts=given["num_experts"], top_k=given["top_k"], router="xmoe", router_settings=REFERENCE
-    )
+    settings = MoESettings(experts=given["num_experts"], top_k=given["top_k"], router="xmoe", router_settings=REFERENCE)
     router = build(settings, width)
     router.embeddings.data = torch.tensor(weights["expert_embeddings"])
     router.reduction.data = torch.tensor(weights["inp_reduction.weight"])
@@ -189,9 +182,7 @@ def test_the_later_cosine_router_is_the_sphere_router() -> None:
     torch.testing.assert_close(routing.weights_TK, theirs, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "case", load("losses")["cases"], ids=lambda case: f"{case['kind']}-{case['B']}x{case['N']}"
-)
+@pytest.mark.parametrize("case", load("losses")["cases"], ids=lambda case: f"{case['kind']}-{case['B']}x{case['N']}")
 def test_losses_per_sequence(case: dict) -> None:
     logits = torch.tensor(case["gate_logits"])
     first = torch.tensor(case["selected_experts"])[..., 0].flatten()

@@ -17,9 +17,7 @@ from mmpipe.models.moe.upcycle import upcycle
 from mmpipe.models.trainable import select
 
 TABLE = json.loads(
-    (
-        Path(__file__).parents[1] / "fixtures" / "vectors" / "llava_mod" / "09_moe_layers_and_trainable.json"
-    ).read_text()
+    (Path(__file__).parents[1] / "fixtures" / "vectors" / "llava_mod" / "09_moe_layers_and_trainable.json").read_text()
 )["expected"]["requires_grad"]
 SPARSE = ["language_model.layers.*.mlp.*", "multi_modal_projector.*"]
 DENSE = ["language_model.*", "lm_head.*", "multi_modal_projector.*"]

@@ -94,10 +94,7 @@ def test_the_real_model_has_the_published_number_of_parameters():
     assert sum(parameter.numel() for parameter in shell.parameters()) == VECTOR["real_param_count"]
 
 
-TEXTS = (
-    "[INST] What is shown?\n[/INST] A red circle.",
-    "two  spaces, a\ttab and \u4f60\u597d",
-)
+TEXTS = ("[INST] What is shown?\n[/INST] A red circle.", "two  spaces, a\ttab and \u4f60\u597d")
 
 
 def test_the_tokenizer_cuts_as_sentencepiece_does(tmp_path):
@@ -105,9 +102,7 @@ def test_the_tokenizer_cuts_as_sentencepiece_does(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
     corpus = tmp_path / "corpus.txt"
-    corpus.write_text(
-        "What is shown? A red circle beside two blue squares.\n" * 3 + "[INST] again [/INST] squares\n"
-    )
+    corpus.write_text("What is shown? A red circle beside two blue squares.\n" * 3 + "[INST] again [/INST] squares\n")
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(tmp_path / "tokenizer"),

@@ -11,9 +11,7 @@ import torch
 from mmpipe.losses.preference import preference_loss
 
 CASE = json.loads(
-    (
-        Path(__file__).parents[1] / "fixtures" / "vectors" / "llava_mod" / "05_preference_losses.json"
-    ).read_text()
+    (Path(__file__).parents[1] / "fixtures" / "vectors" / "llava_mod" / "05_preference_losses.json").read_text()
 )
 SETTINGS = [(batch, setting) for batch, settings in CASE["expected"].items() for setting in settings]
 

@@ -148,8 +148,7 @@ def test_chair_counts_every_mention():
     synonyms |= {"car": "car", "truck": "truck"}
     captions = vector["inputs"]["captions"]
     asked = [
-        {"image_id": c["image_id"], "gt_objects": vector["inputs"]["gt_objects"][str(c["image_id"])]}
-        for c in captions
+        {"image_id": c["image_id"], "gt_objects": vector["inputs"]["gt_objects"][str(c["image_id"])]} for c in captions
     ]
     score = get("objhal").score(
         get("objhal").parse_references([Document("x", {"questions": asked, "synonyms": synonyms})]),
@@ -234,9 +233,7 @@ MOD = load("_llava_mod_scorers")["expected"]
 
 def test_llava_mod_textvqa():
     cases = MOD["textvqa"]["cases"]
-    asked = [
-        {"question_id": i, "image_id": i, "question": "?", "answers": c["gt"]} for i, c in enumerate(cases)
-    ]
+    asked = [{"question_id": i, "image_id": i, "question": "?", "answers": c["gt"]} for i, c in enumerate(cases)]
     score = get("textvqa").score(asked, [{"question_id": i, "text": c["pred"]} for i, c in enumerate(cases)])
     assert [item.score for item in score.items] == pytest.approx([case["score"] for case in cases])
     assert score.metrics["accuracy_exact"] == pytest.approx(100 * MOD["textvqa"]["mean"])
@@ -253,9 +250,7 @@ def test_llava_mod_pope():
     printed = dict(line.split(": ") for line in case["printed"] if ": " in line)
     found = score.metrics["random"]
     for name, value in printed.items():
-        assert found[name.removesuffix(" score").lower().replace(" ", "_")] == pytest.approx(float(value)), (
-            name
-        )
+        assert found[name.removesuffix(" score").lower().replace(" ", "_")] == pytest.approx(float(value)), name
     tp, fp, tn, fn = map(int, case["printed"][1].split())
     right = [item.score == 1 for item in score.items]
     says = [(item.parsed, good) for item, good in zip(score.items, right, strict=True)]
@@ -267,23 +262,13 @@ def test_llava_mod_pope():
     ]
     # "NO", "I see none" and "Nothing" are a yes to this rule; others are a protocol away
     plain = get("pope").score(asked, answers, "lmms")
-    read = {
-        text: (o.parsed, p.parsed)
-        for text, o, p in zip(case["answers"], score.items, plain.items, strict=True)
-    }
-    assert (read["NO"], read["Nothing"], read["I see none"]) == (
-        ("yes", "no"),
-        ("yes", "other"),
-        ("yes", "other"),
-    )
+    read = {text: (o.parsed, p.parsed) for text, o, p in zip(case["answers"], score.items, plain.items, strict=True)}
+    assert (read["NO"], read["Nothing"], read["I see none"]) == (("yes", "no"), ("yes", "other"), ("yes", "other"))
 
 
 def test_llava_mod_scienceqa():
     case = MOD["scienceqa"]
-    documents = [
-        Document("problems.json", case["problems"]),
-        Document("splits", {"test": list(case["problems"])}),
-    ]
+    documents = [Document("problems.json", case["problems"]), Document("splits", {"test": list(case["problems"])})]
     task = get("scienceqa")
     score = task.score(task.parse_references(documents), case["predictions"])
     assert {item.id: item.parsed or "FAILED" for item in score.items} == case["parsed"]
@@ -333,10 +318,7 @@ def test_llava_mod_gqa_file(tmp_path):
         assert json.loads((tmp_path / "out.json").read_text()) == converted
     # a question nobody answered: left out there, an empty and wrong prediction here
     task.convert(task.pair(asked, answers[1:]), tmp_path / "out.json")
-    assert json.loads((tmp_path / "out.json").read_text()) == [
-        {**converted[0], "prediction": ""},
-        *converted[1:],
-    ]
+    assert json.loads((tmp_path / "out.json").read_text()) == [{**converted[0], "prediction": ""}, *converted[1:]]
     score = task.score(asked, answers[1:])
     assert score.metrics["accuracy"] == 0
     assert [item.answered for item in score.items] == [False, True, True]
@@ -353,19 +335,13 @@ def test_scienceqa_result_file(tmp_path):
     vector = load("_llava_scorers")["sqa"]
     task = get("scienceqa")
     asked = task.parse_references(
-        [
-            Document("problems.json", vector["problems"]),
-            Document("splits", {"test": list(vector["problems"])}),
-        ]
+        [Document("problems.json", vector["problems"]), Document("splits", {"test": list(vector["problems"])})]
     )
     task.convert(task.pair(asked, vector["predictions"]), tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text()) == vector["output_result"]
 
 
-SUBMISSIONS = {
-    "vizwiz": lambda vector: vector["submission"],
-    "vqav2": lambda vector: vector["submission"],
-}
+SUBMISSIONS = {"vizwiz": lambda vector: vector["submission"], "vqav2": lambda vector: vector["submission"]}
 
 
 @pytest.mark.parametrize("name", sorted(SUBMISSIONS))
@@ -398,9 +374,7 @@ def test_mme_files_of_the_official_tool(tmp_path):
     assert {path.stem: path.read_text() for path in (tmp_path / "answers").iterdir()} == files
     task.convert(pairs, tmp_path / "answers.zip")
     with zipfile.ZipFile(tmp_path / "answers.zip") as archive:
-        assert {
-            name.removesuffix(".txt"): archive.read(name).decode() for name in archive.namelist()
-        } == files
+        assert {name.removesuffix(".txt"): archive.read(name).decode() for name in archive.namelist()} == files
 
 
 def test_prompts():

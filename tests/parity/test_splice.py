@@ -62,9 +62,7 @@ class Body:
 
     def get_image_features(self, pixel_values: torch.Tensor, **_: Any) -> Any:
         patches = torch.arange(PATCHES)
-        return SimpleNamespace(
-            pooler_output=[1000 * (image[0, 0, 0] + 1) + patches[:, None] for image in pixel_values]
-        )
+        return SimpleNamespace(pooler_output=[1000 * (image[0, 0, 0] + 1) + patches[:, None] for image in pixel_values])
 
     def get_input_embeddings(self) -> Any:
         return lambda ids: ids[..., None].float()

@@ -126,9 +126,9 @@ def test_labels_equal_llava_mod(case: str) -> None:
     positions = [i for i, label in enumerate(encoded.labels) if label != IGNORE]
     if expected["warning"]:
         assert expected["supervised_positions"] == []
-        assert toy.convert_ids_to_tokens([encoded.labels[i] for i in positions]) == expected["pieces"][
-            -5:-1
-        ] + ["<|endoftext|>"]
+        assert toy.convert_ids_to_tokens([encoded.labels[i] for i in positions]) == expected["pieces"][-5:-1] + [
+            "<|endoftext|>"
+        ]
     else:
         assert positions == expected["supervised_positions"]
 
@@ -152,11 +152,7 @@ SPLICE = vectors("llava/splice.json")["cases"]
 
 @pytest.mark.parametrize(
     "case",
-    [
-        c
-        for c in SPLICE
-        if c["padding_side"] == "right" and c["labels"] and not c["tokenizer_model_max_length"]
-    ],
+    [c for c in SPLICE if c["padding_side"] == "right" and c["labels"] and not c["tokenizer_model_max_length"]],
     ids=lambda c: c["name"],
 )
 def test_expansion_and_padding_equal_llavas_splice(case: dict[str, Any]) -> None:

@@ -63,9 +63,7 @@ class Training:
     def __init__(self, project, steps: int, **hardware: Any) -> None:
         self.project = project
         project.edit("config/recipes/demo.yaml", lambda r: r["stages"]["pretrain"].update(max_steps=steps))
-        project.edit(
-            "config/recipes/demo.yaml", lambda r: r["hardware"].update(checkpoint_every=10000, **hardware)
-        )
+        project.edit("config/recipes/demo.yaml", lambda r: r["hardware"].update(checkpoint_every=10000, **hardware))
         self.root = project.root / "results/demo/pretrain"
 
     def start(self, *arguments: str) -> subprocess.Popen:
@@ -123,9 +121,7 @@ def test_two_nodes_train_one_stage(pretrained, tmp_path):
     project.snakemake(MANIFEST, *QUICK, "--forcerun", "pretrain")
     assert "3 steps of 8 samples: 2 process(es) x 1 accumulated x 4" in training.log()
     here, there = (
-        torch.tensor(
-            [row["loss"] for row in read_jsonl(p.root / "results/demo/pretrain/report/history.jsonl")]
-        )
+        torch.tensor([row["loss"] for row in read_jsonl(p.root / "results/demo/pretrain/report/history.jsonl")])
         for p in (pretrained, project)
     )
     torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
@@ -137,9 +133,7 @@ def test_a_preempted_training_goes_on_after_it_was_queued_again(pretrained, tmp_
     with training.start("--retries", "0") as process:
         wait_for(lambda: training.steps() >= 5)
         job = training.job()
-        slurm(
-            "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
-        )
+        slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         wait_for(lambda: slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "PENDING")
         stopped = training.steps()
         assert json.loads((training.root / "state/stopped.json").read_text())["step"] == stopped

@@ -72,12 +72,8 @@ class FakeHub:
     def _info(self, commit: str) -> server.Answer:
         def answer(request: Request) -> None:
             if self.private:
-                return request.send(
-                    401, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository Not Found"
-                )
-            return _json(
-                request, {"id": "owner/name", "sha": commit, "siblings": [], "tags": [], "downloads": 0}
-            )
+                return request.send(401, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository Not Found")
+            return _json(request, {"id": "owner/name", "sha": commit, "siblings": [], "tags": [], "downloads": 0})
 
         return answer
 

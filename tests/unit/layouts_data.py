@@ -17,10 +17,7 @@ from mmpipe.checkpoints.load import build_model
 from mmpipe.checkpoints.save import save_checkpoint
 from mmpipe.models.settings import VisionLanguage
 
-BACKBONES = {
-    "vision": Path("resources/backbones/clip-tiny"),
-    "language": Path("resources/backbones/qwen2-tiny"),
-}
+BACKBONES = {"vision": Path("resources/backbones/clip-tiny"), "language": Path("resources/backbones/qwen2-tiny")}
 HIDDEN, VISION_HIDDEN = 32, 32
 
 
@@ -86,10 +83,7 @@ def tower(dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     """The world's tower, a little changed by training, under LLaVA's names."""
     model = AutoModel.from_pretrained(BACKBONES["vision"])
     prefix = "model.vision_tower.vision_tower.vision_model."
-    return {
-        f"{prefix}{name}": (1.5 * tensor).to(dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    return {f"{prefix}{name}": (1.5 * tensor).to(dtype).contiguous() for name, tensor in model.state_dict().items()}
 
 
 def llava_config(out: Path, language: LlamaForCausalLM, **changes: Any) -> None:
@@ -139,9 +133,7 @@ def write_shards(out: Path, tensors: Mapping[str, Tensor], suffix: str, shards: 
     (out / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-def whole_llava(
-    out: Path, *, suffix: str = "bin", with_tower: bool = True, **config: Any
-) -> dict[str, Tensor]:
+def whole_llava(out: Path, *, suffix: str = "bin", with_tower: bool = True, **config: Any) -> dict[str, Tensor]:
     """Write a whole LLaVA in shards and return its tensors."""
     out.mkdir(parents=True)
     language = llama(out)

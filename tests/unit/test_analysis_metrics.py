@@ -13,13 +13,7 @@ import torch
 
 from mmpipe.analysis.base import Layer, Source, families, read_layers
 from mmpipe.analysis.expert_log import GENERATED, SCHEMA, TEXT, merge
-from mmpipe.analysis.families.balance import (
-    load_ratio,
-    normalised_entropy,
-    selection_entropy,
-    top_set,
-    variation,
-)
+from mmpipe.analysis.families.balance import load_ratio, normalised_entropy, selection_entropy, top_set, variation
 from mmpipe.analysis.families.change import any_change, matched, set_change, slot_change
 from mmpipe.analysis.families.coactivation import coactivation
 from mmpipe.analysis.families.confidence import first_share, margin, weight_entropy

@@ -28,10 +28,7 @@ OFFICIAL: dict[str, tuple[list[str], list[str]]] = {
     "mme": (["MME_Benchmark_release_version"], ["perception", "cognition", "per_category"]),
     "mmhal": (["mmhal-bench_with_image.jsonl"], ["average_score", "hallucination_rate", "per_question_type"]),
     "mmmu": (["."], ["overall", "per_subject", "per_domain", "random_fallbacks"]),
-    "mmstar": (
-        ["mmstar.parquet"],
-        ["official_final_score_over_1500", "official_category_over_250", "per_l2"],
-    ),
+    "mmstar": (["mmstar.parquet"], ["official_final_score_over_1500", "official_category_over_250", "per_l2"]),
     "objhal": (
         ["obj_halbench_300_with_image.jsonl", "synonyms_refine.txt", "annotations"],
         ["CHAIRs_refine", "CHAIRi", "response_hallucination_rate_percent", "object_recall"],
@@ -40,10 +37,7 @@ OFFICIAL: dict[str, tuple[list[str], list[str]]] = {
         [f"coco/coco_pope_{category}.json" for category in ("adversarial", "popular", "random")],
         ["adversarial", "popular", "random", "mean_f1"],
     ),
-    "scienceqa": (
-        ["problems.json", "pid_splits.json"],
-        ["accuracy", "img_accuracy", "correct", "count", "img_count"],
-    ),
+    "scienceqa": (["problems.json", "pid_splits.json"], ["accuracy", "img_accuracy", "correct", "count", "img_count"]),
     "seed": (["SEED-Bench.json"], ["accuracy", "image_accuracy", "per_type"]),
     "textvqa": (["TextVQA_0.5.1_val.json"], ["accuracy", "samples"]),
     "vizwiz": (["val.json"], ["overall", "unanswerability"]),
@@ -52,24 +46,13 @@ OFFICIAL: dict[str, tuple[list[str], list[str]]] = {
         ["overall", "perAnswerType", "perQuestionType"],
     ),
 }
-NASTY = [
-    "",
-    "\x00",
-    "é\u2028\u0661\u0662 ４２",
-    "x" * 100_000,
-    "=cmd|' /C calc'!A0",
-    "\ud800",
-    "\t\r\n",
-    "(" * 3000,
-]
+NASTY = ["", "\x00", "é\u2028\u0661\u0662 ４２", "x" * 100_000, "=cmd|' /C calc'!A0", "\ud800", "\t\r\n", "(" * 3000]
 
 
 class Stranger:
     """A benchmark's official files in a folder, and the command line."""
 
-    def __init__(
-        self, name: str, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ):
+    def __init__(self, name: str, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         self.name, self.root, self.capsys, self.monkeypatch = name, root, capsys, monkeypatch
         self.right = LAYOUTS[name][0](root)
         task = get(name)
@@ -85,12 +68,7 @@ class Stranger:
 
     def write(self, texts: list[str], ids: Any = lambda i: i, mark: bytes = b"", end: str = "\n") -> None:
         records = [
-            {
-                **q.extra,
-                "question_id": ids(q.id),
-                "prompt": q.text if q.prompt is None else q.prompt,
-                "text": text,
-            }
+            {**q.extra, "question_id": ids(q.id), "prompt": q.text if q.prompt is None else q.prompt, "text": text}
             for q, text in zip(self.questions, texts, strict=False)
         ]
         self.answers.write_bytes(mark + end.join(json.dumps(r) for r in records).encode() + end.encode())
@@ -144,9 +122,7 @@ def test_official_files_are_scored_and_submitted(stranger):
 
     out = stranger.root / f"out/submission.{get(stranger.name).submission}"
     files = [part for path in stranger.references for part in ("--references", path)]
-    status, printed, err = stranger.types(
-        "convert", stranger.name, *files, "--answers", stranger.answers, "--out", out
-    )
+    status, printed, err = stranger.types("convert", stranger.name, *files, "--answers", stranger.answers, "--out", out)
     assert status == 0, err
     assert json.loads(printed)["missing"] == (stranger.name == "seed")  # whose video question is not asked
     content = out.read_bytes()
@@ -186,9 +162,7 @@ def test_no_reply_breaks_a_scorer(stranger):
                 assert stranger.score("--protocol", protocol.name)["missing"] == 0
         out = stranger.root / f"submission.{get(stranger.name).submission}"
         files = [part for path in stranger.references for part in ("--references", path)]
-        status, _, err = stranger.types(
-            "convert", stranger.name, *files, "--answers", stranger.answers, "--out", out
-        )
+        status, _, err = stranger.types("convert", stranger.name, *files, "--answers", stranger.answers, "--out", out)
         assert status == 0, err
 
 
@@ -196,9 +170,7 @@ def test_missing_answers_are_wrong_and_counted(stranger):
     stranger.answers.write_text("")
     if stranger.judge.exists():
         stranger.judge.unlink()
-    protocol = (
-        next(p.name for p in get(stranger.name).protocols if not p.judged) if stranger.name != "mmhal" else ""
-    )
+    protocol = next(p.name for p in get(stranger.name).protocols if not p.judged) if stranger.name != "mmhal" else ""
     if not protocol:
         stranger.judge.write_text("")
     result = stranger.score("--protocol", protocol)

@@ -65,15 +65,7 @@ def test_it_asks_scores_and_submits(project, capsys, monkeypatch):
     assert asked[0].text == "Which colour?\nAnswer the question using a single word or phrase."
     answers = [{"question_id": q.id, "prompt": q.text, "text": "It is red."} for q in asked]
     (project / "a.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
-    command = [
-        "mmpipe",
-        "score",
-        "colours:BENCHMARK",
-        "--references",
-        "data/colours.json",
-        "--answers",
-        "a.jsonl",
-    ]
+    command = ["mmpipe", "score", "colours:BENCHMARK", "--references", "data/colours.json", "--answers", "a.jsonl"]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit):
         main()

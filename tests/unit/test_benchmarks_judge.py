@@ -27,13 +27,9 @@ def server():
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path, Path]:
-    references, answers, out = (
-        tmp_path / name for name in ("references.jsonl", "answers.jsonl", "judge.jsonl")
-    )
+    references, answers, out = (tmp_path / name for name in ("references.jsonl", "answers.jsonl", "judge.jsonl"))
     references.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    answers.write_text(
-        "".join(json.dumps({"question_id": n, "text": f"A cat {n}."}) + "\n" for n in range(8))
-    )
+    answers.write_text("".join(json.dumps({"question_id": n, "text": f"A cat {n}."}) + "\n" for n in range(8)))
     return references, answers, out
 
 
@@ -150,9 +146,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("reply", HOSTILE)
 def test_a_reply_cannot_leave_its_fence(reply):
-    system, user = messages(
-        JudgeRequest(key="1", instruction="Rate.", candidate=reply, context={"question": "?"})
-    )
+    system, user = messages(JudgeRequest(key="1", instruction="Rate.", candidate=reply, context={"question": "?"}))
     fence = next(line for line in user["content"].split("\n") if line.startswith("====="))
     assert fence not in reply
     assert fence in system["content"]
@@ -162,9 +156,7 @@ def test_a_reply_cannot_leave_its_fence(reply):
 
 
 def test_hostile_replies_reach_the_server_as_data(server, files):
-    files[1].write_text(
-        "".join(json.dumps({"question_id": n, "text": t}) + "\n" for n, t in enumerate(HOSTILE * 2))
-    )
+    files[1].write_text("".join(json.dumps({"question_id": n, "text": t}) + "\n" for n, t in enumerate(HOSTILE * 2)))
     server.reply = "Rating: 0"
     assert ask(server, files)["failed"] == 0
     assert rate(files)["metrics"]["average_score"] == 0
@@ -205,10 +197,7 @@ def test_the_price_is_known_before_anything_is_sent(server, files, capsys, monke
 
 def test_money_is_counted_by_what_the_endpoint_reports(server, files):
     server.usage = {"prompt_tokens": 100, "completion_tokens": 20}
-    prices = {
-        "usd_per_million_input": 1000.0,
-        "usd_per_million_output": 1000.0,
-    }  # 0.12 a request, 1 to reserve
+    prices = {"usd_per_million_input": 1000.0, "usd_per_million_output": 1000.0}  # 0.12 a request, 1 to reserve
     assert ask(server, files, max_usd=3.0, **prices)["failed"] == 0
     files[2].unlink()
     with pytest.raises(BudgetError, match="might not cover"):

@@ -42,8 +42,7 @@ def test_what_is_published_is_measured_here_under_these_names(benchmark, protoco
     references = task.references(source, task.protocol(name))
     asked = list(task.questions(source, task.protocol(name)))
     answers = [
-        {**q.extra, "question_id": q.id, "prompt": q.text, "text": text}
-        for q, text in zip(asked, right, strict=False)
+        {**q.extra, "question_id": q.id, "prompt": q.text, "text": text} for q, text in zip(asked, right, strict=False)
     ]
     replies = [{"question_id": q.id, "reply": VERDICTS.get(benchmark), "judge_model": judge} for q in asked]
     score = task.score(references, answers, name, replies if judge else None)
@@ -65,9 +64,9 @@ def test_only_the_same_measurement_stands_beside_ours(plan, tmp_path, capsys):
     assert {row["protocol"] for row in shown} == {"gqa"}
     assert len({row["model"] for row in shown}) == len(shown) > 8
     assert beside(compare("gqa", {"ours": score(12, "gqa")}), published) == []
-    assert {
-        row["system"][:6] for row in beside({**same, "protocol": "lmms", "metric": "exact_match"}, published)
-    } == {"LibMoE"}
+    assert {row["system"][:6] for row in beside({**same, "protocol": "lmms", "metric": "exact_match"}, published)} == {
+        "LibMoE"
+    }
     (tmp_path / "gqa.json").write_text(json.dumps({"title": "GQA", **same, "published": shown}))
     print_comparison(tmp_path / "gqa.json")
     assert "llava-v1.5-7b" in capsys.readouterr().out
@@ -79,8 +78,7 @@ def test_a_number_that_nothing_measures_is_named(tmp_path):
     shutil.copytree(REPOSITORY / "config", tmp_path / "config")
     path = tmp_path / "config/published.yaml"
     path.write_text(
-        path.read_text()
-        + "\nmine:\n  system: x\n  source: https://x.org\n  measures: {}\n  models: {a: {b: 1}}\n"
+        path.read_text() + "\nmine:\n  system: x\n  source: https://x.org\n  measures: {}\n  models: {a: {b: 1}}\n"
     )
     with pytest.raises(ConfigError, match=r"published.yaml, entry 'mine'.*how b was measured"):
         Plan(read_mapping(tmp_path / "config/config.yaml"), tmp_path)
@@ -95,9 +93,7 @@ def test_the_systems_configurations_ask_by_their_own_protocols(name):
         (get(entry.task).name, get(entry.task).protocol(entry.protocol).name, entry.questions)
         for entry in (plan.benchmarks[chosen] for chosen in plan.chosen_benchmarks)
     }
-    tables = [
-        t for key, t in read_mapping(REPOSITORY / "config/published.yaml").items() if key.startswith(name)
-    ]
+    tables = [t for key, t in read_mapping(REPOSITORY / "config/published.yaml").items() if key.startswith(name)]
     measures = [m for table in tables for m in table["measures"].values() if "@" not in m["protocol"]]
     assert measures
     for measure in measures:

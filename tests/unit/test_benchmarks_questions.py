@@ -35,9 +35,7 @@ def test_official_files_are_asked_and_scored(name, tmp_path):
     assert questions[0].text == first
     assert facts["questions"] == len(questions) == len(right)
     assert all(path.is_file() for q in questions for path in q.images)
-    assert {p.name for q in questions for p in q.images} == {
-        p.name for p in (tmp_path / "out/images").iterdir()
-    }
+    assert {p.name for q in questions for p in q.images} == {p.name for p in (tmp_path / "out/images").iterdir()}
     for question in questions:
         assert question.text.count("<image>") in (0, len(question.images))
 
@@ -95,9 +93,7 @@ def test_a_vqav2_submission_holds_all_of_test2015(tmp_path):
     facts = prepare(entry("vqav2", files=files), tmp_path, tmp_path / "out")
     assert facts["questions"] == 1
     lines(tmp_path / "answers.jsonl", [{"question_id": 420, "text": "Yes."}])
-    convert_files(
-        "vqav2", [tmp_path / "out/references.jsonl"], [tmp_path / "answers.jsonl"], tmp_path / "s.json"
-    )
+    convert_files("vqav2", [tmp_path / "out/references.jsonl"], [tmp_path / "answers.jsonl"], tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text()) == [
         {"question_id": 419, "answer": ""},
         {"question_id": 420, "answer": "yes"},
@@ -161,9 +157,7 @@ def test_wrong_files_are_named(name, fault, tmp_path):
     assert len(str(error.value)) > 20
 
 
-@pytest.mark.parametrize(
-    ("name", "where"), [("ai2d", "data"), ("mmmu", "."), ("mme", "MME_Benchmark_release_version")]
-)
+@pytest.mark.parametrize(("name", "where"), [("ai2d", "data"), ("mmmu", "."), ("mme", "MME_Benchmark_release_version")])
 def test_folders_are_references_too(name, where, tmp_path):
     LAYOUTS[name][0](tmp_path)
     task = get(name)

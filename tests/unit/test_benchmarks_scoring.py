@@ -23,14 +23,7 @@ from mmpipe.benchmarks.stats import bootstrap, estimate_mean, wilson
 from mmpipe.errors import ConfigError, DataError
 
 ROWS = [
-    {
-        "index": i + r * 10**6,
-        "question": f"Q{i}",
-        "A": "cat",
-        "B": "dog",
-        "answer": "AB"[(i + r) % 2],
-        "split": "dev",
-    }
+    {"index": i + r * 10**6, "question": f"Q{i}", "A": "cat", "B": "dog", "answer": "AB"[(i + r) % 2], "split": "dev"}
     for i in (1, 2, 3)
     for r in (0, 1)
 ]
@@ -145,19 +138,13 @@ def test_missing_answers_are_wrong_and_counted(references, tmp_path):
     result = score_files("mmbench", [references], [answers(tmp_path / "a.jsonl", leave=2)])
     assert result["missing"] == 2
     assert result["metrics"]["overall"] == pytest.approx(2 / 3)
-    assert (
-        score_files("mmbench", [references], [answers(tmp_path / "e.jsonl", leave=6)])["metrics"]["overall"]
-        == 0
-    )
+    assert score_files("mmbench", [references], [answers(tmp_path / "e.jsonl", leave=6)])["metrics"]["overall"] == 0
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (
-            '{"question_id": 1, "text": "A"}\n{"question_id": "1", "text": "B"}\n',
-            "more than one answer to: 1",
-        ),
+        ('{"question_id": 1, "text": "A"}\n{"question_id": "1", "text": "B"}\n', "more than one answer to: 1"),
         ('{"question_id": 1, "text": "A"}\n{"question_id": 77, "text": "B"}\n', "do not exist: 77"),
         ('{"question_id": 901, "text": "A"}\n{"question_id": 902, "text": "B"}\n', "another split"),
         ('{"question_id": 1, "text": "A"}\n{"question_id": 2, "te', "line 2: not a JSON record"),
@@ -180,12 +167,8 @@ def test_marks_line_ends_and_kinds_of_ids_do_not_matter(references, tmp_path):
     text = "\r\n".join(json.dumps({**r, "question_id": f" {r['question_id']} "}) for r in reversed(records))
     odd.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
     odd_references = tmp_path / "odd_references.json"
-    odd_references.write_bytes(
-        b"\xef\xbb\xbf" + json.dumps([{**r, "index": float(r["index"])} for r in ROWS]).encode()
-    )
-    first, second = (
-        score_files("mmbench", [r], [a]) for r, a in ((references, plain), (odd_references, odd))
-    )
+    odd_references.write_bytes(b"\xef\xbb\xbf" + json.dumps([{**r, "index": float(r["index"])} for r in ROWS]).encode())
+    first, second = (score_files("mmbench", [r], [a]) for r, a in ((references, plain), (odd_references, odd)))
     assert first["metrics"] == second["metrics"]
 
 
@@ -219,17 +202,8 @@ def test_references_given_twice_are_an_error(references, tmp_path):
 def test_replies_are_text_in_the_sheet(references, tmp_path):
     from openpyxl import load_workbook
 
-    replies = {
-        1: "=HYPERLINK(1)",
-        2: "+1",
-        3: "-1",
-        1000001: "@x",
-        1000002: "a\x00b\x0b",
-        1000003: "x" * 100_000,
-    }
-    report = convert_files(
-        "mmbench", [references], [answers(tmp_path / "a.jsonl", replies)], tmp_path / "out.xlsx"
-    )
+    replies = {1: "=HYPERLINK(1)", 2: "+1", 3: "-1", 1000001: "@x", 1000002: "a\x00b\x0b", 1000003: "x" * 100_000}
+    report = convert_files("mmbench", [references], [answers(tmp_path / "a.jsonl", replies)], tmp_path / "out.xlsx")
     assert (report["cells_cleaned"], report["cells_cut"]) == (1, 1)
     header, *rows = load_workbook(tmp_path / "out.xlsx")["Sheet1"].iter_rows()
     column = [cell.value for cell in header].index("prediction")
@@ -265,13 +239,7 @@ def test_hundred_thousand_answers_take_seconds(tmp_path):
     n = 20_000
     people = [{"answer": "yes" if k < 5 else "two dogs", "answer_id": k} for k in range(10)]
     annotations = [
-        {
-            "question_id": i,
-            "image_id": i // 3,
-            "question_type": "is",
-            "answer_type": "other",
-            "answers": people,
-        }
+        {"question_id": i, "image_id": i // 3, "question_type": "is", "answer_type": "other", "answers": people}
         for i in range(n)
     ]
     (tmp_path / "a.json").write_text(json.dumps({"annotations": annotations}))
@@ -382,9 +350,7 @@ def test_checkpoints_that_differ_in_their_seed_are_averaged(references, tmp_path
     (row,) = table["seeds"]
     assert (row["checkpoint"], row["of"], row["seeds"]) == ("a-*", ["a-1", "a-2"], 2)
     assert (row["score"], row["low"], row["high"]) == pytest.approx((5 / 6, 2 / 3, 1.0))
-    assert row["sd"] == pytest.approx(math.sqrt(2) / 6), (
-        "the sample deviation: 1/6 from the mean twice, divided by 1"
-    )
+    assert row["sd"] == pytest.approx(math.sqrt(2) / 6), "the sample deviation: 1/6 from the mean twice, divided by 1"
     assert len(table["rows"]) == 4
 
 
@@ -445,10 +411,7 @@ def test_gqa_leaves_out_what_the_files_do_not_tell(tmp_path):
 def test_words_are_found_in_singular_and_plural(text, words):
     from mmpipe.benchmarks.objhal import Words
 
-    classes = dict.fromkeys(("man", "woman", "gentleman", "boy"), "person") | {
-        "iPhone": "cell phone",
-        "puppy": "dog",
-    }
+    classes = dict.fromkeys(("man", "woman", "gentleman", "boy"), "person") | {"iPhone": "cell phone", "puppy": "dog"}
     names = ("dog", "bus", "knife", "wine glass", "toilet", "hot dog", "elephant", "sheep", "ski")
     assert Words(classes | {name: name for name in names}).in_text(text) == words
 
@@ -462,8 +425,6 @@ def test_hallusionbench_tells_a_bias_to_yes():
     ]  # fmt: skip
     asked = task.parse_references([Document("x", rows)])
     answers = [{"question_id": r["key"], "text": "Yes"} for r in asked]
-    judged = [
-        {"question_id": r["key"], "reply": "correct" if r["gt_answer"] == "1" else "incorrect"} for r in asked
-    ]
+    judged = [{"question_id": r["key"], "reply": "correct" if r["gt_answer"] == "1" else "incorrect"} for r in asked]
     metrics = task.score(asked, answers, "hallusionbench", judged).metrics
     assert (metrics["aAcc"], metrics["yes_pct_diff"], metrics["fp_ratio"]) == (50, 0.5, 1)

@@ -213,15 +213,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(site, monkeypatch)
 
 def test_public_addresses():
     public = {"93.184.216.34", "2606:2800:220:1::1"}
-    private = {
-        "10.1.2.3",
-        "100.64.0.1",
-        "169.254.0.1",
-        "224.0.0.1",
-        "fe80::1%eth0",
-        "64:ff9b::7f00:1",
-        "2002:7f00:1::",
-    }
+    private = {"10.1.2.3", "100.64.0.1", "169.254.0.1", "224.0.0.1", "fe80::1%eth0", "64:ff9b::7f00:1", "2002:7f00:1::"}
     assert {address for address in public | private if is_public(address)} == public
 
 

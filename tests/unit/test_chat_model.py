@@ -53,9 +53,7 @@ def test_the_answer_is_the_one_benchmarks_get(tiny, desk, tmp_path):
     assert "".join(pieces).strip() == answer.reply.text == record["text"]
     assert answer.reply.tokens == record["metadata"]["tokens"]
     assert len(pieces) > 1
-    assert chat._encode([ask("What colour?", [RED])])["input_ids"][0].tolist() == list(
-        answerer._encode(question)
-    )
+    assert chat._encode([ask("What colour?", [RED])])["input_ids"][0].tolist() == list(answerer._encode(question))
 
 
 def test_a_conversation_with_several_images_is_written_as_in_training(tiny, desk):
@@ -64,11 +62,7 @@ def test_a_conversation_with_several_images_is_written_as_in_training(tiny, desk
     ids = chat._encode(talked)["input_ids"][0]
     text = chat.tokenizer.decode(ids).replace("<image>" * 4, "<image>")
     assert text == get_template("qwen").prompt(
-        [
-            Turn("user", "<image><image>\nOne?"),
-            Turn("assistant", "red"),
-            Turn("user", "<image>\nAnd now?"),
-        ]
+        [Turn("user", "<image><image>\nOne?"), Turn("assistant", "red"), Turn("user", "<image>\nAnd now?")]
     )
     assert chat._encode(talked)["pixel_values"].shape[0] == 3
 
@@ -85,8 +79,7 @@ def test_nobody_but_the_template_writes_control_tokens(tiny, desk):
 def test_a_seed_repeats_an_answer(tiny, desk):
     chat = talk(tiny, desk)
     sampled = [
-        chat.answer([ask("Say.")], Sampling(temperature=1.5, max_tokens=20, seed=seed)).reply.text
-        for seed in (1, 1, 2)
+        chat.answer([ask("Say.")], Sampling(temperature=1.5, max_tokens=20, seed=seed)).reply.text for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -194,9 +187,7 @@ def test_names_of_recipes(monkeypatch):
 def test_a_recipe_that_was_not_made_says_how(tmp_path, monkeypatch):
     (tmp_path / "config").symlink_to(Path(__file__).parents[2] / "config")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ArtifactError, match=r"snakemake --cores all results/demo/finetune/model/manifest.json"
-    ):
+    with pytest.raises(ArtifactError, match=r"snakemake --cores all results/demo/finetune/model/manifest.json"):
         find("demo", Path("config/config.yaml"))
     chat_models.publish(tmp_path / "results/demo/finetune/model")
     assert find("demo", Path("config/config.yaml")).name == "demo@finetune"
@@ -236,9 +227,7 @@ def test_out_of_memory_while_answering(tiny, desk, monkeypatch):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bits_are_the_decoders_alone(tmp_path, desk, bits):
     pytest.importorskip("bitsandbytes")
-    path = chat_models.publish(
-        tmp_path / "model", hidden_size=64, intermediate_size=128, initializer_range=0.05
-    )
+    path = chat_models.publish(tmp_path / "model", hidden_size=64, intermediate_size=128, initializer_range=0.05)
     whole = talk(path, desk)
     chat = talk(path, desk, loading=Loading(bits=bits))
     packed = {name for name, p in chat.model.named_parameters() if p.dtype in (torch.int8, torch.uint8)}

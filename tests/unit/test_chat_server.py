@@ -124,14 +124,10 @@ def test_an_answer_whole_and_streamed_is_the_models_own(client, models):
     assert whole.choices[0].finish_reason == reply.finish == "length"
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (reply.prompt_tokens, reply.tokens)
 
-    chunks = list(
-        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
-    )
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text.rstrip() == reply.text
-    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
-        "length"
-    ]
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
     assert chunks[-1].usage == whole.usage
 
 
@@ -227,9 +223,7 @@ def test_other_sites_get_nothing(url):
     assert requests.get(f"{url}/gradio_api/file=/etc/passwd").status_code in (403, 404)
     json = {"Content-Type": "application/json"}
     assert requests.post(f"{url}/v1/chat/completions", data=b"{", headers=json).status_code == 400
-    large = requests.post(
-        f"{url}/v1/chat/completions", data=(b" " * (1 << 20) for _ in range(66)), headers=json
-    )
+    large = requests.post(f"{url}/v1/chat/completions", data=(b" " * (1 << 20) for _ in range(66)), headers=json)
     assert large.status_code == 413
 
 
@@ -272,9 +266,7 @@ def test_two_checkpoints_answer_about_a_dropped_image(browser, beside, tmp_path)
     Image.effect_mandelbrot((200, 150), (-2, -1, 1, 1), 60).convert("RGB").save(image)
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     away: list[str] = []
-    page.on(
-        "request", lambda request: away.append(request.url) if not request.url.startswith(beside) else None
-    )
+    page.on("request", lambda request: away.append(request.url) if not request.url.startswith(beside) else None)
     page.goto(beside)
     page.locator("#question input[type=file]").set_input_files(image)
     page.locator("#question .thumbnail-item, #question img").first.wait_for()

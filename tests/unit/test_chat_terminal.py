@@ -52,9 +52,7 @@ def typed(model: object, *lines: str, images: tuple = ()) -> tuple[str, Terminal
 
 def test_a_conversation(tiny, desk, tmp_path):
     RED.save(tmp_path / "red.png")
-    shown, terminal = typed(
-        talk(tiny, desk), f"/image {tmp_path / 'red.png'}", "What?", "", "And?", "/exit", "no"
-    )
+    shown, terminal = typed(talk(tiny, desk), f"/image {tmp_path / 'red.png'}", "What?", "", "And?", "/exit", "no")
     assert "image 1 for the next question" in shown
     assert "[cut at 12 tokens" in shown
     assert [message.role for message in terminal.history] == ["user", "assistant"] * 2
@@ -63,9 +61,7 @@ def test_a_conversation(tiny, desk, tmp_path):
 
 def test_commands(tiny, desk):
     model = talk(tiny, desk)
-    shown, terminal = typed(
-        model, "/help", "/set max_tokens 3", "Say.", "/retry", "/set seed 7", "/set", "/clear"
-    )
+    shown, terminal = typed(model, "/help", "/set max_tokens 3", "Say.", "/retry", "/set seed 7", "/set", "/clear")
     assert all(f"/{name}" in shown for name in ("image", "clear", "retry", "set", "help", "exit"))
     assert "temperature=0 top_p=1.0 max_tokens=3 seed=7" in shown
     assert terminal.history == []
@@ -171,17 +167,7 @@ def heeding_ctrl_c() -> None:
 
 
 def test_ctrl_c_ends_the_answer_then_the_program(tiny):
-    command = [
-        sys.executable,
-        "-m",
-        "mmpipe.cli",
-        "chat",
-        str(tiny),
-        "--max-tokens",
-        "900",
-        "--temperature",
-        "1",
-    ]
+    command = [sys.executable, "-m", "mmpipe.cli", "chat", str(tiny), "--max-tokens", "900", "--temperature", "1"]
     with subprocess.Popen(
         command,
         env=ENVIRONMENT,
@@ -210,24 +196,9 @@ def test_ctrl_c_ends_the_answer_then_the_program(tiny):
 
 
 def test_ctrl_c_in_a_script(tiny):
-    command = [
-        sys.executable,
-        "-m",
-        "mmpipe.cli",
-        "chat",
-        str(tiny),
-        "--prompt",
-        "Say.",
-        "--temperature",
-        "1",
-    ]
+    command = [sys.executable, "-m", "mmpipe.cli", "chat", str(tiny), "--prompt", "Say.", "--temperature", "1"]
     with subprocess.Popen(
-        command,
-        env=ENVIRONMENT,
-        preexec_fn=heeding_ctrl_c,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
+        command, env=ENVIRONMENT, preexec_fn=heeding_ctrl_c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     ) as process:
         assert process.stdout
         process.stdout.read(1)

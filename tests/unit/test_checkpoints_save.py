@@ -73,8 +73,7 @@ def test_scaled_rope_is_stated_both_ways(tmp_path: Path) -> None:
 def test_processor_files_serve_both_versions(tmp_path: Path) -> None:
     save_checkpoint(llava(), processor(), tmp_path)
     assert (
-        json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"]
-        == "CLIPImageProcessor"
+        json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"] == "CLIPImageProcessor"
     )
     assert "image_processor" not in json.loads((tmp_path / "processor_config.json").read_text())
     tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -135,10 +134,7 @@ def test_generation_is_the_same_after_reloading(tmp_path: Path) -> None:
     [
         (lambda t: t.pop("language_model.model.norm.weight"), "file lacks: model.language_model.norm.weight"),
         (lambda t: t.update({"language_model.model.extra": torch.zeros(1)}), "no place for: .*extra"),
-        (
-            lambda t: t.update({"multi_modal_projector.linear_1.bias": torch.zeros(5)}),
-            "another shape.*linear_1.bias",
-        ),
+        (lambda t: t.update({"multi_modal_projector.linear_1.bias": torch.zeros(5)}), "another shape.*linear_1.bias"),
     ],
 )
 def test_tensors_that_do_not_fit_are_an_error(tmp_path: Path, change, message: str) -> None:

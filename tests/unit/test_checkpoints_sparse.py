@@ -128,9 +128,7 @@ def test_sliding_windows_and_scaled_rope_are_carried_over(tmp_path: Path) -> Non
         ({"residual": True}, "mixes its experts with a dense network"),
     ],
 )
-def test_what_no_stock_class_computes_is_a_class_of_ours(
-    settings: dict, message: str, tmp_path: Path
-) -> None:
+def test_what_no_stock_class_computes_is_a_class_of_ours(settings: dict, message: str, tmp_path: Path) -> None:
     model = trained("qwen2", **settings)
     assert message in (why_not_stock(model) or "")
     save_checkpoint(model, processor(), tmp_path / "a")

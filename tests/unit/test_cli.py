@@ -14,11 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 def mmpipe(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "mmpipe.cli", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "mmpipe.cli", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
 
 
@@ -59,9 +55,7 @@ def test_answers_are_scored_offline(tmp_path):
     ]
     references, answers = tmp_path / "r.jsonl", tmp_path / "a.jsonl"
     references.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answers.write_text(
-        "".join(json.dumps({"question_id": row["index"], "text": row["answer"]}) + "\n" for row in rows)
-    )
+    answers.write_text("".join(json.dumps({"question_id": row["index"], "text": row["answer"]}) + "\n" for row in rows))
     result = mmpipe("score", "mmbench", "--references", str(references), "--answers", str(answers))
     assert result.returncode == 0, result.stderr
     score = json.loads(result.stdout)
@@ -77,13 +71,7 @@ def test_a_missing_comparison_says_how_to_make_it(tmp_path):
 
 def test_a_comparison_is_a_table(tmp_path):
     row = {"checkpoint": "demo", "score": 0.9, "ci95": [0.8, 1.0], "units": 10, "control": False}
-    content = {
-        "title": "MMBench",
-        "benchmark": "mmbench",
-        "protocol": "circular",
-        "metric": "overall",
-        "rows": [row],
-    }
+    content = {"title": "MMBench", "benchmark": "mmbench", "protocol": "circular", "metric": "overall", "rows": [row]}
     (tmp_path / "mmbench.json").write_text(json.dumps(content))
     output = mmpipe("show", str(tmp_path / "mmbench.json")).stdout
     assert "demo" in output

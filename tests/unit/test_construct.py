@@ -32,9 +32,7 @@ def bringing_in(job, source, name="construct", **changes):
 
 def following(job, parent, name, stage):
     spec = json.dumps({"stage": stage, "model": {"checkpoint": "whole"}})
-    return job(
-        name, spec=spec, vision_language=VisionLanguage(checkpoint="whole"), backbones={}, parent=parent
-    )
+    return job(name, spec=spec, vision_language=VisionLanguage(checkpoint="whole"), backbones={}, parent=parent)
 
 
 @pytest.fixture

@@ -21,12 +21,7 @@ from data_records import (
 )
 from torch.utils.data import DataLoader
 
-from mmpipe.data.dataset import (
-    Collator,
-    PreferenceCollator,
-    PreferenceDataset,
-    SupervisedDataset,
-)
+from mmpipe.data.dataset import Collator, PreferenceCollator, PreferenceDataset, SupervisedDataset
 from mmpipe.data.images import open_image
 from mmpipe.data.labels import IGNORE
 from mmpipe.data.record_table import write_records
@@ -43,17 +38,13 @@ def made(tmp_path: Path, entries: list[Entry], with_encoder: TextEncoder | None 
     return SupervisedDataset(in_tokens(tmp_path / "out" / "records.arrow", with_encoder), processor())
 
 
-def stored(
-    tmp_path: Path, records: list[Record], with_encoder: TextEncoder | None = None
-) -> SupervisedDataset:
+def stored(tmp_path: Path, records: list[Record], with_encoder: TextEncoder | None = None) -> SupervisedDataset:
     """Without the verification of a mixture."""
     write_records(tmp_path / "records.arrow", records)
     return SupervisedDataset(in_tokens(tmp_path / "records.arrow", with_encoder), processor())
 
 
-def record(
-    number: int, question: str = "What?", answer: str = "That.", images: tuple[str, ...] = ()
-) -> Record:
+def record(number: int, question: str = "What?", answer: str = "That.", images: tuple[str, ...] = ()) -> Record:
     return Record(f"r{number}", "made", images, (Turn("user", question), Turn("assistant", answer)))
 
 
@@ -82,18 +73,14 @@ def test_a_batch_is_padded_on_the_right_and_images_follow_the_samples(tmp_path: 
     batch = COLLATE(samples)
     assert batch["ids"] == ["made/r0", "made/r1", "made/r2"]
     assert batch["dummy_image"] is False
-    assert torch.equal(
-        batch["pixel_values"], torch.stack([p for sample in samples for p in sample["pixel_values"]])
-    )
+    assert torch.equal(batch["pixel_values"], torch.stack([p for sample in samples for p in sample["pixel_values"]]))
     for row, sample in enumerate(samples):
         length = len(sample["input_ids"])
         assert torch.equal(batch["input_ids"][row, :length], sample["input_ids"])
         assert torch.equal(batch["labels"][row, :length], sample["labels"])
         assert (batch["labels"][row, length:] == IGNORE).all()
         assert (batch["input_ids"][row, length:] == COLLATE.pad_token_id).all()
-        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (
-            len(batch["labels"][row]) - length
-        )
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (len(batch["labels"][row]) - length)
     for name in ("input_ids", "labels", "attention_mask"):
         assert batch[name].dtype == torch.int64  # type: ignore[literal-required]
 
@@ -121,9 +108,7 @@ def test_padding_with_the_end_token_masks_no_end_token(tmp_path: Path) -> None:
     assert (ends & batch["attention_mask"].bool()).sum(dim=1).tolist() == [1, 1]
 
 
-def test_a_image_gone_since_is_replaced_by_the_next_record(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_image_gone_since_is_replaced_by_the_next_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = made(tmp_path, [entry(i, f"{i}.png") for i in range(4)])
     (tmp_path / "made/img/1.png").unlink()
     (tmp_path / "made/img/3.png").write_bytes(b"")
@@ -179,9 +164,7 @@ def test_pairs_share_their_images(tmp_path: Path) -> None:
     assert batch["ids"] == ["made/p0", "made/p1", "made/p2"]
     learnt = [char_tokenizer().decode(row[row != IGNORE]) for row in batch["labels"]]
     assert learnt == [f" {text}</s>" for text in ("a cat", "b", "c", "a", "a dog", "d")]
-    assert torch.equal(
-        batch["pixel_values"], torch.stack([pairs[0]["pixel_values"][0], pairs[2]["pixel_values"][0]])
-    )
+    assert torch.equal(batch["pixel_values"], torch.stack([pairs[0]["pixel_values"][0], pairs[2]["pixel_values"][0]]))
     image_id = char_tokenizer().convert_tokens_to_ids("<image>")
     assert (batch["input_ids"] == image_id).sum() == 2 * 2 * IMAGE_TOKENS
 

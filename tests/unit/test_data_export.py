@@ -118,9 +118,7 @@ def test_the_schema_is_llava_mods(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("embed", [True, False])
-def test_datasets_sees_messages_and_images(
-    embed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_datasets_sees_messages_and_images(embed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.chdir(tmp_path)
@@ -129,18 +127,13 @@ def test_datasets_sees_messages_and_images(
     export_mixture(mixture, Path("out.parquet"), "messages", Below(Path()), embed=embed)
     table = datasets.Dataset.from_parquet("out.parquet", cache_dir=str(tmp_path / "cache"))
     assert table[0]["messages"] == [
-        {
-            "role": "user",
-            "content": [{"type": "image", "text": None}, {"type": "text", "text": "\nWhat is 0?"}],
-        },
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\nWhat is 0?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "It is 0."}]},
     ]
     assert [[image.size for image in row["images"]] for row in table] == [[(30, 20)], [], [(30, 20)] * 2]
 
 
-def test_what_cannot_be_exported_is_named_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_exported_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     talks, pairs = published(Path("a"), TALKS), published(Path("b"), PAIRS, format="preference")
     out, here = Path("out.json"), Below(Path())

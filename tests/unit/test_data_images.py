@@ -126,9 +126,7 @@ def broken_chunk(content: bytes) -> bytes:
         ("a.png", lambda content: content[:20], "the image is"),
     ],
 )
-def test_damage_is_found_and_named(
-    tmp_path: Path, name: str, damage: Callable[[bytes], bytes], message: str
-) -> None:
+def test_damage_is_found_and_named(tmp_path: Path, name: str, damage: Callable[[bytes], bytes], message: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     path = tmp_path / name
     Image.fromarray(noise).save(path)
@@ -204,9 +202,7 @@ def test_floating_point_images_are_refused(tmp_path: Path) -> None:
 
 
 def clip(path: Path, side: int = 24) -> Path:
-    CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    ).save_pretrained(path)
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(path)
     return path
 
 
@@ -234,9 +230,7 @@ def test_the_processor_takes_over_what_the_tower_wants(tmp_path: Path) -> None:
 def test_the_processor_survives_being_saved(tmp_path: Path) -> None:
     from data_records import char_tokenizer
 
-    processor = LlavaProcessor(
-        image_processor(clip(tmp_path / "clip"), "pad"), char_tokenizer(), patch_size=14
-    )
+    processor = LlavaProcessor(image_processor(clip(tmp_path / "clip"), "pad"), char_tokenizer(), patch_size=14)
     processor.save_pretrained(tmp_path / "saved")
     loaded = type(processor.image_processor).from_pretrained(tmp_path / "saved")
     wide = Image.new("RGB", (50, 30), RED)

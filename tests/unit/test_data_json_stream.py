@@ -32,12 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     indent=st.sampled_from([None, 2]),
 )
 def test_any_array_is_read_from_any_chunks(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    values: list[Any],
-    chunk: int,
-    ascii_only: bool,
-    indent: int | None,
+    folder: Path, monkeypatch: pytest.MonkeyPatch, values: list[Any], chunk: int, ascii_only: bool, indent: int | None
 ) -> None:
     monkeypatch.setattr(json_stream, "_CHUNK", chunk)
     text = json.dumps(values, ensure_ascii=ascii_only, indent=indent)

@@ -53,17 +53,12 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     for workers in (1, 3):
         mix(data, tmp_path / str(workers), workers=workers)
         written.append(
-            [
-                (tmp_path / str(workers) / name).read_bytes()
-                for name in ("records.arrow", "images.arrow", "report.json")
-            ]
+            [(tmp_path / str(workers) / name).read_bytes() for name in ("records.arrow", "images.arrow", "report.json")]
         )
     assert written[0] == written[1]
 
 
-def test_image_paths_are_relative_to_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_image_paths_are_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data_set(Path("resources/made"), good(3))
     mix(Path("resources/made"), Path("out"))
@@ -195,9 +190,7 @@ def test_a_image_name_that_leads_out_of_the_folder_is_an_error(name: str, tmp_pa
     ],
     ids=["no annotations", "no folder", "truncated", "empty", "latin-1"],
 )
-def test_what_cannot_be_read_is_an_error(
-    break_it: Callable[[Path], object], message: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_read_is_an_error(break_it: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     data = data_set(tmp_path / "made", good(5))
     break_it(data)
     with pytest.raises(DataError, match=message):
@@ -399,9 +392,7 @@ def test_an_unknown_format_is_named_with_the_nearest(tmp_path: Path) -> None:
         mix(data_set(tmp_path / "made", good(1)), tmp_path / "out", format="lava")
 
 
-@pytest.mark.parametrize(
-    "change", [{"annotations": "../x"}, {"images": "/x"}, {"take": 0}, {"take": 1.5}, {"tke": 1}]
-)
+@pytest.mark.parametrize("change", [{"annotations": "../x"}, {"images": "/x"}, {"take": 0}, {"take": 1.5}, {"tke": 1}])
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         PartSpec.model_validate({"dataset": "made", "annotations": "data.json"} | change)
@@ -483,9 +474,7 @@ PAIRS: dict[str, Entry] = {
     },
     "TRL": {
         "images": ["0.png"],
-        "prompt": [
-            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\nQ"}]}
-        ],
+        "prompt": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\nQ"}]}],
         "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
         "rejected": [{"role": "assistant", "content": "b"}],
     },
@@ -495,11 +484,7 @@ PAIRS: dict[str, Entry] = {
         "chosen": [{"role": "assistant", "content": "a"}],
         "rejected": [{"role": "assistant", "content": "b"}],
     },
-    "TRL, with the prompt inside": {
-        "images": ["0.png"],
-        "chosen": chat("Q", "a"),
-        "rejected": chat("Q", "b"),
-    },
+    "TRL, with the prompt inside": {"images": ["0.png"], "chosen": chat("Q", "a"), "rejected": chat("Q", "b")},
     "TRL, texts": {"images": ["0.png"], "prompt": "Q", "chosen": "a", "rejected": "b"},
 }
 
@@ -613,9 +598,7 @@ def test_an_id_may_come_back_for_ever(tmp_path: Path) -> None:
     assert ids == ["x", *(f"x#{number}" for number in range(2, 3001))]
 
 
-def test_images_that_were_forgotten_are_decoded_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_that_were_forgotten_are_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmpipe.data import image_files
     from mmpipe.data import verify as module
 

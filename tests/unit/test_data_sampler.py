@@ -13,17 +13,10 @@ from mmpipe.errors import ConfigError, DataError
 GROUPINGS: list[Grouping] = ["none", "length", "modality_length"]
 records = st.lists(st.tuples(st.integers(1, 500), st.booleans()), min_size=1, max_size=60)
 splits = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
-common = {
-    "sizes": records,
-    "split": splits,
-    "grouping": st.sampled_from(GROUPINGS),
-    "seed": st.integers(0, 2**31),
-}
+common = {"sizes": records, "split": splits, "grouping": st.sampled_from(GROUPINGS), "seed": st.integers(0, 2**31)}
 
 
-def plan(
-    sizes: list[tuple[int, bool]], split: tuple[int, int, int], grouping: Grouping, seed: int
-) -> BatchPlan:
+def plan(sizes: list[tuple[int, bool]], split: tuple[int, int, int], grouping: Grouping, seed: int) -> BatchPlan:
     micro, accumulation, ranks = split
     return BatchPlan(
         lengths=[length for length, _ in sizes],
@@ -38,10 +31,7 @@ def plan(
 
 def global_batch(made: BatchPlan, step: int) -> list[int]:
     return [
-        record
-        for rank in range(made.world_size)
-        for micro_batch in made.step(step, rank)
-        for record in micro_batch
+        record for rank in range(made.world_size) for micro_batch in made.step(step, rank) for record in micro_batch
     ]
 
 
@@ -110,11 +100,7 @@ def test_length_groups_are_about_equally_long_for_every_rank() -> None:
 
 def test_seed_and_epoch_change_the_order() -> None:
     sizes = [(1, True)] * 50
-    orders = {
-        tuple(plan(sizes, (5, 1, 1), "none", seed).order(epoch))
-        for seed in (0, 1, 2**32)
-        for epoch in range(3)
-    }
+    orders = {tuple(plan(sizes, (5, 1, 1), "none", seed).order(epoch)) for seed in (0, 1, 2**32) for epoch in range(3)}
     assert len(orders) == 9
 
 
@@ -143,9 +129,7 @@ def test_even_chunks_lose_nothing(lengths: list[int], chunks: int) -> None:
         ({"world_size": 0}, ConfigError, "at least 1"),
     ],
 )
-def test_plans_that_make_no_sense_are_refused(
-    change: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_plans_that_make_no_sense_are_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         BatchPlan(**({"lengths": [1], "has_image": [True], "micro_batch": 1} | change))
 

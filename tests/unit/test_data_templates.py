@@ -14,13 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mmpipe.data.labels import IGNORE, Rendered, encode
 from mmpipe.data.records import BadRecord, PreferenceRecord, Record, Turn, check_record
-from mmpipe.data.templates import (
-    Template,
-    break_after_images,
-    get_template,
-    template_names,
-    to_messages,
-)
+from mmpipe.data.templates import Template, break_after_images, get_template, template_names, to_messages
 from mmpipe.errors import ConfigError, DataError
 
 FIXED = [name for name in template_names() if name != "tokenizer"]
@@ -33,10 +27,7 @@ MARKED = (
 
 def with_template(chat_template: str | None) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=char_tokenizer().backend_tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
+        tokenizer_object=char_tokenizer().backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     tokenizer.chat_template = chat_template
     return tokenizer
@@ -100,8 +91,7 @@ def test_the_prompt_is_how_the_training_text_begins(name: str) -> None:
     assert rendered.spans[1][0] == len(template(name).prompt(turns[:3]))
     learnt = [rendered.text[start:end] for start, end in rendered.spans]
     assert [text.strip() for text in learnt] == [
-        (answer + text.partition(answer)[2]).strip()
-        for answer, text in zip(("A cat.", "Yes."), learnt, strict=True)
+        (answer + text.partition(answer)[2]).strip() for answer, text in zip(("A cat.", "Yes."), learnt, strict=True)
     ]
     assert all(template(name).stop in text for text in learnt)
 
@@ -132,18 +122,13 @@ def test_malformed_conversations_are_refused(name: str, turns: list[Turn], reaso
 def test_a_role_marker_in_an_answer_is_supervised_like_the_rest() -> None:
     turns = talk("Say it.", "USER: x ASSISTANT: y", "Again.", "z")
     rendered = get_template("vicuna_v1").render(turns)
-    assert [rendered.text[start:end] for start, end in rendered.spans] == [
-        " USER: x ASSISTANT: y</s>",
-        " z</s>",
-    ]
+    assert [rendered.text[start:end] for start, end in rendered.spans] == [" USER: x ASSISTANT: y</s>", " z</s>"]
 
 
 def test_a_system_message_takes_the_place_of_the_default() -> None:
     turns = [Turn("system", "Be brief."), *talk("a", "b")]
     assert get_template("vicuna_v1").render(turns).text == "Be brief. USER: a ASSISTANT: b</s>"
-    assert (
-        get_template("llava_llama_2").prompt(turns[:2]) == "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\na [/INST]"
-    )
+    assert get_template("llava_llama_2").prompt(turns[:2]) == "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\na [/INST]"
 
 
 def test_plain_shows_images_alone_and_supervises_caption_and_line_break() -> None:
@@ -218,9 +203,7 @@ def _without_end_token() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_the_processor_of_a_checkpoint_gives_the_same_tokens_mask_and_pixels(
-    name: str, tmp_path: Path
-) -> None:
+def test_the_processor_of_a_checkpoint_gives_the_same_tokens_mask_and_pixels(name: str, tmp_path: Path) -> None:
     """What is trained on is what anybody gets who loads the checkpoint with transformers."""
     chosen, tokenizer = get_template(name), char_tokenizer()
     path = str(image(tmp_path / "a.png"))

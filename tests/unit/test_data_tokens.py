@@ -21,9 +21,7 @@ from mmpipe.errors import ArtifactError, DataError
 IMAGE = 7
 
 
-def record(
-    number: int, question: str = "What?", answer: str = "That.", images: tuple[str, ...] = ()
-) -> Record:
+def record(number: int, question: str = "What?", answer: str = "That.", images: tuple[str, ...] = ()) -> Record:
     return Record(f"r{number}", "made", images, (Turn("user", question), Turn("assistant", answer)))
 
 
@@ -33,9 +31,7 @@ def written(tmp_path: Path, records: list[Record]) -> Path:
 
 
 TOKEN = st.one_of(
-    st.just((IMAGE, False)),
-    st.tuples(st.integers(8, 12), st.booleans()),
-    st.tuples(st.integers(8, 12), st.booleans()),
+    st.just((IMAGE, False)), st.tuples(st.integers(8, 12), st.booleans()), st.tuples(st.integers(8, 12), st.booleans())
 )
 
 
@@ -57,8 +53,7 @@ def test_two_answers_are_two_ranges() -> None:
 
 def test_a_record_comes_back_as_it_was_encoded(tmp_path: Path) -> None:
     mix(
-        write_data_set(tmp_path / "made", [entry(0, "0.png"), entry(1), entry(2, ["1.png", "2.png"])]),
-        tmp_path / "out",
+        write_data_set(tmp_path / "made", [entry(0, "0.png"), entry(1), entry(2, ["1.png", "2.png"])]), tmp_path / "out"
     )
     records = RecordTable(tmp_path / "out/records.arrow")
     table = in_tokens(tmp_path / "out/records.arrow")
@@ -71,16 +66,11 @@ def test_a_record_comes_back_as_it_was_encoded(tmp_path: Path) -> None:
 
 def test_what_cannot_be_trained_on_is_dropped_counted_and_named(tmp_path: Path) -> None:
     long = record(1, "x" * 400 + "<image>", images=("a.png",))
-    records = written(
-        tmp_path, [record(0), long, record(2, answer="y" * 400), record(3, "x" * 400), record(4)]
-    )
+    records = written(tmp_path, [record(0), long, record(2, answer="y" * 400), record(3, "x" * 400), record(4)])
     table = in_tokens(records, encoder(max_length=300))
     assert [row.place for row in table] == [0, 2, 4]
     assert table.report["dropped"] == {
-        "question too long": {
-            "count": 1,
-            "examples": [table.report["dropped"]["question too long"]["examples"][0]],
-        },
+        "question too long": {"count": 1, "examples": [table.report["dropped"]["question too long"]["examples"][0]]},
         "too long for its images": {
             "count": 1,
             "examples": [table.report["dropped"]["too long for its images"]["examples"][0]],
@@ -106,15 +96,12 @@ def test_both_answers_of_a_preference_are_kept(tmp_path: Path) -> None:
     table = in_tokens(tmp_path / "records.arrow")
     assert table.preferences
     learnt = [
-        char_tokenizer().decode([token for token in one.labels if token != IGNORE])
-        for one in table[0].conversations
+        char_tokenizer().decode([token for token in one.labels if token != IGNORE]) for one in table[0].conversations
     ]
     assert learnt == [" a cat</s>", " a</s>"]
 
 
-def test_shards_do_not_depend_on_the_number_of_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS_PER_SHARD", 3)
     records = written(tmp_path, [record(i, "ü" * i + "?") for i in range(8)])
     shards = {}
@@ -130,9 +117,7 @@ def test_shards_do_not_depend_on_the_number_of_processes(
 def test_too_many_bad_records_stop_it(tmp_path: Path) -> None:
     records = written(tmp_path, [*(record(i) for i in range(9)), record(9, "no mark", images=("0.png",))])
     assert tokenise(records, encoder(), tmp_path / "out", max_bad=0.1)["kept"] == 9
-    with pytest.raises(
-        DataError, match=r"1 of 10 records cannot be trained on \(max_bad is 9.0%\):\n.*made/r9"
-    ):
+    with pytest.raises(DataError, match=r"1 of 10 records cannot be trained on \(max_bad is 9.0%\):\n.*made/r9"):
         tokenise(records, encoder(), tmp_path / "out", max_bad=0.09)
 
 
@@ -140,9 +125,7 @@ def test_a_template_of_another_model_is_refused(tmp_path: Path) -> None:
     description = json.loads(char_tokenizer().backend_tokenizer.to_str())
     description["added_tokens"] = [t for t in description["added_tokens"] if t["content"] != "</s>"]
     foreign = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(description)),
-        unk_token="<unk>",
-        name_or_path="foreign",
+        tokenizer_object=Tokenizer.from_str(json.dumps(description)), unk_token="<unk>", name_or_path="foreign"
     )
     with pytest.raises(DataError, match=r"'vicuna_v1' ends answers with '</s>'.*foreign"):
         in_tokens(written(tmp_path, [record(0)]), encoder(tokenizer=foreign))
@@ -205,10 +188,7 @@ def test_records_on_disk(tmp_path: Path) -> None:
 
 
 def test_records_without_images_can_be_left_out(tmp_path: Path) -> None:
-    mix(
-        write_data_set(tmp_path / "made", [entry(0), entry(1, "0.png"), entry(2), entry(3, "1.png")]),
-        tmp_path / "out",
-    )
+    mix(write_data_set(tmp_path / "made", [entry(0), entry(1, "0.png"), entry(2), entry(3, "1.png")]), tmp_path / "out")
     table = in_tokens(tmp_path / "out/records.arrow")
     chosen = table.with_images()
     assert ([row.place for row in chosen], chosen.has_image) == ([1, 3], [True, True])

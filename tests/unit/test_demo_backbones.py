@@ -49,12 +49,8 @@ def tokenizer(language: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(language)
 
 
-@pytest.mark.parametrize(
-    ("maker", "options"), [(clip_tiny, {"training_steps": 3}), (qwen2_tiny, {}), (moss2_tiny, {})]
-)
-def test_the_same_seed_writes_the_same_bytes(
-    tmp_path: Path, maker: Callable[..., None], options: Any
-) -> None:
+@pytest.mark.parametrize(("maker", "options"), [(clip_tiny, {"training_steps": 3}), (qwen2_tiny, {}), (moss2_tiny, {})])
+def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, maker: Callable[..., None], options: Any) -> None:
     def made(name: str, seed: int) -> dict[str, bytes]:
         out = tmp_path / name
         maker(out, seed=seed, **options)
@@ -104,9 +100,7 @@ def test_patches_tell_every_attribute_of_held_out_images(tower: Path) -> None:
         assert right > 0.95, f"{name}: {right:.3f}"
 
 
-def test_the_language_model_loads_with_stock_classes(
-    language: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_the_language_model_loads_with_stock_classes(language: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = AutoModelForCausalLM.from_pretrained(language)
     assert isinstance(model, Qwen2ForCausalLM)
     sizes = (model.config.hidden_size, model.config.intermediate_size, model.config.vocab_size)
@@ -141,10 +135,7 @@ def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, tex
 
 
 def test_the_chat_template_marks_what_the_assistant_says(tokenizer: PreTrainedTokenizerBase) -> None:
-    messages = [
-        {"role": "user", "content": "What color is drawn?"},
-        {"role": "assistant", "content": "red"},
-    ]
+    messages = [{"role": "user", "content": "What color is drawn?"}, {"role": "assistant", "content": "red"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == (
         "<|im_start|>user\nWhat color is drawn?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
     )
@@ -187,7 +178,5 @@ def test_reading_lowers_the_loss_of_what_is_read(tmp_path: Path) -> None:
 
 
 def test_a_width_that_heads_do_not_fill_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match="hidden_size = 100 is not a positive multiple of 32; 96 is the nearest"
-    ):
+    with pytest.raises(ConfigError, match="hidden_size = 100 is not a positive multiple of 32; 96 is the nearest"):
         qwen2_tiny(tmp_path, hidden_size=100)

@@ -22,9 +22,7 @@ from mmpipe.demo.questions import ASKED_AS, LETTER_ANSWER, LETTERS, SHORT_ANSWER
 from mmpipe.demo.scenes import ATTRIBUTES, BACKGROUNDS, PIXELS
 from mmpipe.errors import DataError
 
-CHOICE = re.compile(
-    rf"(?:<image>\n)?(?P<question>.+)\n(?P<options>(?:[A-D]\. .+\n){{2,4}}){re.escape(LETTER_ANSWER)}"
-)
+CHOICE = re.compile(rf"(?:<image>\n)?(?P<question>.+)\n(?P<options>(?:[A-D]\. .+\n){{2,4}}){re.escape(LETTER_ANSWER)}")
 ROTATION = 1_000_000
 
 
@@ -55,9 +53,7 @@ def options_of(question: str) -> tuple[str, dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(
-        datasets.conversations, tmp_path_factory.mktemp("made") / "mix", seed=1, records=600, text_only=0.1
-    )
+    return make(datasets.conversations, tmp_path_factory.mktemp("made") / "mix", seed=1, records=600, text_only=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +78,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         (datasets.mmbench, {"questions": 12}),
     ],
 )
-def test_the_same_seed_writes_the_same_bytes(
-    tmp_path: Path, maker: Callable[..., None], options: Any
-) -> None:
+def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, maker: Callable[..., None], options: Any) -> None:
     first = tree(make(maker, tmp_path / "first", seed=0, **options))
     assert tree(make(maker, tmp_path / "again", seed=0, **options)) == first
     assert tree(make(maker, tmp_path / "other", seed=1, **options)) != first
@@ -127,9 +121,7 @@ def test_word_conversations_say_once_what_form_of_answer_is_wanted(records: list
     for record in by_word:
         turns = dialogue(record)
         assert len(turns) == 2
-        first, second = (
-            question.removeprefix("<image>\n").removesuffix(f"\n{SHORT_ANSWER}") for question, _ in turns
-        )
+        first, second = (question.removeprefix("<image>\n").removesuffix(f"\n{SHORT_ANSWER}") for question, _ in turns)
         assert turns[0][0] == f"<image>\n{first}\n{SHORT_ANSWER}"
         assert turns[1][0] == second
         for question, (_, answer) in zip((first, second), turns, strict=True):
@@ -170,9 +162,7 @@ def test_answers_are_true_of_the_images(conversations: Path, records: list[dict[
 
 
 @pytest.mark.parametrize(("wrong", "least", "most"), [(1.0, 0, 0), (0.2, 0.7, 0.9)])
-def test_hurried_annotators_are_wrong_as_often_as_told(
-    tmp_path: Path, wrong: float, least: float, most: float
-) -> None:
+def test_hurried_annotators_are_wrong_as_often_as_told(tmp_path: Path, wrong: float, least: float, most: float) -> None:
     root = make(datasets.conversations, tmp_path / "mix", seed=6, records=600, text_only=0, wrong=wrong)
     told = json.loads((root / "llava_v1_5_mix665k.json").read_text(encoding="utf-8"))
     found = truths(root, told)
@@ -237,9 +227,7 @@ def test_mmbench_rotates_every_question_as_often_as_it_has_options(table: list[d
 def test_mmbench_answers_are_true_of_the_images(table: list[dict[str, str]]) -> None:
     asked = [row for row in table if row["question"] == ASKED_AS["background"]]
     for row in asked:
-        corner = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["image"], validate=True))))[
-            :3, :3
-        ].mean()
+        corner = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["image"], validate=True))))[:3, :3].mean()
         assert row[row["answer"]] == min(BACKGROUNDS, key=lambda name: abs(corner - BACKGROUNDS[name][0]))
     assert len(asked) == 15 * 3
 

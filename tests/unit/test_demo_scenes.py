@@ -14,8 +14,7 @@ from mmpipe.demo.scenes import ATTRIBUTES, BACKGROUNDS, COLORS, COUNTS, PIXELS, 
 from mmpipe.errors import DataError
 
 COMBINATIONS = [
-    Scene(**dict(zip(ATTRIBUTES, values, strict=True)), variation=0)
-    for values in product(*ATTRIBUTES.values())
+    Scene(**dict(zip(ATTRIBUTES, values, strict=True)), variation=0) for values in product(*ATTRIBUTES.values())
 ]
 
 

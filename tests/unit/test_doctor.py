@@ -40,19 +40,10 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return have
 
 
-def machine(
-    profile: str = "local", configfile: Path = REPOSITORY / "config/config.yaml", **torch: Any
-) -> Machine:
+def machine(profile: str = "local", configfile: Path = REPOSITORY / "config/config.yaml", **torch: Any) -> Machine:
     """A machine with this repository; ``torch`` changes what its torch says, an A100 unless told otherwise."""
     made = Machine(REPOSITORY, profile, configfile)
-    facts = {
-        "version": "2.13.0",
-        "cuda": "13.0",
-        "available": True,
-        "gpus": [CARD],
-        "nccl": "2.27.7",
-        "flash": None,
-    }
+    facts = {"version": "2.13.0", "cuda": "13.0", "available": True, "gpus": [CARD], "nccl": "2.27.7", "flash": None}
     made.torch = {**facts, **torch}  # type: ignore[misc]
     return made
 
@@ -66,9 +57,7 @@ def statuses(name: str, on: Machine) -> list[str]:
 
 
 def test_whatever_is_not_ok_says_what_to_do(programs):
-    findings = examine(
-        machine("slurm", PAPER, gpus=[{**CARD, "bfloat16": False, "free": 1}], flash="it does not load")
-    )
+    findings = examine(machine("slurm", PAPER, gpus=[{**CARD, "bfloat16": False, "free": 1}], flash="it does not load"))
     assert {finding.topic for finding in findings} >= {"driver", "slurm", "file system", "profile"}
     assert all(finding.advice for finding in findings if finding.status != "ok"), findings
 
@@ -139,9 +128,7 @@ def test_flash_attention_says_what_is_used_instead():
     (finding,) = found("flash_attention", machine(flash="the package flash-attn is not installed"))
     assert finding.status == "ok"
     assert "sdpa will be used" in finding.seen
-    assert statuses("flash_attention", machine(flash="flash-attn is installed but does not load (x)")) == [
-        "warning"
-    ]
+    assert statuses("flash_attention", machine(flash="flash-attn is installed but does not load (x)")) == ["warning"]
 
 
 def test_deepspeed_is_missed_only_by_those_who_want_it(programs, monkeypatch):
@@ -173,9 +160,7 @@ def test_libraries_are_compared_with_project_and_lock(tmp_path):
     assert (missing.status, other.status) == ("problem", "warning")
     assert "x-y-z is not installed" in missing.seen
     assert "tested with 2.0.1" in other.seen
-    (tmp_path / "pyproject.toml").write_text(
-        '[project]\nrequires-python = ">=9"\ndependencies = ["pydantic>=99"]\n'
-    )
+    (tmp_path / "pyproject.toml").write_text('[project]\nrequires-python = ">=9"\ndependencies = ["pydantic>=99"]\n')
     assert "needs >=99" in found("libraries", Machine(tmp_path))[0].seen
     assert statuses("python", Machine(tmp_path)) == ["problem"]
 

@@ -124,8 +124,7 @@ def test_names_and_sizes_are_those_of_a_real_model(world):
     from mmpipe.models.settings import VisionLanguage
 
     folders = {
-        role: world / f"resources/backbones/{name}-tiny"
-        for role, name in (("vision", "clip"), ("language", "qwen2"))
+        role: world / f"resources/backbones/{name}-tiny" for role, name in (("vision", "clip"), ("language", "qwen2"))
     }
     built, _ = build_model(
         folders, VisionLanguage(vision="x", language="y"), template="plain", image_aspect="pad", seed=0
@@ -142,9 +141,7 @@ def test_activations_are_about_what_autograd_keeps(world):
 
     folder = world / "resources/backbones/qwen2-tiny"
     config = json.loads((folder / "config.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    ).model
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").model
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -200,10 +197,7 @@ def test_what_is_unknown_is_not_guessed(tmp_path):
     assert estimate(plan, plan.checkpoint("llava-moss2"), tmp_path) is None
     demo = plan_of("config")
     assert estimate(demo, demo.checkpoint("demo"), tmp_path) is None
-    assert (
-        estimate(plan_of("llava-mod"), plan_of("llava-mod").checkpoint("llava-mod-qwen1.5-0.5b@upcycle"))
-        is None
-    )
+    assert estimate(plan_of("llava-mod"), plan_of("llava-mod").checkpoint("llava-mod-qwen1.5-0.5b@upcycle")) is None
 
 
 def test_a_fetched_configuration_counts_more_than_the_catalogue(tmp_path):
@@ -211,9 +205,7 @@ def test_a_fetched_configuration_counts_more_than_the_catalogue(tmp_path):
     folder = tmp_path / "resources/backbones/vicuna-7b-v1.5"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA_7B | {"num_hidden_layers": 1}))
-    small, large = (
-        model_of(plan, plan.checkpoint("llava-1.5-7b"), root) for root in (tmp_path, tmp_path / "no")
-    )
+    small, large = (model_of(plan, plan.checkpoint("llava-1.5-7b"), root) for root in (tmp_path, tmp_path / "no"))
     assert small
     assert large
     assert small.parameters < large.parameters / 8

@@ -132,12 +132,7 @@ def test_a_log_says_what_the_layers_chose(model: Any, questions: list[Question],
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_a_log_does_not_depend_on_the_batch(
-    model: Any,
-    questions: list[Question],
-    one_by_one: Path,
-    tmp_path: Path,
-    batch_size: int,
-    share_prefix: bool,
+    model: Any, questions: list[Question], one_by_one: Path, tmp_path: Path, batch_size: int, share_prefix: bool
 ) -> None:
     path, _ = logged(model, questions, tmp_path, batch_size=batch_size, share_prefix=share_prefix)
     assert computed(path) == computed(one_by_one)
@@ -147,9 +142,7 @@ def test_padding_that_is_routed_is_not_logged(questions: list[Question], tmp_pat
     reference = sparse("reference")
     alone, _ = logged(reference, questions, tmp_path / "a", batch_size=1, share_prefix=False)
     for share_prefix in (True, False):
-        path, _ = logged(
-            reference, questions, tmp_path / f"b{share_prefix}", batch_size=16, share_prefix=share_prefix
-        )
+        path, _ = logged(reference, questions, tmp_path / f"b{share_prefix}", batch_size=16, share_prefix=share_prefix)
         assert computed(path) == computed(alone)
 
 
@@ -158,9 +151,7 @@ def test_answers_are_those_without_a_log_and_their_tokens_are_counted(
 ) -> None:
     path, answers = logged(model, questions, tmp_path, batch_size=4)
     plain = list(Answerer(model, processor(), get_template("qwen")).answer(questions, max_new_tokens=5))
-    assert sorted(a["answer_id"] + a["text"] for a in answers) == sorted(
-        a["answer_id"] + a["text"] for a in plain
-    )
+    assert sorted(a["answer_id"] + a["text"] for a in answers) == sorted(a["answer_id"] + a["text"] for a in plain)
     table = read_layer(path, Place("language_model", 0))
     assert table is not None
     generated = sum(r["kind"] == "generated" for r in table.to_pylist())
@@ -178,24 +169,18 @@ def test_kinds_images_and_layers(model: Any, questions: list[Question], one_by_o
     table = {r["position"]: r for r in rows(one_by_one) if r["question"] == 8 and r["layer"] == 2}
     assert sum(r["kind"] == "image" for r in table.values()) == 8
     tower = [r for r in rows(one_by_one) if r["part"] == "vision_tower" and r["question"] == 8]
-    assert [r["position"] for r in tower] == list(
-        range(2 * 5)
-    )  # two images of four patches and a class token
+    assert [r["position"] for r in tower] == list(range(2 * 5))  # two images of four patches and a class token
     assert {r["kind"] for r in tower} == {"image"}
 
 
-def test_what_a_image_s_questions_share_is_logged_once(
-    model: Any, questions: list[Question], tmp_path: Path
-) -> None:
+def test_what_a_image_s_questions_share_is_logged_once(model: Any, questions: list[Question], tmp_path: Path) -> None:
     path, _ = logged(model, questions, tmp_path, batch_size=16)
     tower = [r for r in rows(path) if r["part"] == "vision_tower"]
     assert Counter(r["question"] for r in tower) == {0: 5, 3: 5, 8: 10}
     assert {r["question"]: r["shared_by"] for r in tower} == {0: 4, 3: 3, 8: 1}
 
 
-def test_beams_log_prompts_alone(
-    model: Any, questions: list[Question], one_by_one: Path, tmp_path: Path
-) -> None:
+def test_beams_log_prompts_alone(model: Any, questions: list[Question], one_by_one: Path, tmp_path: Path) -> None:
     path, _ = logged(model, questions, tmp_path, batch_size=4, num_beams=3)
     expected = Counter({key: n for key, n in computed(one_by_one).items() if key[4] != "generated"})
     assert computed(path) == expected
@@ -208,9 +193,7 @@ def test_layers_are_chosen_and_checked(model: Any, questions: list[Question], tm
         ExpertLog(model, tmp_path, questions, layers=(0, 1, 7))
 
 
-def test_an_interrupted_chunk_asks_a_torn_batch_again(
-    model: Any, questions: list[Question], tmp_path: Path
-) -> None:
+def test_an_interrupted_chunk_asks_a_torn_batch_again(model: Any, questions: list[Question], tmp_path: Path) -> None:
     """The answers and the log of a chunk agree, whenever it was killed."""
     whole, _ = logged(model, questions, tmp_path / "whole", batch_size=3)
     state = tmp_path / "state"

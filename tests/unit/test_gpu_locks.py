@@ -81,10 +81,7 @@ def test_two_jobs_that_want_more_than_a_half_both_finish(tmp_path):
 
 
 def test_too_few_cards_are_an_error(tmp_path):
-    with (
-        pytest.raises(MmpipeError, match=r"given 8 GPU\(s\), but this machine shows 4"),
-        leased(8, folder=tmp_path),
-    ):
+    with pytest.raises(MmpipeError, match=r"given 8 GPU\(s\), but this machine shows 4"), leased(8, folder=tmp_path):
         pass
 
 

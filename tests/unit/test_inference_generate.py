@@ -82,8 +82,7 @@ def questions(tmp_path_factory):
     for number, path in enumerate(images):
         Image.linear_gradient("L").rotate(90 * number).convert("RGB").save(path)
     asked = [
-        Question(id=n, text="What is it?" + " Really" * (n % 4) + "!" * n, images=(images[n % 3],))
-        for n in range(14)
+        Question(id=n, text="What is it?" + " Really" * (n % 4) + "!" * n, images=(images[n % 3],)) for n in range(14)
     ]
     asked.append(Question(id="text", text="Two and two?"))
     asked.append(Question(id="two", text="<image> or <image>?", images=(images[0], images[1])))
@@ -115,11 +114,7 @@ def test_answers_depend_on_image_and_text(one_by_one):
 def test_answer_record_is_llava_s_and_deterministic(checkpoint, questions):
     answerer = Answerer(*checkpoint, get_template("qwen"), model_id="run/finetune")
     asked = Question(
-        id=7,
-        text="Q\nsuffix",
-        images=questions[0].images,
-        prompt="Q",
-        extra={"round_id": 0, "options": ["x"]},
+        id=7, text="Q\nsuffix", images=questions[0].images, prompt="Q", extra={"round_id": 0, "options": ["x"]}
     )
     first, second = (next(answerer.answer([asked], max_new_tokens=3)) for _ in range(2))
     assert first == second
@@ -134,9 +129,7 @@ def test_answer_record_is_llava_s_and_deterministic(checkpoint, questions):
 def test_generation_stops_at_the_end_token(checkpoint, questions):
     model, processor = checkpoint
     answerer = Answerer(model, processor, get_template("qwen"))
-    reply = answerer._greedy(
-        answerer._families([Row(questions[0], answerer._encode(questions[0]))]), 12, 4, None
-    )[0]
+    reply = answerer._greedy(answerer._families([Row(questions[0], answerer._encode(questions[0]))]), 12, 4, None)[0]
     assert (reply.ended, len(reply.ids)) == (False, 12)
     answerer.stop_ids = frozenset({reply.ids[4]})
     cut = texts(answerer, questions[:1])[0]
@@ -234,10 +227,7 @@ def test_likelihood_is_that_of_the_tokens_one_by_one(checkpoint, questions):
         expected.append((pytest.approx(said, abs=1e-3), greedy))
     assert list(answerer.likelihood(pairs, batch_size=5)) == expected
     assert list(answerer.likelihood(pairs, batch_size=1)) == expected
-    best = [
-        (question, answerer.tokenizer.decode([_greedy_token(answerer, question)]))
-        for question in questions[:3]
-    ]
+    best = [(question, answerer.tokenizer.decode([_greedy_token(answerer, question)])) for question in questions[:3]]
     likely = list(answerer.likelihood(best))
     assert all(greedy for (_, text), (_, greedy) in zip(best, likely, strict=True) if "\ufffd" not in text)
 
@@ -245,6 +235,4 @@ def test_likelihood_is_that_of_the_tokens_one_by_one(checkpoint, questions):
 def _greedy_token(answerer, question):
     ids = torch.tensor([list(answerer._encode(question))])
     with torch.inference_mode():
-        return int(
-            answerer.model(input_ids=ids, pixel_values=answerer._pixels([question])).logits[0, -1].argmax()
-        )
+        return int(answerer.model(input_ids=ids, pixel_values=answerer._pixels([question])).logits[0, -1].argmax())

@@ -49,16 +49,7 @@ def bring(job, tmp_path):
 
 def export(checkpoint: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
     """Write a checkpoint in LLaVA's layout by the command line and return its tensors."""
-    command = [
-        "export",
-        str(checkpoint),
-        str(out),
-        "--layout",
-        "llava",
-        "--tower",
-        "openai/clip-tiny",
-        *options,
-    ]
+    command = ["export", str(checkpoint), str(out), "--layout", "llava", "--tower", "openai/clip-tiny", *options]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     if (out / "model.safetensors").is_file():
@@ -96,11 +87,7 @@ def test_the_model_computes_what_its_parts_do(bring, job, tmp_path):
     model, processor, _ = open_checkpoint(bring(tmp_path / "llava"))
     pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    weight = {
-        name.removeprefix("model.mm_projector."): t.float()
-        for name, t in tensors.items()
-        if "mm_proj" in name
-    }
+    weight = {name.removeprefix("model.mm_projector."): t.float() for name, t in tensors.items() if "mm_proj" in name}
     hidden = torch.nn.functional.gelu(seen @ weight["0.weight"].T + weight["0.bias"])
     expected = hidden @ weight["2.weight"].T + weight["2.bias"]
     found = model.model.get_image_features(pixels).pooler_output
@@ -115,9 +102,7 @@ def test_without_a_tower_the_named_one_is_used(bring, job, tmp_path):
     made.whole_llava(tmp_path / "llava", with_tower=False)
     model, _, _ = open_checkpoint(bring(tmp_path / "llava"))
     plain = made.AutoModel.from_pretrained(made.BACKBONES["vision"]).state_dict()
-    assert all(
-        torch.equal(value, plain[name]) for name, value in model.model.vision_tower.state_dict().items()
-    )
+    assert all(torch.equal(value, plain[name]) for name, value in model.model.vision_tower.state_dict().items())
 
 
 def test_names_of_moe_llava(bring, job, tmp_path):
@@ -157,8 +142,7 @@ def test_an_adapter_may_stand_on_a_whole_llava(bring, job, tmp_path):
     tensors = made.whole_llava(tmp_path / "base")
     changes = made.lora_adapter(tmp_path / "adapter", made.llama(tmp_path / "shapes"))
     written = export(
-        bring(tmp_path / "adapter", language=tmp_path / "base", layouts={"language": "llava"}),
-        tmp_path / "out",
+        bring(tmp_path / "adapter", language=tmp_path / "base", layouts={"language": "llava"}), tmp_path / "out"
     )
     for name, change in changes.items():
         expected = tensors[name].float() + change
@@ -262,9 +246,7 @@ GUIDE = {
 
 
 def rewrite(source: Path, change) -> None:
-    tensors = {
-        n: t for f in source.glob("pytorch_model-*.bin") for n, t in torch.load(f, weights_only=True).items()
-    }
+    tensors = {n: t for f in source.glob("pytorch_model-*.bin") for n, t in torch.load(f, weights_only=True).items()}
     change(tensors)
     made.write_shards(source, tensors, "bin")
 
@@ -356,10 +338,7 @@ def test_what_is_not_there_is_said(job, tmp_path):
     for command, said in (
         (made_twice, "exists; name a directory that does not"),
         ([*made_twice[:2], str(tmp_path / "a"), "--layout", "lava"], "did you mean 'llava'"),
-        (
-            [*made_twice[:2], str(tmp_path / "a"), "--layout", "stock"],
-            "nothing is written in the layout 'stock'",
-        ),
+        ([*made_twice[:2], str(tmp_path / "a"), "--layout", "stock"], "nothing is written in the layout 'stock'"),
         ([*made_twice[:2], str(tmp_path / "a"), *made_twice[3:], "--language", "stock"], "none of packed"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -375,9 +354,7 @@ def test_a_tokenizer_that_takes_more_packages_says_which(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(base, "_is_installed", lambda module: False)
     for layout in ("stock", "moss2"):
-        with pytest.raises(
-            ArtifactError, match="takes sentencepiece and protobuf: pip install sentencepiece"
-        ):
+        with pytest.raises(ArtifactError, match="takes sentencepiece and protobuf: pip install sentencepiece"):
             get(layout).tokenizer(tmp_path)
 
 

@@ -44,11 +44,7 @@ ROUTER = {
     ),
     "moepp": (
         "smoe_plus_plus",
-        {
-            "weight": "gate.weight",
-            "mixture": "experts.5.wg.weight",
-            "constant": "experts.5.constant",
-        },
+        {"weight": "gate.weight", "mixture": "experts.5.wg.weight", "constant": "experts.5.constant"},
     ),
 }
 CONFIG = {"model_type": "llava_phi", "scales": [1, 3], "mm_vision_tower": "openai/clip-tiny"}
@@ -82,17 +78,10 @@ def parts(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
 def siglip(out: Path) -> Path:
     torch.manual_seed(5)
     config = SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=48,
-        patch_size=16,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=48, patch_size=16
     )
     SiglipVisionModel(config).save_pretrained(out)
-    shutil.copyfile(
-        "resources/backbones/clip-tiny/preprocessor_config.json", out / "preprocessor_config.json"
-    )
+    shutil.copyfile("resources/backbones/clip-tiny/preprocessor_config.json", out / "preprocessor_config.json")
     return out
 
 
@@ -147,9 +136,7 @@ def theirs(model: Any, router: str = "topk") -> dict[str, Tensor]:
 
 def with_idle_end(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """LibMoE also trains the last block of the tower, which nothing reads."""
-    numbers = {
-        int(m[1]) for name in tensors if (m := re.search(r"vision_model\.encoder\.layers\.(\d+)", name))
-    }
+    numbers = {int(m[1]) for name in tensors if (m := re.search(r"vision_model\.encoder\.layers\.(\d+)", name))}
     last = max(numbers)
     return tensors | {
         name.replace(f"layers.{last}.", f"layers.{last + 1}."): tensor.clone()
@@ -216,9 +203,7 @@ def test_a_prefinetuned_folder_of_three_files(parts: dict[str, Path], tmp_path: 
     assert torch.equal(logits(found, batch), logits(model, batch))
 
 
-def test_a_pretrained_folder_is_a_projector_on_the_named_backbones(
-    parts: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_pretrained_folder_is_a_projector_on_the_named_backbones(parts: dict[str, Path], tmp_path: Path) -> None:
     model, out = dense(parts), tmp_path / "pretrain"
     out.mkdir()
     torch.save({n: t for n, t in theirs(model).items() if "mm_projector" in n}, out / "mm_projector.bin")
@@ -255,10 +240,7 @@ def add_a_stranger(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lose_an_expert,
-            r"experts are missing: model.vision_tower.encoder.layers.0.mlp.experts.up_proj\[2\]",
-        ),
+        (lose_an_expert, r"experts are missing: model.vision_tower.encoder.layers.0.mlp.experts.up_proj\[2\]"),
         (lose_a_router, r"missing: model.multi_modal_projector.router.weight"),
         (lose_attention, r"missing: model.language_model.layers.1.self_attn.qkv_proj.weight"),
         (add_an_expert, r"left over: model.multi_modal_projector.moelayer.experts.4.0.weight"),

@@ -17,9 +17,7 @@ from mmpipe.report.tables import leaderboard_page
 
 
 def items(verdicts: list[float], questions_a_unit: int = 1) -> list[dict[str, Any]]:
-    return [
-        {"question_id": n, "unit": f"u{n // questions_a_unit}", "score": v} for n, v in enumerate(verdicts)
-    ]
+    return [{"question_id": n, "unit": f"u{n // questions_a_unit}", "score": v} for n, v in enumerate(verdicts)]
 
 
 def score(value: float) -> dict[str, Any]:
@@ -114,6 +112,4 @@ def test_it_is_laid_out(board: dict[str, Any], tmp_path: Path, capsys: pytest.Ca
     assert "~ 0.800" in capsys.readouterr().out
     table = as_table(board)
     assert len(table) == 6
-    assert (
-        next(row for row in table if row["checkpoint"] == "same" and row["benchmark"] == "two")["score"] == ""
-    )
+    assert next(row for row in table if row["checkpoint"] == "same" and row["benchmark"] == "two")["score"] == ""

@@ -38,10 +38,7 @@ def test_both_answers_of_a_pair_are_cut_to_the_length(tmp_path: Path) -> None:
     write_records(tmp_path / "records.arrow", [pair])
     (both,) = in_tokens(tmp_path / "records.arrow", encoder(max_length=limit))
     assert [len(one.input_ids) for one in both.conversations] == [limit, limit]
-    learnt = [
-        char_tokenizer().decode([label for label in one.labels if label != IGNORE])
-        for one in both.conversations
-    ]
+    learnt = [char_tokenizer().decode([label for label in one.labels if label != IGNORE]) for one in both.conversations]
     assert learnt == [" a lo", " a lo"]
 
 

@@ -65,9 +65,7 @@ def resolved(stage: StagePlan, setting: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-@pytest.mark.parametrize(
-    ("role", "recipe"), [("student", r) for r in STUDENT] + [("teacher", r) for r in TEACHER]
-)
+@pytest.mark.parametrize(("role", "recipe"), [("student", r) for r in STUDENT] + [("teacher", r) for r in TEACHER])
 def test_every_published_number_is_in_the_recipe(role: str, recipe: str) -> None:
     stages = {stage.name: stage for stage in plan().stages(recipe)}
     assert list(stages) == STAGES[role]
@@ -112,13 +110,7 @@ TABLES = {
 @pytest.mark.parametrize("head", TABLES)
 def test_the_ledger_says_the_same_and_where_sources_disagree(head: str) -> None:
     role, columns = TABLES[head]
-    rows = (
-        (REPOSITORY / "docs/parity.md")
-        .read_text()
-        .split(f"\n| {head} |")[1]
-        .split("\n\n")[0]
-        .splitlines()[2:]
-    )
+    rows = (REPOSITORY / "docs/parity.md").read_text().split(f"\n| {head} |")[1].split("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
     written = {name.strip("`"): values for name, *values in cells}
     wanted = list(dict.fromkeys(setting for stage in columns for setting in TABLE[role][stage]))
@@ -127,7 +119,5 @@ def test_the_ledger_says_the_same_and_where_sources_disagree(head: str) -> None:
         found = [TABLE[role][stage].get(setting) for stage in columns]
         assert values == ["–" if entry is None else shown(followed(entry)) for entry in found], setting
         for entry in filter(None, found):
-            others = [
-                shown(value) for name, value in entry.items() if value != followed(entry) and name != "follow"
-            ]
+            others = [shown(value) for name, value in entry.items() if value != followed(entry) and name != "follow"]
             assert all(other in source for other in others), f"{setting}: {others} of {entry} are not told"

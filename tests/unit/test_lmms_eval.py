@@ -140,11 +140,7 @@ def test_likelihoods_tell_the_greedy_reply(kind, published):
     requests = asked()[:3]
     model = make(kind, published, requests)
     replies = model.generate_until(requests)
-    pairs = [
-        request(r.args[0], text, r.images, n)
-        for n, r in enumerate(requests)
-        for text in (replies[n], " zebra")
-    ]
+    pairs = [request(r.args[0], text, r.images, n) for n, r in enumerate(requests) for text in (replies[n], " zebra")]
     scores = model.loglikelihood(pairs)
     assert all(score < 0 for score, _ in scores)
     assert not any(greedy for _, greedy in scores[1::2])
@@ -229,7 +225,5 @@ def test_experts_are_logged_by_task_and_document(kind, published, tmp_path):
     replies = model.generate_until(requests)
     assert len(replies) == len(requests)
     table = pq.read_table(tmp_path / "experts.parquet").to_pydict()
-    assert {name.partition("#")[0] for name in table["question_id"]} <= {
-        f"task/{n}" for n in range(len(requests))
-    }
+    assert {name.partition("#")[0] for name in table["question_id"]} <= {f"task/{n}" for n in range(len(requests))}
     assert all(len(chosen) == 2 for chosen in table["experts"])

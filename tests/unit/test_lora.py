@@ -64,11 +64,7 @@ def test_the_adapter_can_be_put_on_the_base_by_peft_alone(tuned):
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
     files = json.loads((tuned.model_dir / "manifest.json").read_text())["files"]
-    assert {
-        "model.safetensors",
-        "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
-    } <= files.keys()
+    assert {"model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= files.keys()
 
 
 def test_the_next_stage_starts_from_the_merged_checkpoint(tuned, job):
@@ -80,9 +76,7 @@ def test_the_next_stage_starts_from_the_merged_checkpoint(tuned, job):
 
 def test_killed_and_run_again_it_ends_with_the_same_bytes(tuned, job):
     places = job("killed")
-    made = replace(
-        tuned, **{name: getattr(places, name) for name in ("model_dir", "state_dir", "report_dir")}
-    )
+    made = replace(tuned, **{name: getattr(places, name) for name in ("model_dir", "state_dir", "report_dir")})
     with start(STAGE, made) as process:
         deadline = time.monotonic() + 120
         while not (made.state_dir / "checkpoints/checkpoint-2/complete").exists() and process.poll() is None:
@@ -116,8 +110,7 @@ def test_two_processes_train_like_one(job):
 def test_a_misspelt_target_is_named(job):
     wrong = finetune(lora=LORA | {"targets": ("language_model.layers.*.q_prj",)})
     with pytest.raises(
-        ConfigError,
-        match=r"'language_model\.layers\.\*\.q_prj' matches no linear layer; the nearest names: .*_proj",
+        ConfigError, match=r"'language_model\.layers\.\*\.q_prj' matches no linear layer; the nearest names: .*_proj"
     ):
         wrong.run(job("wrong"))
 

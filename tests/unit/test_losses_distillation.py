@@ -11,12 +11,7 @@ from tiny_llava import tokenizer
 
 from mmpipe.errors import ArtifactError, ConfigError, DataError
 from mmpipe.losses import positions
-from mmpipe.losses.distillation import (
-    cached_distillation_loss,
-    distillation_loss,
-    jsd,
-    sampled_distillation_loss,
-)
+from mmpipe.losses.distillation import cached_distillation_loss, distillation_loss, jsd, sampled_distillation_loss
 from mmpipe.losses.teacher import draws, most_likely
 from mmpipe.losses.vocabulary import shared_rows
 
@@ -138,9 +133,7 @@ def test_a_broken_student_stays_visible(pair: dict) -> None:
 
 
 def test_heads_of_other_sizes_need_an_agreement(pair: dict) -> None:
-    pair["teacher_head_UE"] = torch.cat(
-        [pair["teacher_head_UE"], torch.full((2, 5), 50.0, dtype=torch.float64)]
-    )
+    pair["teacher_head_UE"] = torch.cat([pair["teacher_head_UE"], torch.full((2, 5), 50.0, dtype=torch.float64)])
     with pytest.raises(ConfigError, match="9 rows, the teacher's 11"):
         distillation_loss(**pair, labels_BL=LABELS)
     with pytest.raises(ConfigError, match="10 shared rows do not fit"):
@@ -209,8 +202,7 @@ def test_half_precision_is_enough_for_what_is_written_down(tail: str, sharpness:
     ids, log_p = most_likely(teacher, head, labels, 64)
     student = teacher + 0.2 / sharpness * noise
     exact, half = (
-        cached_distillation_loss(student, head, labels, ids, values, tail=tail)[0]
-        for values in (log_p, log_p.half())
+        cached_distillation_loss(student, head, labels, ids, values, tail=tail)[0] for values in (log_p, log_p.half())
     )
     assert exact > 0.05
     torch.testing.assert_close(half, exact, rtol=1e-3, atol=0)

@@ -7,13 +7,7 @@ import math
 import pytest
 import torch
 
-from mmpipe.losses.routing import (
-    all_choices_balancing_loss,
-    entropy,
-    load_balancing_loss,
-    margin,
-    z_loss,
-)
+from mmpipe.losses.routing import all_choices_balancing_loss, entropy, load_balancing_loss, margin, z_loss
 
 
 def test_balance_is_one_when_uniform_and_the_number_of_experts_when_collapsed() -> None:

@@ -66,9 +66,7 @@ def test_projector_files_of_every_lineage_are_read(model, tmp_path):
 
 
 def test_a_projector_for_another_model_is_refused(model, tmp_path):
-    save_file(
-        {"multi_modal_projector.linear_1.weight": torch.zeros(3, 3)}, tmp_path / "projector.safetensors"
-    )
+    save_file({"multi_modal_projector.linear_1.weight": torch.zeros(3, 3)}, tmp_path / "projector.safetensors")
     with pytest.raises(ArtifactError, match=r"another model.*linear_2"):
         projector.load(model, tmp_path / "projector.safetensors")
 

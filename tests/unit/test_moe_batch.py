@@ -26,10 +26,7 @@ def test_dense_layers_of_a_sparse_model(rows: int) -> None:
     assert case["expected"]["batch_3"]["upstream_is_correct"] is False
     inputs = case["inputs"]
     linear = torch.nn.Linear(3, 3)
-    linear.weight.data, linear.bias.data = (
-        torch.tensor(inputs["mlp_weight"]),
-        torch.tensor(inputs["mlp_bias"]),
-    )
+    linear.weight.data, linear.bias.data = (torch.tensor(inputs["mlp_weight"]), torch.tensor(inputs["mlp_bias"]))
     x = torch.tensor(inputs["x"])[:rows]
     correct = torch.tensor(case["expected"][f"batch_{rows}"]["correct_output"])
 

@@ -40,12 +40,8 @@ def test_experts_are_copies_and_only_the_chosen_layers_change() -> None:
     assert list(moe_layers(sparse)) == ["language_model.layers.1.mlp", "language_model.layers.4.mlp"]
     before, after = dense.model.language_model, sparse.model.language_model
     for expert in range(3):
-        assert torch.equal(
-            after.layers[4].mlp.experts.gate_up_proj[expert], before.layers[4].mlp.gate_up_proj.weight
-        )
-        assert torch.equal(
-            after.layers[4].mlp.experts.down_proj[expert], before.layers[4].mlp.down_proj.weight
-        )
+        assert torch.equal(after.layers[4].mlp.experts.gate_up_proj[expert], before.layers[4].mlp.gate_up_proj.weight)
+        assert torch.equal(after.layers[4].mlp.experts.down_proj[expert], before.layers[4].mlp.down_proj.weight)
     assert torch.equal(after.layers[0].mlp.gate_up_proj.weight, before.layers[0].mlp.gate_up_proj.weight)
 
 
@@ -123,9 +119,7 @@ def test_the_reference_gives_experts_to_the_idle_layer() -> None:
 @pytest.mark.parametrize("router", ["topk", "xmoe", "shared", "tcmoe", "moepp", "remoe", "cosine", "hyper"])
 def test_layers_start_alike_only_where_the_reference_does(router: str) -> None:
     def distinct(form: str) -> int:
-        settings = MoESettings(
-            placement="dense", router=router, router_settings={"form": form}, experts=4, top_k=2
-        )
+        settings = MoESettings(placement="dense", router=router, router_settings={"form": form}, experts=4, top_k=2)
         layers = moe_layers(upcycle(llava(), settings)).values()
         return len({next(layer.router.parameters()).sum().item() for layer in layers})
 

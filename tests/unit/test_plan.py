@@ -58,9 +58,7 @@ def ids(plan: Plan, recipe: str) -> list[str]:
 
 
 def test_a_recipe_owns_the_stages_it_declares(project):
-    plan = project(
-        {"base": BASE, "more": {"extends": "base@pretrain", "stages": {"finetune": {"data": "mix"}}}}
-    )
+    plan = project({"base": BASE, "more": {"extends": "base@pretrain", "stages": {"finetune": {"data": "mix"}}}})
     assert ids(plan, "base") == ["base@pretrain", "base@finetune"]
     assert ids(plan, "more") == ["base@pretrain", "more@finetune"]
 
@@ -82,9 +80,7 @@ def test_new_stages_take_the_defaults_of_the_recipe_they_extend(project):
 
 
 def test_another_backbone_changes_every_stage(project):
-    plan = project(
-        {"base": BASE, "other": {"extends": "base", "model": {"vision": "ear", "language": "mouth"}}}
-    )
+    plan = project({"base": BASE, "other": {"extends": "base", "model": {"vision": "ear", "language": "mouth"}}})
     assert ids(plan, "other") == ["other@pretrain", "other@finetune"]
 
 
@@ -173,13 +169,8 @@ def test_a_whole_checkpoint_is_constructed_first(project):
     plan = project({"base": WHOLE | {"hardware": {"gpus": 4, "memory_gb": 50}}})
     construct, finetune = plan.stages("base")
     assert (construct.kind, finetune.parent) == ("construct", construct)
-    assert construct.settings.hardware.model_dump(include={"gpus", "memory_gb"}) == {
-        "gpus": 0,
-        "memory_gb": 50,
-    }
-    assert [path.as_posix() for path in plan.inputs(construct).values()] == [
-        "resources/backbones/whole/manifest.json"
-    ]
+    assert construct.settings.hardware.model_dump(include={"gpus", "memory_gb"}) == {"gpus": 0, "memory_gb": 50}
+    assert [path.as_posix() for path in plan.inputs(construct).values()] == ["resources/backbones/whole/manifest.json"]
     assert plan.inputs(finetune).keys() == {"parent", "tokens"}
     assert plan.tokens_of(finetune).inputs()["checkpoint"] == plan.inputs(finetune)["parent"]
     job = plan.job(construct)
@@ -188,14 +179,9 @@ def test_a_whole_checkpoint_is_constructed_first(project):
 
 
 def test_stages_that_read_a_mixture_alike_share_its_tokens(project):
-    other = {
-        "extends": "base",
-        "stages": {"finetune": {"learning_rate": 1.0}, "prefinetune": {"kind": "finetune"}},
-    }
+    other = {"extends": "base", "stages": {"finetune": {"learning_rate": 1.0}, "prefinetune": {"kind": "finetune"}}}
     other["stages"]["prefinetune"] |= {"data": "mix", "template": "chatml"}
-    plan = project(
-        {"base": BASE, "more": other, "ear": {"extends": "base", "model": {**MODEL, "vision": "ear"}}}
-    )
+    plan = project({"base": BASE, "more": other, "ear": {"extends": "base", "model": {**MODEL, "vision": "ear"}}})
     pretrain, finetune = map(plan.tokens_of, plan.stages("base"))
     assert pretrain.key != finetune.key, "captions have a template of their own"
     again, chatml = map(plan.tokens_of, plan.stages("more")[1:])
@@ -247,10 +233,7 @@ def test_settings_of_the_construction_stand_where_they_are_written(project):
 
 def test_another_layout_constructs_again_and_fetches_nothing(project):
     plan = project({"base": WHOLE})
-    other = {
-        "backbones": CATALOGUES["backbones"]
-        | {"whole": CATALOGUES["backbones"]["whole"] | {"layout": "llava"}}
-    }
+    other = {"backbones": CATALOGUES["backbones"] | {"whole": CATALOGUES["backbones"]["whole"] | {"layout": "llava"}}}
     again = project({"base": WHOLE}, other)
     assert again.spec(again.stages("base")[0]) != plan.spec(plan.stages("base")[0])
     assert plan.source_spec(plan.backbones["whole"]) == again.source_spec(again.backbones["whole"])
@@ -258,10 +241,7 @@ def test_another_layout_constructs_again_and_fetches_nothing(project):
 
 def test_the_stock_layout_written_out_changes_nothing(project):
     plan = project({"base": WHOLE})
-    other = {
-        "backbones": CATALOGUES["backbones"]
-        | {"whole": CATALOGUES["backbones"]["whole"] | {"layout": "stock"}}
-    }
+    other = {"backbones": CATALOGUES["backbones"] | {"whole": CATALOGUES["backbones"]["whole"] | {"layout": "stock"}}}
     same = project({"base": WHOLE}, other)
     assert same.spec(same.stages("base")[0]) == plan.spec(plan.stages("base")[0])
     assert plan.source_spec(plan.backbones["whole"]) == same.source_spec(same.backbones["whole"])
@@ -354,18 +334,12 @@ WRONG = {
         ["benchmarks.mmbench", "'dta'", "did you mean 'data'"],
     ),
     "key twice": (
-        {
-            "base": "model: {vision: eye, language: mouth}\nstages:\n  pretrain: {data: mix}\n  pretrain: {data: mix}\n"
-        },
+        {"base": "model: {vision: eye, language: mouth}\nstages:\n  pretrain: {data: mix}\n  pretrain: {data: mix}\n"},
         {},
         ["base.yaml, line 4", "'pretrain'", "twice"],
     ),
     "not YAML": ({"base": "stages: [unclosed"}, {}, ["base.yaml", "not valid YAML"]),
-    "unknown key of the configuration": (
-        {"base": BASE},
-        {"recipe": []},
-        ["'recipe'", "did you mean 'recipes'"],
-    ),
+    "unknown key of the configuration": ({"base": BASE}, {"recipe": []}, ["'recipe'", "did you mean 'recipes'"]),
     "default nobody knows": (
         {"base": BASE | {"defaults": {"learning_rat": 1}}},
         {},
@@ -396,9 +370,7 @@ def test_a_mixture_of_an_unknown_data_set_is_found(project):
 
 
 def test_an_unknown_layout_is_found(project):
-    wrong = {
-        "backbones": CATALOGUES["backbones"] | {"ear": {"source": "path", "path": "/x", "layout": "stok"}}
-    }
+    wrong = {"backbones": CATALOGUES["backbones"] | {"ear": {"source": "path", "path": "/x", "layout": "stok"}}}
     with pytest.raises(ConfigError, match=r"backbones\.yaml, entry 'ear'.*'stok'.*did you mean 'stock'"):
         project({"base": BASE}, wrong)
 
@@ -451,10 +423,7 @@ def test_variants_that_cannot_be(project, recipe, message):
 
 
 def test_variants_teach_nothing(project):
-    learner = {
-        "extends": "base@pretrain",
-        "stages": {"distill_dense": {"data": "mix", "teacher": "lean+whole"}},
-    }
+    learner = {"extends": "base@pretrain", "stages": {"distill_dense": {"data": "mix", "teacher": "lean+whole"}}}
     with pytest.raises(ConfigError, match="variants answer benchmarks only"):
         project({**SPARSE, "learner": learner})
 
@@ -464,10 +433,7 @@ def test_a_keep_rate_outside_its_range_is_found(project):
         project(SPARSE, keep_rates=[0.0])
     wrong = {
         **SPARSE,
-        "lean": {
-            "extends": "base",
-            "stages": {"sparsify": {"data": "mix", "sparsity": {"vision_keep_rate": 2}}},
-        },
+        "lean": {"extends": "base", "stages": {"sparsify": {"data": "mix", "sparsity": {"vision_keep_rate": 2}}}},
     }
     with pytest.raises(ConfigError, match=r"lean\.yaml: stages\.sparsify.*sparsity\.vision_keep_rate"):
         project(wrong)

@@ -15,9 +15,7 @@ def test_what_a_model_says_is_escaped(tmp_path):
     answers = tmp_path / "results/demo/eval/mmbench/answers.jsonl"
     prepared.mkdir(parents=True)
     answers.parent.mkdir(parents=True)
-    (prepared / "questions.jsonl").write_text(
-        json.dumps({"question_id": 1, "images": [], "text": evil}) + "\n"
-    )
+    (prepared / "questions.jsonl").write_text(json.dumps({"question_id": 1, "images": [], "text": evil}) + "\n")
     answers.write_text(json.dumps({"question_id": 1, "prompt": evil, "text": evil}) + "\n")
     verdict = {"question_id": 1, "correct": False, "parsed": evil, "gold": evil}
     (answers.parent / "per_item.jsonl").write_text(json.dumps(verdict) + "\n")
@@ -28,10 +26,7 @@ def test_what_a_model_says_is_escaped(tmp_path):
 
 
 def test_the_same_history_draws_the_same_bytes(tmp_path):
-    rows = [
-        {"step": s, "loss": 1 / s, "learning_rate": 0.1, "grad_norm": 1.0, "kl": 0.5, "lm": 0.5}
-        for s in (1, 2)
-    ]
+    rows = [{"step": s, "loss": 1 / s, "learning_rate": 0.1, "grad_norm": 1.0, "kl": 0.5, "lm": 0.5} for s in (1, 2)]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("a.svg", "b.svg"):
         draw_history(tmp_path / "history.jsonl", tmp_path / name)

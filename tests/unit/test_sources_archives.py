@@ -92,9 +92,7 @@ def test_refuses_links_and_devices_in_a_zip(mode: int, tmp_path: Path) -> None:
         unpack([tmp_path / "a.zip"], tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE]
-)
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE])
 def test_refuses_links_and_devices_in_a_tar(kind: bytes, tmp_path: Path) -> None:
     member = tarfile.TarInfo("link")
     member.type, member.linkname = kind, "/etc/passwd"

@@ -63,17 +63,13 @@ def test_what_is_unpacked_is_what_is_fetched(plan: Plan) -> None:
     for name, source in sources(plan):
         for pattern in getattr(source, "unpack", {}):
             if source.kind == "hub":
-                assert any(
-                    fnmatch.fnmatch(pattern, include) or pattern == include for include in source.include
-                ), name
+                assert any(fnmatch.fnmatch(pattern, include) or pattern == include for include in source.include), name
             else:
                 assert any(fnmatch.fnmatch(file.to, pattern) for file in source.files), name
 
 
 def test_only_coco_is_fetched_without_encryption(plan: Plan) -> None:
-    plain = {
-        f.url for _, s in sources(plan) if s.kind == "url" for f in s.files if f.url.startswith("http://")
-    }
+    plain = {f.url for _, s in sources(plan) if s.kind == "url" for f in s.files if f.url.startswith("http://")}
     assert all(url.startswith("http://images.cocodataset.org/") for url in plain), plain
 
 
@@ -85,12 +81,7 @@ def test_no_file_is_fetched_by_two_entries(plan: Plan) -> None:
 
 @pytest.mark.parametrize(
     ("mixture", "expected"),
-    [
-        ("llava-pretrain-558k", 558128),
-        ("llava-mix665k", 665298),
-        ("libmoe-mix332k", 332000),
-        ("rlaif-v", 83132),
-    ],
+    [("llava-pretrain-558k", 558128), ("llava-mix665k", 665298), ("libmoe-mix332k", 332000), ("rlaif-v", 83132)],
 )
 def test_published_counts(plan: Plan, mixture: str, expected: int) -> None:
     assert sum(part.expected or 0 for part in plan.mixtures[mixture].parts) == expected
@@ -99,10 +90,7 @@ def test_published_counts(plan: Plan, mixture: str, expected: int) -> None:
 def test_published_counts_do_not_make_a_mixture_stale(plan: Plan) -> None:
     mixture = plan.mixtures["llava-mix665k"]
     other = mixture.model_copy(
-        update={
-            "description": "",
-            "parts": tuple(part.model_copy(update={"expected": None}) for part in mixture.parts),
-        }
+        update={"description": "", "parts": tuple(part.model_copy(update={"expected": None}) for part in mixture.parts)}
     )
     assert mixture.spec() == other.spec()
     assert "image_position" in json.dumps(mixture.spec())
@@ -166,15 +154,11 @@ def test_the_table_shows_what_is_here_and_what_needs_a_person(shown: Callable[..
     assert re.search(r"coco-train2017 +url +partial +2\.0 MB of ~ 19\.0 GB +118,287", lines["coco-train2017"])
     assert re.search(r"joined +0 of 4 +> \d+\.\d GB +4 parts", lines["sharegpt4v-pretrain"])
     assert re.search(r"allava-pft +joined +0 of 2 +95\.\d GB", lines["allava-pft"])
-    assert re.search(
-        r"Data sets: \d+ entries, 1 of them here \(2\.0 MB\), \d+\.\d GB to fetch", lines["Data"]
-    )
+    assert re.search(r"Data sets: \d+ entries, 1 of them here \(2\.0 MB\), \d+\.\d GB to fetch", lines["Data"])
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
-def test_names_and_numbers_stay_whole_on_a_narrow_terminal(
-    shown: Callable[..., str], plan: Plan, width: int
-) -> None:
+def test_names_and_numbers_stay_whole_on_a_narrow_terminal(shown: Callable[..., str], plan: Plan, width: int) -> None:
     table = shown(width=width)
     assert max(map(len, table.splitlines())) <= width
     lines = by_name(table)
@@ -199,9 +183,7 @@ def test_a_mixture_is_resolved_to_what_must_be_fetched(shown: Callable[..., str]
 def test_a_recipe_needs_what_its_teacher_needs(shown: Callable[..., str]) -> None:
     told = shown("llava-mod-qwen1.5-0.5b")
     lines = by_name(told)
-    assert {"qwen1.5-0.5b", "qwen1.5-7b", "clip-vit-large-patch14-336", "rlaif-v", "allava-laion"} <= set(
-        lines
-    )
+    assert {"qwen1.5-0.5b", "qwen1.5-7b", "clip-vit-large-patch14-336", "rlaif-v", "allava-laion"} <= set(lines)
     assert re.search(r"sam-570k: a person has to fetch it: accept the licence on the homepage", told)
     assert re.search(r"restricted +.*non-commercial: .*sharegpt4v", told, re.DOTALL)
     assert "qwen1.5-7b" not in shown("llava-1.5-7b@pretrain")
@@ -344,24 +326,15 @@ def test_from_shared_images_on_a_server_to_a_verified_mixture(project: Path) -> 
             small_coco=url("train2017.zip"),
             small_vg=url("images.zip", "images2.zip"),
             small_text=url("mix.json"),
-            small_mix={
-                "source": "joined",
-                "parts": {".": "small-text", "coco": "small-coco", "vg": "small-vg"},
-            },
+            small_mix={"source": "joined", "parts": {".": "small-text", "coco": "small-coco", "vg": "small-vg"}},
         )
         part = {"dataset": "small-mix", "annotations": "mix.json", "image_position": "first", "expected": 5}
         add("mixtures", small={"max_bad": 0.3, "parts": [part]})
         for name in ("small-coco", "small-vg", "small-text", "small-mix"):
             facts = fetch(name)
-    assert set(facts["inputs"]) == {
-        f"resources/datasets/small-{name}/manifest.json" for name in ("coco", "vg", "text")
-    }
+    assert set(facts["inputs"]) == {f"resources/datasets/small-{name}/manifest.json" for name in ("coco", "vg", "text")}
     out = "resources/mixtures/small"
-    outputs = {
-        "records": f"{out}/records.arrow",
-        "report": f"{out}/report.json",
-        "manifest": f"{out}/manifest.json",
-    }
+    outputs = {"records": f"{out}/records.arrow", "report": f"{out}/report.json", "manifest": f"{out}/manifest.json"}
     run(jobs.mix, lambda plan: plan.mixture_spec("small"), outputs, mixture="small")
     report = json.loads(Path(out, "report.json").read_text())
     assert (report["kept"], report["dropped"]) == (3, 1)
@@ -371,9 +344,7 @@ def test_from_shared_images_on_a_server_to_a_verified_mixture(project: Path) -> 
     ]
 
 
-def test_a_fetch_that_fails_ends_the_job_with_a_message(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fetch_that_fails_ends_the_job_with_a_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add("datasets", by_hand={"source": "manual", "files": [{"to": "a.zip"}], "how": "ask nicely"})
     with pytest.raises(SystemExit):
         fetch("by-hand")
@@ -389,17 +360,12 @@ def test_a_fetch_that_fails_ends_the_job_with_a_message(
         ({"a": {"source": "joined", "parts": {".": "llava-pretrian"}}}, "did you mean 'llava-pretrain'"),
         ({"a": {"source": "joined", "parts": {".": "a"}}}, "'a': the data set is joined from itself"),
         (
-            {
-                "a": {"source": "joined", "parts": {".": "b"}},
-                "b": {"source": "joined", "parts": {".": "a/x"}},
-            },
+            {"a": {"source": "joined", "parts": {".": "b"}}, "b": {"source": "joined", "parts": {".": "a/x"}}},
             "joined from itself",
         ),
     ],
 )
-def test_joined_data_sets_are_checked_before_any_job(
-    project: Path, entries: dict[str, Any], message: str
-) -> None:
+def test_joined_data_sets_are_checked_before_any_job(project: Path, entries: dict[str, Any], message: str) -> None:
     add("datasets", **entries)
     with pytest.raises(ConfigError, match=message):
         Plan(read_mapping(Path("config/config.yaml")))
@@ -407,7 +373,5 @@ def test_joined_data_sets_are_checked_before_any_job(
 
 def test_a_backbone_cannot_be_joined(project: Path) -> None:
     add("backbones", a={"source": "joined", "parts": {".": "llava-pretrain"}})
-    with pytest.raises(
-        ConfigError, match=r"backbones.yaml, entry 'a': only data sets can be of the source 'joined'"
-    ):
+    with pytest.raises(ConfigError, match=r"backbones.yaml, entry 'a': only data sets can be of the source 'joined'"):
         Plan(read_mapping(Path("config/config.yaml")))

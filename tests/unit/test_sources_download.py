@@ -140,10 +140,7 @@ def test_starts_again_when_the_file_changed_since_an_earlier_call(
 
 
 def test_starts_again_when_nothing_tells_the_versions_apart(host: FaultyServer, tmp_path: Path) -> None:
-    fetch(
-        host.serve("/a", server.truncated(b"x" * len(BODY), 200_000, etag=""), server.content(BODY)),
-        tmp_path / "a",
-    )
+    fetch(host.serve("/a", server.truncated(b"x" * len(BODY), 200_000, etag=""), server.content(BODY)), tmp_path / "a")
     assert alone(tmp_path / "a")
     assert "Range" not in host.seen[1][1]
 
@@ -156,9 +153,7 @@ def test_starts_again_when_the_server_cannot_go_on(host: FaultyServer, tmp_path:
 
 def test_starts_again_when_more_is_here_than_there(host: FaultyServer, tmp_path: Path) -> None:
     (tmp_path / "a.part").write_bytes(BODY + b"more")
-    (tmp_path / "a.part.json").write_text(
-        json.dumps({"url": host.url("/a"), "validator": '"one"', "total": 1})
-    )
+    (tmp_path / "a.part.json").write_text(json.dumps({"url": host.url("/a"), "validator": '"one"', "total": 1}))
     fetch(host.serve("/a", server.content(BODY)), tmp_path / "a")
     assert alone(tmp_path / "a")
 

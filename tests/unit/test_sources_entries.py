@@ -61,13 +61,8 @@ def test_url_publishes_files_and_unpacked_archives(host: FaultyServer) -> None:
         unpack={"i.zip": "images"},
     )
     facts = fetched(source)
-    assert published() == {
-        "a.json": b"[]",
-        **{f"images/{name}": content for name, content in MEMBERS.items()},
-    }
-    assert facts["files"] == {
-        "a.json": {"size": 2, "sha256": sha256(Path("resources/datasets/thing/a.json"))}
-    }
+    assert published() == {"a.json": b"[]", **{f"images/{name}": content for name, content in MEMBERS.items()}}
+    assert facts["files"] == {"a.json": {"size": 2, "sha256": sha256(Path("resources/datasets/thing/a.json"))}}
     assert facts["unpacked"]["i.zip"]["folder"] == "images"
     assert facts["unpacked"]["i.zip"]["files"] == 3
     assert facts["unpacked"]["i.zip"]["archives"]["i.zip"]["size"] == len(body)
@@ -124,9 +119,7 @@ def killed_after_publishing(source: Source, monkeypatch: pytest.MonkeyPatch) -> 
     assert published() == {"a": b"a"}
 
 
-def test_killed_between_publishing_and_forgetting(
-    host: FaultyServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_between_publishing_and_forgetting(host: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     source = entry(source="url", files=[{"url": host.serve("/a", server.content(b"a")), "to": "a"}])
     killed_after_publishing(source, monkeypatch)
     fetched(source)
@@ -262,11 +255,7 @@ def test_a_long_download_tells_in_the_log_how_it_goes(
     ],
 )
 def test_the_licence_is_told_when_a_fetch_begins(
-    host: FaultyServer,
-    caplog: pytest.LogCaptureFixture,
-    settings: dict[str, Any],
-    level: str,
-    told: str,
+    host: FaultyServer, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], level: str, told: str
 ) -> None:
     file = {"url": host.serve("/a", server.content(b"a")), "to": "a"}
     with caplog.at_level("INFO"):
@@ -475,9 +464,7 @@ def fake_gdown(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
 
 def test_drive_says_how_to_get_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(
-        DataError, match=r"mmpipe\[drive\].*drive.google.com/file/d/0123456789/view.*manual/thing"
-    ):
+    with pytest.raises(DataError, match=r"mmpipe\[drive\].*drive.google.com/file/d/0123456789/view.*manual/thing"):
         fetched(entry(source="drive", files=[{"id": "0123456789", "to": "a"}]))
 
 

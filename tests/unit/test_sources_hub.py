@@ -22,12 +22,7 @@ from mmpipe.errors import DataError
 from mmpipe.sources import hub as hub_source
 from mmpipe.sources.transfer.lock import locked, write_lock
 
-FILES = {
-    "config.json": b"{}",
-    "model.safetensors": bytes(range(256)) * 8,
-    "sub/notes.txt": b"notes",
-    "old.h5": b"h5",
-}
+FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 8, "sub/notes.txt": b"notes", "old.h5": b"h5"}
 
 
 @pytest.fixture
@@ -166,9 +161,7 @@ def test_a_transfer_that_breaks_off_is_repeated(hub: FakeHub, name: str, fault: 
     assert published() == FILES
 
 
-def test_a_transfer_that_never_ends_leaves_nothing_in_place(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_transfer_that_never_ends_leaves_nothing_in_place(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_source, "ATTEMPTS", 1)
     hub.fail("model.safetensors", *[partial(server.truncated, after=1)] * 1000)
     with pytest.raises(DataError, match="owner/name: the hub did not give it in 1 attempts"):

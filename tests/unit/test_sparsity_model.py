@@ -74,10 +74,7 @@ def rows(given: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     real = given["attention_mask"][row].bool()
     before = int((given["input_ids"][:row] == IMAGE_TOKEN).sum()) // 4
     own = int((given["input_ids"][row] == IMAGE_TOKEN).sum()) // 4
-    one = {
-        "input_ids": given["input_ids"][row : row + 1, real],
-        "attention_mask": torch.ones(1, int(real.sum())),
-    }
+    one = {"input_ids": given["input_ids"][row : row + 1, real], "attention_mask": torch.ones(1, int(real.sum()))}
     return one | ({"pixel_values": given["pixel_values"][before : before + own]} if own else {})
 
 
@@ -92,11 +89,7 @@ def mixed() -> dict[str, Tensor]:
         for start in starts:
             tokens[start : start + 4] = IMAGE_TOKEN
         ids[row, -length:], mask[row, -length:] = tokens, 1
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "pixel_values": torch.randn(4, 3, 28, 28, generator=generator),
-    }
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(4, 3, 28, 28, generator=generator)}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -169,9 +162,7 @@ def test_pruning_is_a_mask_over_keys(attention: str) -> None:
         tokens, logits = greedy(model, **given)
     assert record.passes[0].computed == [18 - 2 * 2]
     longer = torch.cat([given["input_ids"], tokens[:, :-1]], 1)
-    expected = dense_reference(
-        model, given | {"input_ids": longer, "attention_mask": torch.ones_like(longer)}, record
-    )
+    expected = dense_reference(model, given | {"input_ids": longer, "attention_mask": torch.ones_like(longer)}, record)
     torch.testing.assert_close(logits[0], expected[0, -len(logits[0]) :], rtol=1e-4, atol=1e-5)
 
 
@@ -185,9 +176,7 @@ def test_a_window_counts_true_positions() -> None:
     for index, layer in enumerate(model.model.language_model.layers):
         allowed = seen & (keep | torch.eye(18).bool()) if index >= 2 else seen
         mask = torch.zeros(1, 1, 18, 18).masked_fill(~allowed, -1e9)
-        layer.register_forward_pre_hook(
-            lambda m, a, k, mask=mask: (a, k | {"attention_mask": mask}), with_kwargs=True
-        )
+        layer.register_forward_pre_hook(lambda m, a, k, mask=mask: (a, k | {"attention_mask": mask}), with_kwargs=True)
     with whole(model), torch.no_grad():
         expected = model(**given, use_cache=False).logits[:, -1]
     torch.testing.assert_close(logits[:, 0], expected, rtol=1e-4, atol=1e-5)
@@ -267,16 +256,11 @@ def one_step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     noise = torch.randn(*labels.shape, 2, generator=torch.Generator().manual_seed(0))
     current = TrainingPass(found, noise)
-    features = torch.cat(
-        list(model.model.get_image_features(pixel_values=given["pixel_values"]).pooler_output)
-    )
+    features = torch.cat(list(model.model.get_image_features(pixel_values=given["pixel_values"]).pooler_output))
     embeddings = model.get_input_embeddings()(given["input_ids"])
     embeddings = embeddings.masked_scatter((given["input_ids"] == IMAGE_TOKEN)[..., None], features)
     hidden = model.model(
-        inputs_embeds=embeddings,
-        attention_mask=given["attention_mask"],
-        use_cache=False,
-        **{KEYWORD: current},
+        inputs_embeds=embeddings, attention_mask=given["attention_mask"], use_cache=False, **{KEYWORD: current}
     ).last_hidden_state
     (hidden.square().mean() + sum(d.mean() for d in current.decisions.values())).backward()
     return hidden.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -340,9 +324,7 @@ def test_what_cannot_be_sparsified() -> None:
         set_keep_rate(model, 1.5, "run+keep1.5")
     strange = llava()
     strange.model.language_model.config.model_type = "gpt_strange"
-    with pytest.raises(
-        ConfigError, match=r"'gpt_strange' cannot be sparsified; those that can: llama, mistral"
-    ):
+    with pytest.raises(ConfigError, match=r"'gpt_strange' cannot be sparsified; those that can: llama, mistral"):
         sparsify(strange, settings())
 
 

@@ -51,10 +51,7 @@ def test_the_whole_path(made, tmp_path: Path):
     Finetune(**COMMON, trainable=["*"]).run(replace(tuned, parent=sparse.model_dir))
 
     before, after = (open_checkpoint(run.model_dir)[0] for run in (sparse, tuned))
-    assert list(moe_layers(after)) == [
-        "vision_tower.encoder.layers.0.mlp",
-        "multi_modal_projector",
-    ]
+    assert list(moe_layers(after)) == ["vision_tower.encoder.layers.0.mlp", "multi_modal_projector"]
     assert noted_settings(after)["multi_modal_projector"].experts == 3
     assert after.config.text_config.model_type == "qwen2", "no experts were asked for there"
     old = dict(before.named_parameters())
@@ -83,19 +80,14 @@ def test_images_at_two_scales_are_answered_alike_from_shared_beginnings(made, wo
     questions = [Question(id=i, text=f"What is this, {i}?", images=(image,)) for i in range(3)]
     answerer = Answerer(model, processor, get_template("qwen", processor.tokenizer))
     answers = [
-        {
-            a["question_id"]: a["text"]
-            for a in answerer.answer(questions, max_new_tokens=6, share_prefix=share)
-        }
+        {a["question_id"]: a["text"] for a in answerer.answer(questions, max_new_tokens=6, share_prefix=share)}
         for share in (True, False)
     ]
     assert answers[0] == answers[1]
 
 
 def test_each_part_has_settings_of_its_own():
-    stage = Upcycle(
-        moe={"experts": 8, "router": "cosine", "router_settings": {"temperature": 0.2}}, parts=PARTS
-    )
+    stage = Upcycle(moe={"experts": 8, "router": "cosine", "router_settings": {"temperature": 0.2}}, parts=PARTS)
     parts = stage.of_parts()
     assert list(parts) == ["vision_tower", "multi_modal_projector"]
     assert (parts["vision_tower"].experts, parts["vision_tower"].top_k) == (8, 1)

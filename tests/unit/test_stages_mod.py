@@ -73,9 +73,7 @@ def work(tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any]) 
     )
 
 
-def written(
-    tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any], chunks: int = 1, **how: Any
-) -> Path:
+def written(tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any], chunks: int = 1, **how: Any) -> Path:
     wanted = work(tmp_path, teacher, mixture, settings)
     publish(wanted, annotated(wanted, chunks, **how))
     return wanted.out
@@ -110,11 +108,7 @@ def with_head_of(rows: int, checkpoint: Path, out: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (
-            DistillDense,
-            {"teacher_cache": {}, "divergence": "reverse_kl"},
-            "'divergence: reverse_kl'.*teacher_cache",
-        ),
+        (DistillDense, {"teacher_cache": {}, "divergence": "reverse_kl"}, "'divergence: reverse_kl'.*teacher_cache"),
         (DistillDense, {"teacher_cache": {}, "divergence": "jsd"}, "'divergence: jsd' would be ignored"),
         (DistillDense, {"teacher_cache": {}, "temperature": 2.0}, "'temperature: 2.0'.*leave it at '1.0'"),
         (DistillDense, {"teacher_cache": {}, "tokens": "all"}, "'tokens: all'.*leave it at 'response'"),
@@ -192,9 +186,7 @@ def test_a_student_that_is_its_teacher_has_no_divergence(job, dense):
 
 
 def test_the_loss_types_are_sums_of_their_parts(job, dense, sparse):
-    history = distill(
-        DistillSparse, job("student", parent=sparse.model_dir), dense.model_dir, loss_type="kd_lm"
-    )
+    history = distill(DistillSparse, job("student", parent=sparse.model_dir), dense.model_dir, loss_type="kd_lm")
     for row in history:
         parts = row["kl"] + row["cross_entropy"] + row["router_balance"]
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
@@ -341,9 +333,7 @@ def test_another_number_of_chunks_takes_what_is_published(dense, tmp_path, monke
     monkeypatch.setattr(precompute, "RECORDS_PER_SHARD", 16)
     settings = {"kind": "top_k", "k": 5}
     out = written(tmp_path, dense.model_dir, "mix", settings)
-    (out / "shards/00001-of-00004.arrow").write_bytes(
-        bytes((out / "shards/00001-of-00004.arrow").stat().st_size)
-    )
+    (out / "shards/00001-of-00004.arrow").write_bytes(bytes((out / "shards/00001-of-00004.arrow").stat().st_size))
     made = []
     write = precompute._Annotator.write
     monkeypatch.setattr(
@@ -364,19 +354,14 @@ def test_a_teacher_that_saw_other_images_is_refused(job, dense, tmp_path):
         written(tmp_path, dense.model_dir, "mix", settings | {"image_aspect": "square"})
     notes = written(tmp_path, dense.model_dir, "mix", settings)
     made = job("student", annotations={"teacher": notes})
-    with pytest.raises(
-        ConfigError, match=r"annotations-top_k-mix: the teacher was .* the teacher's image_aspect"
-    ):
+    with pytest.raises(ConfigError, match=r"annotations-top_k-mix: the teacher was .* the teacher's image_aspect"):
         distill(DistillDense, made, dense.model_dir, teacher_cache={"k": 2}, image_aspect="square")
 
 
 def test_a_reference_that_saw_other_images_is_refused(job, dense, tmp_path):
     notes = written(tmp_path, dense.model_dir, "pairs", {"kind": "log_probabilities"})
     made = job(
-        "preferred",
-        parent=dense.model_dir,
-        tokens=Path("resources/tokens/pairs"),
-        annotations={"reference": notes},
+        "preferred", parent=dense.model_dir, tokens=Path("resources/tokens/pairs"), annotations={"reference": notes}
     )
     with pytest.raises(ConfigError, match=r"annotations-log_probabilities-pairs: the reference was"):
         Prefer(**COMMON, data="pairs", reference="dense", image_aspect="square").run(made)
@@ -386,10 +371,7 @@ def test_a_reference_that_saw_other_images_is_refused(job, dense, tmp_path):
 def test_preferences_are_learnt_relative_to_the_reference(job, dense, tmp_path, loss_type):
     notes = written(tmp_path, dense.model_dir, "pairs", {"kind": "log_probabilities"})
     made = job(
-        "preferred",
-        parent=dense.model_dir,
-        tokens=Path("resources/tokens/pairs"),
-        annotations={"reference": notes},
+        "preferred", parent=dense.model_dir, tokens=Path("resources/tokens/pairs"), annotations={"reference": notes}
     )
     settings = {**COMMON, "data": "pairs", "reference": "dense", "loss_type": loss_type, "max_steps": 6}
     Prefer(**settings).run(made)
@@ -439,9 +421,7 @@ def test_all_tokens_need_a_teacher_with_as_many_image_tokens(dense, tokens):
 def test_images_can_take_another_number_of_tokens():
     batch = {
         "input_ids": torch.tensor([[9, 9, 1, 2, 9, 9, 3], [9, 9, 1, 2, 0, 0, 0]]),
-        "labels": torch.tensor(
-            [[-100, -100, -100, 2, -100, -100, 3], [-100, -100, -100, 2, -100, -100, -100]]
-        ),
+        "labels": torch.tensor([[-100, -100, -100, 2, -100, -100, 3], [-100, -100, -100, 2, -100, -100, -100]]),
         "attention_mask": torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]]),
     }
     seen = resized_images(batch, 9, 2, 3)
@@ -478,9 +458,7 @@ def test_a_teacher_with_broken_weights_names_the_records(job, dense):
 def test_broken_weights_name_the_records_that_are_annotated(dense, tmp_path, kind):
     break_weights(dense.model_dir)
     mixture, source = ("pairs", "pairs") if kind == "log_probabilities" else ("mix", "shapes")
-    with pytest.raises(
-        ArtifactError, match=rf"dense.*, records ({source}/\S+, )+{source}/\S+: the .* not finite"
-    ):
+    with pytest.raises(ArtifactError, match=rf"dense.*, records ({source}/\S+, )+{source}/\S+: the .* not finite"):
         written(tmp_path, dense.model_dir, mixture, {"kind": kind, "k": 2, "seed": 0})
 
 

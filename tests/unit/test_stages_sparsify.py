@@ -91,9 +91,7 @@ def answers(job: StageJob, rate: float | str | None = "trained", **settings: Any
         set_keep_rate(model, rate, "test")
     template = get_template(card["checkpoint"]["template"], processor.tokenizer)
     shown = images()
-    questions = [
-        Question(id=n, text=f"What is {'really ' * (n % 3)}there?", images=(shown[n % 3],)) for n in range(9)
-    ]
+    questions = [Question(id=n, text=f"What is {'really ' * (n % 3)}there?", images=(shown[n % 3],)) for n in range(9)]
     questions.append(Question(id="text", text="Two and two?"))
     questions.append(Question(id="two", text="<image> or <image>?", images=tuple(shown[:2])))
     return {
@@ -104,13 +102,9 @@ def answers(job: StageJob, rate: float | str | None = "trained", **settings: Any
 
 def test_it_trains_and_logs_what_is_kept(sparsified) -> None:
     history = read_jsonl(sparsified.report_dir / "history.jsonl")
-    assert {
-        "cross_entropy",
-        "image_mask_loss",
-        "output_text_mask_loss",
-        "image_kept",
-        "gumbel_tau",
-    } <= history[0].keys()
+    assert {"cross_entropy", "image_mask_loss", "output_text_mask_loss", "image_kept", "gumbel_tau"} <= history[
+        0
+    ].keys()
     taus = [row["gumbel_tau"] for row in history if "gumbel_tau" in row]
     assert taus == pytest.approx([0.1 ** (step / 4) for step in range(4)], rel=1e-5)
     rate = next(row["image_kept"] for row in history if "image_kept" in row)
@@ -132,9 +126,7 @@ def test_the_checkpoint_is_dense_for_everyone_else(sparsified) -> None:
         "torch.testing.assert_close(model(input_ids=given['ids']).logits, given['logits'], atol=1e-5, rtol=1e-5)"
     )
     where = str(sparsified.report_dir / "expected.safetensors")
-    subprocess.run(
-        [sys.executable, "-c", code, str(sparsified.model_dir), where], check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, "-c", code, str(sparsified.model_dir), where], check=True, capture_output=True)
     names = load_file(sparsified.model_dir / "sparsity.safetensors")
     assert {name.split(".")[0] for name in names} == {"image_score_predictor", "output_text_score_predictor"}
     assert "mmpipe" not in json.loads((sparsified.model_dir / "config.json").read_text())

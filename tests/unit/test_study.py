@@ -34,10 +34,7 @@ def test_every_row_is_three_seeds(plan):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
     ("one", "other"),
-    [
-        ("study-sft-{seed}", "study-mod-{seed}@distill_dense"),
-        ("study-dense-{seed}", "study-mod-{seed}@distill_sparse"),
-    ],
+    [("study-sft-{seed}", "study-mod-{seed}@distill_dense"), ("study-dense-{seed}", "study-mod-{seed}@distill_sparse")],
 )
 def test_what_is_compared_saw_the_same_data_as_often(plan, one, other, seed):
     stages = [plan.checkpoint(name.format(seed=seed)) for name in (one, other)]
@@ -47,9 +44,7 @@ def test_what_is_compared_saw_the_same_data_as_often(plan, one, other, seed):
 
 
 def test_dense_and_sparse_train_the_same_parts(plan):
-    dense, sparse = (
-        plan.checkpoint(name).settings for name in ("study-dense-1", "study-mod-1@distill_sparse")
-    )
+    dense, sparse = (plan.checkpoint(name).settings for name in ("study-dense-1", "study-mod-1@distill_sparse"))
     assert (dense.trainable, dense.loss_type) == (sparse.trainable, sparse.loss_type)
 
 

@@ -61,21 +61,14 @@ def start(stage: Finetune, job: StageJob) -> subprocess.Popen:
     job.state_dir.mkdir(parents=True, exist_ok=True)
     description = job.state_dir.with_name("job.json")
     launch.write_description(description, stage, job)
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(description)], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    return subprocess.Popen([sys.executable, "-c", RUN, str(description)], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize(
-    "at", ["checkpoint-2/complete", "checkpoint-4/trainable.safetensors", "checkpoint-8"]
-)
+@pytest.mark.parametrize("at", ["checkpoint-2/complete", "checkpoint-4/trainable.safetensors", "checkpoint-8"])
 def test_killed_and_run_again_it_ends_with_the_same_bytes(job, undisturbed, at):
     places = job("killed")
     made = replace(
-        job("undisturbed"),
-        model_dir=places.model_dir,
-        state_dir=places.state_dir,
-        report_dir=places.report_dir,
+        job("undisturbed"), model_dir=places.model_dir, state_dir=places.state_dir, report_dir=places.report_dir
     )
     with start(finetune(), made) as process:
         deadline = time.monotonic() + 60
@@ -113,9 +106,7 @@ def test_two_processes_train_like_one(job):
 
 def test_only_what_is_trainable_changes(job, world):
     made = job("projector")
-    Pretrain(
-        data="mix", batch_size=8, max_steps=2, learning_rate=0.1, template="qwen", llava_projector=True
-    ).run(made)
+    Pretrain(data="mix", batch_size=8, max_steps=2, learning_rate=0.1, template="qwen", llava_projector=True).run(made)
     assert sorted(p.name for p in made.model_dir.iterdir()) == [
         "manifest.json",
         "mm_projector.bin",

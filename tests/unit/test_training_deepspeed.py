@@ -72,9 +72,7 @@ def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, 
     """Experts under stage 3, a teacher nothing spreads, and the same bytes after an interruption."""
     teacher, sparse = job("teacher"), job("sparse")
     finetune(max_steps=1).run(teacher)
-    Upcycle(moe=MoESettings(experts=4, top_k=2, placement="dense")).run(
-        replace(sparse, parent=teacher.model_dir)
-    )
+    Upcycle(moe=MoESettings(experts=4, top_k=2, placement="dense")).run(replace(sparse, parent=teacher.model_dir))
     stage = DistillSparse(
         data="mix", template="qwen", teacher="t", batch_size=8, max_steps=4, learning_rate=1e-2,
         hardware={"deepspeed": kind, "checkpoint_every": 2, "gradient_checkpointing": True},
@@ -98,9 +96,7 @@ def test_the_two_passes_of_a_preference_step_train_on_two_processes(job, tmp_pat
     """Each parameter is used twice a step, under checkpointing and whatever spreads it."""
     dense, sparse, notes = job("dense"), job("sparse"), tmp_path / "notes"
     finetune(max_steps=1).run(dense)
-    Upcycle(moe=MoESettings(placement="dense", capacity_factor=0.6)).run(
-        replace(sparse, parent=dense.model_dir)
-    )
+    Upcycle(moe=MoESettings(placement="dense", capacity_factor=0.6)).run(replace(sparse, parent=dense.model_dir))
     settings = {"kind": "log_probabilities", "template": "qwen", "max_length": 2048, "image_aspect": "pad"}
     reference = Work(
         dense.model_dir, Path("resources/tokens/pairs"), "{}", settings, notes, state=tmp_path / "annotating"
@@ -112,11 +108,7 @@ def test_the_two_passes_of_a_preference_step_train_on_two_processes(job, tmp_pat
         data="pairs", template="qwen", reference="r", batch_size=8, max_steps=3, learning_rate=1e-2,
         hardware={"deepspeed": kind, "gradient_checkpointing": True},
     )  # fmt: skip
-    facts = {
-        "parent": sparse.model_dir,
-        "tokens": Path("resources/tokens/pairs"),
-        "annotations": {"reference": notes},
-    }
+    facts = {"parent": sparse.model_dir, "tokens": Path("resources/tokens/pairs"), "annotations": {"reference": notes}}
     one, two = job("one", **facts), job("two", **facts)
     # capacity, balance and the means of kto_pair are of what is computed at once
     stage.model_copy(update={"hardware": Hardware(micro_batch=4)}).run(one)
@@ -145,7 +137,5 @@ def test_a_checkpoint_in_pieces_is_not_resumed_in_another_way(job):
     made = job("run")
     on_two(finetune(hardware={"deepspeed": "zero2", "checkpoint_every": 2}), made)
     shutil.rmtree(made.state_dir / "checkpoints" / "checkpoint-4")
-    with pytest.raises(
-        ConfigError, match=r"written by 2 process\(es\) with zero2, and now the stage runs with 1"
-    ):
+    with pytest.raises(ConfigError, match=r"written by 2 process\(es\) with zero2, and now the stage runs with 1"):
         work(finetune(), made, Requests())

@@ -66,9 +66,7 @@ def start(stage: Finetune, job: StageJob, processes: int = 2) -> Iterator[subpro
     launch.write_description(description, stage, job)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LAUNCH, str(description), str(processes)]
-    started = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield started
     finally:
@@ -92,9 +90,7 @@ def steps(job: StageJob) -> int:
 def workers(process: subprocess.Popen) -> list[psutil.Process]:
     """The processes that train, first one first."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return [
-        p for p in below if "mmpipe.training.worker" in p.cmdline() and "--max-restarts=0" not in p.cmdline()
-    ]
+    return [p for p in below if "mmpipe.training.worker" in p.cmdline() and "--max-restarts=0" not in p.cmdline()]
 
 
 def test_told_to_stop_it_saves_and_goes_on(job):
@@ -150,9 +146,7 @@ def test_the_first_failure_is_what_the_user_reads(job):
     made = job("run")
     made.state_dir.mkdir(parents=True)
     with pytest.raises(MmpipeError, match=r"process [01]: step \d+, records shapes/.*the loss is (nan|inf)"):
-        launch.run_processes(
-            finetune(learning_rate=1e25, max_gradient_norm=0, warmup_ratio=0, max_steps=6), made, 2
-        )
+        launch.run_processes(finetune(learning_rate=1e25, max_gradient_norm=0, warmup_ratio=0, max_steps=6), made, 2)
 
 
 def test_the_number_of_processes_is_checked(job, monkeypatch, tmp_path):

@@ -62,9 +62,7 @@ def test_a_training_whose_time_is_up_saves_and_goes_on(job, monkeypatch):
     "error",
     [
         OSError(28, "No space left on device"),
-        RuntimeError(
-            "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/3"
-        ),
+        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/3"),
         RuntimeError('Error while serializing: I/O error: Os { message: "No space left on device" }'),
     ],
 )
@@ -108,9 +106,7 @@ def test_replaced_records_are_counted_over_interruptions_and_processes(job, brok
     finetune().run(stopped)
     shared.state_dir.mkdir(parents=True)
     launch.run_processes(finetune(), shared, 2)
-    counted = [
-        read_json(made.model_dir / "manifest.json")["records_replaced"] for made in (whole, stopped, shared)
-    ]
+    counted = [read_json(made.model_dir / "manifest.json")["records_replaced"] for made in (whole, stopped, shared)]
     assert counted[0] == counted[1] == counted[2] > 0
     rows = read_jsonl(whole.report_dir / "history.jsonl")
     assert sum(row.get("records_replaced", 0) for row in rows) == counted[0]

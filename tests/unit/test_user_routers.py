@@ -83,9 +83,7 @@ class Watched(Sharpened):
 """
     )
     Finetune(**COMMON, max_steps=1).run(dense := job("dense"))
-    Upcycle(moe={"router": "my_router:Watched", "placement": [0]}).run(
-        sparse := job("sparse", parent=dense.model_dir)
-    )
+    Upcycle(moe={"router": "my_router:Watched", "placement": [0]}).run(sparse := job("sparse", parent=dense.model_dir))
     Finetune(**COMMON, max_steps=4).run(job("tuned", parent=sparse.model_dir))
     assert sys.modules["my_router"].seen == [(0.0, 1.0), (0.25, 1.75), (0.5, 2.5), (0.75, 3.25)]
 

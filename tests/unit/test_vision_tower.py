@@ -112,11 +112,7 @@ def test_losses_are_averaged_over_layers_and_scales() -> None:
     model.config.vision_config.num_hidden_layers = 3
     enable_multi_scale(model, (1, 3))
     model.model.multi_modal_projector.linear_1.reset_parameters()
-    upcycle(
-        model,
-        MoESettings(placement="dense", layer_losses="mean", balance_coefficient=0.5),
-        part="vision_tower",
-    )
+    upcycle(model, MoESettings(placement="dense", layer_losses="mean", balance_coefficient=0.5), part="vision_tower")
     model.train()(**batch(), use_cache=False)
     first, second = model.model.vision_tower.moe_forward_passes
     values = [

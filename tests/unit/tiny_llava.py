@@ -51,13 +51,7 @@ def processor() -> LlavaProcessor:
 
 
 def llava(
-    kind: str = "qwen2",
-    *,
-    tower: str = "clip",
-    tie: bool = False,
-    layers: int = 4,
-    seed: int = 0,
-    **text: object,
+    kind: str = "qwen2", *, tower: str = "clip", tie: bool = False, layers: int = 4, seed: int = 0, **text: object
 ) -> LlavaForConditionalGeneration:
     """A random model: text family ``kind``, four image tokens an image of 28 x 28 pixels, float32."""
     shape: dict[str, object] = {

@@ -29,9 +29,7 @@ def everything(project: Project, tmp_path: Path) -> Project:
 
     def choose(config: dict[str, Any]) -> None:
         names = sorted(LAYOUTS)
-        config["benchmarks"] = [
-            {name: {"data": f"made-{name}", "chunks": 1, "max_new_tokens": 3}} for name in names
-        ]
+        config["benchmarks"] = [{name: {"data": f"made-{name}", "chunks": 1, "max_new_tokens": 3}} for name in names]
         for entry in config["benchmarks"]:
             if "vizwiz" in entry:
                 entry["vizwiz"]["files"] = {}

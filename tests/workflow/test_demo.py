@@ -71,11 +71,7 @@ def test_killed_with_everything_it_goes_on_and_ends_the_same(finished, fresh, tm
     project = fresh.copy(tmp_path / "project")
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "results/mmbench.json"]
     with subprocess.Popen(
-        command,
-        cwd=project.root,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        command, cwd=project.root, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         checkpoint = project.root / "results/demo/finetune/state/checkpoints/checkpoint-1/complete"
         deadline = time.monotonic() + 120
@@ -89,9 +85,7 @@ def test_killed_with_everything_it_goes_on_and_ends_the_same(finished, fresh, tm
     for folder in ("results/demo/finetune/model", "results/demo/eval/mmbench"):
         ours, theirs = digest(project.root / folder), digest(finished.root / folder)
         assert ours.items() <= theirs.items()
-    assert (project.root / "results/mmbench.json").read_bytes() == (
-        finished.root / "results/mmbench.json"
-    ).read_bytes()
+    assert (project.root / "results/mmbench.json").read_bytes() == (finished.root / "results/mmbench.json").read_bytes()
 
 
 def test_smoke_runs_never_touch_real_results(project):
@@ -130,11 +124,7 @@ def test_a_bad_record_below_the_threshold_is_counted(project):
 def test_why_says_what_changed_in_words(project, words):
     project.edit("config/recipes/demo.yaml", lambda r: r["stages"]["finetune"].update(learning_rate=0.5))
     result = subprocess.run(
-        [sys.executable, "-m", "mmpipe.cli", *words],
-        cwd=project.root,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-m", "mmpipe.cli", *words], cwd=project.root, capture_output=True, text=True, check=True
     )
     assert "Training demo: finetune" in result.stdout
     assert "learning_rate: 0.003 -> 0.5" in result.stdout

@@ -10,12 +10,7 @@ from collections import Counter
 
 import pytest
 
-EVALUATION = {
-    "answer_chunk": 2,
-    "gather_answers": 2,
-    "score_answers": 2,
-    "compare": 1,
-}
+EVALUATION = {"answer_chunk": 2, "gather_answers": 2, "score_answers": 2, "compare": 1}
 
 
 def changed(*, train: list[str] = (), also: dict[str, int] | None = None) -> Counter[str]:
@@ -98,9 +93,7 @@ def test_other_data_run_everything_that_saw_it(project):
 
 def test_other_questions_train_nothing(project):
     project.edit("config/datasets.yaml", lambda c: c["shapes-mmbench"].update(seed=7))
-    assert project.planned("results/mmbench.json") == changed(
-        also={"fetch_dataset": 1, "prepare_benchmark": 2}
-    )
+    assert project.planned("results/mmbench.json") == changed(also={"fetch_dataset": 1, "prepare_benchmark": 2})
 
 
 def test_another_recipe_shares_what_is_there(project):
@@ -152,10 +145,7 @@ def test_a_mistake_in_a_recipe_stops_before_any_job(project):
     project.edit("config/recipes/demo.yaml", lambda r: r["stages"]["finetune"].update(learning_rat=1))
     result = project.snakemake("results/mmbench.json", check=False)
     assert result.returncode != 0
-    assert (
-        "demo.yaml: stages.finetune: unknown key 'learning_rat'; did you mean 'learning_rate'?"
-        in result.stdout
-    )
+    assert "demo.yaml: stages.finetune: unknown key 'learning_rat'; did you mean 'learning_rate'?" in result.stdout
     assert "Traceback" not in result.stdout
 
 
@@ -169,9 +159,7 @@ def test_planning_is_quick_and_imports_nothing_heavy(fresh):
         "Plan(yaml.safe_load(open('config/config.yaml')))\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'matplotlib') if m in sys.modules])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=fresh.root, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=fresh.root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 

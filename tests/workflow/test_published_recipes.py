@@ -60,12 +60,7 @@ def stages(*recipes: str) -> Counter[str]:
 
 
 def test_libmoes_data_variants_share_the_upcycled_model() -> None:
-    assert stages("libmoe-clip336-phi3-topk-*") == {
-        "pretrain": 1,
-        "prefinetune": 1,
-        "upcycle": 3,
-        "finetune": 6,
-    }
+    assert stages("libmoe-clip336-phi3-topk-*") == {"pretrain": 1, "prefinetune": 1, "upcycle": 3, "finetune": 6}
 
 
 def test_llava_mod_as_its_code_computes_is_the_same_path_with_switches() -> None:

@@ -158,9 +158,7 @@ def draw(family: Family, rows: Sequence[Row], path: Path) -> None:
 
 
 @contextmanager
-def axes(
-    path: Path, panels: int, *, width: float = 3.6, height: float = 3.0, columns: int = 3
-) -> Iterator[Any]:
+def axes(path: Path, panels: int, *, width: float = 3.6, height: float = 3.0, columns: int = 3) -> Iterator[Any]:
     """Axes for ``panels`` panels in rows of ``columns``, saved as SVG when the block ends."""
     from mmpipe.plotting import figure
 

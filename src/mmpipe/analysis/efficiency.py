@@ -114,18 +114,14 @@ def summary(values: Sequence[float], dense: Sequence[float], is_dense: bool = Fa
     return row | {"gain": sum(ratio > 1 for ratio in ratios) >= SURE * len(ratios)}
 
 
-def ways(
-    model: Any, rates: Sequence[float]
-) -> dict[float | None, Callable[[], AbstractContextManager[None]]]:
+def ways(model: Any, rates: Sequence[float]) -> dict[float | None, Callable[[], AbstractContextManager[None]]]:
     """How the model is run, by keep rate: densely, as it was trained, and at ``rates``.
 
     Without a predictor for images there is no rate: everything of them is kept.
     """
     sparsifier = of_model(model)
     if sparsifier is None:
-        raise ConfigError(
-            "the checkpoint has no predictors; there is nothing to measure beside the dense model"
-        )
+        raise ConfigError("the checkpoint has no predictors; there is nothing to measure beside the dense model")
     dense = {None: partial(keeping, model, None)}
     if sparsifier.image_score_predictor is None:
         return dense | {1.0: nullcontext}
@@ -134,10 +130,7 @@ def ways(
 
 
 def _measured(
-    model: Any,
-    inputs: Inputs,
-    runs: Mapping[float | None, Callable[[], AbstractContextManager[None]]],
-    repeats: int,
+    model: Any, inputs: Inputs, runs: Mapping[float | None, Callable[[], AbstractContextManager[None]]], repeats: int
 ) -> dict[float | None, Values]:
     """The values of every way to run the model on one batch; none of one that the device has not memory for."""
     found: dict[float | None, Values] = {}
@@ -218,9 +211,7 @@ def _timed(model: Any, inputs: Inputs) -> dict[str, float]:
 
 def _counted(model: Any, inputs: Inputs) -> Values:
     """Operations, as PyTorch counts them, and bytes of the cache; they are the same in every run."""
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}
-    ) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}) as counter:
         (start, seen, read, end), _ = _answer(model, inputs, 1, counter.get_total_flops)
     _, (behind_prompt, behind_answer) = _answer(model, inputs, NEW_TOKENS, float)
     return {
@@ -245,9 +236,7 @@ def _promised(model: Any, inputs: Inputs, keep: float | None) -> Values:
     kept = size if keep is None else kept_tokens(size, keep)
     images = [int(n) // size for n in (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()]
     lengths = inputs["attention_mask"].sum(1).tolist()
-    flops = [
-        paper_image_flops(text.num_hidden_layers, text.hidden_size, n * size, n * kept, first) for n in images
-    ]
+    flops = [paper_image_flops(text.num_hidden_layers, text.hidden_size, n * size, n * kept, first) for n in images]
     values: Values = {"paper_flops": [sum(flops)]}
     if keep is None or sparsifier.instruct_score_predictor is None:
         longest = max(length - n * (size - kept) for length, n in zip(lengths, images, strict=True))
@@ -301,9 +290,7 @@ def facts(answerer: Answerer, questions: Sequence[Question]) -> Row:
         "sparse_layer": sparsifier.settings.sparse_layer,
         "image_tokens": sparsifier.image_tokens,
         "trained_rate": sparsifier.settings.vision_keep_rate if sparsifier.image_score_predictor else 1.0,
-        "prompt_tokens": {
-            size: answerer.inputs(prompts(questions, size))["input_ids"].shape[1] for size in BATCHES
-        },
+        "prompt_tokens": {size: answerer.inputs(prompts(questions, size))["input_ids"].shape[1] for size in BATCHES},
         "new_tokens": NEW_TOKENS,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights_bytes": sum(weight.nbytes for weight in model.parameters()),

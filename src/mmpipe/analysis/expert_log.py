@@ -113,9 +113,7 @@ class ExpertLog:
 
     # ---- while the model runs
 
-    def prompts(
-        self, owners: Sequence[Owner], ids: torch.Tensor, real: torch.Tensor, positions: torch.Tensor
-    ) -> None:
+    def prompts(self, owners: Sequence[Owner], ids: torch.Tensor, real: torch.Tensor, positions: torch.Tensor) -> None:
         """Note the forward pass just made of prompts ``ids`` ``[B, L]``; ``real`` tells tokens from padding.
 
         Images of the owners went through tower and projector in the same pass, if there are any.
@@ -130,15 +128,11 @@ class ExpertLog:
     def generated(self, owners: Sequence[Owner], alive: Sequence[bool], positions: torch.Tensor) -> None:
         """Note the forward pass just made of one generated token a row; rows that have ended count no
         more."""
-        tokens = self._tokens(
-            owners, np.flatnonzero(alive), positions[:, -1].cpu().numpy()[list(alive)], GENERATED
-        )
+        tokens = self._tokens(owners, np.flatnonzero(alive), positions[:, -1].cpu().numpy()[list(alive)], GENERATED)
         for place, calls in self._recorder.take().items():
             self._seen += [(place, tokens, call) for call in calls]
 
-    def generate(
-        self, owners: Sequence[Owner], ids: torch.Tensor, mask: torch.Tensor, lengths: Sequence[int]
-    ) -> None:
+    def generate(self, owners: Sequence[Owner], ids: torch.Tensor, mask: torch.Tensor, lengths: Sequence[int]) -> None:
         """Note all forward passes of a call of the model's own ``generate`` on prompts ``ids`` ``[B, L]``,
         which gave answers of ``lengths`` tokens."""
         taken = self._recorder.take()
@@ -205,9 +199,7 @@ class ExpertLog:
         tokens.rows = None
         return tokens
 
-    def _tokens(
-        self, owners: Sequence[Owner], rows: NDArray[Any], positions: NDArray[Any], kind: int
-    ) -> _Tokens:
+    def _tokens(self, owners: Sequence[Owner], rows: NDArray[Any], positions: NDArray[Any], kind: int) -> _Tokens:
         numbers = np.array([self._place_of[question_key(question)] for question, _ in owners], np.int32)
         shared = np.array([shared for _, shared in owners], np.uint16)
         return _Tokens(
@@ -251,15 +243,10 @@ class ExpertLog:
         """Rows of a tower: tile by tile, in each tile image by image, in each image token by token."""
         tiles = scale**2
         each = rows // (tiles * len(images))
-        tile, image, token = (
-            index.ravel() for index in np.indices((tiles, len(images), each), dtype=np.int32)
-        )
+        tile, image, token = (index.ravel() for index in np.indices((tiles, len(images), each), dtype=np.int32))
         numbers = np.array([number for _, number in images], np.int32)
         tokens = self._tokens(
-            [owner for owner, _ in images],
-            image,
-            (numbers[image] * tiles + tile) * each + token,
-            IMAGE,
+            [owner for owner, _ in images], image, (numbers[image] * tiles + tile) * each + token, IMAGE
         )
         tokens.scale[:] = scale
         tokens.rows = None
@@ -366,10 +353,7 @@ def _write(
         _QUESTIONS: json.dumps(list(questions)).encode(),
     }
     rows = 0
-    with (
-        atomic_open(out) as file,
-        pq.ParquetWriter(file, SCHEMA.with_metadata(metadata), compression="zstd") as writer,
-    ):
+    with atomic_open(out) as file, pq.ParquetWriter(file, SCHEMA.with_metadata(metadata), compression="zstd") as writer:
         for place in places:
             group = table(place)
             rows += len(group)

@@ -16,18 +16,12 @@ from mmpipe.inference.generate import Answerer
 from mmpipe.models.moe.hooks import Place, placed_layers
 
 
-def expert_outputs(
-    checkpoint: Path, prepared: Path, device: str, questions: int
-) -> Iterator[tuple[Place, Tensor]]:
+def expert_outputs(checkpoint: Path, prepared: Path, device: str, questions: int) -> Iterator[tuple[Place, Tensor]]:
     """What each expert that was chosen gave for every token of a prompt, ``[T, K, D]``, one layer and question
     at a time. ``questions`` are spread evenly over the benchmark.
     """
-    model, processor, card = open_checkpoint(
-        checkpoint, torch.bfloat16 if device == "cuda" else torch.float32
-    )
-    answerer = Answerer(
-        model.to(device), processor, get_template(card["checkpoint"]["template"], processor.tokenizer)
-    )
+    model, processor, card = open_checkpoint(checkpoint, torch.bfloat16 if device == "cuda" else torch.float32)
+    answerer = Answerer(model.to(device), processor, get_template(card["checkpoint"]["template"], processor.tokenizer))
     found: list[tuple[Place, Tensor]] = []
     for place, layer in placed_layers(model).items():
         layer.experts.register_forward_pre_hook(_keeps(place, found))

@@ -20,16 +20,7 @@ from mmpipe.errors import ArtifactError
 
 NAME = "manifest.json"
 SCHEMA = 1
-_LIBRARIES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "accelerate",
-    "datasets",
-    "numpy",
-    "pillow",
-)
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "numpy", "pillow")
 
 
 def fingerprint(spec: str, inputs: Mapping[str, str]) -> str:

@@ -46,12 +46,7 @@ class Ai2d(Benchmark):
     name = "ai2d"
     files: ClassVar[Mapping[str, str]] = {"questions": "data"}
     protocols = (
-        Protocol(
-            "lmms",
-            "lmms-eval: exact match after taking a leading letter",
-            max_new_tokens=16,
-            aliases=("llava",),
-        ),
+        Protocol("lmms", "lmms-eval: exact match after taking a leading letter", max_new_tokens=16, aliases=("llava",)),
         Protocol("libmoe", "the same rule with longer replies", max_new_tokens=512),
         Protocol("vlmevalkit", "VLMEvalKit's option rule without judge", rule="infer"),
     )
@@ -109,9 +104,7 @@ def _gold(reference: Record) -> str:
         return LETTERS[int(answer)]
     if len(answer) == 1 and answer in LETTERS:
         return answer
-    raise DataError(
-        f"ai2d: question {reference['question_id']} has the answer {answer!r}, not an option's number"
-    )
+    raise DataError(f"ai2d: question {reference['question_id']} has the answer {answer!r}, not an option's number")
 
 
 BENCHMARK = Ai2d()

@@ -231,10 +231,7 @@ class Benchmark(abc.ABC):
 
         Benchmarks without a server get one line a question, ``{"question_id", "prediction"}``.
         """
-        write_records(
-            out,
-            ({"question_id": pair.reference["question_id"], "prediction": pair.text} for pair in pairs),
-        )
+        write_records(out, ({"question_id": pair.reference["question_id"], "prediction": pair.text} for pair in pairs))
         return {}
 
     def read_references(self, paths: Sequence[Path]) -> list[Record]:
@@ -274,9 +271,7 @@ class Benchmark(abc.ABC):
         """
         for role in files:
             if role not in self.files:
-                raise ConfigError(
-                    f"{self.name}: no file plays the role '{role}'{did_you_mean(role, self.files)}"
-                )
+                raise ConfigError(f"{self.name}: no file plays the role '{role}'{did_you_mean(role, self.files)}")
         return Source(root, {**self.files, **files})
 
     def score(
@@ -315,10 +310,7 @@ class Benchmark(abc.ABC):
         )
 
     def pair(
-        self,
-        references: Sequence[Record],
-        answers: Sequence[Record],
-        judgements: Sequence[Record] | None = None,
+        self, references: Sequence[Record], answers: Sequence[Record], judgements: Sequence[Record] | None = None
     ) -> list[Pair]:
         """Every reference with its answer, in the order of the references.
 
@@ -351,13 +343,9 @@ class Benchmark(abc.ABC):
         for record in judgements or ():
             place = self.place(record, index)
             if place is None:
-                raise DataError(
-                    f"{self.name}: the judge's replies hold an unknown question: {record['question_id']}"
-                )
+                raise DataError(f"{self.name}: the judge's replies hold an unknown question: {record['question_id']}")
             judged[place] = record
-        return [
-            Pair(reference, found.get(place), judged.get(place)) for place, reference in enumerate(references)
-        ]
+        return [Pair(reference, found.get(place), judged.get(place)) for place, reference in enumerate(references)]
 
     def place(self, answer: Record, index: Mapping[tuple[str, ...], int]) -> int | None:
         """Where the reference of an answer stands; None where it has none. ``index`` is what ``index`` made."""

@@ -77,17 +77,9 @@ class ChartQa(Benchmark):
         "parquet": "data",
     }
     protocols = (
+        Protocol("chartqa", "relaxed accuracy as in lmms-eval", max_new_tokens=16, aliases=("lmms", "libmoe", "llava")),
         Protocol(
-            "chartqa",
-            "relaxed accuracy as in lmms-eval",
-            max_new_tokens=16,
-            aliases=("lmms", "libmoe", "llava"),
-        ),
-        Protocol(
-            "qwen",
-            "Qwen-VL's evaluator, whose tolerance is relative to the reply",
-            rule="qwen",
-            max_new_tokens=16,
+            "qwen", "Qwen-VL's evaluator, whose tolerance is relative to the reply", rule="qwen", max_new_tokens=16
         ),
         Protocol(
             "vlmevalkit",
@@ -102,9 +94,7 @@ class ChartQa(Benchmark):
         images = images_of(source, (record["imgname"] for record in records))
         for record, image in zip(records, images, strict=True):
             yield Question(
-                id=record["question_id"],
-                text=record["question"] + _INSTRUCTIONS[protocol.prompt],
-                images=(image,),
+                id=record["question_id"], text=record["question"] + _INSTRUCTIONS[protocol.prompt], images=(image,)
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
@@ -114,9 +104,7 @@ class ChartQa(Benchmark):
         return self.parse_references([read_document(source.path(role)) for role in ("human", "augmented")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
-        found = [
-            _reference(record, document.name) for document in documents for record in records_of([document])
-        ]
+        found = [_reference(record, document.name) for document in documents for record in records_of([document])]
         return numbered(found)
 
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
@@ -141,9 +129,7 @@ def _reference(record: Record, where: str) -> Record:
         raise DataError(f"{where}: a record needs 'question' and one 'answer' (or 'query' and 'label')")
     kind = str(record.get("type", record.get("human_or_machine", PurePosixPath(where).stem)))
     split = "human" if "human" in kind or kind == "0" else "augmented"
-    known: Record = {
-        name: record[name] for name in ("question_id", "id", "index", "imgname") if name in record
-    }
+    known: Record = {name: record[name] for name in ("question_id", "id", "index", "imgname") if name in record}
     return {**known, "question": question, "answer": str(answer), "type": f"{split}_test"}
 
 

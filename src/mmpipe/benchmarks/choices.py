@@ -30,9 +30,7 @@ _ANSWER_PHRASES = (
     "i choose", "i select", "i pick", "my answer is", "my choice is",
     "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは",
 )  # fmt: skip
-_ANSWER_IS = re.compile(
-    r"answer\s+is\s+\**([A-D])", re.IGNORECASE
-)  # no word end asked: "answer is a cat" is A
+_ANSWER_IS = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)  # no word end asked: "answer is a cat" is A
 
 
 def options_block(options: Sequence[str]) -> str:

@@ -29,9 +29,7 @@ def compare(
     for name in ("task", "protocol", "n"):
         found = sorted({str(row[name]) for row in rows})
         if len(found) > 1:
-            raise DataError(
-                f"{benchmark}: scores of different {name} cannot stand in one table: {', '.join(found)}"
-            )
+            raise DataError(f"{benchmark}: scores of different {name} cannot stand in one table: {', '.join(found)}")
     best = max((row for row in rows if not row["control"]), key=lambda row: row["score"], default=None)
     return {
         "benchmark": benchmark,

@@ -40,9 +40,7 @@ def _asked(questions: Sequence[Question]) -> dict[Path, bytes]:
     return {path: content_digest(path.read_bytes()) for path in sorted(paths)}
 
 
-def _shared(
-    trained: Mapping[bytes, str], asked: Mapping[Path, bytes], questions: Sequence[Question]
-) -> dict[str, Any]:
+def _shared(trained: Mapping[bytes, str], asked: Mapping[Path, bytes], questions: Sequence[Question]) -> dict[str, Any]:
     found = {path: trained[digest] for path, digest in asked.items() if digest in trained}
     return {
         "images": len(asked),

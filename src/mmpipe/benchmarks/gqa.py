@@ -138,8 +138,7 @@ class Gqa(Benchmark):
         """``testdev_balanced_predictions.json`` for the official eval.py; a missing answer is an empty
         one."""
         write_document(
-            out,
-            [{"questionId": key(p.reference["question_id"]), "prediction": predicted(p.text)} for p in pairs],
+            out, [{"questionId": key(p.reference["question_id"]), "prediction": predicted(p.text)} for p in pairs]
         )
         return {}
 
@@ -255,16 +254,13 @@ def _consistency(pairs: Sequence[Pair]) -> dict[str, float]:
     Entailed questions that are not among the references are left out; where none is, so is the figure.
     """
     right = {
-        key(p.reference["question_id"]): p.answered and predicted(p.text) == str(p.reference["answer"])
-        for p in pairs
+        key(p.reference["question_id"]): p.answered and predicted(p.text) == str(p.reference["answer"]) for p in pairs
     }
     shares = []
     for pair in pairs:
         own = key(pair.reference["question_id"])
         entailed = pair.reference.get("entailed")
-        others = [
-            e for e in map(key, entailed if isinstance(entailed, list) else ()) if e != own and e in right
-        ]
+        others = [e for e in map(key, entailed if isinstance(entailed, list) else ()) if e != own and e in right]
         if pair.reference.get("isBalanced", True) and right[own] and others:
             shares.append(fmean(right[other] for other in others))
     return {"consistency": 100 * fmean(shares)} if shares else {}

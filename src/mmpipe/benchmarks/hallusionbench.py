@@ -17,18 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
-from mmpipe.benchmarks.base import (
-    Benchmark,
-    Document,
-    Item,
-    Pair,
-    Protocol,
-    Question,
-    Record,
-    Source,
-    key,
-    records_of,
-)
+from mmpipe.benchmarks.base import Benchmark, Document, Item, Pair, Protocol, Question, Record, Source, key, records_of
 from mmpipe.benchmarks.jsonl import read_document, write_document
 from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.readers import hub_images_if_any, hub_records, on_hub
@@ -53,15 +42,9 @@ class HallusionBench(Benchmark):
     }
     protocols = (
         Protocol("hallusionbench", "all rows, judged", rule="judge", judged=True),
-        Protocol(
-            "lmms", "the rows with an image, judged", rule="judge_images", judged=True, aliases=("libmoe",)
-        ),
-        Protocol(
-            "intern", "lmms-eval's rule without judge: a reply with 'yes' in it is a yes", rule="intern"
-        ),
-        Protocol(
-            "vlmevalkit", "the word yes or no, not both; anything else is wrong", rule="yesno", prompt="yesno"
-        ),
+        Protocol("lmms", "the rows with an image, judged", rule="judge_images", judged=True, aliases=("libmoe",)),
+        Protocol("intern", "lmms-eval's rule without judge: a reply with 'yes' in it is a yes", rule="intern"),
+        Protocol("vlmevalkit", "the word yes or no, not both; anything else is wrong", rule="yesno", prompt="yesno"),
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
@@ -113,8 +96,7 @@ class HallusionBench(Benchmark):
         metrics = {
             "aAcc": scale * fmean(item.score for item in items),
             "qAcc": scale * _all_right(items, "pair"),
-            "fAcc": scale
-            * _all_right([i for i in items if not (drop_unseen and i.facts["unseen"])], "figure"),
+            "fAcc": scale * _all_right([i for i in items if not (drop_unseen and i.facts["unseen"])], "figure"),
         }
         if protocol.rule == "yesno":
             metrics["average"] = fmean(metrics.values())
@@ -132,10 +114,7 @@ class HallusionBench(Benchmark):
         added = ("index", "key")
         write_document(
             out,
-            [
-                {k: v for k, v in p.reference.items() if k not in added} | {"model_prediction": p.text}
-                for p in pairs
-            ],
+            [{k: v for k, v in p.reference.items() if k not in added} | {"model_prediction": p.text} for p in pairs],
         )
         return {}
 
@@ -149,10 +128,7 @@ class HallusionBench(Benchmark):
                 "if they do not contradict each other, 'incorrect' if they do, 'unclear' if the prediction does not "
                 "settle the question. Reply with that one word."
             ),
-            context={
-                "question": str(reference["question"]),
-                "reference": str(reference["gt_answer_details"]),
-            },
+            context={"question": str(reference["question"]), "reference": str(reference["gt_answer_details"])},
             candidate=pair.text,
             max_tokens=16,
         )

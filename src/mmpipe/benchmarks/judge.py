@@ -38,11 +38,7 @@ class BudgetError(MmpipeError):
 
 
 def judge_answers(
-    benchmark: str,
-    references: Sequence[Path],
-    answers: Sequence[Path],
-    out: Path,
-    settings: JudgeSettings,
+    benchmark: str, references: Sequence[Path], answers: Sequence[Path], out: Path, settings: JudgeSettings
 ) -> dict[str, int]:
     """Ask the judge about every answer that needs it and keep the replies in ``out``; returns counts.
 
@@ -63,11 +59,7 @@ def judge_answers(
 
 
 def price(
-    benchmark: str,
-    references: Sequence[Path],
-    answers: Sequence[Path],
-    out: Path,
-    settings: JudgeSettings,
+    benchmark: str, references: Sequence[Path], answers: Sequence[Path], out: Path, settings: JudgeSettings
 ) -> dict[str, Any]:
     """What asking the judge would take, without asking: requests, tokens and price.
 
@@ -162,9 +154,7 @@ def _kept(path: Path) -> list[Record]:
         records = [json.loads(line) for line in whole.split(b"\n") if line.strip()]
         return [record for record in records if record["request_sha256"] and "reply" in record]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not a judge's record ({error}); move the file away to judge afresh"
-        ) from error
+        raise DataError(f"{path}: not a judge's record ({error}); move the file away to judge afresh") from error
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

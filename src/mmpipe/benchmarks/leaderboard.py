@@ -17,9 +17,7 @@ Items = Mapping[str, Sequence[Mapping[str, Any]]]
 Cell = dict[str, Any]
 
 
-def leaderboard(
-    scores: Mapping[str, Scores], items: Mapping[str, Items], family: Mapping[str, str]
-) -> dict[str, Any]:
+def leaderboard(scores: Mapping[str, Scores], items: Mapping[str, Items], family: Mapping[str, str]) -> dict[str, Any]:
     """One row a family of checkpoints that differ in their seed alone, one cell a benchmark.
 
     ``scores`` and ``items`` are by benchmark, then by checkpoint; a checkpoint that a benchmark lacks has an
@@ -50,8 +48,7 @@ def leaderboard(
 
 def _column(scores: Scores, items: Items, family: Mapping[str, str]) -> dict[str, Cell]:
     rows = [
-        {"checkpoint": name, "score": score["headline"]["value"], "control": False}
-        for name, score in scores.items()
+        {"checkpoint": name, "score": score["headline"]["value"], "control": False} for name, score in scores.items()
     ]
     many = {row["checkpoint"]: row for row in by_seed(rows, family)}
     cells: dict[str, Cell] = {}

@@ -42,17 +42,7 @@ _EXTRAS = ("unit", "precision", "metadata")
 _CHOICE = "multi_choice"
 _QUOTED = re.compile(r'The answer is "(.*)"\.')
 _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
-_GROUPS = (
-    "question_type",
-    "answer_type",
-    "category",
-    "task",
-    "context",
-    "grade",
-    "language",
-    "source",
-    "skills",
-)
+_GROUPS = ("question_type", "answer_type", "category", "task", "context", "grade", "language", "source", "skills")
 
 
 class MathVista(Benchmark):
@@ -91,9 +81,7 @@ class MathVista(Benchmark):
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
         """Records, or the official ``{pid: record}``."""
         lists = [
-            Document(d.name, [{"pid": pid, **r} for pid, r in d.content.items()])
-            if isinstance(d.content, dict)
-            else d
+            Document(d.name, [{"pid": pid, **r} for pid, r in d.content.items()]) if isinstance(d.content, dict) else d
             for d in documents
         ]
         return [{"question_id": record["pid"], **record} for record in records_of(lists, _FIELDS)]
@@ -132,11 +120,7 @@ class MathVista(Benchmark):
         if not pair.answered or settled(pair.text, pair.reference) is not None:
             return None
         reference = pair.reference
-        wanted = (
-            "the option's letter"
-            if reference["question_type"] == _CHOICE
-            else f"the {reference['answer_type']}"
-        )
+        wanted = "the option's letter" if reference["question_type"] == _CHOICE else f"the {reference['answer_type']}"
         return JudgeRequest(
             key=self.judgement_key(reference),
             instruction=(

@@ -73,12 +73,8 @@ class MMBench(Benchmark):
             max_new_tokens=1024,
             aliases=("llava", "vlmevalkit"),
         ),
-        Protocol(
-            "circular_cn", "the same with the Chinese instruction", prompt="llava_cn", max_new_tokens=1024
-        ),
-        Protocol(
-            "vanilla", "the first rotation of every question alone", rule="vanilla", max_new_tokens=1024
-        ),
+        Protocol("circular_cn", "the same with the Chinese instruction", prompt="llava_cn", max_new_tokens=1024),
+        Protocol("vanilla", "the first rotation of every question alone", rule="vanilla", max_new_tokens=1024),
         Protocol(
             "lmms",
             "all rotations right; prompt and option rule of lmms-eval without judge",
@@ -138,9 +134,7 @@ class MMBench(Benchmark):
         firsts = [group[0].score for group in groups.values()]
         metrics["n_groups"] = len(groups)
         metrics["vanilla_first_rotation_accuracy"] = fmean(firsts)
-        metrics["vanilla_all_rows_accuracy"] = fmean(
-            item.score for group in groups.values() for item in group
-        )
+        metrics["vanilla_all_rows_accuracy"] = fmean(item.score for group in groups.values() for item in group)
         return items, metrics
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
@@ -265,12 +259,7 @@ def _report(pairs: Sequence[Pair], groups: Mapping[str, list[Item]], first_only:
     splits = sorted({str(row.get("split") or "none") for row in rows.values()})
     report: Record = {"split": splits[0] if len(splits) == 1 else splits, "Overall": fmean(hits.values())}
     report |= {_ABILITIES.get(name, name): mean for name, mean in ability.items()} | category
-    return {
-        "overall": fmean(hits.values()),
-        "category": category,
-        "l2_category": ability,
-        "report_acc": report,
-    }
+    return {"overall": fmean(hits.values()), "category": category, "l2_category": ability, "report_acc": report}
 
 
 def _means(rows: Mapping[str, Record], hits: Mapping[str, float], column: str) -> dict[str, float]:

@@ -63,15 +63,10 @@ class Mme(Benchmark):
 
     name = "mme"
     submission = "zip"
-    files: ClassVar[Mapping[str, str]] = {
-        "questions": "MME_Benchmark_release_version",
-        "parquet": "data",
-    }
+    files: ClassVar[Mapping[str, str]] = {"questions": "MME_Benchmark_release_version", "parquet": "data"}
     protocols = (
         Protocol(
-            "official",
-            "the rule of calculation.py: yes or no within the first four characters",
-            aliases=("llava",),
+            "official", "the rule of calculation.py: yes or no within the first four characters", aliases=("llava",)
         ),
         Protocol(
             "lmms",
@@ -99,11 +94,7 @@ class Mme(Benchmark):
             )
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        return (
-            hub_records(source, _FIELDS)
-            if on_hub(source)
-            else self.read_references([source.path("questions")])
-        )
+        return hub_records(source, _FIELDS) if on_hub(source) else self.read_references([source.path("questions")])
 
     def read_references(self, paths: Sequence[Path]) -> list[Record]:
         """Besides files of records, the folder of the official release."""
@@ -161,9 +152,7 @@ class Mme(Benchmark):
         """
         files = eval_tool_files(pairs)
         packed = {out: _zipped(files)} if out.suffix == ".zip" else {}
-        for path, content in (
-            packed or {out / f"{c}.txt": _lines(text) for c, text in files.items()}
-        ).items():
+        for path, content in (packed or {out / f"{c}.txt": _lines(text) for c, text in files.items()}).items():
             with atomic_open(path) as file:
                 file.write(content)
         broken = sum(pair.text != _one_cell(pair.text) for pair in pairs)

@@ -96,9 +96,7 @@ class Mmmu(Benchmark):
     def read_references(self, paths: Sequence[Path]) -> list[Record]:
         """Besides files of records, the folder of the subjects."""
         documents = [
-            Document(str(path), [without_images(row) for row in _rows(path)])
-            if path.is_dir()
-            else read_document(path)
+            Document(str(path), [without_images(row) for row in _rows(path)]) if path.is_dir() else read_document(path)
             for path in paths
         ]
         return self.parse_references(documents)
@@ -120,8 +118,7 @@ class Mmmu(Benchmark):
         for item in items:
             subjects.setdefault(item.facts["subject"], []).append(item.score)
         domains = {
-            domain: [score for name in names for score in subjects.get(name, [])]
-            for domain, names in _DOMAINS.items()
+            domain: [score for name in names for score in subjects.get(name, [])] for domain, names in _DOMAINS.items()
         }
         parsed = [item.score for item in items if not item.facts["random_fallback"]]
         return items, {
@@ -285,9 +282,7 @@ def _list_of(value: Any) -> list[str]:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError) as error:
             raise DataError(f"mmmu: {value[:80]!r} is not a list ({error})") from error
-    return (
-        [str(entry) for entry in value] if isinstance(value, list | tuple) else [str(value)] if value else []
-    )
+    return [str(entry) for entry in value] if isinstance(value, list | tuple) else [str(value)] if value else []
 
 
 def _options(reference: Record) -> dict[str, str]:

@@ -45,9 +45,7 @@ class MmStar(Benchmark):
     files: ClassVar[Mapping[str, str]] = {"questions": "mmstar.parquet"}
     protocols = (
         Protocol("mmstar", "the official rule", max_new_tokens=32, aliases=("llava",)),
-        Protocol(
-            "lmms", "lmms-eval: letter extraction by priority, mean of l2 means", rule="lmms", prompt="lmms"
-        ),
+        Protocol("lmms", "lmms-eval: letter extraction by priority, mean of l2 means", rule="lmms", prompt="lmms"),
         Protocol("libmoe", "the official rule, mean of l2 means", rule="libmoe", prompt="lmms"),
     )
 
@@ -92,9 +90,7 @@ class MmStar(Benchmark):
             row[first : first + 2] = item.score, 1.0
             totals[item.unit] = row
         value = metrics["average_of_l2_means"]
-        return bootstrap(
-            "average_of_l2_means", totals, lambda t: (t[..., 0::2] / t[..., 1::2]).mean(axis=-1), value
-        )
+        return bootstrap("average_of_l2_means", totals, lambda t: (t[..., 0::2] / t[..., 1::2]).mean(axis=-1), value)
 
 
 def _official(items: Sequence[Item]) -> Record:

@@ -11,18 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from mmpipe.benchmarks.base import (
-    Benchmark,
-    Document,
-    Item,
-    Pair,
-    Protocol,
-    Question,
-    Record,
-    Source,
-    key,
-    records_of,
-)
+from mmpipe.benchmarks.base import Benchmark, Document, Item, Pair, Protocol, Question, Record, Source, key, records_of
 from mmpipe.benchmarks.jsonl import read_document, write_document
 from mmpipe.benchmarks.readers import hub_records, images_of, on_hub
 from mmpipe.errors import DataError
@@ -36,9 +25,7 @@ class MmVet(Benchmark):
     name = "mmvet"
     submission = "json"
     files: ClassVar[Mapping[str, str]] = {"questions": "mm-vet.json", "images": "images", "parquet": "data"}
-    protocols = (
-        Protocol("mmvet", "the bare question; graded online", max_new_tokens=1024, aliases=("llava",)),
-    )
+    protocols = (Protocol("mmvet", "the bare question; graded online", max_new_tokens=1024, aliases=("llava",)),)
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         records = self.references(source, protocol)
@@ -68,9 +55,7 @@ class MmVet(Benchmark):
         return [(_number(answer["question_id"]),)]
 
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
-        raise DataError(
-            "mmvet: the score comes from the authors' online grader; write its file with 'convert'"
-        )
+        raise DataError("mmvet: the score comes from the authors' online grader; write its file with 'convert'")
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
         """The grader's file ``{"v1_<number>": reply}``; questions without answer are left out and counted."""

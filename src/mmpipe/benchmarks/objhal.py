@@ -53,20 +53,7 @@ _POSSESSIVE = re.compile(r"['’]s\b|(?<=s)['’](?!\w)")
 _PAIRS = {"home plate": "home plate", "train track": "train track", "passenger jet": "jet", "passenger train": "train",
           "bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}  # fmt: skip
 _AGES = ("baby", "adult")
-_ANIMALS = (
-    "bird",
-    "cat",
-    "dog",
-    "horse",
-    "sheep",
-    "cow",
-    "elephant",
-    "bear",
-    "zebra",
-    "giraffe",
-    "animal",
-    "cub",
-)
+_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 _IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "people", "knives": "knife", "mice": "mouse",
               "geese": "goose", "wolves": "wolf", "calves": "calf", "loaves": "loaf", "shelves": "shelf",
               "policemen": "policeman", "firemen": "fireman", "fishermen": "fisherman", "oxen": "ox"}  # fmt: skip
@@ -214,9 +201,7 @@ class ObjHal(Benchmark):
             for item in items
         }
         value = metrics["response_hallucination_rate_percent"]
-        return bootstrap(
-            "response_hallucination_rate_percent", totals, lambda t: 100 * t[..., 0] / t[..., 1], value
-        )
+        return bootstrap("response_hallucination_rate_percent", totals, lambda t: 100 * t[..., 0] / t[..., 1], value)
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
         """The answer file of the published scripts, in question order."""
@@ -377,9 +362,7 @@ def _coco_objects(folder: Path, wanted: set[str], words: Words) -> dict[str, lis
             seen.add(key(entry["image_id"]))
     for path in sorted(folder.glob("captions_*.json")):
         for entry in _annotations(read_document(path).content, wanted):
-            found[key(entry["image_id"])].update(
-                words.classes[word] for word in words.in_text(entry["caption"])
-            )
+            found[key(entry["image_id"])].update(words.classes[word] for word in words.in_text(entry["caption"]))
             seen.add(key(entry["image_id"]))
     if wanted - seen:
         some = ", ".join(sorted(wanted - seen)[:5])

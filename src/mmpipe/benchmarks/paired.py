@@ -42,9 +42,7 @@ def paired_difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mappin
     them (an F1), this is the difference of the means all the same. Raises DataError when the two are not
     about the same questions.
     """
-    names = [
-        [(str(record["question_id"]), record["unit"]) for record in records] for records in (ours, theirs)
-    ]
+    names = [[(str(record["question_id"]), record["unit"]) for record in records] for records in (ours, theirs)]
     if names[0] != names[1]:
         raise DataError("two checkpoints can be paired only on the same questions; score both again")
     totals: dict[str, list[float]] = {}

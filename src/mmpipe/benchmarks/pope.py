@@ -38,11 +38,7 @@ from mmpipe.benchmarks.yesno import NO, OTHER, YES, equal_lmms, llava_pope, yes_
 from mmpipe.errors import DataError
 
 _FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
-_RULES: Mapping[str, Callable[[str], str]] = {
-    "official": llava_pope,
-    "lmms": equal_lmms,
-    "vlmevalkit": yes_or_no_word,
-}
+_RULES: Mapping[str, Callable[[str], str]] = {"official": llava_pope, "lmms": equal_lmms, "vlmevalkit": yes_or_no_word}
 
 
 class Pope(Benchmark):
@@ -58,14 +54,9 @@ class Pope(Benchmark):
     protocols = (
         Protocol("llava", "LLaVA's eval_pope: a reply without a word of denial is a yes"),
         Protocol(
-            "lmms",
-            "lmms-eval: the reply must be yes or no, anything else is wrong",
-            rule="lmms",
-            aliases=("libmoe",),
+            "lmms", "lmms-eval: the reply must be yes or no, anything else is wrong", rule="lmms", aliases=("libmoe",)
         ),
-        Protocol(
-            "vlmevalkit", "VLMEvalKit: the word yes or no, not both; all else is wrong", rule="vlmevalkit"
-        ),
+        Protocol("vlmevalkit", "VLMEvalKit: the word yes or no, not both; all else is wrong", rule="vlmevalkit"),
     )
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
@@ -127,9 +118,7 @@ class Pope(Benchmark):
         if protocol.rule == "vlmevalkit":
             return items, {name: _vlmevalkit(some) for name, some in {"Overall": items, **categories}.items()}
         report = {category: _ratios(_confusion(members)) for category, members in categories.items()}
-        mean = {
-            f"mean_{name}": fmean(values[name] for values in report.values()) for name in ("f1", "accuracy")
-        }
+        mean = {f"mean_{name}": fmean(values[name] for values in report.values()) for name in ("f1", "accuracy")}
         return items, {**report, **mean}
 
     def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
@@ -196,9 +185,7 @@ def _numbered(by_category: Mapping[str, Sequence[Record]]) -> list[Record]:
     ids = [key(record.get("question_id")) for records in by_category.values() for record in records]
     shared = len(set(ids)) < len(ids)
     return [
-        _reference(
-            record, category, _moved(record["question_id"], category) if shared else record["question_id"]
-        )
+        _reference(record, category, _moved(record["question_id"], category) if shared else record["question_id"])
         for category, records in by_category.items()
         for record in records
     ]
@@ -217,14 +204,10 @@ def _numbered_as(questions: Sequence[Record], by_category: Mapping[str, Sequence
     for category, labels in by_category.items():
         asked = [question for question in questions if question.get("category") == category]
         if len(asked) != len(labels):
-            raise DataError(
-                f"pope: {len(asked)} questions but {len(labels)} labels of '{category}'; another version?"
-            )
+            raise DataError(f"pope: {len(asked)} questions but {len(labels)} labels of '{category}'; another version?")
         for question, label in zip(asked, labels, strict=True):
             if len({record["image"] for record in (question, label) if "image" in record}) > 1:
-                raise DataError(
-                    f"pope: question {question['question_id']} and its label show different images"
-                )
+                raise DataError(f"pope: question {question['question_id']} and its label show different images")
             references.append(_reference(label, category, question["question_id"]))
     return references
 
@@ -232,9 +215,7 @@ def _numbered_as(questions: Sequence[Record], by_category: Mapping[str, Sequence
 def _reference(record: Record, category: str, number: Any) -> Record:
     label = str(record.get("label", record.get("answer", ""))).strip().lower()
     if label not in (YES, NO):
-        raise DataError(
-            f"pope, {category}: the label of question {record['question_id']} is {label!r}, not yes or no"
-        )
+        raise DataError(f"pope, {category}: the label of question {record['question_id']} is {label!r}, not yes or no")
     return {
         "question_id": number,
         "label_id": record.get("label_id", record["question_id"]),

@@ -38,9 +38,7 @@ class PublishedTable(Settings):
         for model, numbers in self.models.items():
             unknown = sorted(set(numbers) - set(self.measures))
             if unknown:
-                raise ValueError(
-                    f"model '{model}': nothing in 'measures' says how {', '.join(unknown)} was measured"
-                )
+                raise ValueError(f"model '{model}': nothing in 'measures' says how {', '.join(unknown)} was measured")
         return self
 
 

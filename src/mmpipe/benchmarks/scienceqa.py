@@ -59,11 +59,7 @@ def letter_lmms(reply: str) -> str | None:
     reply = reply.strip()
     if len(reply) == 1:
         return reply.upper()
-    return (
-        reply[0]
-        if len(reply) >= 2 and reply[0].isupper() and reply[0].isascii() and reply[1] == "."
-        else None
-    )
+    return reply[0] if len(reply) >= 2 and reply[0].isupper() and reply[0].isascii() and reply[1] == "." else None
 
 
 def letter_libmoe(reply: str) -> str | None:
@@ -95,11 +91,7 @@ class ScienceQa(Benchmark):
         Protocol("llava", "LLaVA's eval_science_qa", max_new_tokens=1024),
         Protocol("lmms", "lmms-eval: a letter in either case", rule="lmms", prompt="lmms", max_new_tokens=16),
         Protocol(
-            "libmoe",
-            "LibMoE's copy of it: capital letters only",
-            rule="libmoe",
-            prompt="lmms",
-            max_new_tokens=16,
+            "libmoe", "LibMoE's copy of it: capital letters only", rule="libmoe", prompt="lmms", max_new_tokens=16
         ),
     )
 
@@ -118,9 +110,7 @@ class ScienceQa(Benchmark):
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
         if on_hub(source):
-            return numbered(
-                hub_records(source, ("question", "choices", "answer"), ("hint", "subject", "grade"))
-            )
+            return numbered(hub_records(source, ("question", "choices", "answer"), ("hint", "subject", "grade")))
         return self.read_references([source.path("questions"), source.path("splits")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
@@ -140,9 +130,7 @@ class ScienceQa(Benchmark):
             wanted = wanted if ids is None else (ids["test"] if isinstance(ids, dict) else ids)
             problems |= content.get("problems", {} if ids is not None else content)
         if problems and wanted is None:
-            wanted = [
-                number for number, problem in problems.items() if problem.get("split", "test") == "test"
-            ]
+            wanted = [number for number, problem in problems.items() if problem.get("split", "test") == "test"]
         absent = [number for number in wanted or [] if key(number) not in problems]
         if absent:
             raise DataError(f"scienceqa: the problems lack the ids {absent[:5]} of the split")

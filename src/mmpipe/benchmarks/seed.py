@@ -37,9 +37,7 @@ class Seed(Benchmark):
 
     name = "seed"
     files: ClassVar[Mapping[str, str]] = {"questions": "SEED-Bench.json", "images": "SEED-Bench-image"}
-    protocols = (
-        Protocol("seed_image", "the reply must be the letter", max_new_tokens=1024, aliases=("llava",)),
-    )
+    protocols = (Protocol("seed_image", "the reply must be the letter", max_new_tokens=1024, aliases=("llava",)),)
 
     def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
         for record in self.references(source, protocol):
@@ -84,9 +82,7 @@ class Seed(Benchmark):
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
         """The lines of the leaderboard: ``{"question_id", "prediction"}``, ids as text."""
-        write_records(
-            out, ({"question_id": key(p.reference["question_id"]), "prediction": p.text} for p in pairs)
-        )
+        write_records(out, ({"question_id": key(p.reference["question_id"]), "prediction": p.text} for p in pairs))
         return {}
 
 

@@ -69,17 +69,12 @@ def estimate_mean(metric: str, values: Sequence[float], units: Sequence[str], sc
     if len(totals) > _MANY:
         residual = math.fsum((total - mean * count) ** 2 for total, count in totals.values())
         spread = _Z * math.sqrt(residual * len(totals) / (len(totals) - 1)) / len(values)
-        return Estimate(
-            metric, scale * mean, scale * (mean - spread), scale * (mean + spread), len(totals), "normal"
-        )
+        return Estimate(metric, scale * mean, scale * (mean - spread), scale * (mean + spread), len(totals), "normal")
     return bootstrap(metric, totals, lambda t: scale * t[..., 0] / t[..., 1], scale * mean)
 
 
 def bootstrap(
-    metric: str,
-    totals: Mapping[str, Sequence[float]],
-    statistic: Callable[[Any], Any],
-    value: float,
+    metric: str, totals: Mapping[str, Sequence[float]], statistic: Callable[[Any], Any], value: float
 ) -> Estimate:
     """Percentile bootstrap over units of a statistic of sums.
 

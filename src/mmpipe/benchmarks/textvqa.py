@@ -33,13 +33,7 @@ from mmpipe.benchmarks.base import (
 from mmpipe.benchmarks.jsonl import read_document, write_document
 from mmpipe.benchmarks.readers import hub_records, images_of, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
-from mmpipe.benchmarks.text import (
-    evalai_normal,
-    one_line,
-    soft_accuracy,
-    vqa_normal,
-    vqa_normal_vlmevalkit,
-)
+from mmpipe.benchmarks.text import evalai_normal, one_line, soft_accuracy, vqa_normal, vqa_normal_vlmevalkit
 from mmpipe.errors import DataError
 
 _OCR = "Reference OCR token: "
@@ -61,17 +55,11 @@ class TextVqa(Benchmark):
     }
     protocols = (
         Protocol(
-            "textvqa_val_ocr",
-            "LLaVA's prompt with OCR tokens, MMF's m4c evaluator",
-            aliases=("llava", "m4c", "ocr"),
+            "textvqa_val_ocr", "LLaVA's prompt with OCR tokens, MMF's m4c evaluator", aliases=("llava", "m4c", "ocr")
         ),
         Protocol("textvqa_val", "the same without OCR tokens", prompt="plain"),
         Protocol(
-            "lmms",
-            "lmms-eval: no OCR tokens, question capitalised",
-            rule="lmms",
-            prompt="lmms",
-            aliases=("libmoe",),
+            "lmms", "lmms-eval: no OCR tokens, question capitalised", rule="lmms", prompt="lmms", aliases=("libmoe",)
         ),
         Protocol(
             "vlmevalkit",
@@ -89,12 +77,7 @@ class TextVqa(Benchmark):
         images = images_of(source, (f"{record['image_id']}.jpg" for record in records))
         for record, image in zip(records, images, strict=True):
             text = prompts.get(_question_key(record)) or _prompt(record, protocol.prompt)
-            yield Question(
-                id=record["question_id"],
-                text=text,
-                images=(image,),
-                extra={"image_id": record["image_id"]},
-            )
+            yield Question(id=record["question_id"], text=text, images=(image,), extra={"image_id": record["image_id"]})
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
         if on_hub(source):
@@ -105,9 +88,7 @@ class TextVqa(Benchmark):
         return records
 
     def parse_references(self, documents: Sequence[Document]) -> list[Record]:
-        lists = [
-            Document(d.name, d.content.get("data")) if isinstance(d.content, dict) else d for d in documents
-        ]
+        lists = [Document(d.name, d.content.get("data")) if isinstance(d.content, dict) else d for d in documents]
         return [dict(record) for record in records_of(lists, ("image_id", "question"))]
 
     def reference_keys(self, reference: Record) -> list[tuple[str, ...]]:
@@ -220,9 +201,7 @@ def _rate(pair: Pair, rule: str) -> Item:
 
 def _normalised(reply: str, humans: Sequence[Any], rule: str) -> tuple[str, list[str]]:
     if rule == "vlmevalkit":
-        return vqa_normal_vlmevalkit(one_line(reply)), [
-            vqa_normal_vlmevalkit(one_line(str(h))) for h in humans
-        ]
+        return vqa_normal_vlmevalkit(one_line(reply)), [vqa_normal_vlmevalkit(one_line(str(h))) for h in humans]
     if rule != "vqa":
         return evalai_normal(reply), [evalai_normal(str(human)) for human in humans]
     reply, gold = one_line(reply), [one_line(str(human)) for human in humans]

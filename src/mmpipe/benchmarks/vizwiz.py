@@ -33,14 +33,7 @@ from mmpipe.benchmarks.base import (
 from mmpipe.benchmarks.jsonl import write_document
 from mmpipe.benchmarks.readers import as_llava_asks, hub_records, images_of, on_hub
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
-from mmpipe.benchmarks.text import (
-    CONTRACTIONS,
-    drop_articles,
-    drop_punctuation,
-    evalai_normal,
-    one_line,
-    soft_accuracy,
-)
+from mmpipe.benchmarks.text import CONTRACTIONS, drop_articles, drop_punctuation, evalai_normal, one_line, soft_accuracy
 from mmpipe.errors import DataError
 
 _UNANSWERABLE = "unanswerable"
@@ -56,9 +49,7 @@ def _typographic(text: str) -> str:
 
 
 _CONTRACTIONS = {
-    spelt if spelt in _PLAIN_KEYS else _typographic(spelt): full
-    if full in _PLAIN_VALUES
-    else _typographic(full)
+    spelt if spelt in _PLAIN_KEYS else _typographic(spelt): full if full in _PLAIN_VALUES else _typographic(full)
     for spelt, full in CONTRACTIONS.items()
 }
 
@@ -76,14 +67,10 @@ class VizWiz(Benchmark):
     }
     protocols = (
         Protocol(
-            "vizwiz_val",
-            "the VizWiz API on answers normalised for upload, as LLaVA converts them",
-            aliases=("llava",),
+            "vizwiz_val", "the VizWiz API on answers normalised for upload, as LLaVA converts them", aliases=("llava",)
         ),
         Protocol("raw", "the VizWiz API on the replies as they are", rule="raw"),
-        Protocol(
-            "lmms", "lmms-eval: both sides normalised, question capitalised", rule="lmms", prompt="lmms"
-        ),
+        Protocol("lmms", "lmms-eval: both sides normalised, question capitalised", rule="lmms", prompt="lmms"),
         Protocol("m4c", "both sides normalised by MMF's m4c evaluator", rule="m4c"),
     )
 
@@ -97,11 +84,7 @@ class VizWiz(Benchmark):
             question = str(record["question"])
             if protocol.prompt == "lmms":
                 question = question.capitalize()
-            yield Question(
-                id=record["question_id"],
-                text=question + _INSTRUCTION + SHORT_ANSWER,
-                images=(image,),
-            )
+            yield Question(id=record["question_id"], text=question + _INSTRUCTION + SHORT_ANSWER, images=(image,))
 
     def references(self, source: Source, protocol: Protocol) -> list[Record]:
         if on_hub(source):
@@ -142,9 +125,7 @@ class VizWiz(Benchmark):
         missing = [str(pair.reference["image"]) for pair in pairs if not pair.answered]
         if missing:
             raise DataError(f"vizwiz: {len(missing)} images have no answer, e.g. {', '.join(missing[:5])}")
-        write_document(
-            out, [{"image": pair.reference["image"], "answer": evalai_normal(pair.text)} for pair in pairs]
-        )
+        write_document(out, [{"image": pair.reference["image"], "answer": evalai_normal(pair.text)} for pair in pairs])
         return {}
 
 
@@ -152,13 +133,7 @@ def _named_as_official(row: Record) -> Record:
     """A row of the hub's table, whose id is the image's name, with or without extension."""
     stem = PurePosixPath(str(row["question_id"])).stem
     kind = {"answer_type": row["category"]} if "category" in row else {}
-    return {
-        **kind,
-        "question_id": stem,
-        "image": f"{stem}.jpg",
-        "question": row["question"],
-        "answers": row["answers"],
-    }
+    return {**kind, "question_id": stem, "image": f"{stem}.jpg", "question": row["question"], "answers": row["answers"]}
 
 
 def _api_normal(text: str) -> str:

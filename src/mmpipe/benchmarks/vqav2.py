@@ -110,12 +110,8 @@ class VqaV2(Benchmark):
             return [_reference(record, record) for record in annotations.values()]
         lacking = [q["question_id"] for q in questions if key(q["question_id"]) not in annotations]
         if annotations and lacking:
-            raise DataError(
-                f"vqav2: {len(lacking)} questions have no annotation, e.g. {lacking[:5]}; another split?"
-            )
-        return [
-            _reference(question, annotations.get(key(question["question_id"]), {})) for question in questions
-        ]
+            raise DataError(f"vqav2: {len(lacking)} questions have no annotation, e.g. {lacking[:5]}; another split?")
+        return [_reference(question, annotations.get(key(question["question_id"]), {})) for question in questions]
 
     def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
         items = [_rate(pair, _RULES[protocol.rule]) for pair in pairs]
@@ -137,8 +133,7 @@ class VqaV2(Benchmark):
         """The list EvalAI accepts: every question, normalised; a question without answer has the empty
         one."""
         write_document(
-            out,
-            [{"question_id": p.reference["question_id"], "answer": evalai_normal(p.text)} for p in pairs],
+            out, [{"question_id": p.reference["question_id"], "answer": evalai_normal(p.text)} for p in pairs]
         )
         return {}
 

@@ -46,9 +46,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class _Refused(Exception):
     """A request that is not answered."""
 
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
@@ -182,9 +180,7 @@ def _messages(asked: _Asked, limits: Limits) -> list[Message]:
         return [
             Message(
                 "system" if said.role == "developer" else said.role,
-                tuple(
-                    _image(part, limits) if part.type == "image_url" else part.text for part in _parts(said)
-                ),
+                tuple(_image(part, limits) if part.type == "image_url" else part.text for part in _parts(said)),
             )
             for said in asked.messages
         ]
@@ -228,9 +224,7 @@ async def _respond(request: Request, asked: _Asked, answer: Answer) -> Response:
         facts = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
             events = _events(facts, asked, answer, first, pieces)
-            return StreamingResponse(
-                events, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-            )
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         while await _next(pieces) is not None:
             pass
     finally:

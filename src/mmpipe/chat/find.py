@@ -54,9 +54,7 @@ def _directory(path: Path) -> Found:
     card = read_json(path / manifest.NAME)
     if "checkpoint" not in card:
         raise ArtifactError(f"{path}: holds a {card.get('kind')}, not a trained checkpoint")
-    name = (
-        f"{card['recipe']}@{card['stage']}" if "recipe" in card and "stage" in card else path.resolve().name
-    )
+    name = f"{card['recipe']}@{card['stage']}" if "recipe" in card and "stage" in card else path.resolve().name
     return Found(path, name, ours=True)
 
 

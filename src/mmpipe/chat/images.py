@@ -61,9 +61,7 @@ def from_data_url(url: str, size: int) -> Image.Image:
     head, comma, payload = url.partition(",")
     kind, _, encoding = head.removeprefix("data:").rpartition(";")
     if not comma or encoding != "base64" or kind.partition(";")[0].lower() not in _TYPES:
-        raise DataError(
-            f"'{head[:40]}': expected data:image/png;base64,… (or another of {', '.join(FORMATS)})"
-        )
+        raise DataError(f"'{head[:40]}': expected data:image/png;base64,… (or another of {', '.join(FORMATS)})")
     if len(payload) > 4 * size // 3 + 4:
         raise DataError(f"an image of more than the {size} bytes allowed; shrink it")
     try:

@@ -14,12 +14,7 @@ from safetensors import safe_open
 from mmpipe.chat.messages import ChatError
 
 # Bytes a weight; 4 bits come with their scales, and in both the parts around the language model stay as they are.
-_SIZES = {
-    "--dtype float32": 4.0,
-    "--dtype bfloat16": 2.0,
-    "--load-8bit": 1.1,
-    "--load-4bit": 0.65,
-}
+_SIZES = {"--dtype float32": 4.0, "--dtype bfloat16": 2.0, "--load-8bit": 1.1, "--load-4bit": 0.65}
 _ROOM = 1.1
 """Weights need so many times their size: activations and the cache of keys and values come on top."""
 

@@ -148,9 +148,7 @@ class ChatModel:
             max_length=None,
             use_cache=True,
             eos_token_id=sorted(self._ends),
-            pad_token_id=min(self._ends)
-            if self.tokenizer.pad_token_id is None
-            else self.tokenizer.pad_token_id,
+            pad_token_id=min(self._ends) if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
         )
         return config
 

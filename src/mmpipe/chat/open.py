@@ -48,9 +48,7 @@ def open_for_chat(found: Found, loading: Loading) -> Opened:
         options["device_map"] = loading.device_map or {"": str(device)}
     if loading.bits:
         options["quantization_config"] = quantise.settings(loading.bits, _empty(found), dtype, device)
-    with memory.told(
-        f"{found.name} does not load", memory.advice(memory.weights(found.path), memory.free(device))
-    ):
+    with memory.told(f"{found.name} does not load", memory.advice(memory.weights(found.path), memory.free(device))):
         model, processor, noted = (_ours if found.ours else _stock)(found.path, dtype, options)
     if loading.sparsity is not None:
         _sparsify(model, found.name, loading.sparsity)
@@ -60,9 +58,7 @@ def open_for_chat(found: Found, loading: Loading) -> Opened:
 
 def _sparsify(model: Any, name: str, wanted: str) -> None:
     if not isinstance(model, LlavaForConditionalGeneration):
-        raise ChatError(
-            f"--sparsity: {name} has no predictors; only a sparsified one can be told what to keep"
-        )
+        raise ChatError(f"--sparsity: {name} has no predictors; only a sparsified one can be told what to keep")
     try:
         rate = None if wanted == "off" else float(wanted)
     except ValueError as error:
@@ -80,9 +76,7 @@ def _stock(path: Path, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         processor = AutoProcessor.from_pretrained(path, **safe)
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, **safe, **options
-        )
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **safe, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:

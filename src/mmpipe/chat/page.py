@@ -24,9 +24,7 @@ UPLOAD = 20 << 20
 """Bytes of an uploaded file at most."""
 _HOUR = 3600
 # Fonts of the system: nothing is fetched from elsewhere.
-_THEME = gr.themes.Soft(
-    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
-)
+_THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue")
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
 footer, [aria-label="Share"], [title="Share"] { display: none !important; }
@@ -116,11 +114,7 @@ def _blocks(models: Sequence[ChatModel], sampling: Sampling) -> gr.Blocks:
                 gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature (0: the likeliest word)"),
                 gr.Slider(0.05, 1, sampling.top_p, step=0.05, label="Top p"),
                 gr.Slider(
-                    1,
-                    max(2048, sampling.max_tokens),
-                    sampling.max_tokens,
-                    step=1,
-                    label="Longest answer, tokens",
+                    1, max(2048, sampling.max_tokens), sampling.max_tokens, step=1, label="Longest answer, tokens"
                 ),
             ]
         chats, insides = zip(*columns, strict=True)
@@ -145,13 +139,7 @@ def _blocks(models: Sequence[ChatModel], sampling: Sampling) -> gr.Blocks:
             except MmpipeError as error:
                 raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
-        box.submit(
-            submit,
-            [box, histories, *settings, *chats],
-            outputs,
-            concurrency_limit=8,
-            api_visibility="private",
-        )
+        box.submit(submit, [box, histories, *settings, *chats], outputs, concurrency_limit=8, api_visibility="private")
         stop.click(_stopper(talk), None, None, queue=False, api_visibility="private")
         blocks.unload(_stopper(talk))
         fresh: list[Any] = [None, [[] for _ in models], *([[]] * len(models)), *([""] * len(models))]

@@ -65,9 +65,7 @@ def _impossible(bits: Bits, empty: Any, device: torch.device) -> list[str]:
             f"{_CPU_HEIGHT}, and this model has none; use --load-8bit"
         )
     if odd:
-        log.warning(
-            "%d of %d layers stay in full precision: their size does not suit a CPU", len(odd), len(layers)
-        )
+        log.warning("%d of %d layers stay in full precision: their size does not suit a CPU", len(odd), len(layers))
     return odd
 
 

@@ -48,9 +48,7 @@ def chat(
         aloud(model, question, shown, sampling)
 
 
-def serve(
-    checkpoints: Sequence[str], configfile: Path, loading: Loading, sampling: Sampling, port: int
-) -> None:
+def serve(checkpoints: Sequence[str], configfile: Path, loading: Loading, sampling: Sampling, port: int) -> None:
     """Serve checkpoints on this machine until Ctrl-C."""
     found = [find(checkpoint, configfile) for checkpoint in checkpoints]
     if importlib.util.find_spec("gradio") is None:

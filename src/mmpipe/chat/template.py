@@ -12,11 +12,7 @@ from mmpipe.errors import ArtifactError, DataError
 
 # With and without image, first and later round, so that no two templates look the same.
 _PROBE = to_messages(
-    [
-        Turn("user", f"{IMAGE_MARK}\nfirst question"),
-        Turn("assistant", "answer"),
-        Turn("user", "second question"),
-    ]
+    [Turn("user", f"{IMAGE_MARK}\nfirst question"), Turn("assistant", "answer"), Turn("user", "second question")]
 )
 
 

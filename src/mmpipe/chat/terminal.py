@@ -96,9 +96,7 @@ class Terminal:
             raise ChatError("/image needs a file or an address")
         image = images.from_anywhere(where)
         self.pending.append(image)
-        self._say(
-            f"image {len(self.pending)} for the next question: {where} ({image.width} x {image.height})\n"
-        )
+        self._say(f"image {len(self.pending)} for the next question: {where} ({image.width} x {image.height})\n")
 
     def do_clear(self, _: str) -> None:
         """/clear: forget the conversation and its images"""

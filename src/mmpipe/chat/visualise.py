@@ -44,9 +44,7 @@ def _row(layer: str, shares: Sequence[float]) -> str:
 def kept_image(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -> Image.Image:
     """The image as the vision tower gets it, faded where the model did not keep its tokens."""
     processor = model.processor.image_processor
-    pixels = np.asarray(
-        processor(images=[image], return_tensors="np")["pixel_values"][0]
-    )  # (3, height, width)
+    pixels = np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])  # (3, height, width)
     mean, std = (np.asarray(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     seen = ((pixels * std + mean).clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
     side = math.isqrt(len(kept))

@@ -176,11 +176,7 @@ def _placed(model: Any, device_map: Any) -> Any:
 
     if device_map == "auto":
         device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
-    return (
-        dispatch_model(model, device_map)
-        if len(device_map) > 1
-        else model.to(next(iter(device_map.values())))
-    )
+    return dispatch_model(model, device_map) if len(device_map) > 1 else model.to(next(iter(device_map.values())))
 
 
 def preprocessor_directory(directory: Path, card: Mapping[str, Any]) -> Path:

@@ -57,8 +57,7 @@ def reference(
         here = [{name: value.to(model.device) for name, value in sample.items()} for sample in samples]
         logits = [run(**sample, use_cache=False).logits.cpu() for sample in here]
         tokens = [
-            run.generate(**sample, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1).cpu()
-            for sample in here
+            run.generate(**sample, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1).cpu() for sample in here
         ]
     model.train(was_training)
     stored = [{name: value.cpu() for name, value in sample.items()} for sample in samples]
@@ -97,11 +96,7 @@ def gate(
     with tempfile.TemporaryDirectory(prefix="mmpipe-gate-") as folder:
         given, got = Path(folder, "given.safetensors"), Path(folder, "got.safetensors")
         save_file(
-            {
-                f"{i}.{name}": v.contiguous()
-                for i, sample in enumerate(expected.samples)
-                for name, v in sample.items()
-            },
+            {f"{i}.{name}": v.contiguous() for i, sample in enumerate(expected.samples) for name, v in sample.items()},
             given,
         )
         command = [sys.executable, "-P", str(_READERS[reader]), str(path), str(given), str(got)]
@@ -129,8 +124,7 @@ def _compare(where: str, expected: Reference, read: Mapping[str, Tensor], tolera
             )
         if not torch.equal(read[f"{i}.tokens"], tokens):
             raise ArtifactError(
-                f"{where}, sample {i} is answered {read[f'{i}.tokens'][0].tolist()}, "
-                f"here {tokens[0].tolist()}"
+                f"{where}, sample {i} is answered {read[f'{i}.tokens'][0].tolist()}, here {tokens[0].tolist()}"
             )
         worst = max(worst, difference)
     return worst

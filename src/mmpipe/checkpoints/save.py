@@ -133,9 +133,7 @@ def disk_name(name: str, nested_tower: bool) -> str:
     return f"{part}.{rest}"
 
 
-def _write_config(
-    model: LlavaForConditionalGeneration, text: PreTrainedConfig, out: Path, is_stock: bool
-) -> None:
+def _write_config(model: LlavaForConditionalGeneration, text: PreTrainedConfig, out: Path, is_stock: bool) -> None:
     config = model.config.to_diff_dict()
     config["model_type"] = _STOCK if is_stock else _OURS
     config["architectures"] = [_CLASSES[config["model_type"]].__name__]
@@ -165,16 +163,9 @@ def _text_config(text: PreTrainedConfig) -> dict[str, Any]:
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
     """Drop what describes this run rather than the model."""
-    local = (
-        "_name_or_path",
-        "_attn_implementation_autoset",
-        "_experts_implementation",
-        "_attn_implementation",
-    )
+    local = ("_name_or_path", "_attn_implementation_autoset", "_experts_implementation", "_attn_implementation")
     return {
-        key: _portable(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in local
+        key: _portable(value) if isinstance(value, dict) else value for key, value in config.items() if key not in local
     }
 
 

@@ -56,16 +56,10 @@ def _views(plan: Plan, name: str, width: int) -> list[Callable[[], list[Any]]]:
         "data set": (plan.datasets, lambda: _entry(plan, holding(plan, "datasets", name), width)),
         "backbone": (plan.backbones, lambda: _entry(plan, holding(plan, "backbones", name), width)),
         "mixture": (plan.mixtures, lambda: [*_mixture(plan, name), *_bill(of_mixture(plan, name), width)]),
-        "recipe": (
-            plan.recipes,
-            lambda: [f"[bold]recipe {escape(name)}[/]", *_bill(of_recipe(plan, name), width)],
-        ),
+        "recipe": (plan.recipes, lambda: [f"[bold]recipe {escape(name)}[/]", *_bill(of_recipe(plan, name), width)]),
         "benchmark": (
             plan.benchmarks,
-            lambda: [
-                f"[bold]benchmark {name}[/]",
-                *_bill(of_datasets(plan, [plan.benchmarks[name].data]), width),
-            ],
+            lambda: [f"[bold]benchmark {name}[/]", *_bill(of_datasets(plan, [plan.benchmarks[name].data]), width)],
         ),
     }
     views = [view for known, view in kinds.values() if name.partition("@")[0] in known]
@@ -105,9 +99,7 @@ def _mixture(plan: Plan, name: str) -> list[Any]:
     mixture = plan.mixtures[name]
     known = [part.expected for part in mixture.parts if part.expected]
     rest = len(mixture.parts) - len(known)
-    records = f"{sum(known):,} published" + (
-        f", without those of {rest} parts nobody counted" if rest else ""
-    )
+    records = f"{sum(known):,} published" + (f", without those of {rest} parts nobody counted" if rest else "")
     facts = {"description": mixture.description, "records": records if known else ""}
     return [f"[bold]mixture {name}[/]", _facts(facts)]
 

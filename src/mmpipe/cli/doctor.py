@@ -21,9 +21,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for finding in findings:
         advice = f"\n[dim]→ {escape(finding.advice)}[/]" if finding.advice else ""
-        table.add_row(
-            f"[{_COLOURS[finding.status]}]{finding.status}[/]", finding.topic, escape(finding.seen) + advice
-        )
+        table.add_row(f"[{_COLOURS[finding.status]}]{finding.status}[/]", finding.topic, escape(finding.seen) + advice)
     console = Console()
     console.print(table)
     counts = Counter(finding.status for finding in findings)

@@ -23,21 +23,16 @@ app = typer.Typer(
     help="Train, distil and benchmark vision-language models. Things are made with snakemake; this answers questions.",
 )
 
-ConfigFile = Annotated[
-    Path, typer.Option("--configfile", help="The main configuration file.", show_default=True)
-]
+ConfigFile = Annotated[Path, typer.Option("--configfile", help="The main configuration file.", show_default=True)]
 References = Annotated[list[Path], typer.Option(help="The official file(s), or JSON lines of its records.")]
 Answers = Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda:1, ...")]
-DeviceMap = Annotated[
-    str | None, typer.Option(help="auto spreads the layers over all GPUs, then main memory.")
-]
+DeviceMap = Annotated[str | None, typer.Option(help="auto spreads the layers over all GPUs, then main memory.")]
 Load4Bit = Annotated[bool, typer.Option("--load-4bit", help="The language model in 4 bits (bitsandbytes).")]
 Load8Bit = Annotated[bool, typer.Option("--load-8bit", help="The language model in 8 bits (bitsandbytes).")]
 TemplateName = Annotated[
-    str | None,
-    typer.Option("--template", "--conv-mode", help="Checked against the checkpoint's own."),
+    str | None, typer.Option("--template", "--conv-mode", help="Checked against the checkpoint's own.")
 ]
 Sparsity = Annotated[
     str | None, typer.Option(help="Of a sparsified model: the share of an image to keep (0.2), or off.")
@@ -86,9 +81,7 @@ def plan(
 
 @app.command()
 def doctor(
-    profile: Annotated[
-        str, typer.Option(help="The profile jobs would run with: local, gpu, slurm.")
-    ] = "local",
+    profile: Annotated[str, typer.Option(help="The profile jobs would run with: local, gpu, slurm.")] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
@@ -105,9 +98,7 @@ def doctor(
 
 
 @app.command()
-def show(
-    comparison: Annotated[Path, typer.Argument(help="A comparison, e.g. results/mmbench.json.")],
-) -> None:
+def show(comparison: Annotated[Path, typer.Argument(help="A comparison, e.g. results/mmbench.json.")]) -> None:
     """Show a comparison as a table."""
     from mmpipe.cli.show import print_comparison
 
@@ -129,13 +120,9 @@ def why(
 def data(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Entries, mixtures, recipes, benchmarks to show in full; without them all in brief."
-        ),
+        typer.Argument(help="Entries, mixtures, recipes, benchmarks to show in full; without them all in brief."),
     ] = None,
-    lock: Annotated[
-        bool, typer.Option("--lock", help="Pin what is fetched here in config/lock.json.")
-    ] = False,
+    lock: Annotated[bool, typer.Option("--lock", help="Pin what is fetched here in config/lock.json.")] = False,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
     """Show data sets and backbones: what is here, how large it is, its licence; of a mixture or recipe, what it still needs."""
@@ -168,20 +155,14 @@ def score(
     references: References,
     answers: Answers,
     protocol: Annotated[str, typer.Option(help="The protocol; default: the official one.")] = "",
-    judge: Annotated[
-        Path | None, typer.Option(help="A judge's replies, for protocols that need them.")
-    ] = None,
+    judge: Annotated[Path | None, typer.Option(help="A judge's replies, for protocols that need them.")] = None,
     per_item: Annotated[Path | None, typer.Option(help="Write the verdict on every question here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the score here too.")] = None,
 ) -> None:
     """Score answers offline; prints JSON."""
     from mmpipe.benchmarks.scoring import score_files
 
-    _print_json(
-        score_files(
-            benchmark, references, answers, protocol=protocol, judge=judge, per_item=per_item, out=out
-        )
-    )
+    _print_json(score_files(benchmark, references, answers, protocol=protocol, judge=judge, per_item=per_item, out=out))
 
 
 @app.command()
@@ -207,9 +188,7 @@ def convert(
 
 @app.command()
 def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A published checkpoint, e.g. results/demo/finetune/model.")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help="A published checkpoint, e.g. results/demo/finetune/model.")],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
     layout: Annotated[str, typer.Option(help="A layout of another system, e.g. llava.")],
     language: Annotated[
@@ -218,9 +197,7 @@ def export(
     tower: Annotated[
         str, typer.Option(help="What the configuration calls the vision tower.")
     ] = "openai/clip-vit-large-patch14-336",
-    binary: Annotated[
-        bool, typer.Option("--binary", help="Write pytorch_model.bin instead of safetensors.")
-    ] = False,
+    binary: Annotated[bool, typer.Option("--binary", help="Write pytorch_model.bin instead of safetensors.")] = False,
 ) -> None:
     """Write a checkpoint in the layout of another system, bit by bit the same tensors."""
     from mmpipe.artifacts.files import staged_directory
@@ -236,9 +213,7 @@ def export(
 @app.command()
 def export_mixture(
     mixture: Annotated[str, typer.Argument(help="A mixture, e.g. rlaif-v, or the directory of one.")],
-    out: Annotated[
-        Path, typer.Argument(help="A file that does not exist yet: .json, or .parquet for messages.")
-    ],
+    out: Annotated[Path, typer.Argument(help="A file that does not exist yet: .json, or .parquet for messages.")],
     layout: Annotated[
         str,
         typer.Option(
@@ -248,13 +223,10 @@ def export_mixture(
     ],
     root: Annotated[Path, typer.Option(help="Images are named relative to this folder.")] = Path(),
     images: Annotated[
-        Path | None,
-        typer.Option(help="Link images into this folder instead, and name them relative to it."),
+        Path | None, typer.Option(help="Link images into this folder instead, and name them relative to it.")
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="With --images: copy, do not link.")] = False,
-    embed: Annotated[
-        bool, typer.Option("--embed", help="Put images into the Parquet file itself (messages).")
-    ] = False,
+    embed: Annotated[bool, typer.Option("--embed", help="Put images into the Parquet file itself (messages).")] = False,
 ) -> None:
     """Write a verified mixture as other programs read it."""
     from mmpipe.data.export import Below, PutInto
@@ -273,19 +245,11 @@ def judge(
     references: References,
     answers: Answers,
     model: Annotated[str, typer.Option(help="The judge's name; part of the score's protocol.")],
-    base_url: Annotated[
-        str, typer.Option(help="An OpenAI-compatible endpoint.")
-    ] = "https://api.openai.com/v1",
-    out: Annotated[Path, typer.Option(help="The replies; what is there is not asked again.")] = Path(
-        "judge.jsonl"
-    ),
+    base_url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint.")] = "https://api.openai.com/v1",
+    out: Annotated[Path, typer.Option(help="The replies; what is there is not asked again.")] = Path("judge.jsonl"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, ask nothing.")] = False,
-    max_requests: Annotated[
-        int, typer.Option(min=0, help="Requests at most, repeated ones included.")
-    ] = 5000,
-    max_usd: Annotated[
-        float | None, typer.Option(min=0, help="Dollars at most, by the prices below.")
-    ] = None,
+    max_requests: Annotated[int, typer.Option(min=0, help="Requests at most, repeated ones included.")] = 5000,
+    max_usd: Annotated[float | None, typer.Option(min=0, help="Dollars at most, by the prices below.")] = None,
     usd_per_million_input: Annotated[float, typer.Option(min=0, help="Price of request tokens.")] = 0.0,
     usd_per_million_output: Annotated[float, typer.Option(min=0, help="Price of reply tokens.")] = 0.0,
     key_variable: Annotated[str, typer.Option(help="Environment variable with the key.")] = "OPENAI_API_KEY",
@@ -311,14 +275,9 @@ def judge(
 @app.command()
 def chat(
     checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="A directory, recipe, recipe@stage, or owner/name[@revision] on the Hugging Face hub."
-        ),
+        str, typer.Argument(help="A directory, recipe, recipe@stage, or owner/name[@revision] on the Hugging Face hub.")
     ],
-    image: Annotated[
-        list[str] | None, typer.Option(help="A file or address; repeat it for several images.")
-    ] = None,
+    image: Annotated[list[str] | None, typer.Option(help="A file or address; repeat it for several images.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask this once and end; '-' reads it from the standard input.")
     ] = None,
@@ -349,9 +308,7 @@ def chat(
 
 @app.command()
 def serve(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A directory, recipe, recipe@stage, or owner/name on the hub.")
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="A directory, recipe, recipe@stage, or owner/name on the hub.")],
     other: Annotated[str | None, typer.Argument(help="Another one, to see answers side by side.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 7860,
     template: TemplateName = None,
@@ -376,13 +333,7 @@ def serve(
 
 
 def _loading(
-    template: str | None,
-    dtype: str,
-    device: str,
-    device_map: str | None,
-    four: bool,
-    eight: bool,
-    sparsity: str | None,
+    template: str | None, dtype: str, device: str, device_map: str | None, four: bool, eight: bool, sparsity: str | None
 ) -> Any:
     from mmpipe.chat.messages import ChatError
     from mmpipe.chat.options import Loading
@@ -393,9 +344,7 @@ def _loading(
 
 
 @app.command()
-def schema(
-    out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
-) -> None:
+def schema(out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None) -> None:
     """The JSON schema of all configuration files (config/schema.json), for editors."""
     from mmpipe.plan.schema import configuration_schema
 

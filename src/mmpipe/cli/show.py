@@ -58,11 +58,7 @@ def _needs(found: Estimate, gpus: int) -> str:
         size = f"{found.trainable:,} of {found.parameters:,} parameters train"
     if not gpus:
         return f"{size}, about {found.host / 1e9:.1f} GB of main memory"
-    hours = (
-        "unknown"
-        if found.gpu_hours is None
-        else f"about {found.gpu_hours:.{1 if found.gpu_hours < 10 else 0}f}"
-    )
+    hours = "unknown" if found.gpu_hours is None else f"about {found.gpu_hours:.{1 if found.gpu_hours < 10 else 0}f}"
     length = f"{found.length} tokens a sample{'' if found.measured else ' assumed'}"
     return f"{size}, about {found.memory.total / 1e9:.0f} GB a GPU ({length}), {hours} GPU-hours at {UTILIZATION:.0%} of the peak"
 
@@ -72,9 +68,7 @@ def _room(plan: Plan, annotation: Annotation) -> str | None:
     each, total = bytes_per_token(annotation), total_bytes(plan, annotation)
     if each is None:
         return None
-    in_all = (
-        f"{total / 1e9:,.2f} GB in all" if total else "how many there are is known when they are tokenised"
-    )
+    in_all = f"{total / 1e9:,.2f} GB in all" if total else "how many there are is known when they are tokenised"
     return f"{each} bytes a response token, {in_all}"
 
 
@@ -111,11 +105,7 @@ def print_comparison(path: Path) -> None:
         )
     for row in content.get("published", []):
         table.add_row(
-            escape(f"{row['model']} ({row['system']})"),
-            f"{row['score']:.3f}",
-            "published",
-            "",
-            style="italic",
+            escape(f"{row['model']} ({row['system']})"), f"{row['score']:.3f}", "published", "", style="italic"
         )
     Console().print(table)
 

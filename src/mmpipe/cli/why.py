@@ -131,11 +131,5 @@ def run_smoke(targets: list[str], max_steps: int, configfile: Path | None, cores
     for target in targets:
         if not target.startswith("results/"):
             raise MmpipeError(f"'{target}' is no file below results/; name one, e.g. results/mmbench.json")
-    command = [
-        *_command(smoke, configfile),
-        "--cores",
-        cores,
-        "--config",
-        f"smoke={{max_steps: {max_steps}}}",
-    ]
+    command = [*_command(smoke, configfile), "--cores", cores, "--config", f"smoke={{max_steps: {max_steps}}}"]
     return subprocess.run(command, check=False).returncode

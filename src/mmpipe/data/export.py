@@ -52,9 +52,7 @@ class Below:
         path = Path(os.path.abspath(stored))
         root = Path(os.path.abspath(self.root))
         if not path.is_relative_to(root):
-            raise DataError(
-                f"{stored}: lies outside of {root}; name a folder above it, or let images be put into one"
-            )
+            raise DataError(f"{stored}: lies outside of {root}; name a folder above it, or let images be put into one")
         return path.relative_to(root).as_posix()
 
 
@@ -126,9 +124,7 @@ def _messages(records: RecordTable, file: BinaryIO, images: Images, embed: bool)
 
     def row(record: AnyRecord) -> dict[str, Any]:
         if isinstance(record, PreferenceRecord) != pairs:
-            raise DataError(
-                f"{record.source}/{record.id}: conversations and preferences cannot stand in one table"
-            )
+            raise DataError(f"{record.source}/{record.id}: conversations and preferences cannot stand in one table")
         conversations: Sequence[Sequence[Turn]] = (
             (record.prompt, (Turn("assistant", record.chosen),), (Turn("assistant", record.rejected),))
             if isinstance(record, PreferenceRecord)
@@ -195,9 +191,7 @@ def _image(stored: str, images: Images, embed: bool) -> dict[str, Any]:
     try:
         return {"bytes": Path(stored).read_bytes(), "path": Path(stored).name}
     except OSError as error:
-        raise DataError(
-            f"{stored}: the image cannot be read ({error.strerror}); build the mixture again"
-        ) from error
+        raise DataError(f"{stored}: the image cannot be read ({error.strerror}); build the mixture again") from error
 
 
 def _message_schema(columns: Sequence[str]) -> Any:

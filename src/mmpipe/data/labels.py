@@ -78,9 +78,7 @@ def encode(
     nothing to learn; DataError if the tokenizer cannot be used.
     """
     if not tokenizer.is_fast:
-        raise DataError(
-            f"{_name(tokenizer)} gives no character offsets; use a tokenizer with a tokenizer.json"
-        )
+        raise DataError(f"{_name(tokenizer)} gives no character offsets; use a tokenizer with a tokenizer.json")
     image_id = single_token(tokenizer, image_token)
     if image_id is None:
         raise DataError(f"{_name(tokenizer)} has no token '{image_token}'; add it before encoding")
@@ -113,9 +111,7 @@ def encode(
     return Encoded(input_ids, labels)
 
 
-def _inside(
-    spans: Sequence[tuple[int, int]], starts: Sequence[int], from_text: Sequence[bool]
-) -> Iterator[bool]:
+def _inside(spans: Sequence[tuple[int, int]], starts: Sequence[int], from_text: Sequence[bool]) -> Iterator[bool]:
     """Whether each token is of the text and begins in a span; tokens and spans are in the text's order."""
     span = 0
     for start, of_text in zip(starts, from_text, strict=True):
@@ -136,8 +132,7 @@ def _cut(encoded: Encoded, max_length: int, image_id: int) -> Encoded:
     if encoded.supervised and not cut.supervised:
         raise BadRecord(
             "question too long",
-            f"cut to {max_length} tokens, nothing of the answer is left; "
-            "raise max_length or leave the record out",
+            f"cut to {max_length} tokens, nothing of the answer is left; raise max_length or leave the record out",
         )
     return cut
 

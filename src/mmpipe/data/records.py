@@ -89,10 +89,7 @@ class BadRecord(DataError):
 
 def check_unicode(record: AnyRecord) -> None:
     """Raise BadRecord for half of a surrogate pair, as a JSON escape cut in two leaves it: no file can hold it."""
-    texts = [
-        *record.images,
-        *(turn.text for conversation in record.conversations for turn in conversation.turns),
-    ]
+    texts = [*record.images, *(turn.text for conversation in record.conversations for turn in conversation.turns)]
     for text in texts:
         if not is_unicode(text):
             raise BadRecord("text that is not Unicode", f"half of a surrogate pair in {text[:80]!a}")
@@ -139,15 +136,10 @@ def check_marks(record: Record) -> None:
     for position, turn in enumerate(record.turns):
         found = turn.text.count(IMAGE_MARK)
         if found and turn.role != "user":
-            raise BadRecord(
-                "misplaced image mark", f"turn {position + 1}, of the {turn.role}, holds {IMAGE_MARK}"
-            )
+            raise BadRecord("misplaced image mark", f"turn {position + 1}, of the {turn.role}, holds {IMAGE_MARK}")
         marks += found
     if marks != len(record.images):
-        raise BadRecord(
-            "image marks and images differ",
-            f"{marks} {IMAGE_MARK} marks for {len(record.images)} images",
-        )
+        raise BadRecord("image marks and images differ", f"{marks} {IMAGE_MARK} marks for {len(record.images)} images")
 
 
 def check_record(record: AnyRecord) -> None:
@@ -156,9 +148,7 @@ def check_record(record: AnyRecord) -> None:
         check_turns(conversation.turns)
         check_marks(conversation)
     if isinstance(record, PreferenceRecord) and record.chosen.strip() == record.rejected.strip():
-        raise BadRecord(
-            "equal answers", "the chosen and the rejected answer are the same, but for space around them"
-        )
+        raise BadRecord("equal answers", "the chosen and the rejected answer are the same, but for space around them")
 
 
 def length_in_words(record: AnyRecord) -> int:

@@ -120,9 +120,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4])
 
 
-def length_order(
-    lengths: Sequence[int], micro_batch: int, chunks: int, generator: torch.Generator
-) -> list[int]:
+def length_order(lengths: Sequence[int], micro_batch: int, chunks: int, generator: torch.Generator) -> list[int]:
     """A permutation in which every ``chunks`` micro batches in a row are about equally long.
 
     Shuffled records are cut into groups of ``chunks * micro_batch``; each group is sorted, longest first, and
@@ -138,11 +136,7 @@ def length_order(
 
 
 def modality_length_order(
-    lengths: Sequence[int],
-    has_image: Sequence[bool],
-    micro_batch: int,
-    chunks: int,
-    generator: torch.Generator,
+    lengths: Sequence[int], has_image: Sequence[bool], micro_batch: int, chunks: int, generator: torch.Generator
 ) -> list[int]:
     """As ``length_order``, with only records with images, or only records without, in a global batch.
 

@@ -29,9 +29,7 @@ def _matches_something(pattern: str) -> str:
 
 InnerPath = Annotated[str, AfterValidator(_inside)]
 InnerPaths = Annotated[
-    tuple[InnerPath, ...],
-    Field(min_length=1),
-    BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
+    tuple[InnerPath, ...], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...])
 ]
 Patterns = Annotated[
     tuple[Annotated[str, AfterValidator(_matches_something)], ...],

@@ -185,13 +185,9 @@ class TokenizerTemplate:
         supervised = "".join(rendered.text[start:end] for start, end in rendered.spans)
         self.stop = supervised.partition("answer")[2].strip()
         if not self.stop:
-            raise DataError(
-                f"the {{% generation %}} marks of {where} leave out the token that ends an answer"
-            )
+            raise DataError(f"the {{% generation %}} marks of {where} leave out the token that ends an answer")
         if not rendered.text.startswith(self.prompt(probe[:1])):
-            raise DataError(
-                f"the chat template of {where} prompts for an answer with another text than it trains on"
-            )
+            raise DataError(f"the chat template of {where} prompts for an answer with another text than it trains on")
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """See Template."""
@@ -217,10 +213,7 @@ class TokenizerTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [
-            {
-                "role": turn.role,
-                "content": break_after_images(turn.text) if turn.role == "user" else turn.text,
-            }
+            {"role": turn.role, "content": break_after_images(turn.text) if turn.role == "user" else turn.text}
             for turn in turns
         ]
         options: dict[str, Any] = {"return_assistant_tokens_mask": True, "add_generation_prompt": prompt}

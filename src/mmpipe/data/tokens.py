@@ -23,14 +23,7 @@ import pyarrow as pa
 from mmpipe.artifacts.files import canonical_json, read_json, write_json
 from mmpipe.data.labels import IGNORE, Encoded, encode
 from mmpipe.data.record_table import RecordTable
-from mmpipe.data.records import (
-    AnyRecord,
-    BadRecord,
-    PreferenceRecord,
-    Record,
-    check_marks,
-    length_in_words,
-)
+from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
 from mmpipe.data.report import Pace, Tally, histogram, keeping, up_to
 from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError, DataError
@@ -45,9 +38,7 @@ ROWS_PER_SHARD = 65_536
 _ROWS_PER_BATCH = 256
 """Rows that are held as Python lists before they are written: one of 500 tokens takes 20 KB so."""
 
-_CONVERSATION = pa.struct(
-    [pa.field("ids", pa.list_(pa.int32())), pa.field("supervised", pa.list_(pa.int32()))]
-)
+_CONVERSATION = pa.struct([pa.field("ids", pa.list_(pa.int32())), pa.field("supervised", pa.list_(pa.int32()))])
 SCHEMA = pa.schema(
     [
         pa.field("index", pa.int32()),
@@ -78,11 +69,7 @@ class TextEncoder:
         """Token ids and labels. Raises BadRecord if the record cannot be trained on."""
         check_marks(record)
         return encode(
-            self.tokenizer,
-            self.template.render(record.turns),
-            self.image_token,
-            self.tokens_per_image,
-            self.max_length,
+            self.tokenizer, self.template.render(record.turns), self.image_token, self.tokens_per_image, self.max_length
         )
 
     @property
@@ -324,9 +311,7 @@ class TokenTable:
         self.directory = directory
         try:
             self.report: Mapping[str, Any] = read_json(directory / REPORT)
-            shards = [
-                datasets.Dataset.from_file(str(path)) for path in sorted((directory / SHARDS).glob("*.arrow"))
-            ]
+            shards = [datasets.Dataset.from_file(str(path)) for path in sorted((directory / SHARDS).glob("*.arrow"))]
             self._table: datasets.Dataset = datasets.concatenate_datasets(shards)
         except (OSError, ValueError, pa.ArrowInvalid) as error:
             raise ArtifactError(f"{directory}: no records in tokens ({error}); make them again") from error

@@ -18,13 +18,7 @@ from mmpipe.data import formats
 from mmpipe.data.digests import DigestWriter
 from mmpipe.data.formats.base import Draft, Format
 from mmpipe.data.image_files import EmbeddedImages, Found, ImageFinder
-from mmpipe.data.records import (
-    IMAGE_MARK,
-    AnyRecord,
-    BadRecord,
-    check_record,
-    length_in_words,
-)
+from mmpipe.data.records import IMAGE_MARK, AnyRecord, BadRecord, check_record, length_in_words
 from mmpipe.data.report import Tally, histogram, up_to
 from mmpipe.data.seen import Seen, digest_of
 from mmpipe.data.spec import PartSpec
@@ -98,13 +92,7 @@ class Part:
     """
 
     def __init__(
-        self,
-        spec: PartSpec,
-        directory: Path,
-        seed: int,
-        known: Known,
-        embedded: EmbeddedImages,
-        log: Log,
+        self, spec: PartSpec, directory: Path, seed: int, known: Known, embedded: EmbeddedImages, log: Log
     ) -> None:
         self.spec = spec
         self.found = 0
@@ -265,10 +253,7 @@ class Part:
     def _lacking_folders(self) -> dict[str, dict[str, int]]:
         """Where images are missing or damaged: by first folder, records that name it and how many of them were dropped."""
         worst = sorted(self._lacking.items(), key=lambda item: (-item[1], item[0]))
-        return {
-            folder: {"records": self._named[folder], "dropped": count}
-            for folder, count in worst[:_FOLDERS_SHOWN]
-        }
+        return {folder: {"records": self._named[folder], "dropped": count} for folder, count in worst[:_FOLDERS_SHOWN]}
 
     def report(self) -> dict[str, Any]:
         """What is published about the part."""

@@ -60,13 +60,7 @@ PROMPT_WORDS = (
 
 
 def clip_tiny(
-    out: Path,
-    *,
-    seed: int = 0,
-    hidden_size: int = 64,
-    layers: int = 3,
-    patch_size: int = 16,
-    training_steps: int = 600,
+    out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3, patch_size: int = 16, training_steps: int = 600
 ) -> None:
     """A CLIP vision tower for the made images, with its preprocessor.
 
@@ -86,9 +80,7 @@ def clip_tiny(
         image_size=PIXELS,
         patch_size=patch_size,
     )
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
-    )
+    processor = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS})
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = CLIPVisionModel(config)
@@ -98,9 +90,7 @@ def clip_tiny(
     processor.save_pretrained(out)
 
 
-def qwen2_tiny(
-    out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3, training_steps: int = 0
-) -> None:
+def qwen2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3, training_steps: int = 0) -> None:
     """A Qwen2 language model and a byte-level BPE tokenizer for the world's own text.
 
     Its weights are random, or trained for ``training_steps`` to read: to answer about scenes that are told in words. That
@@ -166,12 +156,7 @@ def _teach_attributes(
 
 
 def _teach_reading(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    steps: int,
-    batch_size: int = 64,
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, *, seed: int, steps: int, batch_size: int = 64
 ) -> None:
     """Train the model to say and answer, from a caption, what it will be asked about images."""
     stream = told_scenes(seed)
@@ -223,16 +208,12 @@ def told_scenes(seed: int) -> Iterator[tuple[str, str]]:
         yield f"{scene.caption}\n{question}", answer
 
 
-def _batch(
-    tokenizer: PreTrainedTokenizerBase, dialogues: list[tuple[str, str]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(tokenizer: PreTrainedTokenizerBase, dialogues: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (B, L) in the chat format; the answers, with their end mark, are supervised."""
     rows, labels = [], []
     for question, answer in dialogues:
         said = [{"role": "user", "content": question}]
-        asked = tokenizer(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))[
-            "input_ids"
-        ]
+        asked = tokenizer(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))["input_ids"]
         answered = tokenizer(answer + TURN_END)["input_ids"]
         rows.append(torch.tensor([*asked, *answered]))
         labels.append(torch.tensor([-100] * len(asked) + answered))
@@ -296,6 +277,4 @@ def require_whole_heads(hidden_size: int) -> None:
     """Raise ConfigError unless heads of 16, two query heads to a key-value head, fill ``hidden_size``."""
     if hidden_size % 32 or hidden_size <= 0:
         near = max(32, round(hidden_size / 32) * 32)
-        raise ConfigError(
-            f"hidden_size = {hidden_size} is not a positive multiple of 32; {near} is the nearest one"
-        )
+        raise ConfigError(f"hidden_size = {hidden_size} is not a positive multiple of 32; {near} is the nearest one")

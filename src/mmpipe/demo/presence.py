@@ -30,10 +30,7 @@ def presence(out: Path, *, seed: int, records: int = 800, present: float = 0.75)
         name = f"images/{number:06d}.jpg"
         (out / name).write_bytes(_jpeg(scene))
         question, answer = yes_no(scene, rng.random() < present, rng)
-        turns = [
-            {"from": "human", "value": f"<image>\n{question}\n{SHORT_ANSWER}"},
-            {"from": "gpt", "value": answer},
-        ]
+        turns = [{"from": "human", "value": f"<image>\n{question}\n{SHORT_ANSWER}"}, {"from": "gpt", "value": answer}]
         entries.append({"id": f"{number:06d}", "image": name, "conversations": turns})
     (out / "presence.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
@@ -44,9 +41,7 @@ def preferences(out: Path, *, seed: int, pairs: int = 600, shards: int = 2) -> N
     import pyarrow.parquet as pq
 
     rng = random.Random(seed)
-    rows = [
-        _pair(number, scene, rng) for number, scene in enumerate(islice(scenes(rng.getrandbits(32)), pairs))
-    ]
+    rows = [_pair(number, scene, rng) for number, scene in enumerate(islice(scenes(rng.getrandbits(32)), pairs))]
     for shard in range(shards):
         table = pa.Table.from_pylist(rows[shard::shards])
         pq.write_table(table, out / f"RLAIF-V-Dataset_{shard:03d}.parquet")

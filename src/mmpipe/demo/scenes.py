@@ -20,12 +20,7 @@ PIXELS = 48
 """Width and height of an image."""
 
 SHAPES = ("circle", "square", "triangle", "cross")
-COLORS = {
-    "red": (215, 45, 40),
-    "green": (40, 155, 60),
-    "blue": (40, 75, 205),
-    "yellow": (240, 210, 45),
-}
+COLORS = {"red": (215, 45, 40), "green": (40, 155, 60), "blue": (40, 75, 205), "yellow": (240, 210, 45)}
 COUNTS = ("one", "two", "three")
 SIDES = ("left", "right", "top", "bottom")
 SIZES = {"small": 4.0, "large": 6.4}
@@ -107,10 +102,7 @@ class Scene:
         places = [1] if self.count == "one" else rng.sample(range(_CELLS), COUNTS.index(self.count) + 1)
         cells = [(edge, place) if self.side in ("left", "right") else (place, edge) for place in places]
         width = PIXELS / _CELLS
-        return [
-            ((column + 0.5) * width + _jitter(rng), (row + 0.5) * width + _jitter(rng))
-            for column, row in cells
-        ]
+        return [((column + 0.5) * width + _jitter(rng), (row + 0.5) * width + _jitter(rng)) for column, row in cells]
 
 
 def scenes(seed: int, *, held_out: bool = False) -> Iterator[Scene]:

@@ -48,9 +48,6 @@ def checkpoint_bytes(machine: Machine) -> float:
     found = [
         needs
         for stage in machine.stages
-        if not (machine.root / stage.manifest()).is_file()
-        and (needs := estimate(machine.plan, stage, machine.root))
+        if not (machine.root / stage.manifest()).is_file() and (needs := estimate(machine.plan, stage, machine.root))
     ]
-    return sum(needs.published for needs in found) + max(
-        (3 * 12 * needs.trainable for needs in found), default=0
-    )
+    return sum(needs.published for needs in found) + max((3 * 12 * needs.trainable for needs in found), default=0)

@@ -39,8 +39,5 @@ def known_keys() -> frozenset[str]:
 
     actions = get_argument_parser()._actions
     return frozenset(
-        option.lstrip("-")
-        for action in actions
-        for option in action.option_strings
-        if option.startswith("--")
+        option.lstrip("-") for action in actions for option in action.option_strings if option.startswith("--")
     )

@@ -46,9 +46,7 @@ def training(work: Work, checkpointing: bool = False) -> float:
     once = forward(work)
     # the scores' gradient needs both factors
     attention = 2 * work.attention_width * work.length**2
-    weights = 2 * work.trained_layers * work.length + (
-        2 * work.head * work.supervised if work.head_trains else 0
-    )
+    weights = 2 * work.trained_layers * work.length + (2 * work.head * work.supervised if work.head_trains else 0)
     tower = 2 * work.tower * work.tower_tokens * (3 if work.tower_trains else 1)
     again = once - 2 * work.head * work.supervised if checkpointing else 0
     return once + (once + attention) + weights + tower + again

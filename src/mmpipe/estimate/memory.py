@@ -92,9 +92,7 @@ def layer_bytes(config: Config, bfloat16: bool, networks: float = 1) -> float:
     return attention + network + norms
 
 
-def activations(
-    config: Config, tokens: int, *, bfloat16: bool, checkpointing: bool, networks: float = 1
-) -> float:
+def activations(config: Config, tokens: int, *, bfloat16: bool, checkpointing: bool, networks: float = 1) -> float:
     """Bytes of all layers for ``tokens`` tokens at once. With gradient checkpointing each layer keeps its input alone, and
     one layer at a time is there in full (Chen et al. 2016, arXiv 1604.06174)."""
     layers, each = config["num_hidden_layers"], layer_bytes(config, bfloat16, networks)

@@ -75,9 +75,7 @@ def estimate(plan: Plan, stage: StagePlan, root: Path = Path()) -> Estimate | No
         if (found := model_of(plan, plan.checkpoint(reference), root))
     ]
     spread = _spread(hardware.deepspeed, processes)
-    micro = min(
-        hardware.micro_batch or (_ON_CPU if hardware.gpus else settings.batch_size), settings.batch_size
-    )
+    micro = min(hardware.micro_batch or (_ON_CPU if hardware.gpus else settings.batch_size), settings.batch_size)
     states = memory.states(parameters, trainable, _largest(tensors), spread, bfloat16)
     need = replace(
         states,
@@ -108,9 +106,7 @@ def warnings(plan: Plan, stage: StagePlan, found: Estimate) -> list[str]:
     said = []
     room = hardware.gpu_memory_gb or plan.config.gpu_memory_gb
     if hardware.gpus and found.memory.total > room * 1e9:
-        largest = max(
-            ("activations", "optimizer", "parameters", "gradients"), key=lambda n: getattr(found.memory, n)
-        )
+        largest = max(("activations", "optimizer", "parameters", "gradients"), key=lambda n: getattr(found.memory, n))
         remedy = {
             "activations": "a smaller micro_batch, or gradient_checkpointing",
             "parameters": "deepspeed: zero3",
@@ -202,12 +198,7 @@ def _records(plan: Plan, mixture: str) -> int | None:
 
 
 def _hours(
-    plan: Plan,
-    settings: TrainStage,
-    model: Model,
-    trained: list[str],
-    teachers: list[Model],
-    lengths: _Lengths,
+    plan: Plan, settings: TrainStage, model: Model, trained: list[str], teachers: list[Model], lengths: _Lengths
 ) -> float | None:
     if settings.max_steps:
         samples = float(settings.max_steps * settings.batch_size)

@@ -54,9 +54,7 @@ def tower(config: Config) -> Tensors:
     clip = "clip" in config.get("model_type", "clip")
     root = "vision_tower"
     tensors: Tensors = {
-        f"{root}.embeddings.patch_embedding.weight": config.get("num_channels", 3)
-        * config["patch_size"] ** 2
-        * hidden,
+        f"{root}.embeddings.patch_embedding.weight": config.get("num_channels", 3) * config["patch_size"] ** 2 * hidden,
         f"{root}.embeddings.position_embedding.weight": (image_tokens(config) + clip) * hidden,
     }
     if clip:
@@ -101,10 +99,7 @@ def adapters(tensors: Tensors, chosen: Sequence[str], rank: int, config: Config)
     """Low-rank adapters (arXiv 2106.09685) on the linear layers ``chosen`` (names without ``.weight``):
     ``rank * (inputs + outputs)`` elements each; one side of every layer is as wide as the model."""
     hidden = config["hidden_size"]
-    return {
-        f"{name}.lora_A.default.weight": rank * (hidden + tensors[f"{name}.weight"] // hidden)
-        for name in chosen
-    }
+    return {f"{name}.lora_A.default.weight": rank * (hidden + tensors[f"{name}.weight"] // hidden) for name in chosen}
 
 
 def image_tokens(vision: Config) -> int:

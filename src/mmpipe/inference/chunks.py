@@ -99,9 +99,7 @@ def gather(questions: Sequence[Question], parts: Sequence[Path], out: Path) -> i
             for what, keys in faults.items()
             if keys
         )
-        raise DataError(
-            f"{out}: the answers do not match the questions ({text}); remove the chunks and run again"
-        )
+        raise DataError(f"{out}: the answers do not match the questions ({text}); remove the chunks and run again")
     write_records(out, (by_key[k] for k in wanted))
     return len(answers)
 
@@ -129,9 +127,7 @@ def _recover(partial: Path) -> Iterator[Answer]:
             file.truncate(end)
     for number, line in enumerate(whole, start=1):
         if not _is_record(line):
-            raise ArtifactError(
-                f"{partial}, line {number}: not an answer; remove the file to start this chunk afresh"
-            )
+            raise ArtifactError(f"{partial}, line {number}: not an answer; remove the file to start this chunk afresh")
         yield json.loads(line)
 
 

@@ -212,10 +212,7 @@ class Answerer:
         )
         if log is not None:
             log.prompts(
-                [(family.rows[0].question, len(family.rows)) for family in families],
-                ids,
-                mask,
-                _positions(mask),
+                [(family.rows[0].question, len(family.rows)) for family in families], ids, mask, _positions(mask)
             )
         rows = [(owner, row) for owner, family in enumerate(families) for row in family.rows]
         parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -273,9 +270,7 @@ class Answerer:
         return [Reply(tokens, end) for tokens, end in zip(generated, ended, strict=True)]
 
     @torch.inference_mode()
-    def _generate(
-        self, rows: Sequence[Row], max_new_tokens: int, num_beams: int, log: ExpertLog | None
-    ) -> list[Reply]:
+    def _generate(self, rows: Sequence[Row], max_new_tokens: int, num_beams: int, log: ExpertLog | None) -> list[Reply]:
         """The same through ``model.generate``, which also searches with beams."""
         ids, mask = self._pad([row.ids for row in rows])
         pixels = self._pixels([row.question for row in rows])
@@ -367,17 +362,13 @@ def _common(rows: Sequence[Row]) -> int:
     """Length of the rows' common beginning; each keeps at least one token of its own."""
     shortest = min(len(row.ids) for row in rows) - 1
     first = rows[0].ids
-    return next(
-        (i for i in range(shortest) if any(row.ids[i] != first[i] for row in rows)),
-        shortest,
-    )
+    return next((i for i in range(shortest) if any(row.ids[i] != first[i] for row in rows)), shortest)
 
 
 def _agreeing(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the common beginning of two sequences."""
     return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
 
 

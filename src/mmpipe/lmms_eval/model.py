@@ -106,9 +106,7 @@ class Mmpipe(lmms):
         from mmpipe.analysis.expert_log import ExpertLog
 
         if self._rank:
-            self._experts = self._experts.with_name(
-                f"{self._experts.stem}-{self._rank}{self._experts.suffix}"
-            )
+            self._experts = self._experts.with_name(f"{self._experts.stem}-{self._rank}{self._experts.suffix}")
         if self._experts.exists():
             raise ConfigError(f"experts={self._experts}: the file is there; name another one or move it away")
         return ExpertLog(self.answerer.model, folder, questions)
@@ -182,9 +180,7 @@ def _stored(image: Any, folder: Path) -> Path:
     from PIL import Image
 
     if not isinstance(image, Image.Image):
-        raise DataError(
-            f"lmms-eval hands over a {type(image).__name__}; mmpipe's checkpoints see images only"
-        )
+        raise DataError(f"lmms-eval hands over a {type(image).__name__}; mmpipe's checkpoints see images only")
     image = image.convert("RGB")
     name = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
     path = folder / f"{name}.png"

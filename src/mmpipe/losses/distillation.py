@@ -167,9 +167,7 @@ def cached_distillation_loss(
     _require_rows(teacher_ids_RK, len(rows_R))
     log_p_RK = teacher_log_probabilities_RK.float()
     if not torch.isfinite(log_p_RK).all():
-        raise ArtifactError(
-            "the cached teacher has log-probabilities that are not finite; make the cache again"
-        )
+        raise ArtifactError("the cached teacher has log-probabilities that are not finite; make the cache again")
     residual_R = (1 - log_p_RK.exp().sum(1)).clamp_min(0)
     student_SD = _leading(student_head_VD, vocabulary or len(student_head_VD))
 
@@ -267,11 +265,7 @@ def jsd(log_p_CV: Tensor, log_q_CV: Tensor, weight: float = 0.5) -> Tensor:
     return weight * forward_kl(log_p_CV, log_m_CV) + (1 - weight) * forward_kl(log_q_CV, log_m_CV)
 
 
-DIVERGENCES: dict[DivergenceName, Divergence] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-}
+DIVERGENCES: dict[DivergenceName, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
 
 
 def _dot(a_CV: Tensor, b_CV: Tensor) -> Tensor:
@@ -310,11 +304,7 @@ def _require_rows(ids_RK: Tensor, rows: int) -> None:
 
 
 def _divide(
-    total: Tensor,
-    measured: dict[str, Tensor],
-    names: tuple[str, ...],
-    rows: int,
-    normaliser: Tensor | float | None,
+    total: Tensor, measured: dict[str, Tensor], names: tuple[str, ...], rows: int, normaliser: Tensor | float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     divisor = max(1, rows) if normaliser is None else normaliser
     zero = torch.zeros_like(total.detach())

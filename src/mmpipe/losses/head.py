@@ -57,12 +57,7 @@ def chunks(rows: int, vocabulary: int, chunk_bytes: int) -> Iterator[slice]:
 class _SumOverRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_RD: Tensor,
-        weight_VD: Tensor,
-        values: RowValues,
-        measured: dict[str, Tensor],
-        chunk_bytes: int,
+        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, values: RowValues, measured: dict[str, Tensor], chunk_bytes: int
     ) -> Tensor:
         head = _Head(hidden_RD, weight_VD, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         total = torch.zeros((), dtype=head.precision, device=hidden_RD.device)
@@ -92,9 +87,7 @@ class _SumOverRows(torch.autograd.Function):
 
 class _RowLogProbabilities(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, chunk_bytes: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, chunk_bytes: int) -> Tensor:
         head = _Head(hidden_RD, weight_VD, False, False)
         result_R = torch.empty(len(hidden_RD), dtype=head.precision, device=hidden_RD.device)
         for rows in chunks(len(hidden_RD), len(weight_VD), chunk_bytes):

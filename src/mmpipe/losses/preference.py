@@ -50,9 +50,7 @@ def response_log_probabilities(
     """Sum of the log-probabilities of each sequence's supervised tokens, ``[B]``, and how many they are,
     ``[B]``."""
     rows_R, targets_R = positions.response(labels_BL)
-    log_R = row_log_probabilities(
-        hidden_BLD.flatten(0, 1)[rows_R], weight_VD, targets_R, chunk_bytes=chunk_bytes
-    )
+    log_R = row_log_probabilities(hidden_BLD.flatten(0, 1)[rows_R], weight_VD, targets_R, chunk_bytes=chunk_bytes)
     sequence_R = rows_R // labels_BL.shape[1]
     sums_B = log_R.new_zeros(len(labels_BL)).index_add(0, sequence_R, log_R)
     return sums_B, (labels_BL[:, 1:] != positions.IGNORED).sum(1)

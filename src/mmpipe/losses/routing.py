@@ -37,9 +37,7 @@ def _balance_of_each(p_TN: Tensor, first_T: Tensor, sequence_T: Tensor) -> Tenso
     return experts * mean_over_tokens((p_SN * share_SN).sum(1))
 
 
-def load_balancing_term(
-    p_TN: Tensor, first_T: Tensor, entry: int, sequence_T: Tensor | None = None
-) -> Tensor:
+def load_balancing_term(p_TN: Tensor, first_T: Tensor, entry: int, sequence_T: Tensor | None = None) -> Tensor:
     """What one entry contributes to :func:`load_balancing_loss`."""
     alone_N = F.one_hot(torch.tensor(entry, device=p_TN.device), p_TN.shape[1]).to(p_TN.dtype)
     return load_balancing_loss(p_TN * alone_N, first_T, sequence_T)

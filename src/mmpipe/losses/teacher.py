@@ -23,9 +23,7 @@ def most_likely(
     """The k most likely tokens of each row: ids (int64) and log-probabilities (float32), both ``[R, K]``."""
     if not 0 < k <= (vocabulary or len(head_UE)):
         raise ConfigError(f"{k} tokens a position, of a vocabulary of {vocabulary or len(head_UE)}")
-    return _rows(
-        hidden_BLE, head_UE, labels_BL, k, vocabulary, lambda log_p_CV: log_p_CV.topk(k, dim=1).indices
-    )
+    return _rows(hidden_BLE, head_UE, labels_BL, k, vocabulary, lambda log_p_CV: log_p_CV.topk(k, dim=1).indices)
 
 
 def draws(

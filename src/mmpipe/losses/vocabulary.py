@@ -30,9 +30,7 @@ def shared_rows(student: HasVocabulary, teacher: HasVocabulary, student_rows: in
     of_teacher = {i: token for token, i in teacher.get_vocab().items()}
     rows = min(student_rows, teacher_rows)
     different = sorted(
-        i
-        for i in of_student.keys() | of_teacher.keys()
-        if of_student.get(i) != of_teacher.get(i) or i >= rows
+        i for i in of_student.keys() | of_teacher.keys() if of_student.get(i) != of_teacher.get(i) or i >= rows
     )
     if different:
         shown = ", ".join(f"{i} ({_name(of_student, i)} / {_name(of_teacher, i)})" for i in different[:5])

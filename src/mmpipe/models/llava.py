@@ -81,9 +81,7 @@ def vision_tower(path: Path, dtype: torch.dtype | Literal["auto"] = torch.float3
     config = getattr(config, "vision_config", config)
     tower, info = AutoModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
-        raise ArtifactError(
-            f"{path}: not a complete {config.model_type}; missing: {sorted(info['missing_keys'])[:5]}"
-        )
+        raise ArtifactError(f"{path}: not a complete {config.model_type}; missing: {sorted(info['missing_keys'])[:5]}")
     return tower
 
 
@@ -108,20 +106,13 @@ def with_image_token(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrain
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
-        )
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.padding_side = "left"
     return tokenizer
 
 
 def make_processor(
-    tokenizer: PreTrainedTokenizerBase,
-    vision_dir: Path,
-    config: Any,
-    *,
-    template: str,
-    image_aspect: Aspect,
+    tokenizer: PreTrainedTokenizerBase, vision_dir: Path, config: Any, *, template: str, image_aspect: Aspect
 ) -> LlavaProcessor:
     """The processor that is stored with a checkpoint: tokenizer, image preprocessing, chat template."""
     class_token = 1 if config.vision_config.model_type == "clip_vision_model" else 0
@@ -140,8 +131,5 @@ def greedy_generation(base: GenerationConfig | None, tokenizer: PreTrainedTokeni
     """Greedy decoding by default; sampling settings of the backbone would contradict it and stop the saving."""
     eos = base.eos_token_id if base is not None and base.eos_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(
-        do_sample=False,
-        eos_token_id=eos,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )

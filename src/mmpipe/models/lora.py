@@ -32,13 +32,9 @@ def put_on(model: nn.Module, settings: LoraSettings, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     linear = {
-        name.removeprefix("model."): name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        name.removeprefix("model."): name for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
-    chosen = {
-        linear[name] for pattern in settings.targets for name in matching(pattern, linear, "linear layer")
-    }
+    chosen = {linear[name] for pattern in settings.targets for name in matching(pattern, linear, "linear layer")}
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # need not be whole
@@ -66,9 +62,7 @@ def save(model: nn.Module, out: Path, *, base: str) -> None:
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(out))
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    named = {
-        f"base_model.model.{name}": tensors[name].detach().cpu().contiguous() for name in sorted(tensors)
-    }
+    named = {f"base_model.model.{name}": tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     path = out / "adapter_model.safetensors"
     save_file(named, path)
     apply_umask(path)

@@ -21,10 +21,7 @@ _LLAVA_NAMES = {"linear_1": "0", "linear_2": "2"}
 def state(model: nn.Module) -> dict[str, Tensor]:
     """The projector's tensors under the stock names (``multi_modal_projector.linear_1.weight``), contiguous, on the CPU."""
     projector: nn.Module = model.model.multi_modal_projector  # type: ignore[union-attr, assignment]
-    return {
-        f"{_PREFIX}{name}": tensor.detach().cpu().contiguous()
-        for name, tensor in projector.state_dict().items()
-    }
+    return {f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
 
 
 def save(model: nn.Module, path: Path) -> None:

@@ -37,9 +37,7 @@ class VisionLanguage(Settings):
                 raise ValueError(
                     f"'{lacking[0]}' is missing; name a vision and a language backbone, or a whole 'checkpoint'"
                 )
-        elif joined := sorted(
-            self.model_fields_set & {"feature_layer", "feature_select", "projector", "scales"}
-        ):
+        elif joined := sorted(self.model_fields_set & {"feature_layer", "feature_select", "projector", "scales"}):
             raise ValueError(f"'{joined[0]}' is a fact of the checkpoint '{self.checkpoint}'; leave it out")
         return self
 

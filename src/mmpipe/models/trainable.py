@@ -59,8 +59,7 @@ def learning_rate_groups(
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
-        name.removeprefix("model."): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        name.removeprefix("model."): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
     }
 
 

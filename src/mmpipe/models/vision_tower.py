@@ -86,11 +86,7 @@ def enable_multi_scale(model: LlavaForConditionalGeneration, scales: Sequence[in
     if hasattr(projector, "linear_1") and projector.linear_1.in_features != width:
         old = projector.linear_1
         projector.linear_1 = nn.Linear(
-            width,
-            old.out_features,
-            bias=old.bias is not None,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
+            width, old.out_features, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
         )
     model.config.mmpipe = {**getattr(model.config, "mmpipe", {}), "tower": {"scales": list(scales)}}
 
@@ -143,11 +139,7 @@ def _multi_scale(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def multi_scale_features(
-    pixels_BCHW: Tensor,
-    scales: Sequence[int],
-    encode: Callable[[Tensor], Tensor],
-    *,
-    class_tokens: int = 0,
+    pixels_BCHW: Tensor, scales: Sequence[int], encode: Callable[[Tensor], Tensor], *, class_tokens: int = 0
 ) -> Tensor:
     """Features of square images at several scales, ``[B, class_tokens + tokens, scales * width]``.
 

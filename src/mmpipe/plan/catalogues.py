@@ -55,10 +55,7 @@ class Catalogues:
 
     def _sources(self, path: Path) -> dict[str, Source]:
         kind = source_type()
-        return {
-            name: validate(kind, entry, f"{path}, entry '{name}'")
-            for name, entry in self._entries(path).items()
-        }
+        return {name: validate(kind, entry, f"{path}, entry '{name}'") for name, entry in self._entries(path).items()}
 
     def _check_sources(self, folder: Path) -> None:
         """Data sets may be joined from others, not in a circle; backbones may not."""
@@ -125,9 +122,7 @@ class Catalogues:
 
     def mixture_inputs(self, name: str) -> list[str]:
         """Manifests of the data sets a mixture reads."""
-        return sorted(
-            {f"resources/datasets/{part.dataset}/manifest.json" for part in self.mixtures[name].parts}
-        )
+        return sorted({f"resources/datasets/{part.dataset}/manifest.json" for part in self.mixtures[name].parts})
 
 
 def _check_protocol(entry: BenchmarkEntry, where: str, chosen: bool) -> None:

@@ -48,9 +48,7 @@ class Config(Settings):
     A sparsified one can be told to keep more or less: ``recipe+keep0.5``, ``recipe+whole``."""
     benchmarks: list[str | dict[str, dict[str, Any]]] = Field(min_length=1)
     """Benchmarks of ``benchmarks.yaml``; ``- name: {key: value}`` changes settings of the entry."""
-    log_experts: Annotated[
-        LogExperts | None, BeforeValidator(_switch, json_schema_input_type=bool | LogExperts)
-    ] = None
+    log_experts: Annotated[LogExperts | None, BeforeValidator(_switch, json_schema_input_type=bool | LogExperts)] = None
     """Write down which experts tokens are sent to while benchmarks are answered, and draw the analysis of it."""
     keep_rates: list[Annotated[float, Field(gt=0, le=1)]] = []
     """Sparsified checkpoints are also compared with these shares of each image's tokens kept, one row a rate."""

@@ -39,9 +39,7 @@ class ExpertLogs:
         self.checkpoints = self._logged_checkpoints(self.settings)
         if self.settings.without_first:
             self.variants = {
-                name + WITHOUT_FIRST: plan.benchmarks[name].model_copy(
-                    update={"control": "without_first_expert"}
-                )
+                name + WITHOUT_FIRST: plan.benchmarks[name].model_copy(update={"control": "without_first_expert"})
                 for name in self.benchmarks
                 if plan.benchmarks[name].scored
             }
@@ -91,9 +89,7 @@ class ExpertLogs:
         """The logged checkpoints on the way to ``checkpoint``, itself the last: what training did to routing."""
         place = {stage.id: n for n, stage in enumerate(self._plan.checkpoint(checkpoint).path())}
         on_the_way = {name: place.get(self._plan.checkpoint(name).id) for name in self.checkpoints}
-        return sorted(
-            (name for name, at in on_the_way.items() if at is not None), key=lambda n: on_the_way[n] or 0
-        )
+        return sorted((name for name, at in on_the_way.items() if at is not None), key=lambda n: on_the_way[n] or 0)
 
     def sparse_path(self, checkpoint: str) -> list[StagePlan]:
         """The stages on the way to ``checkpoint`` whose checkpoints have experts."""
@@ -117,11 +113,7 @@ class ExpertLogs:
 
     def named(self, per: str, runs_model: bool) -> list[str]:
         """The families that one rule draws."""
-        return [
-            name
-            for name, family in self.families.items()
-            if (family.per, family.runs_model) == (per, runs_model)
-        ]
+        return [name for name, family in self.families.items() if (family.per, family.runs_model) == (per, runs_model)]
 
     def inputs(self, family: str, out: str, checkpoint: str, benchmark: str = "") -> list[str]:
         """The files a figure is drawn from."""
@@ -134,10 +126,7 @@ class ExpertLogs:
             for name, family in self.families.items()
             for checkpoint in self.checkpoints
             for path in (
-                [
-                    f"{out}/{checkpoint}/eval/{benchmark}/experts/{{family}}.svg"
-                    for benchmark in self.benchmarks
-                ]
+                [f"{out}/{checkpoint}/eval/{benchmark}/experts/{{family}}.svg" for benchmark in self.benchmarks]
                 if family.per == "benchmark"
                 else [f"{out}/{checkpoint}/experts/{{family}}.svg"]
             )

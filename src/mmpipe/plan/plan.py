@@ -98,8 +98,7 @@ class Plan(Recipes):
     def inputs(self, stage: StagePlan, out: str = "results") -> dict[str, Path]:
         """The manifests a stage is made from, by role."""
         inputs = {
-            role: Path("resources/backbones", name, "manifest.json")
-            for role, name in self.backbones_of(stage).items()
+            role: Path("resources/backbones", name, "manifest.json") for role, name in self.backbones_of(stage).items()
         }
         if stage.parent:
             inputs["parent"] = stage.parent.manifest(out)
@@ -144,9 +143,7 @@ class Plan(Recipes):
     def annotation_directory(self, annotation: Annotation, out: str = "results") -> Path:
         """Where annotations are published; students that ask for the same share them."""
         key = hashlib.sha256(self.annotation_spec(annotation).encode()).hexdigest()[:12]
-        return Path(
-            _resources(out), "teacher", self.checkpoint(annotation.checkpoint).id, annotation.mixture, key
-        )
+        return Path(_resources(out), "teacher", self.checkpoint(annotation.checkpoint).id, annotation.mixture, key)
 
     def annotation_chunks(self, annotation: Annotation, out: str = "results") -> list[str]:
         """The files by which the jobs that annotate say what they wrote."""
@@ -183,13 +180,7 @@ class Plan(Recipes):
             manifest = first.manifest()
             origin: dict[str, Any] = {"checkpoint": first.id}
             return TokensPlan(
-                mixture,
-                encoding,
-                origin,
-                model,
-                {"checkpoint": manifest},
-                {"checkpoint": manifest.parent},
-                {},
+                mixture, encoding, origin, model, {"checkpoint": manifest}, {"checkpoint": manifest.parent}, {}
             )
         names, layouts = self.backbones_of(first), self.layouts(first)
         origin = {**names, "feature_select": model.feature_select}
@@ -273,16 +264,12 @@ class Plan(Recipes):
 
     def judge_files(self, out: str, checkpoint: str, benchmark: str) -> list[str]:
         """The judge's replies that a score reads, if a judge is asked."""
-        return (
-            [f"{out}/{checkpoint}/eval/{benchmark}/judge.jsonl"] if self.benchmarks[benchmark].judge else []
-        )
+        return [f"{out}/{checkpoint}/eval/{benchmark}/judge.jsonl"] if self.benchmarks[benchmark].judge else []
 
     def judge_spec(self, benchmark: str) -> str:
         """Which judge is asked; how patiently does not change its replies."""
         judge = self.benchmarks[benchmark].judge
-        return canonical_json(
-            judge.model_dump(include={"base_url", "model", "temperature"}) if judge else None
-        )
+        return canonical_json(judge.model_dump(include={"base_url", "model", "temperature"}) if judge else None)
 
     def published(self, benchmark: str) -> str:
         """The published figures of what ``benchmark`` asks, as canonical JSON."""
@@ -342,11 +329,7 @@ class Plan(Recipes):
             *(f"{out}/overlap/{mixture}.html" for mixture in mixtures),
             *self.per_checkpoint("samples.html", out),
             *(f"{out}/{benchmark}.html" for benchmark in self.compared_benchmarks),
-            *(
-                [f"{out}/leaderboard.html"]
-                if len(self.chosen_recipes) > 1 and self.compared_benchmarks
-                else []
-            ),
+            *([f"{out}/leaderboard.html"] if len(self.chosen_recipes) > 1 and self.compared_benchmarks else []),
             *self.expert_logs.figures(out),
             *self.savings.report_items(out),
         ]
@@ -363,9 +346,7 @@ class Plan(Recipes):
             state_dir=directory / "state",
             report_dir=directory / "report",
             vision_language=stage.vision_language,
-            backbones={
-                role: self.backbone_directory(name) for role, name in self.backbones_of(stage).items()
-            },
+            backbones={role: self.backbone_directory(name) for role, name in self.backbones_of(stage).items()},
             layouts=self.layouts(stage),
             parent=inputs["parent"].parent if "parent" in inputs else None,
             references={role: inputs[role].parent for role in stage.settings.references()},

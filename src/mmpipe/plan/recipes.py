@@ -57,8 +57,7 @@ class Recipes(Catalogues):
                 inherited = inherited[: names.index(last) + 1]
             common = self._inherited[parent]
         self._inherited[name] = _Inherited(
-            _merged(common.defaults, recipe.settings.defaults),
-            _merged(common.hardware, recipe.settings.hardware),
+            _merged(common.defaults, recipe.settings.defaults), _merged(common.hardware, recipe.settings.hardware)
         )
         self._paths[name] = self._path(name, recipe, inherited)
         return self._paths[name]
@@ -68,9 +67,7 @@ class Recipes(Catalogues):
         own = recipe.settings.stages
         vision_language = recipe.settings.model or (inherited[-1].vision_language if inherited else None)
         if vision_language is None:
-            raise ConfigError(
-                f"{recipe.where}: the key 'model' is missing; name its vision and language backbone"
-            )
+            raise ConfigError(f"{recipe.where}: the key 'model' is missing; name its vision and language backbone")
         for role, backbone in vision_language.parts().items():
             self._known(backbone, self.backbones, f"{recipe.where}: model.{role}", "backbone")
         keeps_model = not inherited or vision_language == inherited[0].vision_language
@@ -97,8 +94,7 @@ class Recipes(Catalogues):
                     vision_language=vision_language,
                     parent=path[-1] if path else None,
                     where=recipe.where,
-                    answering=recipe.settings.answering
-                    or (inherited[0].answering if inherited else Hardware()),
+                    answering=recipe.settings.answering or (inherited[0].answering if inherited else Hardware()),
                 ),
             ]
         return path
@@ -108,9 +104,7 @@ class Recipes(Catalogues):
     ) -> tuple[str, Stage]:
         where = f"{recipe.where}: stages.{name}"
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _RESERVED:
-            raise ConfigError(
-                f"{where}: a stage name holds a-z, 0-9 and '_' and is none of {sorted(_RESERVED)}"
-            )
+            raise ConfigError(f"{where}: a stage name holds a-z, 0-9 and '_' and is none of {sorted(_RESERVED)}")
         own = dict(recipe.settings.stages.get(name) or {})
         kind = own.pop("kind", before.kind if before else name)
         self._known(kind, stage_kinds(), where, "stage")
@@ -144,9 +138,7 @@ class Recipes(Catalogues):
     def _check_names(self) -> None:
         for name, recipe in self._recipes.items():
             if not NAME.fullmatch(name):
-                raise ConfigError(
-                    f"{recipe.where}: the recipe name '{name}' may hold a-z, 0-9, '.', '_', '-' only"
-                )
+                raise ConfigError(f"{recipe.where}: the recipe name '{name}' may hold a-z, 0-9, '.', '_', '-' only")
             if name in self.benchmarks or name in _RESERVED:
                 raise ConfigError(
                     f"{recipe.where}: the recipe name '{name}' is taken (a benchmark or a folder of results/); "
@@ -217,8 +209,7 @@ class Recipes(Catalogues):
         self._known(name, found, f"recipe '{owner}'", "stage")
         if found[name].owner != owner:
             raise ConfigError(
-                f"results/{owner}/{name}: recipe '{owner}' shares this stage; it is made at "
-                f"{found[name].directory()}"
+                f"results/{owner}/{name}: recipe '{owner}' shares this stage; it is made at {found[name].directory()}"
             )
         return found[name]
 

@@ -43,9 +43,7 @@ def split(reference: str, where: str = "") -> tuple[str, Variant | None]:
         return base, Variant(None)
     rate = re.fullmatch(r"keep([0-9]*\.?[0-9]+)", suffix)
     if not rate:
-        raise ConfigError(
-            f"{where}: '{reference}': '+{suffix}' is no variant; known: +keep0.5 (any rate), +whole"
-        )
+        raise ConfigError(f"{where}: '{reference}': '+{suffix}' is no variant; known: +keep0.5 (any rate), +whole")
     if not 0 < float(rate[1]) <= 1:
         raise ConfigError(f"{where}: '{reference}': a keep rate is above 0 and at most 1")
     return base, Variant(float(rate[1]))

@@ -20,17 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _NOTES = frozenset(
-    {
-        "description",
-        "licence",
-        "restricted",
-        "homepage",
-        "size_gb",
-        "records",
-        "layout",
-        "subfolder",
-        "shape",
-    }
+    {"description", "licence", "restricted", "homepage", "size_gb", "records", "layout", "subfolder", "shape"}
 )
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Restriction = Literal["non-commercial", "research only", "consent"]
@@ -87,9 +77,7 @@ class Source(Settings):
 
     def spec(self) -> dict[str, Any]:
         """What determines the content; descriptions do not."""
-        return self.model_dump(mode="json", exclude_defaults=True, exclude=set(self.NOTES)) | {
-            "source": self.kind
-        }
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=set(self.NOTES)) | {"source": self.kind}
 
     @property
     def kind(self) -> str:

@@ -22,16 +22,12 @@ class Joined(Source):
     """Lay out other data sets as the annotations expect it."""
 
     source: Literal["joined"] = "joined"
-    parts: dict[InnerPath, Annotated[tuple[InnerPath, ...], Field(min_length=1), _listed]] = Field(
-        min_length=1
-    )
+    parts: dict[InnerPath, Annotated[tuple[InnerPath, ...], Field(min_length=1), _listed]] = Field(min_length=1)
     """Folder here -> data set (``gqa: gqa-images``) or something inside one (``coco/train2017: coco-train2017/train2017``).
     Several data sets for one folder are laid over each other."""
 
     def needs(self) -> tuple[str, ...]:
-        return tuple(
-            sorted({PurePosixPath(path).parts[0] for paths in self.parts.values() for path in paths})
-        )
+        return tuple(sorted({PurePosixPath(path).parts[0] for paths in self.parts.values() for path in paths}))
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         from mmpipe.sources.transfer.space import clear_directory
@@ -59,9 +55,7 @@ def _lay(origin: Path, place: Path, alone: bool) -> None:
 
 def _link(origin: Path, place: Path) -> None:
     if place.is_symlink() or place.exists():
-        raise DataError(
-            f"{place}: two of the 'parts' in the catalogue want this place; {origin} is the second"
-        )
+        raise DataError(f"{place}: two of the 'parts' in the catalogue want this place; {origin} is the second")
     place.parent.mkdir(parents=True, exist_ok=True)
     # Relative, so that the tree can be moved or mounted elsewhere.
     place.symlink_to(os.path.relpath(origin.absolute(), place.parent.absolute()))

@@ -28,9 +28,7 @@ class Made(Source):
         package, _, rest = self.maker.partition("mmpipe.demo.")
         former = {"scenes": "pictures", "presence": "falsehoods"}
         module, _, function = rest.partition(":")
-        maker = (
-            f"mmpipe.world.{former.get(module, module)}:{function}" if rest and not package else self.maker
-        )
+        maker = f"mmpipe.world.{former.get(module, module)}:{function}" if rest and not package else self.maker
         return super().spec() | {"maker": maker}
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -29,9 +29,7 @@ class Local(Source):
         if not origin.exists():
             raise DataError(f"{out}: the path {self.path} does not exist; correct it in the catalogue")
         if origin.is_relative_to(out.resolve()):
-            raise DataError(
-                f"{out}: the path {self.path} lies in the place of the links to it; move it elsewhere"
-            )
+            raise DataError(f"{out}: the path {self.path} lies in the place of the links to it; move it elsewhere")
         take_possession(out)
         out.mkdir(parents=True, exist_ok=True)
         clear_directory(out)

@@ -220,9 +220,7 @@ class TrainStage(Stage):
             if self.PUBLISHES == "projector":
                 raise ValueError("'lora' adapts the language model, which this stage does not train")
             if self.trainable != type(self).model_fields["trainable"].default:
-                raise ValueError(
-                    "with 'lora', 'trainable' says nothing; name what trains whole in 'lora.beside'"
-                )
+                raise ValueError("with 'lora', 'trainable' says nothing; name what trains whole in 'lora.beside'")
         return self
 
     def trains(self) -> tuple[str, ...]:
@@ -234,11 +232,7 @@ class TrainStage(Stage):
 
     def annotation(self, checkpoint: str, settings: Mapping[str, Any]) -> Annotation:
         """A request for annotations of this stage's mixture, encoded as this stage encodes it."""
-        encoding = {
-            "template": self.template,
-            "max_length": self.max_length,
-            "image_aspect": self.image_aspect,
-        }
+        encoding = {"template": self.template, "max_length": self.max_length, "image_aspect": self.image_aspect}
         return Annotation(checkpoint, self.data, {**settings, **encoding})
 
     def prepare(self, model: Any, job: StageJob) -> None:

@@ -84,9 +84,7 @@ class DistillDense(TrainStage):
         from mmpipe.training.precomputed import Annotations
 
         if self.teacher_cache:
-            return Distillation(
-                self, WrittenTeacher(Annotations(job.annotations["teacher"]), model, processor)
-            )
+            return Distillation(self, WrittenTeacher(Annotations(job.annotations["teacher"]), model, processor))
         return Distillation(self, LiveTeacher(job.references["teacher"], model, processor, self.tokens))
 
 

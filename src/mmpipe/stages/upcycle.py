@@ -53,11 +53,7 @@ class Upcycle(Stage):
         parts = self.of_parts()
         own = sorted({its.router for its in parts.values() if ":" in its.router})
         code = {router: hashlib.sha256(source_file(router).read_bytes()).hexdigest() for router in own}
-        added = {
-            part: its.router_options
-            for part, its in parts.items()
-            if its.router_options != its.router_settings
-        }
+        added = {part: its.router_options for part, its in parts.items() if its.router_options != its.router_settings}
         further = {"router_code": code, "router_options": added}
         return super().spec() | {key: value for key, value in further.items() if value}
 

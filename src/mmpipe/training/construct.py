@@ -36,10 +36,4 @@ def construct_stage(stage: Construct, job: StageJob) -> None:
         seed=stage.seed,
     )
     log.info("%d parameters", sum(parameter.numel() for parameter in model.parameters()))
-    publish(
-        stage,
-        job,
-        model,
-        processor,
-        facts={"template": stage.template, "image_aspect": stage.image_aspect},
-    )
+    publish(stage, job, model, processor, facts={"template": stage.template, "image_aspect": stage.image_aspect})

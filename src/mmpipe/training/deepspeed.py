@@ -50,11 +50,7 @@ def settings(
         "train_batch_size": micro_batch * accumulation * world,
         "gradient_clipping": clipping,
         # what is sent between processes stays in float32: no module is "safe" for less
-        "torch_autocast": {
-            "enabled": precision == "bfloat16",
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        },
+        "torch_autocast": {"enabled": precision == "bfloat16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
@@ -114,10 +110,7 @@ def require_engine(trainer: Any) -> None:
             "check the versions of deepspeed, accelerate and transformers"
         )
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    seen = {
-        "accelerate": trainer.accelerator.num_processes,
-        "the trainer": trainer.args.world_size,
-    }
+    seen = {"accelerate": trainer.accelerator.num_processes, "the trainer": trainer.args.world_size}
     wrong = {name: count for name, count in seen.items() if count != world}
     if wrong:
         shown = ", ".join(f"{name} counts {count}" for name, count in wrong.items())

@@ -91,12 +91,7 @@ def run_processes(stage: TrainStage, job: StageJob, processes: int) -> None:
     with (
         _passing_on(job.state_dir),
         subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=_as_child,
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_as_child
         ) as launched,
     ):
         for line in launched.stdout or ():
@@ -137,12 +132,7 @@ def on_nodes(job: StageJob, each: int, description: Path) -> list[str]:
 def _torchrun(each: int) -> list[str]:
     module = (sys.executable, "-m", "torch.distributed.run")
     # ranks hear SIGTERM themselves; torchrun would give them half a minute
-    return [
-        *module,
-        "--max-restarts=0",
-        f"--nproc-per-node={each}",
-        "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT",
-    ]
+    return [*module, "--max-restarts=0", f"--nproc-per-node={each}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
 
 
 def _worker(description: Path) -> list[str]:
@@ -184,7 +174,9 @@ def _explanation(job: StageJob, status: int, killed: bool, command: str) -> str:
     if first.is_file():
         failure = read_json(first)
         return f"{job.recipe} {job.stage}: process {failure['rank']}: {failure['message']}\n{again}"
-    return f"{job.recipe} {job.stage}: a training process failed (status {status}); its traceback is in {job.log}. {again}"
+    return (
+        f"{job.recipe} {job.stage}: a training process failed (status {status}); its traceback is in {job.log}. {again}"
+    )
 
 
 def note_failure(job: StageJob, rank: str, message: str) -> None:

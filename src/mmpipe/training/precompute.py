@@ -169,9 +169,7 @@ class _Annotator:
         require_same_pixels(work.checkpoint, pixel_settings(asked), self.pixels, "annotating model")
         self.vocabulary = token_rows(self.tokenizer)
         pairs = settings["kind"] == "log_probabilities"
-        self.dataset: Any = (PreferenceDataset if pairs else SupervisedDataset)(
-            table, self.processor.image_processor
-        )
+        self.dataset: Any = (PreferenceDataset if pairs else SupervisedDataset)(table, self.processor.image_processor)
         self.lengths = self.dataset.lengths
         size = model.config.vision_config.image_size
         self.collate = (PreferenceCollator if pairs else Collator)(self.tokenizer.pad_token_id, (size, size))
@@ -179,19 +177,14 @@ class _Annotator:
 
     def facts(self) -> dict[str, Any]:
         """What those who read must know of the model."""
-        return {
-            "vocabulary": self.vocabulary,
-            "tokenizer": tokenizer_hash(self.tokenizer),
-            "pixels": self.pixels,
-        }
+        return {"vocabulary": self.vocabulary, "tokenizer": tokenizer_hash(self.tokenizer), "pixels": self.pixels}
 
     def write(self, name: str, path: Path) -> None:
         """Write the shard ``name``; the file takes its name when it is whole."""
         start = int(name.partition("-of-")[0]) * RECORDS_PER_SHARD
         # records of like length together: less padding
         places = sorted(
-            range(start, min(start + RECORDS_PER_SHARD, len(self.dataset))),
-            key=lambda i: (self.lengths[i], i),
+            range(start, min(start + RECORDS_PER_SHARD, len(self.dataset))), key=lambda i: (self.lengths[i], i)
         )
         batches = DataLoader(
             self.dataset,
@@ -207,10 +200,7 @@ class _Annotator:
 
     @torch.no_grad()
     def _annotated(self, batch: Batch) -> list[dict[str, Any]]:
-        batch = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
+        batch = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         try:
             return self.rows(batch, hidden_states(self.model, batch))
         except ArtifactError as error:
@@ -219,9 +209,7 @@ class _Annotator:
     def _pair_rows(self, batch: Batch, hidden_BLD: Tensor) -> list[dict[str, Any]]:
         sums_B, _ = response_log_probabilities(hidden_BLD, self.model.lm_head.weight, batch["labels"])
         if not torch.isfinite(sums_B).all():
-            raise ArtifactError(
-                "the reference's numbers are not finite: its weights are damaged or too large"
-            )
+            raise ArtifactError("the reference's numbers are not finite: its weights are damaged or too large")
         chosen, rejected = sums_B.double().cpu().chunk(2)
         rows = zip(batch["indices"], chosen.tolist(), rejected.tolist(), strict=True)
         return [{"index": index, "chosen": c, "rejected": r} for index, c, r in rows]

@@ -35,11 +35,7 @@ RECORDS_PER_SHARD = 4096
 PAIRS = pa.schema([("index", pa.int32()), ("chosen", pa.float64()), ("rejected", pa.float64())])
 # 64-bit offsets: k times the positions of many records may pass 2^31
 TOKENS = pa.schema(
-    [
-        ("index", pa.int32()),
-        ("ids", pa.large_list(pa.int32())),
-        ("log_probabilities", pa.large_list(pa.float16())),
-    ]
+    [("index", pa.int32()), ("ids", pa.large_list(pa.int32())), ("log_probabilities", pa.large_list(pa.float16()))]
 )
 
 

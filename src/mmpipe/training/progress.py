@@ -45,9 +45,7 @@ class Progress(TrainerCallback):
             return
         _keep_steps(self.history, self.start_step)
         if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=state.max_steps, initial=self.start_step, desc=self.title, unit="step", leave=True
-            )
+            self.bar = tqdm(total=state.max_steps, initial=self.start_step, desc=self.title, unit="step", leave=True)
 
     def on_log(
         self,
@@ -67,9 +65,7 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
             collapsed = f", {row[LAYERS]:.0f} layers collapsed" if row.get(LAYERS) else ""
-            self.bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s{collapsed}", refresh=False
-            )
+            self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s{collapsed}", refresh=False)
         every = max(1, state.max_steps // _LINES)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             elapsed = time.perf_counter() - self.started

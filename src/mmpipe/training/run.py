@@ -85,9 +85,7 @@ def work(stage: TrainStage, job: StageJob, requests: stop.Requests) -> None:
     if job.tokens is None:
         raise ConfigError(f"{job.recipe}: {job.stage}: the stage needs 'data', a mixture to train on")
     tokens = TokenTable(job.tokens)
-    share = tokens.require(
-        processor.tokenizer, model.config.image_seq_length, minimum=stage.minimum_supervised
-    )
+    share = tokens.require(processor.tokenizer, model.config.image_seq_length, minimum=stage.minimum_supervised)
     log.info("%d records; %.1f %% of the text tokens are supervised", len(tokens), 100 * share)
     dataset = stage.dataset(tokens, processor.image_processor)
     trainer = make_trainer(stage, job, model, processor, dataset)
@@ -308,11 +306,7 @@ def finish(stage: TrainStage, job: StageJob, model: Any, processor: Any, trainer
         job,
         model,
         processor,
-        facts={
-            "template": stage.template,
-            "image_aspect": stage.image_aspect,
-            **_foundation(stage, job),
-        },
+        facts={"template": stage.template, "image_aspect": stage.image_aspect, **_foundation(stage, job)},
         llava_projector=stage.llava_projector,
         steps=trainer.state.global_step,
         tokens_seen=int(trainer.state.num_input_tokens_seen),

@@ -46,9 +46,7 @@ class Layout:
 
     def require_resumable(self, checkpoint: Path) -> None:
         """Raise ConfigError when the optimizer's state in ``checkpoint`` cannot be read in this layout."""
-        written = (
-            Layout(**read_json(checkpoint / LAYOUT)) if (checkpoint / LAYOUT).is_file() else Layout(None, 1)
-        )
+        written = Layout(**read_json(checkpoint / LAYOUT)) if (checkpoint / LAYOUT).is_file() else Layout(None, 1)
         if written == self or (written.engine is None and self.engine is None):
             return
         raise ConfigError(
@@ -138,9 +136,7 @@ class StageTrainer(Trainer):
         except MmpipeError as error:
             raise type(error)(f"{where}: {error}") from error
         if not torch.isfinite(loss):
-            raise MmpipeError(
-                f"{where}: the loss is {loss.item()}; lower the learning rate, or look at these records"
-            )
+            raise MmpipeError(f"{where}: the loss is {loss.item()}; lower the learning rate, or look at these records")
         self.collapse.see(self.task.model)
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value

@@ -13,9 +13,7 @@ from mmpipe.training import launch, stop
 
 def main() -> None:
     rank = os.environ.get("RANK", "0")
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s %(levelname)s [{rank}] %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s [{rank}] %(message)s", stream=sys.stderr)
     stop.die_with_parent()
     # before torch starts its threads, so that all of them leave SIGTERM to the one that listens
     with stop.Requests().listening(leave_with_parent=True) as requests:

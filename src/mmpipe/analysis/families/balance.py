@@ -57,9 +57,7 @@ class Balance(Family):
         rows = []
         for layer in read_layers(sources[0].path):
             counts = counts_of(layer)
-            first = selection_counts(
-                layer.indices_TK[:, :1], layer.done_TK[:, :1], layer.times_T, layer.experts
-            )
+            first = selection_counts(layer.indices_TK[:, :1], layer.done_TK[:, :1], layer.times_T, layer.experts)
             experts, share = top_set(np.where(layer.done_TK, layer.indices_TK, -1), layer.times_T)
             rows.append(
                 layer.place

@@ -93,10 +93,7 @@ class Change(Family):
         return rows
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
-        shown = {
-            "set_change": "experts changed since the checkpoint before",
-            "saturation": "experts of the last",
-        }
+        shown = {"set_change": "experts changed since the checkpoint before", "saturation": "experts of the last"}
         with axes(path, len(shown), width=5.0, columns=2) as panels:
             for axis, (value, title) in zip(panels, shown.items(), strict=True):
                 for part, some in by(rows, "part").items():

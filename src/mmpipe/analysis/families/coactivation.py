@@ -44,9 +44,7 @@ class Coactivation(Family):
             for a, b in np.ndindex(pairs.shape):
                 if a != b:
                     share = float(pairs[a, b] * k / max(1, pairs[a].sum()))
-                    rows.append(
-                        layer.place | {"expert": a, "other": b, "tokens": int(pairs[a, b]), "share": share}
-                    )
+                    rows.append(layer.place | {"expert": a, "other": b, "tokens": int(pairs[a, b]), "share": share})
         return rows
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:

@@ -52,10 +52,7 @@ class Drift(Family):
                     rows.append(
                         {"part": place.part, "layer": place.layer, "tensor": name}
                         | {"before": last.checkpoint, "checkpoint": source.checkpoint}
-                        | {
-                            "relative_change": relative_change(old, weights),
-                            "cosine": row_cosine(old, weights),
-                        }
+                        | {"relative_change": relative_change(old, weights), "cosine": row_cosine(old, weights)}
                     )
             before = now
         return rows

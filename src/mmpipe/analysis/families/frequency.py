@@ -43,9 +43,7 @@ class Frequency(Family):
         for layer in read_layers(sources[0].path):
             counts = counts_of(layer)
             for expert, count in enumerate(counts.tolist()):
-                rows.append(
-                    layer.place | {"expert": expert, "count": count, "share": count / max(1, counts.sum())}
-                )
+                rows.append(layer.place | {"expert": expert, "count": count, "share": count / max(1, counts.sum())})
         return rows
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:

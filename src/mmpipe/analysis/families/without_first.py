@@ -59,9 +59,7 @@ class WithoutFirst(Family):
             axis.axvline(0, color="grey", linewidth=0.8)
             axis.set_yticks(range(len(rows)), [row["benchmark"] for row in rows])
             axis.invert_yaxis()
-            axis.set(
-                title="without the first expert", xlabel="change of the mean verdict (grey: within noise)"
-            )
+            axis.set(title="without the first expert", xlabel="change of the mean verdict (grey: within noise)")
 
 
 FAMILY = WithoutFirst()

@@ -34,9 +34,7 @@ def weight_files(directory: Path) -> list[Path]:
             files = [directory / name for name in sorted(set(read_config(index)["weight_map"].values()))]
             lacking = [path.name for path in files if not path.is_file()]
             if lacking:
-                raise ArtifactError(
-                    f"{index} names files that are missing: {some(lacking)}; fetch them again"
-                )
+                raise ArtifactError(f"{index} names files that are missing: {some(lacking)}; fetch them again")
             return files
         if (directory / stem).is_file():
             return [directory / stem]
@@ -50,9 +48,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """
     files = weight_files(directory)
     if not files:
-        raise ArtifactError(
-            f"{directory}: no weights here; expected {' or '.join(STEMS)}, whole or in shards"
-        )
+        raise ArtifactError(f"{directory}: no weights here; expected {' or '.join(STEMS)}, whole or in shards")
     return {name: tensor for path in files for name, tensor in read_file(path).items()}
 
 
@@ -129,9 +125,7 @@ def assemble(
 def _without_tied_head(shell: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out a written copy of what is one tensor in the model; a head that differs stays, to be reported."""
     kept = dict(tensors)
-    rows = next(
-        name for name, value in shell.named_parameters() if value is shell.get_input_embeddings().weight
-    )
+    rows = next(name for name, value in shell.named_parameters() if value is shell.get_input_embeddings().weight)
     if rows in kept and "lm_head.weight" in kept and torch.equal(kept[rows], kept["lm_head.weight"]):
         del kept["lm_head.weight"]
     return kept

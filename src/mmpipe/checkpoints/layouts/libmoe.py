@@ -26,13 +26,7 @@ from torch import Tensor
 
 from mmpipe.checkpoints.layouts import _names, _tensors
 from mmpipe.checkpoints.layouts.base import Layout, Part, Whole
-from mmpipe.checkpoints.layouts.llava import (
-    CONFIG,
-    PROJECTOR_FILE,
-    checkpoint_tokenizer,
-    named_tower,
-    text_config,
-)
+from mmpipe.checkpoints.layouts.llava import CONFIG, PROJECTOR_FILE, checkpoint_tokenizer, named_tower, text_config
 from mmpipe.checkpoints.save import some
 from mmpipe.errors import ArtifactError, ConfigError, did_you_mean
 from mmpipe.models.moe.spec import MoESettings
@@ -124,9 +118,7 @@ class LibMoE(Layout):
         config = SparseLlavaConfig.from_dict(joined.to_dict())
         config.mmpipe = {"tower": {"scales": _scales(directory, written)}}
         if found:
-            config.mmpipe["moe"] = {
-                part: settings.model_dump(mode="json") for part, (settings, _) in found.items()
-            }
+            config.mmpipe["moe"] = {part: settings.model_dump(mode="json") for part, (settings, _) in found.items()}
         tensors = _without_idle_end(tensors, tower.config.num_hidden_layers - 1)
         model = _tensors.assemble(SparseLlava, config, tensors, directory, "auto")
         return Whole(model, tokenizer, parts["vision"].directory)
@@ -169,9 +161,7 @@ def _scales(directory: Path, written: Mapping[str, Any]) -> list[int]:
     try:
         return [int(scale) for scale in scales]
     except (TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{directory}/{CONFIG}: scales {written['scales']!r} are no whole numbers"
-        ) from error
+        raise ArtifactError(f"{directory}/{CONFIG}: scales {written['scales']!r} are no whole numbers") from error
 
 
 def _moe(
@@ -191,9 +181,7 @@ def _moe(
     return {part: _router(_ROUTERS[router], written, tensors) for part, router in named.items()}
 
 
-def _router(
-    router: _Router, written: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[MoESettings, _Router]:
+def _router(router: _Router, written: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[MoESettings, _Router]:
     experts = int(written["num_experts"])
     settings, top_k = dict(router.settings), int(written["num_selected"])
     if router.name == "sigmoid" and any(key.endswith(f"{_MOE}gate.bias") for key in tensors):
@@ -245,9 +233,7 @@ def _ours(
             unused.append(name)
         elif expert and int(expert[1]) < settings.experts:
             second = (expert[2] or expert[3]) == "2"
-            fused = (
-                f"{place}experts.{'down' if second else 'up'}_proj{'_bias' if expert[4] == 'bias' else ''}"
-            )
+            fused = f"{place}experts.{'down' if second else 'up'}_proj{'_bias' if expert[4] == 'bias' else ''}"
             experts.setdefault(fused, {})[int(expert[1])] = tensor
         else:
             kept[name] = tensor
@@ -262,8 +248,7 @@ def _ours(
     if unused:
         log.info("left behind, for nothing reads it: %s", some(unused))
     fused_tensors = {
-        name: torch.stack([of_experts[index] for index in range(number)])
-        for name, of_experts in experts.items()
+        name: torch.stack([of_experts[index] for index in range(number)]) for name, of_experts in experts.items()
     }
     return kept | fused_tensors
 
@@ -273,9 +258,7 @@ def _without_idle_end(tensors: Mapping[str, Tensor], used: int) -> dict[str, Ten
     block = re.compile(rf"{re.escape(_names.TOWER)}encoder\.layers\.(\d+)\.")
     behind = (f"{_names.TOWER}post_layernorm.", f"{_names.TOWER}head.")
     idle = [
-        name
-        for name in tensors
-        if name.startswith(behind) or ((found := block.match(name)) and int(found[1]) >= used)
+        name for name in tensors if name.startswith(behind) or ((found := block.match(name)) and int(found[1]) >= used)
     ]
     if idle:
         log.info("left behind, for nothing reads it: %s", some(idle))

@@ -85,9 +85,7 @@ class Llava(Layout):
         tensors = self._base(parts["language"], text)
         if adapted:
             tensors = _merged(directory, tensors, text)
-        named = {
-            name.removeprefix("base_model.model."): value for name, value in _tensors.read_file(rest).items()
-        }
+        named = {name.removeprefix("base_model.model."): value for name, value in _tensors.read_file(rest).items()}
         return tensors | _stock_names(named, text, packed)
 
     def _base(self, base: Part, text: Any) -> dict[str, Tensor]:
@@ -130,9 +128,7 @@ def text_config(directory: Path, written: Mapping[str, Any]) -> tuple[Any, Packe
     return config_class(**facts, architectures=None), None
 
 
-def _stock_names(
-    tensors: Mapping[str, Tensor], text: Any, packed: PackedLanguage | None
-) -> dict[str, Tensor]:
+def _stock_names(tensors: Mapping[str, Tensor], text: Any, packed: PackedLanguage | None) -> dict[str, Tensor]:
     kept = {name: tensor for name, tensor in tensors.items() if not _names.is_buffer(name)}
     if packed is not None:
         language, others = _names.split_language(kept)
@@ -156,11 +152,7 @@ def _merged(directory: Path, tensors: Mapping[str, Tensor], text: Any) -> dict[s
     }
     shell: Any = AutoModelForCausalLM._model_mapping[type(text)]
     language = _tensors.assemble(shell, text, body, directory, "auto")
-    files = [
-        path
-        for suffix in ("safetensors", "bin")
-        if (path := directory / f"{ADAPTER_STEM}.{suffix}").is_file()
-    ]
+    files = [path for suffix in ("safetensors", "bin") if (path := directory / f"{ADAPTER_STEM}.{suffix}").is_file()]
     if not files:
         raise ArtifactError(f"{directory}: {ADAPTER_STEM}.safetensors (or .bin) is missing")
     merged = lora.merge_file(language, directory, _tensors.read_file(files[0]))
@@ -173,9 +165,7 @@ def named_tower(directory: Path, written: Mapping[str, Any], parts: Mapping[str,
 
     if "vision" not in parts:
         named = written.get("mm_vision_tower") or written.get("mm_image_tower")
-        raise ConfigError(
-            f"{directory}: its tower '{named}' lies elsewhere; name an entry for it under model.vision"
-        )
+        raise ConfigError(f"{directory}: its tower '{named}' lies elsewhere; name an entry for it under model.vision")
     return vision_tower(parts["vision"].directory, "auto")
 
 
@@ -190,15 +180,11 @@ def checkpoint_tokenizer(directory: Path, parts: Mapping[str, Part], packed: Pac
 def _feature_select(directory: Path, written: Mapping[str, Any]) -> Any:
     """LLaVA's word for the kept features as ours. Wrapped images are refused: their marks are in no template."""
     if written.get("mm_use_im_start_end"):
-        raise ConfigError(
-            f"{directory}/{CONFIG}: mm_use_im_start_end is true; no template writes these marks"
-        )
+        raise ConfigError(f"{directory}/{CONFIG}: mm_use_im_start_end is true; no template writes these marks")
     words = {"patch": "patch", "cls_patch": "full"}
     feature = str(written.get("mm_vision_select_feature", "patch"))
     if feature not in words:
-        raise ArtifactError(
-            f"{directory}/{CONFIG}: mm_vision_select_feature is '{feature}'; known: {some(words)}"
-        )
+        raise ArtifactError(f"{directory}/{CONFIG}: mm_vision_select_feature is '{feature}'; known: {some(words)}")
     return words[feature]
 
 

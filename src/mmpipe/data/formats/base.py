@@ -11,15 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmpipe.data.json_stream import read_values
-from mmpipe.data.records import (
-    IMAGE_MARK,
-    AnyRecord,
-    BadRecord,
-    Role,
-    Turn,
-    check_unicode,
-    is_unicode,
-)
+from mmpipe.data.records import IMAGE_MARK, AnyRecord, BadRecord, Role, Turn, check_unicode, is_unicode
 from mmpipe.errors import DataError
 
 Row = Mapping[str, Any]
@@ -67,9 +59,7 @@ def drafts(path: Path, make: Callable[[str, Row], Draft]) -> Iterator[Draft]:
             if row.get("id") not in (None, ""):
                 given = str(row["id"])
                 if not is_unicode(given):
-                    raise BadRecord(
-                        "text that is not Unicode", f"half of a surrogate pair in the id {given!a}"
-                    )
+                    raise BadRecord("text that is not Unicode", f"half of a surrogate pair in the id {given!a}")
                 record_id = given
             draft = make(record_id, row)
             if draft.record:

@@ -12,15 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmpipe.data.formats.base import (
-    Draft,
-    Row,
-    drafts,
-    images_before_text,
-    is_chat,
-    read_images,
-    read_turns,
-)
+from mmpipe.data.formats.base import Draft, Row, drafts, images_before_text, is_chat, read_images, read_turns
 from mmpipe.data.records import BadRecord, PreferenceRecord
 
 
@@ -40,9 +32,7 @@ def read(path: Path, source: str) -> Iterator[Draft]:
         if is_chat(both[0][0]):
             question, moved = images_before_text(question, images)
             notes = (*notes, *moved)
-        record = PreferenceRecord(
-            record_id, source, images.names, question, chosen[-1].text, rejected[-1].text
-        )
+        record = PreferenceRecord(record_id, source, images.names, question, chosen[-1].text, rejected[-1].text)
         return Draft(record_id, record, notes=notes, embedded=images.embedded)
 
     return drafts(path, make)

@@ -37,9 +37,7 @@ def check(machine: Machine) -> Iterator[Finding]:
             f"{wanting[0]} trains as long as no operator must be compiled; install {', '.join(missing)} to be sure",
         )
     else:
-        yield Finding(
-            "ok", f"DeepSpeed {version}" + (f" (no {', '.join(missing)})" if missing else ", with compiler")
-        )
+        yield Finding("ok", f"DeepSpeed {version}" + (f" (no {', '.join(missing)})" if missing else ", with compiler"))
 
 
 def _has(program: str) -> bool:

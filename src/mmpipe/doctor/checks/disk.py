@@ -30,12 +30,8 @@ def _to_fetch(machine: Machine) -> float:
 def _room(root: Path, name: str, needed: float, what: str) -> Finding:
     folder = root / name
     free = shutil.disk_usage(folder if folder.is_dir() else root).free
-    seen = f"{name}/: {in_words(free)} free" + (
-        f", about {in_words(needed)} needed for {what}" if needed else ""
-    )
+    seen = f"{name}/: {in_words(free)} free" + (f", about {in_words(needed)} needed for {what}" if needed else "")
     link = f"free some space, or make '{name}' a link to a larger disk"
     if needed > free:
         return Finding("problem", seen, link)
-    return Finding(
-        "warning" if free - needed < _TIGHT else "ok", seen, link if free - needed < _TIGHT else ""
-    )
+    return Finding("warning" if free - needed < _TIGHT else "ok", seen, link if free - needed < _TIGHT else "")

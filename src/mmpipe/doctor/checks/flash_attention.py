@@ -17,9 +17,7 @@ def check(machine: Machine) -> Iterator[Finding]:
     by_name = [s.id for s in machine.stages if s.settings.hardware.attention == "flash_attention_2"]
     seen = f"sdpa will be used: {torch['flash']}"
     if by_name and not machine.on_slurm:
-        yield Finding(
-            "problem", f"{torch['flash']}, but {by_name[0]} asks for it by name", "say `attention: auto`"
-        )
+        yield Finding("problem", f"{torch['flash']}, but {by_name[0]} asks for it by name", "say `attention: auto`")
     elif "does not load" in torch["flash"]:
         yield Finding("warning", seen, "rebuild it for this torch, or uninstall it: pip uninstall flash-attn")
     else:

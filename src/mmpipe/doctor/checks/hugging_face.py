@@ -13,9 +13,7 @@ def check(machine: Machine) -> Iterator[Finding]:
     from huggingface_hub import constants, get_token
 
     wanted = [name for name, source in missing_sources(machine).items() if source.kind == "hub"]
-    state = ("offline" if constants.HF_HUB_OFFLINE else "online") + (
-        ", with a token" if get_token() else ", no token"
-    )
+    state = ("offline" if constants.HF_HUB_OFFLINE else "online") + (", with a token" if get_token() else ", no token")
     if os.environ.get("HF_ENDPOINT"):
         state += ", through HF_ENDPOINT"
     if constants.HF_HUB_OFFLINE and wanted:
@@ -25,9 +23,7 @@ def check(machine: Machine) -> Iterator[Finding]:
             "unset HF_HUB_OFFLINE where Snakemake runs (jobs set it themselves), or name copies with `source: path`",
         )
     elif wanted and not get_token():
-        yield Finding(
-            "ok", f"{state}; to fetch: {_some(wanted)}", "repositories that ask for consent need HF_TOKEN"
-        )
+        yield Finding("ok", f"{state}; to fetch: {_some(wanted)}", "repositories that ask for consent need HF_TOKEN")
     else:
         yield Finding("ok", f"{state}; " + (f"to fetch: {_some(wanted)}" if wanted else "nothing to fetch"))
 

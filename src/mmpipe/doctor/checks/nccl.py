@@ -14,8 +14,6 @@ def check(machine: Machine) -> Iterator[Finding]:
     elif torch["nccl"]:
         yield Finding("ok", f"NCCL {torch['nccl']}")
     elif len(torch["gpus"]) > 1:
-        yield Finding(
-            "problem", "this torch has no NCCL", "install torch from its own index; one GPU works without"
-        )
+        yield Finding("problem", "this torch has no NCCL", "install torch from its own index; one GPU works without")
     else:
         yield Finding("ok", "none, and one GPU needs none")

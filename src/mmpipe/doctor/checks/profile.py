@@ -13,9 +13,7 @@ def check(machine: Machine) -> Iterator[Finding]:
     folder = machine.profile_folder
     if folder is None:
         known = {path.name for path in (machine.root / "profiles").glob("*") if file_of(path)}
-        yield Finding(
-            "problem", f"there is no profile '{machine.profile}'{did_you_mean(machine.profile, known)}"
-        )
+        yield Finding("problem", f"there is no profile '{machine.profile}'{did_you_mean(machine.profile, known)}")
         return
     file = file_of(folder)
     # "__use_yte__" and "?if ..." are the template language's
@@ -30,18 +28,14 @@ def check(machine: Machine) -> Iterator[Finding]:
 
 def _hint(key: str) -> str:
     return (
-        did_you_mean(key, known_keys()).removeprefix("; ")
-        if len(did_you_mean(key, known_keys())) < 80
-        else "remove it"
+        did_you_mean(key, known_keys()).removeprefix("; ") if len(did_you_mean(key, known_keys())) < 80 else "remove it"
     )
 
 
 def _gpus(machine: Machine, file: str) -> Iterator[Finding]:
     """The Slurm plugin refuses a job that asks for GPUs in two ways."""
     defaults = machine.settings.get("default-resources", {})
-    asked = (
-        set(defaults) if isinstance(defaults, dict) else {str(line).partition("=")[0] for line in defaults}
-    )
+    asked = set(defaults) if isinstance(defaults, dict) else {str(line).partition("=")[0] for line in defaults}
     try:
         request = machine.plan.config.gpu_request
     except ConfigError:

@@ -25,9 +25,7 @@ class Partition:
 def check(machine: Machine) -> Iterator[Finding]:
     severe = machine.on_slurm
     if severe and importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
-        yield Finding(
-            "problem", "Snakemake's plugin for Slurm is not installed", "pip install 'mmpipe[slurm]'"
-        )
+        yield Finding("problem", "Snakemake's plugin for Slurm is not installed", "pip install 'mmpipe[slurm]'")
     ping = machine.ask("scontrol", "ping")
     if ping is None:
         here = Finding("ok", "no Slurm on this machine")
@@ -37,9 +35,7 @@ def check(machine: Machine) -> Iterator[Finding]:
     if ping.status != 0 or "UP" not in ping.text:
         said = (ping.complaint or ping.text or "no answer").splitlines()[-1]
         yield Finding(
-            "problem" if severe else "warning",
-            f"the controller does not answer: {said}",
-            "try: scontrol ping",
+            "problem" if severe else "warning", f"the controller does not answer: {said}", "try: scontrol ping"
         )
         return
     answer = machine.ask("sinfo", "--noheader", "--format=%P|%l|%G|%a")
@@ -52,9 +48,7 @@ def check(machine: Machine) -> Iterator[Finding]:
             "problem" if severe else "warning", "no partition is up", "ask the cluster's administrator: sinfo"
         )
         return
-    yield Finding(
-        "ok", "; ".join(f"{p.name}{'*' if p.default else ''}: {p.gpus} GPUs a node" for p in partitions)
-    )
+    yield Finding("ok", "; ".join(f"{p.name}{'*' if p.default else ''}: {p.gpus} GPUs a node" for p in partitions))
     if severe:
         yield from _status(machine)
         yield from _fits(machine, partitions)

@@ -21,9 +21,7 @@ def capacity(tokens: int, experts: int, top_k: int, factor: float, minimum: int 
     return max(math.ceil(tokens / experts * factor * top_k), minimum)
 
 
-def drop(
-    indices_TK: Tensor, weights_TK: Tensor, experts: int, slots: int, *, rescale: bool
-) -> tuple[Tensor, Tensor]:
+def drop(indices_TK: Tensor, weights_TK: Tensor, experts: int, slots: int, *, rescale: bool) -> tuple[Tensor, Tensor]:
     """Set the weights of dropped choices to zero; returns ``(weights_TK, kept_TK)``.
 
     A dropped choice keeps its index: it is computed and counts nothing. ``rescale`` makes what is left of

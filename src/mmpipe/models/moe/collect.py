@@ -17,9 +17,7 @@ _COUNTS = ("load", "tokens", "dropped")
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """The MoE layers of a model by their names, in order."""
     return {
-        name.removeprefix("model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, MoELayer)
+        name.removeprefix("model."): module for name, module in model.named_modules() if isinstance(module, MoELayer)
     }
 
 
@@ -61,10 +59,7 @@ def collect_statistics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     reports: usually ``entropy`` and ``margin``. Counts are summed over scales, the rest is averaged over their
     tokens.
     """
-    return {
-        name: _together([report.statistics for report in reports])
-        for name, reports in _reports(model).items()
-    }
+    return {name: _together([report.statistics for report in reports]) for name, reports in _reports(model).items()}
 
 
 def part_of(layer: str) -> str:
@@ -77,9 +72,7 @@ def collect_collapse(model: nn.Module) -> dict[str, Tensor]:
     name; near one, the layer has collapsed."""
     layers = moe_layers(model)
     return {
-        name: top_set_share(
-            torch.cat([report.indices_TK for report in reports]), layers[name].router.experts + 1
-        )
+        name: top_set_share(torch.cat([report.indices_TK for report in reports]), layers[name].router.experts + 1)
         for name, reports in _reports(model).items()
     }
 

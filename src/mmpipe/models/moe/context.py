@@ -74,9 +74,7 @@ class TakesForwardPass(nn.Module):
 
     forward_pass: ForwardPass | None = None
 
-    def take_forward_pass(
-        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> HookResult:
+    def take_forward_pass(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
         """Pre-hook of the attention of the same decoder layer, which runs before this module."""
         self.forward_pass = kwargs.pop(KEYWORD, None)
         return args, kwargs
@@ -87,9 +85,7 @@ HookResult = tuple[tuple[Any, ...], dict[str, Any]]
 
 def begin(text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
     """Pre-hook of a text model: open a forward pass and hand it to the layers."""
-    tokens = next(
-        x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if isinstance(x, Tensor)
-    )
+    tokens = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if isinstance(x, Tensor))
     current = ForwardPass.of_mask(kwargs.get("attention_mask"), tokens.shape[1])
     text_model.moe_forward_passes = [current]  # type: ignore[assignment]
     return args, kwargs | {KEYWORD: current}

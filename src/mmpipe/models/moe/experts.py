@@ -84,23 +84,17 @@ def _network(experts: SwiGLUExperts | MLPExperts, i: int, x: Tensor) -> Tensor:
     return F.linear(experts.act_fn(gate) * up, experts.down_proj[i])
 
 
-def loop(
-    self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor
-) -> Tensor:
+def loop(self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Compute expert by expert."""
     output_TD = hidden_TD.new_zeros(len(hidden_TD), self.down_proj.shape[1])
     for expert in range(self.num_experts):
         tokens, choice = torch.where(indices_TK == expert)
         result = _network(self, expert, hidden_TD[tokens])
-        output_TD = output_TD.index_add(
-            0, tokens, (result * weights_TK[tokens, choice, None]).to(output_TD.dtype)
-        )
+        output_TD = output_TD.index_add(0, tokens, (result * weights_TK[tokens, choice, None]).to(output_TD.dtype))
     return output_TD
 
 
-def automatic(
-    self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor
-) -> Tensor:
+def automatic(self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not aligned).
 
     Autocast does not know grouped products, which would then run in the weights' float32. So its dtype is
@@ -114,20 +108,14 @@ def automatic(
 
 
 def grouped(
-    self: SwiGLUExperts | MLPExperts,
-    hidden_TD: Tensor,
-    indices_TK: Tensor,
-    weights_TK: Tensor,
-    dtype: torch.dtype,
+    self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """All experts at once: tokens sorted by expert, one grouped product a layer of the networks.
 
     The number of tokens of an expert never leaves the device.
     """
     experts_S, order_S = indices_TK.flatten().sort(stable=True)
-    place_S = torch.empty_like(order_S).scatter_(
-        0, order_S, torch.arange(len(order_S), device=order_S.device)
-    )
+    place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
     every_N = torch.arange(self.num_experts, device=experts_S.device)
     ends_N = torch.searchsorted(experts_S, every_N, right=True, out_int32=True)
 

@@ -240,9 +240,7 @@ def _require_plain_attention(model: LlavaForConditionalGeneration) -> None:
     text = model.config.get_text_config()
     attention = dict(model.model.language_model.layers[0].self_attn.named_modules())
     known = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"}
-    weighted = {
-        name for name, module in attention.items() if any(True for _ in module.parameters(recurse=False))
-    }
+    weighted = {name for name, module in attention.items() if any(True for _ in module.parameters(recurse=False))}
     if weighted - known or attention["o_proj"].bias is not None:
         raise ArtifactError(
             f"no stock sparse model has the attention of '{text.model_type}' (parts {sorted(weighted)}, "
@@ -290,9 +288,7 @@ def _unfused(part: str, tensor: Tensor, text: Any) -> list[tuple[str, Tensor]]:
         head = _head_size(text)
         heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
         pieces = tensor.split([n * head for n in heads])
-        return [
-            (f"self_attn.{letter}_proj.weight", piece) for letter, piece in zip("qkv", pieces, strict=True)
-        ]
+        return [(f"self_attn.{letter}_proj.weight", piece) for letter, piece in zip("qkv", pieces, strict=True)]
     if part == "mlp.gate_up_proj.weight":
         gate, up = tensor.chunk(2)
         return [("mlp.gate_proj.weight", gate), ("mlp.up_proj.weight", up)]

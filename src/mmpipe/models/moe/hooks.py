@@ -57,9 +57,7 @@ def placed_layers(model: nn.Module, layers: Collection[int] | None = None) -> di
             f"log_experts: layers: {missing} have no experts; layers with experts: {sorted(numbered) or 'none'}"
         )
     return {
-        place: layer
-        for place, layer in found.items()
-        if place.layer in layers or place.part == "multi_modal_projector"
+        place: layer for place, layer in found.items() if place.layer in layers or place.part == "multi_modal_projector"
     }
 
 
@@ -74,9 +72,7 @@ class Recorder:
 
     def __init__(self, layers: dict[Place, MoELayer]) -> None:
         self._calls: dict[Place, list[Choices]] = {}
-        self._handles = [
-            layer.router.register_forward_hook(self._hook(place)) for place, layer in layers.items()
-        ]
+        self._handles = [layer.router.register_forward_hook(self._hook(place)) for place, layer in layers.items()]
 
     def close(self) -> None:
         """Stop looking."""
@@ -103,10 +99,7 @@ def without_first(model: nn.Module) -> Iterator[None]:
     The other choices are scaled up to the weight all had together, where the router's weights add up to one.
     A token with a single expert passes through the residual stream only.
     """
-    handles = [
-        layer.experts.register_forward_pre_hook(_leave_out_first(layer))
-        for layer in moe_layers(model).values()
-    ]
+    handles = [layer.experts.register_forward_pre_hook(_leave_out_first(layer)) for layer in moe_layers(model).values()]
     try:
         yield
     finally:

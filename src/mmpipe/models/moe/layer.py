@@ -56,9 +56,7 @@ class MoELayer(TakesForwardPass):
         if id(self) not in current.reports:
             current.reports[id(self)] = self._report(routing, kept_TK)
         if rows_T is not None:
-            output_TD = output_TD.new_zeros(len(every_TD), output_TD.shape[1]).index_copy(
-                0, rows_T, output_TD
-            )
+            output_TD = output_TD.new_zeros(len(every_TD), output_TD.shape[1]).index_copy(0, rows_T, output_TD)
         return self._mix(hidden_BLD, output_TD.view(*hidden_BLD.shape[:-1], -1))
 
     def _sequences(self, hidden_BLD: Tensor, rows_T: Tensor | None) -> Tensor | None:
@@ -87,11 +85,7 @@ class MoELayer(TakesForwardPass):
                 self.settings.minimum_capacity,
             )
             weights_TK, kept_TK = drop(
-                routing.indices_TK,
-                routing.weights_TK,
-                self.router.experts,
-                slots,
-                rescale=self.router.normalised,
+                routing.indices_TK, routing.weights_TK, self.router.experts, slots, rescale=self.router.normalised
             )
             routing = replace(routing, weights_TK=weights_TK)
         return routing, kept_TK

@@ -98,9 +98,7 @@ def read(network: nn.Module, where: str) -> Dense:
 
     Raises ConfigError when it is something else.
     """
-    linear: dict[str, Any] = {
-        name: child for name, child in network.named_children() if isinstance(child, nn.Linear)
-    }
+    linear: dict[str, Any] = {name: child for name, child in network.named_children() if isinstance(child, nn.Linear)}
     weights = {name: layer.weight.detach() for name, layer in linear.items()}
     biases = [layer.bias is not None for layer in linear.values()]
     names = tuple(linear)
@@ -120,9 +118,7 @@ def read(network: nn.Module, where: str) -> Dense:
                 "down_proj_bias": second.bias.detach(),
             },
         )
-    described = ", ".join(
-        f"{name} with{'' if bias else 'out'} bias" for name, bias in zip(names, biases, strict=True)
-    )
+    described = ", ".join(f"{name} with{'' if bias else 'out'} bias" for name, bias in zip(names, biases, strict=True))
     raise ConfigError(
         f"{where}: a '{type(network).__name__}' with linear layers ({described}) cannot become experts; known are "
         "SwiGLU networks without biases and two linear layers with biases"

@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 
 
 def upcycle(
-    model: LlavaForConditionalGeneration,
-    settings: MoESettings,
-    *,
-    seed: int = 0,
-    part: Part = "language_model",
+    model: LlavaForConditionalGeneration, settings: MoESettings, *, seed: int = 0, part: Part = "language_model"
 ) -> LlavaForConditionalGeneration:
     """Put experts into the chosen layers of a part of ``model``, in place; returns it.
 

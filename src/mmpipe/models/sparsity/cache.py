@@ -76,9 +76,7 @@ class PrunedLayer(DynamicLayer):
         self.slots = slots
         self.leads = leads
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values of this pass; what the slots do not keep is gone afterwards."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

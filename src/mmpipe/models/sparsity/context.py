@@ -53,9 +53,7 @@ class TrainingPass:
 
     def decide(self, setting: Setting, hidden_BLD: Tensor, arguments: Arguments) -> Tensor:
         """Draw the decisions; returns the hidden states as they are."""
-        self.temperature = gumbel.temperature(
-            setting.sparsifier.progress, self.start_temperature, self.end_temperature
-        )
+        self.temperature = gumbel.temperature(setting.sparsifier.progress, self.start_temperature, self.end_temperature)
         self._policy_BL, self.decisions = setting.sparsifier.draw(
             hidden_BLD, self.segments, self.temperature, self.noise_BL2
         )

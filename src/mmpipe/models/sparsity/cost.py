@@ -23,16 +23,12 @@ def paper_image_flops(layers: int, width: int, tokens: int, kept: int, sparse_la
     return paper_flops(sparse_layer, tokens, width) + paper_flops(layers - sparse_layer, kept, width)
 
 
-def cache_bytes(
-    text_config: Any, rows: int, whole: int, kept: int, sparse_layer: int, bytes_per_number: int
-) -> int:
+def cache_bytes(text_config: Any, rows: int, whole: int, kept: int, sparse_layer: int, bytes_per_number: int) -> int:
     """Bytes of keys and values of a batch: ``whole`` tokens a row before ``sparse_layer``, ``kept`` from there on.
 
     Rows of different length are as long as the longest. Of layers without a sliding window.
     """
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    size = (
-        getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    )
+    size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     tokens = sparse_layer * whole + (text_config.num_hidden_layers - sparse_layer) * kept
     return 2 * rows * heads * size * tokens * bytes_per_number

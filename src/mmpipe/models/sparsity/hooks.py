@@ -115,9 +115,7 @@ def set_keep_rate(model: Any, rate: float | None, where: str) -> None:
     """
     sparsifier = of_model(model)
     if sparsifier is None:
-        raise ConfigError(
-            f"{where}: the checkpoint has no predictors; only a sparsified one can be told what to keep"
-        )
+        raise ConfigError(f"{where}: the checkpoint has no predictors; only a sparsified one can be told what to keep")
     if rate is None:
         sparsifier.enabled = False
         return
@@ -147,12 +145,7 @@ def see_images(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook
     """Pre-hook of the vision-language model: in evaluation, tell the text model where images are."""
     prompt = kwargs.pop(PROMPT, None)
     ids: Tensor | None = kwargs.get("input_ids")
-    if (
-        KEYWORD not in kwargs
-        and ids is not None
-        and not body.training
-        and body.language_model.sparsifier.prunes
-    ):
+    if KEYWORD not in kwargs and ids is not None and not body.training and body.language_model.sparsifier.prunes:
         kwargs = kwargs | {KEYWORD: PruningPass(ids == body.config.image_token_id, prompt)}
     return args, kwargs
 
@@ -173,9 +166,7 @@ def begin(text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResul
         raise ConfigError("a sparsified model takes attention masks of two dimensions only: rows and tokens")
     cache = kwargs.get("past_key_values")
     if mask is None:
-        mask = tokens.new_ones(
-            rows, length + (cache.get_seq_length() if cache is not None else 0), dtype=torch.long
-        )
+        mask = tokens.new_ones(rows, length + (cache.get_seq_length() if cache is not None else 0), dtype=torch.long)
     setting = Setting(text.sparsifier, text.config, mask[:, -length:].bool().to(tokens.device), mask.sum(1))
     if isinstance(current, PruningPass) and _uses_cache(text, kwargs):
         cache = DynamicCache(config=text.config) if cache is None else cache

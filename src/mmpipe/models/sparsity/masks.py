@@ -12,9 +12,7 @@ from mmpipe.errors import ConfigError
 _FLASH, _EAGER, _SDPA = "flash", "eager", "sdpa"
 
 
-def allowed(
-    visible_BK: Tensor, key_positions_BK: Tensor, query_positions_BQ: Tensor, window: int | None
-) -> Tensor:
+def allowed(visible_BK: Tensor, key_positions_BK: Tensor, query_positions_BQ: Tensor, window: int | None) -> Tensor:
     """What every query may see, ``[B, Q, K]``: visible keys at no later position, within the window if there is one.
 
     Queries are the last keys; each sees itself, padding too, so that no row is empty.

@@ -92,9 +92,7 @@ class Attention(nn.Module):
 
     def forward(self, z_BNE: Tensor) -> Tensor:
         rows, tokens, width = z_BNE.shape
-        q, k, v = (
-            self.qkv(z_BNE).view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        )
+        q, k, v = self.qkv(z_BNE).view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(rows, tokens, width))
 

@@ -46,14 +46,7 @@ class Record:
         cached = done.slots.counts if done.slots else []
         rows = [keep[real].tolist() for keep, real in zip(keep_BL, real_BL, strict=True)]
         self.passes.append(
-            Decided(
-                bool(done.is_prompt),
-                rows,
-                images,
-                computed,
-                cached,
-                setting.whole_B.tolist() if cached else [],
-            )
+            Decided(bool(done.is_prompt), rows, images, computed, cached, setting.whole_B.tolist() if cached else [])
         )
 
 

@@ -23,9 +23,7 @@ class Segments:
     """What stands between the last answer and the image or the answer before it; nothing in rows without images."""
 
 
-def of_batch(
-    input_ids_BL: Tensor, labels_BL: Tensor, attention_mask_BL: Tensor, image_token: int
-) -> Segments:
+def of_batch(input_ids_BL: Tensor, labels_BL: Tensor, attention_mask_BL: Tensor, image_token: int) -> Segments:
     """The segments of a training batch, read off its labels: any template, any number of images."""
     real_BL = attention_mask_BL.bool()
     images_BL = (input_ids_BL == image_token) & real_BL

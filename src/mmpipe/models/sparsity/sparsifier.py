@@ -120,9 +120,7 @@ class Sparsifier(FollowsTraining):
             images = one_by_one(hidden_BLD, images_BL, self.image_tokens)
             scores_PN = self.image_score_predictor(images).float().log_softmax(-1)[..., KEEP]
             best = scores_PN.topk(kept_tokens(self.image_tokens, rate), dim=1).indices
-            keep_BL[images_BL] = (
-                torch.zeros_like(scores_PN, dtype=torch.bool).scatter(1, best, True).flatten()
-            )
+            keep_BL[images_BL] = torch.zeros_like(scores_PN, dtype=torch.bool).scatter(1, best, True).flatten()
         if self.instruct_score_predictor is not None and self.settings.instruct_keep_rate < 1:
             asked_BL = _behind_images(real_BL, images_BL, starts)
             keep_BL &= ~asked_BL | _kept(self.instruct_score_predictor(hidden_BLD))

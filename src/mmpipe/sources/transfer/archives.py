@@ -166,9 +166,7 @@ def _merge(source: Path, target: Path) -> None:
 def _opened(pieces: Sequence[Path]) -> Iterator[BinaryIO]:
     with ExitStack() as stack:
         files = [stack.enter_context(piece.open("rb")) for piece in pieces]
-        whole = (
-            files[0] if len(files) == 1 else io.BufferedReader(cast(io.RawIOBase, _Joined(files)), 1 << 20)
-        )
+        whole = files[0] if len(files) == 1 else io.BufferedReader(cast(io.RawIOBase, _Joined(files)), 1 << 20)
         yield cast(BinaryIO, whole)
 
 

@@ -140,9 +140,7 @@ def _transfer(url: str, part: Path, expected: Expected, patience: Patience) -> N
             headers["If-Range"] = validator
     log.info("downloading %s%s", url, f" from byte {have}" if have else "")
     try:
-        with requests.get(
-            url, headers=headers, stream=True, timeout=(patience.connect, patience.read)
-        ) as response:
+        with requests.get(url, headers=headers, stream=True, timeout=(patience.connect, patience.read)) as response:
             if response.status_code == 416 and have:
                 _forget(part)
                 raise _Interrupted("the server has less of the file than is here already")
@@ -156,9 +154,7 @@ def _transfer(url: str, part: Path, expected: Expected, patience: Patience) -> N
 
 def _check_status(response: requests.Response, url: str) -> None:
     if response.status_code in _PASSING:
-        raise _Interrupted(
-            f"the server answered {response.status_code} {response.reason}", _asked_wait(response)
-        )
+        raise _Interrupted(f"the server answered {response.status_code} {response.reason}", _asked_wait(response))
     if response.status_code >= 400:
         raise _Refused(f"{url}: the server answered {response.status_code} {response.reason}")
 

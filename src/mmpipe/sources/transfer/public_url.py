@@ -113,9 +113,7 @@ def _response(url: str, limits: Limits, deadline: float) -> Iterator[urllib3.Bas
         raise DataError(late)
 
 
-def _connection(
-    url: str, limits: Limits, deadline: float
-) -> tuple[_PlainConnection | _SecureConnection, str]:
+def _connection(url: str, limits: Limits, deadline: float) -> tuple[_PlainConnection | _SecureConnection, str]:
     """An unopened connection to a checked address, and the path to ask for."""
     try:
         parts = urllib3.util.parse_url(url)

@@ -148,9 +148,7 @@ class Task(nn.Module):
         """The model's configuration, where the trainer looks for it."""
         return self.model.config
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """What is frozen may be missing: checkpoints in progress leave it out."""
         loaded = super().load_state_dict(state_dict, strict=False, assign=assign)
         trained = {name for name, p in self.named_parameters() if p.requires_grad}

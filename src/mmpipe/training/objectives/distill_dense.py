@@ -22,14 +22,7 @@ from mmpipe.losses.distillation import (
 from mmpipe.losses.language_modelling import language_modelling_loss
 from mmpipe.losses.vocabulary import shared_rows
 from mmpipe.models import attention
-from mmpipe.training.objectives.base import (
-    Batch,
-    Metrics,
-    Normaliser,
-    hidden_states,
-    response_tokens,
-    router_losses,
-)
+from mmpipe.training.objectives.base import Batch, Metrics, Normaliser, hidden_states, response_tokens, router_losses
 from mmpipe.training.precomputed import Annotations
 
 if TYPE_CHECKING:
@@ -93,9 +86,7 @@ class LiveTeacher:
     def __init__(self, checkpoint: Path, student: Any, processor: Any, tokens: Tokens = "response") -> None:
         model, teacher_processor, _ = open_checkpoint(checkpoint)
         require_same_pixels(
-            checkpoint,
-            pixel_settings(processor.image_processor),
-            pixel_settings(teacher_processor.image_processor),
+            checkpoint, pixel_settings(processor.image_processor), pixel_settings(teacher_processor.image_processor)
         )
         self.image_tokens = (student.config.image_seq_length, model.config.image_seq_length)
         ours, theirs = self.image_tokens
@@ -182,9 +173,7 @@ def resized_images(batch: Batch, image_token: int, ours: int, theirs: int) -> Ba
     """The batch with ``theirs`` image tokens in the place of every ``ours``; padded on the right as before."""
     rows = [
         _resized(ids[mask.bool()], labels[mask.bool()], image_token, ours, theirs)
-        for ids, labels, mask in zip(
-            batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
-        )
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
     ]
     lengths = torch.tensor([len(ids) for ids, _ in rows], device=batch["input_ids"].device)
     pad = nn.utils.rnn.pad_sequence
@@ -194,9 +183,7 @@ def resized_images(batch: Batch, image_token: int, ours: int, theirs: int) -> Ba
     return batch | {"input_ids": ids_BM, "labels": labels_BM, "attention_mask": mask_BM}
 
 
-def _resized(
-    ids_L: Tensor, labels_L: Tensor, image_token: int, ours: int, theirs: int
-) -> tuple[Tensor, Tensor]:
+def _resized(ids_L: Tensor, labels_L: Tensor, image_token: int, ours: int, theirs: int) -> tuple[Tensor, Tensor]:
     images_L = ids_L == image_token
     first_L = images_L & (images_L.cumsum(0) % ours == 1 % ours)
     counts_L = torch.where(images_L, torch.where(first_L, theirs, 0), 1)

@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 
 from mmpipe.losses.preference import preference_loss, response_log_probabilities
-from mmpipe.training.objectives.base import (
-    Batch,
-    Metrics,
-    Normaliser,
-    hidden_states,
-    image_features,
-    router_losses,
-)
+from mmpipe.training.objectives.base import Batch, Metrics, Normaliser, hidden_states, image_features, router_losses
 from mmpipe.training.precomputed import Annotations
 
 if TYPE_CHECKING:

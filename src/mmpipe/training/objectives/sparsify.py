@@ -14,14 +14,7 @@ from mmpipe.models.sparsity import gumbel, segments
 from mmpipe.models.sparsity.context import KEYWORD, TrainingPass
 from mmpipe.models.sparsity.hooks import of_model
 from mmpipe.models.sparsity.segments import Segments
-from mmpipe.training.objectives.base import (
-    Batch,
-    Metrics,
-    Normaliser,
-    hidden_states,
-    response_tokens,
-    router_losses,
-)
+from mmpipe.training.objectives.base import Batch, Metrics, Normaliser, hidden_states, response_tokens, router_losses
 
 if TYPE_CHECKING:
     from mmpipe.stages.sparsify import Sparsify
@@ -53,9 +46,7 @@ class Sparsification:
 
     def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
         found = self._segments(batch)
-        current = TrainingPass(
-            found, self._noise(batch), self.settings.gumbel_start_tau, self.settings.gumbel_end_tau
-        )
+        current = TrainingPass(found, self._noise(batch), self.settings.gumbel_start_tau, self.settings.gumbel_end_tau)
         hidden_BLD = hidden_states(model, batch, **{KEYWORD: current})
         learnt = language_modelling_loss(
             hidden_BLD, model.lm_head.weight, batch["labels"], normaliser=normaliser.counts["response"]
@@ -83,9 +74,7 @@ class Sparsification:
         return noise_BL2.to(batch["input_ids"].device)
 
     def _segments(self, batch: Batch) -> Segments:
-        return segments.of_batch(
-            batch["input_ids"], batch["labels"], batch["attention_mask"], self.image_token
-        )
+        return segments.of_batch(batch["input_ids"], batch["labels"], batch["attention_mask"], self.image_token)
 
     def _distances(
         self, found: Segments, decisions: dict[str, Tensor], normaliser: Normaliser

@@ -114,12 +114,7 @@ def rescaled(weights_TK: Tensor) -> Tensor:
 
 
 def routed(
-    indices_TK: Tensor,
-    weights_TK: Tensor,
-    *,
-    p_TN: Tensor,
-    logits_TN: Tensor,
-    sequence_T: Tensor | None = None,
+    indices_TK: Tensor, weights_TK: Tensor, *, p_TN: Tensor, logits_TN: Tensor, sequence_T: Tensor | None = None
 ) -> Routing:
     """A routing with the usual losses and measurements of the probabilities ``p_TN``."""
     return Routing(
@@ -130,10 +125,7 @@ def routed(
             "z": routing.z_loss(logits_TN),
             "entropy": routing.entropy(p_TN),
         },
-        statistics={
-            "entropy": routing.entropy(p_TN.detach()),
-            "margin": routing.margin(weights_TK.detach()),
-        },
+        statistics={"entropy": routing.entropy(p_TN.detach()), "margin": routing.margin(weights_TK.detach())},
     )
 
 
@@ -187,9 +179,7 @@ def check_values(router: BaseRouter, result: Routing, name: str) -> None:
     if low < 0 or high >= entries:
         raise RouterError(f"{name}: experts {low} to {high} chosen, there are 0 to {entries - 1}")
     if not torch.isfinite(result.weights_TK).all():
-        raise RouterError(
-            f"{name}: weights that are not finite; are the hidden states or the router's weights?"
-        )
+        raise RouterError(f"{name}: weights that are not finite; are the hidden states or the router's weights?")
     error = (result.weights_TK.sum(1) - 1).abs().max().item() if router.normalised else 0.0
     if error > 1e-3:
         raise RouterError(f"{name}: the weights of a token add up to one, here they are off by {error:.2g}")

@@ -51,9 +51,7 @@ class Router(BaseRouter):
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         buffer = {name: tensor.float() for name, tensor in self.named_buffers()}
         inner = F.relu(F.linear(self.embedding.float(), buffer["inner_weight"], buffer["inner_bias"]))
-        made = F.linear(inner, buffer["outer_weight"], buffer["outer_bias"]).view(
-            self.experts, self.width + 1
-        )
+        made = F.linear(inner, buffer["outer_weight"], buffer["outer_bias"]).view(self.experts, self.width + 1)
         logits_TN = linear_float(hidden_TD, made[:, :-1], made[:, -1])
         best_TK, indices_TK = logits_TN.topk(self.current_k, dim=1)
         weights_TK = best_TK.softmax(1)

@@ -29,6 +29,4 @@ class Router(BaseRouter):
         logits_TN = linear_float(hidden_TD, self.weight)
         best_TK, indices_TK = logits_TN.relu().topk(self.top_k, dim=1)
         weights_TK = best_TK / (best_TK.sum(1, keepdim=True) + 1e-6)
-        return routed(
-            indices_TK, weights_TK, p_TN=logits_TN.softmax(1), logits_TN=logits_TN, sequence_T=sequence_T
-        )
+        return routed(indices_TK, weights_TK, p_TN=logits_TN.softmax(1), logits_TN=logits_TN, sequence_T=sequence_T)

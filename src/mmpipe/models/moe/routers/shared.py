@@ -35,9 +35,7 @@ class Router(BaseRouter):
         p_TN = logits_TN.softmax(1)
         scores_TN = p_TN if self.settings.scores == "softmax" else logits_TN.sigmoid()
         best_TK, indices_TK = scores_TN.topk(self.top_k - 1, dim=1)
-        of_routed = routed(
-            indices_TK, rescaled(best_TK), p_TN=p_TN, logits_TN=logits_TN, sequence_T=sequence_T
-        )
+        of_routed = routed(indices_TK, rescaled(best_TK), p_TN=p_TN, logits_TN=logits_TN, sequence_T=sequence_T)
         shared_T1 = torch.full_like(indices_TK[:, :1], self.experts - 1)
         half_T1 = torch.full_like(best_TK[:, :1], 0.5)
         return replace(

@@ -30,9 +30,5 @@ class Router(BaseRouter):
             logits_TN, scores_TN = scores_TN, scores_TN.softmax(1)
         best_TK, indices_TK = scores_TN.topk(self.top_k, dim=1)
         return routed(
-            indices_TK,
-            rescaled(best_TK),
-            p_TN=logits_TN.softmax(1),
-            logits_TN=logits_TN,
-            sequence_T=sequence_T,
+            indices_TK, rescaled(best_TK), p_TN=logits_TN.softmax(1), logits_TN=logits_TN, sequence_T=sequence_T
         )

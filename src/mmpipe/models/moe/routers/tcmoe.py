@@ -70,9 +70,7 @@ class Router(BaseRouter):
             },
         )
 
-    def _balance(
-        self, share_TN: Tensor, indices_TK: Tensor, entry_TK: Tensor, sequence_T: Tensor | None
-    ) -> Tensor:
+    def _balance(self, share_TN: Tensor, indices_TK: Tensor, entry_TK: Tensor, sequence_T: Tensor | None) -> Tensor:
         if not self.reference:
             return routing.load_balancing_loss(share_TN, indices_TK[:, 0], sequence_T)
         sequences = 1 if sequence_T is None or not len(sequence_T) else int(sequence_T.max()) + 1
