@@ -19,10 +19,10 @@ from mmpipe.errors import ConfigError, did_you_mean
 def names(package: str) -> tuple[str, ...]:
     """The modules of ``package`` that define something to register, without importing them.
 
-    Modules named ``base`` or ``spec`` hold what the others share and are left out, as are private ones.
+    Modules named ``base`` or ``spec`` hold what the others share and are left out, as are private ones and packages.
     """
     found = importlib.import_module(package)
-    every = sorted(info.name for info in pkgutil.iter_modules(found.__path__))
+    every = sorted(info.name for info in pkgutil.iter_modules(found.__path__) if not info.ispkg)
     return tuple(name for name in every if not name.startswith("_") and name not in ("base", "spec"))
 
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from mmpipe.errors import ConfigError, did_you_mean
 
@@ -24,6 +34,43 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    FORMER_KEYS: ClassVar[Mapping[str, str]] = {}
+    """Keys of the previous release and their names today. They are read with a warning; what identifies a result
+    (:meth:`identity`) keeps them, so that a new name makes nothing stale."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_keys(cls, value: Any) -> Any:
+        return todays_keys(cls, value) if isinstance(value, dict) else value
+
+    @model_serializer(mode="wrap")
+    def _with_former_keys(self, serialise: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        content: dict[str, Any] = serialise(self)
+        if not (info.context or {}).get("identity"):
+            return content
+        former = {new: old for old, new in self.FORMER_KEYS.items()}
+        return {former.get(key, key): value for key, value in content.items()}
+
+    def identity(self, exclude: set[str] | None = None) -> dict[str, Any]:
+        """The settings that differ from their defaults, as plain JSON, under the keys they had when they were introduced."""
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=exclude, context={"identity": True})
+
+
+def todays_keys(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with the keys of the previous release renamed, each with a warning.
+
+    Raises ValueError when a setting is given under both names.
+    """
+    renamed: dict[str, Any] = {}
+    for key, value in values.items():
+        name = kind.FORMER_KEYS.get(key, key)
+        if name != key:
+            if name in values:
+                raise ValueError(f"'{key}' and '{name}' are one setting; leave out '{key}', its former name")
+            warnings.warn(f"the key '{key}' is now called '{name}'", FutureWarning, stacklevel=2)
+        renamed[name] = value
+    return renamed
 
 
 class _UniqueKeyLoader(_Loader):

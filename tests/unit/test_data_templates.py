@@ -288,8 +288,8 @@ def test_a_sample_without_anything_to_learn_is_refused() -> None:
 
 
 def test_a_tokenizer_without_image_token_is_named() -> None:
-    with pytest.raises(DataError, match="has no token '<image>'"):
-        encoded("a", image_token="<image>")
+    with pytest.raises(DataError, match="has no token '<photo>'"):
+        encoded("a", image_token="<photo>")
 
 
 def test_records_count_their_marks() -> None:

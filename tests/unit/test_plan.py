@@ -370,8 +370,8 @@ def test_a_mixture_of_an_unknown_data_set_is_found(project):
 
 
 def test_an_unknown_layout_is_found(project):
-    wrong = {"backbones": CATALOGUES["backbones"] | {"ear": {"source": "path", "path": "/x", "layout": "stok"}}}
-    with pytest.raises(ConfigError, match=r"backbones\.yaml, entry 'ear'.*'stok'.*did you mean 'stock'"):
+    wrong = {"backbones": CATALOGUES["backbones"] | {"ear": {"source": "path", "path": "/x", "layout": "llavva"}}}
+    with pytest.raises(ConfigError, match=r"backbones\.yaml, entry 'ear'.*'llavva'.*did you mean 'llava'"):
         project({"base": BASE}, wrong)
 
 

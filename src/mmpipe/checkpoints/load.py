@@ -108,8 +108,7 @@ def import_checkpoint(
 
 def _parts(backbones: Mapping[str, Path], layouts: Mapping[str, str]) -> dict[str, Part]:
     return {
-        role: Part(directory, checkpoint_layouts.get(layouts.get(role, "stock")))
-        for role, directory in backbones.items()
+        role: Part(directory, checkpoint_layouts.get(layouts.get(role, "hf"))) for role, directory in backbones.items()
     }
 
 

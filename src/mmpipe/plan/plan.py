@@ -123,7 +123,7 @@ class Plan(Recipes):
     def layouts(self, stage: StagePlan) -> dict[str, str]:
         """The layouts of the backbones a stage reads, by role; the stock one is left out."""
         named = {role: self.backbones[name].layout for role, name in self.backbones_of(stage).items()}
-        return {role: layout for role, layout in named.items() if layout != "stock"}
+        return {role: layout for role, layout in named.items() if layout != "hf"}
 
     def _subfolders(self, stage: StagePlan) -> dict[str, str]:
         named = {role: self.backbones[name].subfolder for role, name in self.backbones_of(stage).items()}

@@ -50,9 +50,9 @@ class Source(Settings):
     """About how many GB are fetched, where that is known; the disk must have that room."""
     records: int | None = Field(None, gt=0)
     """How many records (or images) its publishers name."""
-    layout: str = "stock"
-    """Backbones: how the files name their tensors, a module of ``mmpipe.checkpoints.layouts``; default: as transformers
-    writes them."""
+    layout: Annotated[str, BeforeValidator(lambda name: "hf" if name == "stock" else name)] = "hf"
+    """Backbones: how the files name their tensors, a module of ``mmpipe.checkpoints.layouts``; ``hf``
+    (formerly ``stock``) is what transformers writes."""
     shape: dict[str, Any] = {}
     """Backbones: what their ``config.json`` says of their size, for estimates before they are fetched."""
     subfolder: InnerPath | None = None
