@@ -1,7 +1,7 @@
 """Time to the first words of an answer in chat, against the bare prefill of transformers.
 
-    python bench/chat_first_token.py                          # the demo's checkpoint
-    python bench/chat_first_token.py owner/name --repeats 20  # another, as mmpipe chat takes it
+    python perf/chat_first_token.py                          # the demo's checkpoint
+    python perf/chat_first_token.py owner/name --repeats 20  # another, as mmpipe chat takes it
 
 Bare is what is left without chat: the processor's chat template, one image, ``generate`` of one token. Chat is the whole way
 from a question to the first piece of text, through desk, thread and streaming. Repetitions are interleaved; the table gives

@@ -4,9 +4,9 @@ Naive is how LLaVA-MoD computes it: both heads on all positions, float32 softmax
 product, a mask for infinite entries, then the mask of the response. Both variants run forward and backward
 from the same hidden states.
 
-    python bench/distillation_loss.py                # the target: 2048 positions, a quarter supervised, V =
-    151,936 python bench/distillation_loss.py --quick        # 256 positions, V = 20,000 python
-    bench/distillation_loss.py --dtype bfloat16
+    python perf/distillation_loss.py                # the target: 2048 positions, a quarter supervised, V = 151,936
+    python perf/distillation_loss.py --quick        # 256 positions, V = 20,000
+    python perf/distillation_loss.py --dtype bfloat16
 
 Peak memory is the high-water mark of the resident set above its level before the pass, in a fresh process for
 each variant (Linux; on a GPU: the allocator's). The gradients of hidden states and head are part of it. Time

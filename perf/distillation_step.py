@@ -8,7 +8,7 @@ Prints one JSON line: medians in seconds of processor time and the ratios that m
 
 Steps of all kinds are interleaved in one run, so that other work on the machine hits them alike.
 
-    python bench/distillation_step.py --repeat 7
+    python perf/distillation_step.py --repeat 7
 """
 
 from __future__ import annotations

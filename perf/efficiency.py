@@ -1,8 +1,8 @@
 """What a keep rate saves on a whole model: prompt, decoding, cache and memory, beside the dense model.
 
-    python bench/efficiency.py
-    python bench/efficiency.py --rates 0.1 0.2 0.5 1.0 --batches 1 16 --repeats 10
-    python bench/efficiency.py --device cuda --dtype bfloat16 --width 4096 --layers 32
+    python perf/efficiency.py
+    python perf/efficiency.py --rates 0.1 0.2 0.5 1.0 --batches 1 16 --repeats 10
+    python perf/efficiency.py --device cuda --dtype bfloat16 --width 4096 --layers 32
 
 A LLaVA model of random weights reads 576 image tokens and 64 of text and generates 16 tokens, as the workflow measures its
 checkpoints. Random predictors keep as many tokens of images as trained ones; how many generated tokens they keep is chance.

@@ -1,7 +1,7 @@
 """What logging the experts costs: answering with and without the log, interleaved.
 
-    python bench/expert_log.py            # 8 layers of width 512, 4 experts in each, 144 image tokens, 48 questions
-    python bench/expert_log.py --quick    # a smaller model, for a first look
+    python perf/expert_log.py            # 8 layers of width 512, 4 experts in each, 144 image tokens, 48 questions
+    python perf/expert_log.py --quick    # a smaller model, for a first look
 
 Every layer of the language model, every second one of the tower and the projector have experts, and every one is logged; the
 log is written to disk batch by batch and merged, as in an evaluation. On a CPU it is processor time. The larger the

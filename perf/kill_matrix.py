@@ -1,6 +1,6 @@
 """Kill a training and its evaluation at many moments; count what the same command did not mend by itself.
 
-    python bench/kill_matrix.py --kills 30 --seed 0
+    python perf/kill_matrix.py --kills 30 --seed 0
 
 The harness of tests/kill at length: file operations of every kind, half-written files, moments of the clock. Two
 kills before each run to the end. Every figure but the kills must be 0.

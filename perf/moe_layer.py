@@ -1,8 +1,8 @@
 """Time of one MoE layer, forward and backward, against other ways to compute the same.
 
-    python bench/moe_layer.py            # width 512, inner 1408, 8 experts, top-2, 4096 tokens, float32
-    python bench/moe_layer.py --quick    # 512 tokens, for a first look
-    python bench/moe_layer.py --dtype bfloat16 --device cuda --tokens 16384
+    python perf/moe_layer.py            # width 512, inner 1408, 8 experts, top-2, 4096 tokens, float32
+    python perf/moe_layer.py --quick    # 512 tokens, for a first look
+    python perf/moe_layer.py --dtype bfloat16 --device cuda --tokens 16384
 
 ``dense`` is one SwiGLU network on as many rows as all experts together compute (tokens x k): the least any
 dropless layer can cost. Repetitions are interleaved in random order; the table gives medians and quartiles,

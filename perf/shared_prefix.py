@@ -1,8 +1,8 @@
 """Time of answering several questions about each image: ours, against one ``generate`` call a question.
 
-    python bench/shared_prefix.py                     # 3 images of 576 tokens, 12 questions each
-    python bench/shared_prefix.py --questions 18      # as many as POPE asks
-    python bench/shared_prefix.py --device cuda --width 2048 --layers 24 --dtype bfloat16
+    python perf/shared_prefix.py                     # 3 images of 576 tokens, 12 questions each
+    python perf/shared_prefix.py --questions 18      # as many as POPE asks
+    python perf/shared_prefix.py --device cuda --width 2048 --layers 24 --dtype bfloat16
 
 One call a question is how LLaVA evaluates: image and prompt are run through the model every time. The model has
 random weights and LLaVA-1.5's proportions of image to text; half of the work is the vision tower's, as with CLIP-L

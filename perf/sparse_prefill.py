@@ -1,8 +1,8 @@
 """How much faster a prompt is read when a fifth of its image is kept, against what the FLOPs promise.
 
-    python bench/sparse_prefill.py
-    python bench/sparse_prefill.py --rates 0.1 0.2 0.5 1.0 --rows 4
-    python bench/sparse_prefill.py --device cuda --width 2048 --layers 24 --dtype bfloat16
+    python perf/sparse_prefill.py
+    python perf/sparse_prefill.py --rates 0.1 0.2 0.5 1.0 --rows 4
+    python perf/sparse_prefill.py --device cuda --width 2048 --layers 24 --dtype bfloat16
 
 A text model of random weights reads 576 image tokens and 64 of text; predictors stand before layer 2. FLOPs are
 counted by PyTorch while the model runs, dense and sparse, the predictor's included. Then the same with a vision tower of

@@ -7,11 +7,11 @@ Every size and step runs in a fresh process with one worker. Time is that of the
 changes least. Of memory there are two high-water marks (Linux): the resident set, in which pages of mapped files count that the
 kernel may drop at any time, and its anonymous part, which is what the process itself holds, looked at twenty times a second.
 
-    python bench/verify.py                                  # 10,000, 30,000 and 100,000 records; two minutes
-    python bench/verify.py --records 1000 3000              # quickly
-    python bench/verify.py --text                           # without images: reading, checking and writing alone
-    python bench/verify.py --steps verify                   # the first step alone
-    python bench/verify.py --records 10000 100000 1000000   # a quarter of an hour; a million links and 4 GB of disk
+    python perf/verify.py                                  # 10,000, 30,000 and 100,000 records; two minutes
+    python perf/verify.py --records 1000 3000              # quickly
+    python perf/verify.py --text                           # without images: reading, checking and writing alone
+    python perf/verify.py --steps verify                   # the first step alone
+    python perf/verify.py --records 10000 100000 1000000   # a quarter of an hour; a million links and 4 GB of disk
 """
 
 from __future__ import annotations

@@ -338,8 +338,8 @@ def test_what_is_not_there_is_said(job, tmp_path):
     for command, said in (
         (made_twice, "exists; name a directory that does not"),
         ([*made_twice[:2], str(tmp_path / "a"), "--layout", "lava"], "did you mean 'llava'"),
-        ([*made_twice[:2], str(tmp_path / "a"), "--layout", "stock"], "nothing is written in the layout 'stock'"),
-        ([*made_twice[:2], str(tmp_path / "a"), *made_twice[3:], "--language", "stock"], "none of packed"),
+        ([*made_twice[:2], str(tmp_path / "a"), "--layout", "hf"], "nothing is written in the layout 'hf'"),
+        ([*made_twice[:2], str(tmp_path / "a"), *made_twice[3:], "--language", "hf"], "none of packed"),
     ):
         with pytest.raises(ConfigError, match=said):
             CliRunner().invoke(app, command, catch_exceptions=False)
@@ -353,7 +353,7 @@ def test_a_tokenizer_that_takes_more_packages_says_which(monkeypatch, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(base, "_is_installed", lambda module: False)
-    for layout in ("stock", "moss2"):
+    for layout in ("hf", "moss2"):
         with pytest.raises(ArtifactError, match="takes sentencepiece and protobuf: pip install sentencepiece"):
             get(layout).tokenizer(tmp_path)
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from mmpipe.benchmarks.base import Question
 from mmpipe.benchmarks.prepare import read_questions
-from mmpipe.data.digests import IMAGES, read_digests
-from mmpipe.data.images import content_digest
 from mmpipe.data.report import EXAMPLES
 
 
@@ -21,6 +19,8 @@ def overlap(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
 
     What is remembered are the images of the benchmarks; those of the mixture, which may be millions, pass by.
     """
+    from mmpipe.data.digests import IMAGES, read_digests  # reads Arrow, which planning does without
+
     questions = {name: read_questions(prepared) for name, prepared in benchmarks.items()}
     asked = {name: _asked(its) for name, its in questions.items()}
     wanted = {digest for images in asked.values() for digest in images.values()}
@@ -36,6 +36,8 @@ def overlap(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
 
 def _asked(questions: Sequence[Question]) -> dict[Path, bytes]:
     """The digest of every image that a benchmark asks about."""
+    from mmpipe.data.images import content_digest
+
     paths = {path for question in questions for path in question.images if isinstance(path, Path)}
     return {path: content_digest(path.read_bytes()) for path in sorted(paths)}
 

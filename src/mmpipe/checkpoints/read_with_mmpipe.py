@@ -1,4 +1,4 @@
-"""Open a checkpoint as this package does, in a process of its own; otherwise like :mod:`stock_reader`."""
+"""Open a checkpoint as this package does, in a process of its own; otherwise like :mod:`read_with_hf`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmpipe.checkpoints.save import load_checkpoint
 
 
 def main(checkpoint: str, given: str, got: str, max_new_tokens: int, device: str) -> None:
-    """See :mod:`stock_reader`."""
+    """See :mod:`read_with_hf`."""
     model, _ = load_checkpoint(Path(checkpoint))
     model.to(device)  # type: ignore[arg-type]
     write_answers(model, given, got, max_new_tokens, device)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 _READERS = {
-    "stock transformers": Path(__file__).with_name("stock_reader.py"),
-    "mmpipe": Path(__file__).with_name("own_reader.py"),
+    "stock transformers": Path(__file__).with_name("read_with_hf.py"),
+    "mmpipe": Path(__file__).with_name("read_with_mmpipe.py"),
 }
 Reader = Literal["stock transformers", "mmpipe"]
 

@@ -22,10 +22,12 @@ from mmpipe.errors import MmpipeError
 
 log = logging.getLogger(__name__)
 
+_ZERO = Path(__file__).parent.parent / "stages/zero"
+
 
 def kinds() -> list[str]:
     """The names a recipe can give."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
+    return sorted(path.stem for path in _ZERO.glob("*.json"))
 
 
 def installed() -> bool:
@@ -35,7 +37,7 @@ def installed() -> bool:
 
 def optimization(kind: str) -> dict[str, Any]:
     """What a kind spreads: ``stage``, and ``offload_optimizer`` and ``offload_param`` where they wait in main memory."""
-    chosen: dict[str, Any] = read_json(Path(__file__).with_name(f"{kind}.json"))["zero_optimization"]
+    chosen: dict[str, Any] = read_json(_ZERO / f"{kind}.json")["zero_optimization"]
     return chosen
 
 
@@ -43,7 +45,7 @@ def settings(
     kind: str, *, micro_batch: int, accumulation: int, world: int, clipping: float, precision: str
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for one run; nothing in it is ``auto``."""
-    chosen: dict[str, Any] = read_json(Path(__file__).with_name(f"{kind}.json"))
+    chosen: dict[str, Any] = read_json(_ZERO / f"{kind}.json")
     return chosen | {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
