@@ -4,7 +4,7 @@
     python perf/chat_first_token.py owner/name --repeats 20  # another, as mmpipe chat takes it
 
 Bare is what is left without chat: the processor's chat template, one image, ``generate`` of one token. Chat is the whole way
-from a question to the first piece of text, through desk, thread and streaming. Repetitions are interleaved; the table gives
+from a question to the first piece of text, through queue, thread and streaming. Repetitions are interleaved; the table gives
 medians in milliseconds.
 """
 
@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 
 from mmpipe.chat.find import find
-from mmpipe.chat.messages import Message, Reply, Sampling, ask
+from mmpipe.chat.messages import Completion, Message, user_message
 from mmpipe.chat.model import ChatModel
-from mmpipe.chat.options import Loading
-from mmpipe.chat.queue import Desk
+from mmpipe.chat.options import LoadOptions, SamplingOptions
+from mmpipe.chat.queue import RequestQueue
 from mmpipe.chat.run import open_model
 
 TARGET = 1.3
@@ -42,9 +42,9 @@ def bare(chat: ChatModel, question: Message) -> None:
 
 def first_words(chat: ChatModel, question: Message) -> None:
     """Until the first piece of text; the rest of the answer is waited for outside the clock."""
-    answer = chat.answer([question], Sampling(temperature=0, max_tokens=4))
+    answer = chat.answer([question], SamplingOptions(temperature=0, max_tokens=4))
     next(iter(answer), None)
-    answer.stop()
+    answer.cancel()
 
 
 def timed(work: Callable[[ChatModel, Message], None], chat: ChatModel, question: Message) -> float:
@@ -59,14 +59,14 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default="demo")
     parser.add_argument("--repeats", type=int, default=60)
     arguments = parser.parse_args()
-    question = ask("What is in this image?", [Image.effect_noise((640, 480), 80).convert("RGB")])
+    question = user_message("What is in this image?", [Image.effect_noise((640, 480), 80).convert("RGB")])
     times: dict[str, list[float]] = {"bare": [], "chat": []}
-    with closing(Desk()) as desk:
-        chat = open_model(find(arguments.checkpoint), Loading(), desk)
+    with closing(RequestQueue()) as queue:
+        chat = open_model(find(arguments.checkpoint), LoadOptions(), queue)
         for repeat in range(arguments.repeats + 3):
             for name, work in (("bare", bare), ("chat", first_words)):
                 taken = timed(work, chat, question)
-                desk.ask(lambda _: Reply("", 0, 0, "stop")).reply  # noqa: B018 - the answer before has ended
+                queue.submit(lambda _: Completion("", 0, 0, "stop")).completion  # noqa: B018 - the answer before has ended
                 if repeat >= 3:
                     times[name].append(taken)
     medians = {name: round(statistics.median(values), 2) for name, values in times.items()}

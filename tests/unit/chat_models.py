@@ -11,16 +11,15 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mmpipe.artifacts import manifest
-from mmpipe.chat.find import Found
-from mmpipe.chat.messages import Sampling
+from mmpipe.chat.find import LocalCheckpoint
 from mmpipe.chat.model import ChatModel
 from mmpipe.chat.open import open_for_chat
-from mmpipe.chat.options import Loading
-from mmpipe.chat.queue import Desk
+from mmpipe.chat.options import LoadOptions, SamplingOptions
+from mmpipe.chat.queue import RequestQueue
 from mmpipe.checkpoints.save import save_checkpoint
 from mmpipe.data.templates import get_template
 
-GREEDY = Sampling(temperature=0, max_tokens=12)
+GREEDY = SamplingOptions(temperature=0, max_tokens=12)
 RED = Image.new("RGB", (40, 30), "red")
 BLUE = Image.new("RGB", (30, 40), "blue")
 
@@ -64,5 +63,6 @@ def stock(out: Path, template: str | None = "qwen", **changes: Any) -> Path:
     return out
 
 
-def talk(path: Path, desk: Desk, *, ours: bool = True, loading: Loading | None = None) -> ChatModel:
-    return ChatModel(open_for_chat(Found(path, path.name, ours=ours), loading or Loading()), desk)
+def talk(path: Path, queue: RequestQueue, *, ours: bool = True, options: LoadOptions | None = None) -> ChatModel:
+    checkpoint = LocalCheckpoint(path, path.name, ours=ours)
+    return ChatModel(checkpoint, *open_for_chat(checkpoint, options or LoadOptions()), queue)

@@ -17,9 +17,10 @@ import requests
 from chat_models import BLUE, RED, talk
 from PIL import Image
 
-from mmpipe.chat.messages import Reply, Sampling
+from mmpipe.chat.messages import Completion
 from mmpipe.chat.model import ChatModel
-from mmpipe.chat.queue import Answer, Desk
+from mmpipe.chat.options import SamplingOptions
+from mmpipe.chat.queue import AnswerStream, RequestQueue
 from mmpipe.checkpoints.save import save_checkpoint
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
@@ -40,27 +41,27 @@ class Scripted(ChatModel):
         self.__dict__.update(like.__dict__)
         self.name, self.words, self.pause = name, words, pause
 
-    def _make(self, messages: Any, sampling: Sampling, answer: Answer) -> Reply:
+    def _generate(self, messages: Any, sampling: SamplingOptions, answer: AnswerStream) -> Completion:
         spoken = []
         for word in self.words:
-            if answer.is_stopped:
+            if answer.is_cancelled:
                 break
-            answer.say(word)
+            answer.put(word)
             spoken.append(word)
             time.sleep(self.pause)
-        return Reply("".join(spoken), 1, len(spoken), "stopped" if answer.is_stopped else "stop")
+        return Completion("".join(spoken), 1, len(spoken), "stopped" if answer.is_cancelled else "stop")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ChatModel]]:
-    folder, desk = tmp_path_factory.mktemp("served"), Desk(places=6)
-    made = talk(chat_models.publish(folder / "model"), desk)
+    folder, queue = tmp_path_factory.mktemp("served"), RequestQueue(size=6)
+    made = talk(chat_models.publish(folder / "model"), queue)
     yield {
         "tiny": made,
         "attack": Scripted(made, "attack", [ATTACK]),
         "slow": Scripted(made, "slow", ["word "] * 600, 0.05),
     }
-    desk.close()
+    queue.close()
 
 
 class Running:
@@ -71,7 +72,7 @@ class Running:
 
         from mmpipe.chat.server import HOST, build
 
-        app = build(models, Sampling(temperature=0, max_tokens=12))
+        app = build(models, SamplingOptions(temperature=0, max_tokens=12))
         self._server = uvicorn.Server(
             uvicorn.Config(app, host=HOST, port=0, log_level="warning", timeout_graceful_shutdown=1)
         )
@@ -115,18 +116,22 @@ def test_models_are_listed(client):
 
 
 def test_an_answer_whole_and_streamed_is_the_models_own(client, models):
-    from mmpipe.chat.messages import ask
+    from mmpipe.chat.messages import user_message
 
     asked: dict[str, Any] = {"model": "tiny", "messages": question("What?", data_url(RED), data_url(BLUE))}
     whole = client.chat.completions.create(**asked)
-    reply = models["tiny"].answer([ask("What?", [RED, BLUE])], Sampling(temperature=0, max_tokens=12)).reply
-    assert whole.choices[0].message.content == reply.text
-    assert whole.choices[0].finish_reason == reply.finish == "length"
-    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (reply.prompt_tokens, reply.tokens)
+    done = (
+        models["tiny"]
+        .answer([user_message("What?", [RED, BLUE])], SamplingOptions(temperature=0, max_tokens=12))
+        .completion
+    )
+    assert whole.choices[0].message.content == done.text
+    assert whole.choices[0].finish_reason == done.finish == "length"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (done.prompt_tokens, done.tokens)
 
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text.rstrip() == reply.text
+    assert text.rstrip() == done.text
     assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
     assert chunks[-1].usage == whole.usage
 
@@ -204,15 +209,15 @@ def test_readers_who_leave_free_the_model(client):
 def test_when_too_many_wait_it_says_so(client, models):
     gate = threading.Event()
 
-    def wait(answer: Answer) -> Reply:
+    def wait(answer: AnswerStream) -> Completion:
         gate.wait()
-        return Reply("", 1, 1, "stop")
+        return Completion("", 1, 1, "stop")
 
-    waiting = [models["tiny"].desk.ask(wait) for _ in range(6)]
+    waiting = [models["tiny"].queue.submit(wait) for _ in range(6)]
     with pytest.raises(openai.RateLimitError, match="try again later"):
         client.chat.completions.create(model="tiny", messages=question("Say."))
     gate.set()
-    assert [answer.reply.text for answer in waiting] == [""] * 6
+    assert [answer.completion.text for answer in waiting] == [""] * 6
 
 
 def test_other_sites_get_nothing(url):
@@ -245,7 +250,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def beside(models: dict[str, ChatModel], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two checkpoints side by side: one with experts, one sparsified."""
-    folder, desk = tmp_path_factory.mktemp("beside"), models["tiny"].desk
+    folder, queue = tmp_path_factory.mktemp("beside"), models["tiny"].queue
     settings = MoESettings(experts=4, top_k=2, placement=(1, 3))
     experts = upcycle(chat_models.model(), settings)
     save_checkpoint(experts, chat_models.processor(), folder / "experts")
@@ -255,7 +260,7 @@ def beside(models: dict[str, ChatModel], tmp_path_factory: pytest.TempPathFactor
     sparsity_io.save(sparse, folder / "sparse")
     for name in ("experts", "sparse"):
         chat_models.card(folder / name)
-    served = Running({name: talk(folder / name, desk) for name in ("experts", "sparse")})
+    served = Running({name: talk(folder / name, queue) for name in ("experts", "sparse")})
     yield served.url
     served.close()
 

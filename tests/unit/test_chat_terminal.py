@@ -16,16 +16,16 @@ import chat_models
 import pytest
 from chat_models import GREEDY, RED, talk
 
-from mmpipe.chat.messages import Reply
-from mmpipe.chat.queue import Desk
+from mmpipe.chat.messages import Completion
+from mmpipe.chat.queue import RequestQueue
 from mmpipe.chat.terminal import Terminal
 
 ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
 
 
 @pytest.fixture(scope="module")
-def desk() -> Iterator[Desk]:
-    made = Desk()
+def queue() -> Iterator[RequestQueue]:
+    made = RequestQueue()
     yield made
     made.close()
 
@@ -50,17 +50,17 @@ def typed(model: object, *lines: str, images: tuple = ()) -> tuple[str, Terminal
     return out.getvalue(), terminal
 
 
-def test_a_conversation(tiny, desk, tmp_path):
+def test_a_conversation(tiny, queue, tmp_path):
     RED.save(tmp_path / "red.png")
-    shown, terminal = typed(talk(tiny, desk), f"/image {tmp_path / 'red.png'}", "What?", "", "And?", "/exit", "no")
+    shown, terminal = typed(talk(tiny, queue), f"/image {tmp_path / 'red.png'}", "What?", "", "And?", "/exit", "no")
     assert "image 1 for the next question" in shown
     assert "[cut at 12 tokens" in shown
     assert [message.role for message in terminal.history] == ["user", "assistant"] * 2
     assert [len(message.images) for message in terminal.history] == [1, 0, 0, 0]
 
 
-def test_commands(tiny, desk):
-    model = talk(tiny, desk)
+def test_commands(tiny, queue):
+    model = talk(tiny, queue)
     shown, terminal = typed(model, "/help", "/set max_tokens 3", "Say.", "/retry", "/set seed 7", "/set", "/clear")
     assert all(f"/{name}" in shown for name in ("image", "clear", "retry", "set", "help", "exit"))
     assert "temperature=0 top_p=1.0 max_tokens=3 seed=7" in shown
@@ -82,8 +82,8 @@ def test_commands(tiny, desk):
         ("word " * 300, "takes 1024; clear it"),
     ],
 )
-def test_a_mistake_does_not_end_the_conversation(tiny, desk, line, why):
-    shown, terminal = typed(talk(tiny, desk), line, "Say.")
+def test_a_mistake_does_not_end_the_conversation(tiny, queue, line, why):
+    shown, terminal = typed(talk(tiny, queue), line, "Say.")
     assert "! " in shown
     assert why in shown
     assert len(terminal.history) == 2
@@ -94,19 +94,19 @@ class Scripted:
 
     name, captions_only = "scripted", False
 
-    def __init__(self, desk: Desk, text: str) -> None:
-        self.desk, self.text = desk, text
+    def __init__(self, queue: RequestQueue, text: str) -> None:
+        self.queue, self.text = queue, text
 
     def answer(self, messages: object, sampling: object) -> object:
-        def make(answer: object) -> Reply:
-            answer.say(self.text)  # type: ignore[attr-defined]
-            return Reply(self.text, 1, 1, "stop")
+        def make(answer: object) -> Completion:
+            answer.put(self.text)  # type: ignore[attr-defined]
+            return Completion(self.text, 1, 1, "stop")
 
-        return self.desk.ask(make)
+        return self.queue.submit(make)
 
 
-def test_escape_sequences_of_the_model_do_nothing(desk):
-    shown, terminal = typed(Scripted(desk, "\x1b[2J\x1b]0;owned\x07hi"), "Say.")
+def test_escape_sequences_of_the_model_do_nothing(queue):
+    shown, terminal = typed(Scripted(queue, "\x1b[2J\x1b]0;owned\x07hi"), "Say.")
     assert "\x1b" not in shown
     assert "␛[2J␛]0;owned␇hi" in shown
     assert terminal.history[1].text.startswith("\x1b")  # what the model said stays what it said
@@ -114,7 +114,7 @@ def test_escape_sequences_of_the_model_do_nothing(desk):
 
 # Runs the command line, then says which of these modules were imported on the way.
 WATCHED = """
-import sys; from mmpipe.cli import main
+import sys; from mmpipe.cli.main import main
 try: main()
 finally: print([m for m in {watched} if m in sys.modules], file=sys.stderr)
 """
@@ -167,7 +167,7 @@ def heeding_ctrl_c() -> None:
 
 
 def test_ctrl_c_ends_the_answer_then_the_program(tiny):
-    command = [sys.executable, "-m", "mmpipe.cli", "chat", str(tiny), "--max-tokens", "900", "--temperature", "1"]
+    command = [sys.executable, "-m", "mmpipe.cli.main", "chat", str(tiny), "--max-tokens", "900", "--temperature", "1"]
     with subprocess.Popen(
         command,
         env=ENVIRONMENT,
@@ -196,7 +196,7 @@ def test_ctrl_c_ends_the_answer_then_the_program(tiny):
 
 
 def test_ctrl_c_in_a_script(tiny):
-    command = [sys.executable, "-m", "mmpipe.cli", "chat", str(tiny), "--prompt", "Say.", "--temperature", "1"]
+    command = [sys.executable, "-m", "mmpipe.cli.main", "chat", str(tiny), "--prompt", "Say.", "--temperature", "1"]
     with subprocess.Popen(
         command, env=ENVIRONMENT, preexec_fn=heeding_ctrl_c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     ) as process:

@@ -1,1 +1,1 @@
-"""Talking to a checkpoint: in a terminal, in a browser, and through OpenAI's protocol."""
+"""Chat with a checkpoint: in a terminal, in a browser, and through OpenAI's protocol."""

@@ -1,6 +1,6 @@
-"""OpenAI's chat protocol: ``/v1/models`` and ``/v1/chat/completions`` (https://platform.openai.com/docs/api-reference/chat).
+"""OpenAI's chat protocol (https://platform.openai.com/docs/api-reference/chat): ``/v1/models``, ``/v1/chat/completions``.
 
-What would change an answer and is not offered here is refused, not ignored.
+Parameters that would change an answer and are not offered here are refused, not ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -19,20 +19,21 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
 from mmpipe.chat import images
-from mmpipe.chat.messages import Message, Reply, Sampling
-from mmpipe.chat.queue import Answer, Busy
+from mmpipe.chat.messages import Completion, Message
+from mmpipe.chat.options import SamplingOptions
+from mmpipe.chat.queue import AnswerStream, QueueFull
 from mmpipe.errors import MmpipeError, did_you_mean
 from mmpipe.sources.transfer.public_url import Limits
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mmpipe.chat.model import ChatModel
 
-BODY = 64 << 20
-"""Bytes of a request at most."""
-IMAGES = 16
-"""Images of a request at most."""
+MAX_BODY = 64 << 20  # bytes of a request
+MAX_IMAGES = 16  # of a request
 _FINISH = {"stop": "stop", "length": "length", "stopped": "stop"}
-# Parameters that say nothing about the answer, and what others may be without changing it.
+# Parameters without effect on the answer, and values of others that do not change it.
 _WITHOUT_EFFECT = {"user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -43,40 +44,45 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Refused(Exception):
-    """A request that is not answered."""
+class _RequestError(MmpipeError):
+    """A request that cannot be answered."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        self.status, self.param, self.code = status, param, code
 
 
-class _Address(BaseModel):
+class _ImageUrl(BaseModel):
     url: str
 
 
-class _Part(BaseModel):
-    type: Literal["text", "image_url"]
-    text: str = ""
-    image_url: _Address | None = None
+class _ImagePart(BaseModel):
+    type: Literal["image_url"]
+    image_url: _ImageUrl
 
 
-class _Said(BaseModel):
+class _TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _RequestMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part] | None = None
+    content: list[Annotated[_ImagePart | _TextPart, Field(discriminator="type")]] = []
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_is_a_part(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) and content else content or []
 
 
 class _StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Asked(BaseModel, extra="allow"):
+class _ChatRequest(BaseModel, extra="allow"):
     model: str
-    messages: list[_Said] = Field(min_length=1)
+    messages: list[_RequestMessage] = Field(min_length=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -86,26 +92,20 @@ class _Asked(BaseModel, extra="allow"):
     stream: bool | None = False
     stream_options: _StreamOptions | None = None
 
-    @field_validator("messages")
-    @classmethod
-    def _ends_with_a_question(cls, messages: list[_Said]) -> list[_Said]:
-        if messages[-1].role != "user":
-            raise ValueError("the last message must be the user's")
-        return messages
-
-    def sampling(self, default: Sampling) -> Sampling:
-        given: dict[str, Any] = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "max_tokens": self.max_completion_tokens or self.max_tokens,
-            "seed": self.seed,
-            "stop": (self.stop,) if isinstance(self.stop, str) else self.stop and tuple(self.stop),
-        }
-        return replace(default, **{name: value for name, value in given.items() if value is not None})
+    def sampling(self, default: SamplingOptions) -> SamplingOptions:
+        given = self.model_dump(include={"temperature", "top_p", "seed"}, exclude_none=True)
+        if limit := self.max_completion_tokens or self.max_tokens:
+            given["max_tokens"] = limit
+        if self.stop is not None:
+            given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return replace(default, **given)
 
 
-def router(models: Mapping[str, ChatModel], default: Sampling, limits: Limits | None = None) -> APIRouter:
-    """The routes below ``/v1``; ``default`` is what a request leaves open, ``limits`` hold for images."""
+def router(models: Mapping[str, ChatModel], default: SamplingOptions, limits: Limits | None = None) -> APIRouter:
+    """The routes below ``/v1``; ``default`` is used where a request sets nothing, ``limits`` hold for images.
+
+    They raise MmpipeError; the application answers it with :func:`error_response`.
+    """
     routes, bounds = APIRouter(prefix="/v1"), limits or Limits()
 
     @routes.get("/models")
@@ -113,26 +113,32 @@ def router(models: Mapping[str, ChatModel], default: Sampling, limits: Limits | 
         return {"object": "list", "data": [_card(name) for name in models]}
 
     @routes.get("/models/{name:path}")
-    def show_model(name: str) -> Response:
-        try:
-            _model(models, name)
-        except _Refused as refused:
-            return JSONResponse(refused.body(), refused.status)
-        return JSONResponse(_card(name))
+    def show_model(name: str) -> dict[str, Any]:
+        _model(models, name)
+        return _card(name)
 
     @routes.post("/chat/completions")
     async def complete(request: Request) -> Response:
-        try:
-            asked = _parse(await _body(request))
-            model = _model(models, asked.model)
-            messages = await run_in_threadpool(_messages, asked, bounds)
-            with _refusing():
-                answer = model.answer(messages, asked.sampling(default))
-            return await _respond(request, asked, answer)
-        except _Refused as refused:
-            return JSONResponse(refused.body(), refused.status)
+        asked = _parse(await _body(request))
+        model = _model(models, asked.model)
+        messages = await run_in_threadpool(_messages, asked, bounds)
+        return await _respond(request, asked, model.answer(messages, asked.sampling(default)))
 
     return routes
+
+
+async def error_response(_: Request, error: Exception) -> Response:
+    """An error as OpenAI's servers report it."""
+    body, status = _error(error)
+    return JSONResponse(body, status)
+
+
+def _error(error: Exception) -> tuple[dict[str, Any], int]:
+    """OpenAI's error object, and the HTTP status."""
+    refused = error if isinstance(error, _RequestError) else _RequestError(400, str(error))
+    status = 429 if isinstance(error, QueueFull) else refused.status
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+    return {"error": {"message": str(error), "type": kind, "param": refused.param, "code": refused.code}}, status
 
 
 def _card(name: str) -> dict[str, Any]:
@@ -142,147 +148,113 @@ def _card(name: str) -> dict[str, Any]:
 def _model(models: Mapping[str, ChatModel], name: str) -> ChatModel:
     if name not in models:
         message = f"there is no model '{name}'{did_you_mean(name, models)}"
-        raise _Refused(404, message, param="model", code="model_not_found")
+        raise _RequestError(404, message, param="model", code="model_not_found")
     return models[name]
 
 
 async def _body(request: Request) -> bytes:
-    # A page of another site can post text without being asked first, but not JSON.
+    # A page of another site can post text without asking first (CORS), but not JSON.
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise _Refused(415, "the content type must be application/json")
+        raise _RequestError(415, "the content type must be application/json")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > BODY:
-            raise _Refused(413, f"the request is larger than {BODY} bytes")
+        if len(body) > MAX_BODY:
+            raise _RequestError(413, f"the request is larger than {MAX_BODY} bytes")
     return bytes(body)
 
 
-def _parse(body: bytes) -> _Asked:
+def _parse(body: bytes) -> _ChatRequest:
     try:
-        asked = _Asked.model_validate_json(body)
+        asked = _ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(map(str, first["loc"])) or None
-        raise _Refused(400, f"{param or 'the request'}: {first['msg']}", param=param) from error
+        raise _RequestError(400, f"{param or 'the request'}: {first['msg']}", param=param) from error
+    if asked.messages[-1].role != "user":
+        raise _RequestError(400, "messages: the last message must be the user's", param="messages")
     for name, value in (asked.model_extra or {}).items():
         if name not in _WITHOUT_EFFECT and value and value not in _NEUTRAL.get(name, ()):
-            raise _Refused(400, f"'{name}' is not supported", param=name, code="unsupported_parameter")
+            raise _RequestError(400, f"'{name}' is not supported", param=name, code="unsupported_parameter")
     return asked
 
 
-def _messages(asked: _Asked, limits: Limits) -> list[Message]:
-    """The messages with their images fetched."""
-    shown = sum(part.type == "image_url" for said in asked.messages for part in _parts(said))
-    if shown > IMAGES:
-        raise _Refused(400, f"{shown} images, at most {IMAGES} are taken", param="messages")
-    with _refusing("messages"):
+def _messages(asked: _ChatRequest, limits: Limits) -> list[Message]:
+    """The messages with their images downloaded and decoded."""
+    count = sum(isinstance(part, _ImagePart) for message in asked.messages for part in message.content)
+    if count > MAX_IMAGES:
+        raise _RequestError(400, f"{count} images, at most {MAX_IMAGES} are taken", param="messages")
+    try:
         return [
             Message(
-                "system" if said.role == "developer" else said.role,
-                tuple(_image(part, limits) if part.type == "image_url" else part.text for part in _parts(said)),
+                "system" if message.role == "developer" else message.role,
+                tuple(part.text if isinstance(part, _TextPart) else _image(part, limits) for part in message.content),
             )
-            for said in asked.messages
+            for message in asked.messages
         ]
+    except MmpipeError as error:
+        raise _RequestError(400, str(error), param="messages") from error
 
 
-def _parts(said: _Said) -> list[_Part]:
-    if isinstance(said.content, list):
-        return said.content
-    return [_Part(type="text", text=said.content)] if said.content else []
-
-
-def _image(part: _Part, limits: Limits) -> Any:
-    if part.image_url is None:
-        raise _Refused(400, "an image_url part needs image_url.url", param="messages")
+def _image(part: _ImagePart, limits: Limits) -> Image.Image:
     url = part.image_url.url
-    if url[:5].lower() == "data:":
-        return images.from_data_url(url, limits.size)
-    return images.from_address(url, limits)
+    return images.from_data_url(url, limits.size) if url[:5].lower() == "data:" else images.from_address(url, limits)
 
 
-class _refusing:
-    """Turns errors of ours into refusals."""
-
-    def __init__(self, param: str | None = None) -> None:
-        self._param = param
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, MmpipeError):
-            status = 429 if isinstance(error, Busy) else 400
-            raise _Refused(status, str(error), param=self._param) from error
-
-
-async def _respond(request: Request, asked: _Asked, answer: Answer) -> Response:
+async def _respond(request: Request, asked: _ChatRequest, answer: AnswerStream) -> Response:
     pieces = iterate_in_threadpool(iter(answer))
-    watch = asyncio.create_task(_stop_when_left(request, answer))
+    watch = asyncio.create_task(_cancel_when_disconnected(request, answer))
     try:
-        first = await _next(pieces)  # what is wrong with a request is found before anything is sent
+        first = await anext(pieces, None)  # an error is found before anything is sent
         facts = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
             events = _events(facts, asked, answer, first, pieces)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        while await _next(pieces) is not None:
+        async for _ in pieces:
             pass
     finally:
         watch.cancel()
-    reply = answer.reply
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": reply.text, "refusal": None},
-        "logprobs": None,
-        "finish_reason": _FINISH[reply.finish],
-    }
-    return JSONResponse({**facts, "object": "chat.completion", "choices": [choice], "usage": _usage(reply)})
+    done = answer.completion
+    message = {"role": "assistant", "content": done.text, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _FINISH[done.finish]}
+    return JSONResponse({**facts, "object": "chat.completion", "choices": [choice], "usage": _usage(done)})
 
 
-async def _stop_when_left(request: Request, answer: Answer) -> None:
+async def _cancel_when_disconnected(request: Request, answer: AnswerStream) -> None:
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)
-    answer.stop()
-
-
-async def _next(pieces: AsyncIterator[str]) -> str | None:
-    with _refusing():
-        return await anext(pieces, None)
+    answer.cancel()
 
 
 async def _events(
-    facts: dict[str, Any], asked: _Asked, answer: Answer, first: str | None, rest: AsyncIterator[str]
+    facts: dict[str, Any], asked: _ChatRequest, answer: AnswerStream, first: str | None, rest: AsyncIterator[str]
 ) -> AsyncIterator[str]:
-    """The answer as server-sent events; a reader who leaves stops it."""
+    """The answer as server-sent events; a client that disconnects cancels it."""
+
+    def event(content: dict[str, Any]) -> str:
+        return f"data: {json.dumps(content)}\n\n"
 
     def chunk(delta: dict[str, Any], finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return _event({**facts, "object": "chat.completion.chunk", "choices": [choice]})
+        return event({**facts, "object": "chat.completion.chunk", "choices": [choice]})
 
     try:
         yield chunk({"role": "assistant", "content": ""})
         piece = first
         while piece is not None:
             yield chunk({"content": piece})
-            piece = await _next(rest)
-        reply = answer.reply
-        yield chunk({}, _FINISH[reply.finish])
+            piece = await anext(rest, None)
+        done = answer.completion
+        yield chunk({}, _FINISH[done.finish])
         if asked.stream_options and asked.stream_options.include_usage:
-            yield _event({**facts, "object": "chat.completion.chunk", "choices": [], "usage": _usage(reply)})
+            yield event({**facts, "object": "chat.completion.chunk", "choices": [], "usage": _usage(done)})
         yield "data: [DONE]\n\n"
-    except _Refused as refused:
-        yield _event(refused.body())
+    except MmpipeError as error:
+        yield event(_error(error)[0])
     finally:
-        answer.stop()
+        answer.cancel()
 
 
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
-
-
-def _usage(reply: Reply) -> dict[str, int]:
-    return {
-        "prompt_tokens": reply.prompt_tokens,
-        "completion_tokens": reply.tokens,
-        "total_tokens": reply.prompt_tokens + reply.tokens,
-    }
+def _usage(done: Completion) -> dict[str, int]:
+    total = done.prompt_tokens + done.tokens
+    return {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.tokens, "total_tokens": total}

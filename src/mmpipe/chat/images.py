@@ -1,28 +1,22 @@
-"""Images people bring to a conversation: a file, an address, or the bytes themselves."""
+"""Images users bring to a conversation: a file, a web address, or the bytes themselves."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from PIL import Image
+
+from mmpipe.data.images import decode_image, open_image
 from mmpipe.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from mmpipe.sources.transfer.public_url import Limits
+from mmpipe.sources.transfer.public_url import Limits, fetch
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What is decoded when it comes from elsewhere: what browsers and cameras make, and no decoder more."""
-_TYPES = {f"image/{name.lower()}" for name in FORMATS} | {
-    "image/jpg",
-    "image/x-ms-bmp",
-    "application/octet-stream",
-    "binary/octet-stream",
-    "",
-}
+"""Formats that are decoded when they come from elsewhere: those of browsers and cameras, and no decoder more."""
+_LIMITS = Limits()
+_OTHER_TYPES = {"image/jpg", "image/x-ms-bmp", "application/octet-stream", "binary/octet-stream", ""}
+_TYPES = {f"image/{name.lower()}" for name in FORMATS} | _OTHER_TYPES
 
 
 def is_address(where: str) -> bool:
@@ -31,26 +25,22 @@ def is_address(where: str) -> bool:
 
 
 def check(where: str) -> str:
-    """Raise DataError at once, before anything slow, when ``where`` is no address and no such file exists."""
+    """``where``. Raises DataError when it is neither an address nor an existing file, before anything slow."""
     if not is_address(where) and not Path(where).expanduser().is_file():
         raise DataError(f"{where}: there is no such image (a file, or an http:// or https:// address)")
     return where
 
 
-def from_anywhere(where: str, limits: Limits | None = None) -> Image.Image:
+def from_anywhere(where: str, limits: Limits = _LIMITS) -> Image.Image:
     """The image in a file or at an address, as RGB and upright. Raises DataError naming it."""
     if is_address(where):
         return from_address(where, limits)
-    from mmpipe.data.images import open_image
-
     return open_image(Path(check(where)).expanduser(), upright=True).image
 
 
-def from_address(url: str, limits: Limits | None = None) -> Image.Image:
-    """Download an image within ``limits``, by default those of :class:`mmpipe.sources.transfer.public_url.Limits`."""
-    from mmpipe.sources.transfer.public_url import Limits, fetch
-
-    content, kind = fetch(url, limits or Limits())
+def from_address(url: str, limits: Limits = _LIMITS) -> Image.Image:
+    """Download an image within ``limits``."""
+    content, kind = fetch(url, limits)
     if kind not in _TYPES:
         raise DataError(f"{url}: the server sends '{kind}', not an image ({', '.join(FORMATS)})")
     return from_bytes(content, url)
@@ -72,7 +62,5 @@ def from_data_url(url: str, size: int) -> Image.Image:
 
 
 def from_bytes(content: bytes, where: str) -> Image.Image:
-    """Decode what came from elsewhere, as RGB and upright."""
-    from mmpipe.data.images import decode_image
-
+    """Decode an image from elsewhere, as RGB and upright; ``where`` names it in messages."""
     return decode_image(content, where, upright=True, formats=FORMATS)

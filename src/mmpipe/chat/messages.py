@@ -1,4 +1,4 @@
-"""What is said in a conversation, and how the next answer is to be found. No torch here."""
+"""Messages of a conversation and finished answers. No torch here."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class ChatError(MmpipeError):
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says: texts and images (RGB), in order."""
+    """A message: texts and images (RGB), in order."""
 
     role: Role
     parts: tuple[str | Image.Image, ...]
 
     @property
     def text(self) -> str:
-        """The words alone."""
+        """Its texts, joined."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
-        """The images alone."""
+        """Its images."""
         return tuple(part for part in self.parts if not isinstance(part, str))
 
     def to_chat(self) -> dict[str, Any]:
-        """In the form that processors of transformers take."""
+        """The message as ``apply_chat_template`` of a transformers processor takes it."""
         content = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
             for part in self.parts
@@ -43,58 +43,44 @@ class Message:
         return {"role": self.role, "content": content}
 
 
-def ask(text: str, images: Sequence[Image.Image] = ()) -> Message:
-    """A question of the user, its images first."""
+def user_message(text: str, images: Sequence[Image.Image] = ()) -> Message:
+    """A question, its images first."""
     return Message("user", (*images, *([text] if text else [])))
 
 
-def said(text: str) -> Message:
+def assistant_message(text: str) -> Message:
     """An answer."""
     return Message("assistant", (text,))
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the words of an answer are chosen. Raises ChatError for impossible values."""
-
-    temperature: float = 0.2
-    """0 always takes the likeliest word."""
-    top_p: float = 1.0
-    """Only the likeliest words that together have this probability are drawn from."""
-    max_tokens: int = 512
-    seed: int | None = None
-    """Without one, every answer is drawn anew."""
-    stop: tuple[str, ...] = ()
-    """The answer ends before any of these texts."""
-
-    def __post_init__(self) -> None:
-        for name, value, good in (
-            ("temperature", self.temperature, 0 <= self.temperature <= 10),
-            ("top_p", self.top_p, 0 < self.top_p <= 1),
-            ("max_tokens", self.max_tokens, self.max_tokens >= 1),
-        ):
-            if not good:
-                raise ChatError(f"{name} cannot be {value}: {_RANGES[name]}")
-
-
-_RANGES = {
-    "temperature": "0 (always the likeliest word) to 10",
-    "top_p": "more than 0, at most 1",
-    "max_tokens": "at least 1",
-}
-
-
-@dataclass(frozen=True)
-class Reply:
+class Completion:
     """A finished answer."""
 
     text: str
     prompt_tokens: int
-    """Images included."""
+    """Image tokens included."""
     tokens: int
     finish: str
-    """``stop``: the model ended it; ``length``: it was cut at the limit; ``stopped``: somebody stopped it."""
+    """``stop``: ended by the model or a stop text; ``length``: cut at the limit; ``stopped``: cancelled."""
     expert_loads: dict[str, list[float]] = field(default_factory=dict)
-    """By layer, the share of the choices that each expert carried out, prompt and answer together."""
+    """Of each MoE layer, each expert's share of the token assignments it carried out, prompt and answer together."""
     keep_maps: list[list[bool]] = field(default_factory=list)
-    """Of every image of the conversation, which of its tokens a sparsified model kept, row by row."""
+    """Of each image of the conversation, which of its tokens a sparsified model retained, row by row."""
+
+
+# Bidirectional overrides (CVE-2021-42574) make text look other than it is.
+_BIDIRECTIONAL = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_ESCAPED = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_ESCAPED |= {0x7F: "\u2421"} | {code: f"<{code:02X}>" for code in (*range(0x80, 0xA0), *_BIDIRECTIONAL)}
+
+
+def escape_control_characters(text: str) -> str:
+    """``text`` with a visible sign in place of every control character but line feed and tab.
+
+    A model can be led to write terminal escape sequences, which would clear the screen, set its title, or worse.
+
+    >>> escape_control_characters("\\x1b[2Jcleared")
+    '␛[2Jcleared'
+    """
+    return text.translate(_ESCAPED)

@@ -1,24 +1,31 @@
-"""A checkpoint that answers, piece by piece."""
+"""A loaded checkpoint that answers conversations, streaming the text.
+
+TextIteratorStreamer of transformers is not used: it shows a word only once the next begins, and drops a blank after
+every line break with tokenizers like Llama's. DecodeStream of tokenizers raises on bytes that are no text.
+``stop_strings`` of transformers finds a stop text too, but counts the end of the prompt, and cannot hide a stop text's
+beginning; cancelling needs a stopping criterion in any case.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import nn
-from transformers import LlavaForConditionalGeneration, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from mmpipe.chat import memory
-from mmpipe.chat.messages import ChatError, Message, Reply, Sampling
-from mmpipe.chat.open import Opened
-from mmpipe.chat.queue import Answer, Desk
-from mmpipe.chat.stream import Detokenizer, TextStream
+from mmpipe.chat.find import LocalCheckpoint
+from mmpipe.chat.memory import report_out_of_memory
+from mmpipe.chat.messages import ChatError, Completion, Message
+from mmpipe.chat.options import SamplingOptions
+from mmpipe.chat.queue import AnswerStream, RequestQueue
+from mmpipe.data.templates import Template
 from mmpipe.inference.stopping import stop_ids
 from mmpipe.models.moe.collect import collect_statistics, moe_layers
 from mmpipe.models.sparsity.hooks import of_model
@@ -26,75 +33,72 @@ from mmpipe.models.sparsity.record import Record, recording
 
 
 class ChatModel:
-    """Answers conversations with an opened checkpoint, one at a time at its ``desk``."""
+    """Answers conversations with a loaded checkpoint, one at a time in the order of ``queue``."""
 
-    def __init__(self, opened: Opened, desk: Desk) -> None:
-        self.name = opened.name
-        self.path = opened.path
-        self.model = opened.model
-        self.processor = opened.processor
-        self.tokenizer = opened.processor.tokenizer
-        self.desk = desk
-        self.template = opened.template
-        stop = opened.template.stop if opened.template else None
-        self._ends = stop_ids(self.model, self.tokenizer, stop)
-        is_token = stop is None or self.tokenizer.convert_tokens_to_ids(stop) in self._ends
+    def __init__(
+        self, checkpoint: LocalCheckpoint, model: Any, processor: Any, template: Template | None, queue: RequestQueue
+    ) -> None:
+        self.name = checkpoint.name
+        self.path = checkpoint.path
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.queue = queue
+        self.template = template
+        stop = template.stop if template else None
+        self._stop_ids = stop_ids(model, self.tokenizer, stop)
+        is_token = stop is None or self.tokenizer.convert_tokens_to_ids(stop) in self._stop_ids
         self._stop_texts = () if is_token or stop is None else (stop,)
         self._control = _control_tokens(self.tokenizer)
 
     @property
     def captions_only(self) -> bool:
-        """Whether it was trained to describe images and reads no words (the stage that trains the projector)."""
+        """Whether it was trained to describe images and reads no questions (the stage that trains the projector)."""
         return self.template is not None and self.template.captions
 
     @property
     def sparsified(self) -> bool:
-        """Whether it has predictors that say what of an image is kept."""
+        """Whether it has predictors that choose the image tokens to retain."""
         return isinstance(self.model, LlavaForConditionalGeneration) and of_model(self.model) is not None
 
-    def answer(self, messages: Sequence[Message], sampling: Sampling) -> Answer:
-        """Have the last message answered. Raises ChatError when the conversation does not suit the checkpoint, or at once
-        when too many are waiting."""
+    def answer(self, messages: Sequence[Message], sampling: SamplingOptions) -> AnswerStream:
+        """Answer the last message. Raises ChatError when the checkpoint cannot be asked this, QueueFull."""
         if self.captions_only:
-            messages = self._captioned(messages[-1])
-        return self.desk.ask(lambda answer: self._make(messages, sampling, answer))
+            if not messages[-1].images:
+                raise ChatError(
+                    f"{self.name} describes images and cannot be asked without one: it was trained on captions "
+                    f"(template '{self.template.name if self.template else ''}'); give an image, or take a later stage "
+                    "of the recipe"
+                )
+            messages = [Message("user", messages[-1].images)]
+        return self.queue.submit(lambda answer: self._generate(messages, sampling, answer))
 
-    def _captioned(self, message: Message) -> list[Message]:
-        if not message.images:
-            raise ChatError(
-                f"{self.name} describes images and cannot be asked without one: it was trained on captions (template "
-                f"'{self.template.name if self.template else ''}'); give an image, or take a later stage of the recipe"
-            )
-        return [Message("user", message.images)]
-
-    # ---- in the desk's thread
+    # ---- in the queue's thread
 
     @torch.inference_mode()
-    def _make(self, messages: Sequence[Message], sampling: Sampling, answer: Answer) -> Reply:
+    def _generate(self, messages: Sequence[Message], sampling: SamplingOptions, answer: AnswerStream) -> Completion:
         inputs = self._encode(messages)
         length = inputs["input_ids"].shape[1]
-        limit = self._limit(length, sampling.max_tokens)
-        writer = _Writer(self.tokenizer, (*self._stop_texts, *sampling.stop), answer)
+        config = self._generation_config(sampling, length)
+        streamer = TokenStreamer(self.tokenizer, (*self._stop_texts, *sampling.stop), answer.put)
+
+        def ended(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.full((len(ids),), answer.is_cancelled or streamer.ended, device=ids.device)
+
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        loads = _ExpertLoads(self.model)
-        what = f"a conversation of {length} tokens and an answer of up to {limit}"
+        what = f"a conversation of {length} tokens and an answer of up to {config.max_new_tokens}"
         hint = "clear the conversation, show fewer images, ask for fewer tokens, or load in fewer bits"
-        with loads.counted(), self._recorded() as kept, memory.told(what, hint):
-            self.model.generate(
-                **inputs,
-                generation_config=self._generation(sampling, limit),
-                streamer=writer,
-                stopping_criteria=StoppingCriteriaList([_Stop(answer, writer.stream)]),
-            )
-        finish = "stop" if writer.stream.ended or writer.last in self._ends else "length"
-        return Reply(
-            text=writer.stream.text.rstrip(),
+        with _count_expert_loads(self.model) as loads, self._recorded() as record, report_out_of_memory(what, hint):
+            self.model.generate(**inputs, generation_config=config, streamer=streamer, stopping_criteria=[ended])
+        finish = "stop" if streamer.ended or self._stop_ids.intersection(streamer.ids[-1:]) else "length"
+        return Completion(
+            text=streamer.text.rstrip(),
             prompt_tokens=length,
-            tokens=len(writer.tokens.ids),
-            finish="stopped" if answer.is_stopped and finish != "stop" else finish,
-            expert_loads=loads.shares(),
-            keep_maps=[kept_map for done in kept.passes for kept_map in done.images],
+            tokens=len(streamer.ids),
+            finish="stopped" if answer.is_cancelled and finish != "stop" else finish,
+            expert_loads={name: (load / load.sum().clamp(min=1)).tolist() for name, load in loads.items()},
+            keep_maps=[keep_map for done in record.passes for keep_map in done.images],
         )
 
     def _encode(self, messages: Sequence[Message]) -> dict[str, Any]:
@@ -112,31 +116,28 @@ class ChatModel:
         }
 
     def _plain(self, part: Any) -> Any:
-        """A text whose control tokens are broken up: nobody but the template ends a turn or puts an image."""
+        """A text with its control tokens broken up: only the template ends a turn or places an image."""
         if not isinstance(part, str):
             return part
-        whole = part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of characters
+        whole = part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates
         return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", whole)
 
     def _recorded(self) -> AbstractContextManager[Record]:
-        """Records what a sparsified model keeps; of another, nothing."""
+        """Records the retained image tokens of a sparsified model; an empty record for others."""
         return recording(self.model) if self.sparsified else nullcontext(Record())
 
-    def _limit(self, length: int, wanted: int) -> int:
-        """How many tokens an answer may have. Raises ChatError when the conversation leaves no room."""
+    def _generation_config(self, sampling: SamplingOptions, length: int) -> GenerationConfig:
+        """Raises ChatError when the conversation, of ``length`` tokens, leaves no room for an answer."""
+        limit = sampling.max_tokens
         text = self.model.config.get_text_config()
-        known = getattr(text, "max_position_embeddings", None)
+        window = getattr(text, "max_position_embeddings", None)
         rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-        if known is None or rope == "dynamic":
-            return wanted
-        if length >= known:
-            raise ChatError(
-                f"the conversation has {length} tokens and {self.name} takes {known}; clear it or show fewer images"
-            )
-        return min(wanted, known - length)
-
-    def _generation(self, sampling: Sampling, limit: int) -> Any:
-        config = copy.deepcopy(self.model.generation_config)
+        if window is not None and rope != "dynamic":
+            if length >= window:
+                has = f"the conversation has {length} tokens and {self.name} takes {window}"
+                raise ChatError(f"{has}; clear it or show fewer images")
+            limit = min(limit, window - length)
+        config: GenerationConfig = copy.deepcopy(self.model.generation_config)
         sampled = sampling.temperature > 0
         config.update(
             do_sample=sampled,
@@ -147,81 +148,86 @@ class ChatModel:
             max_new_tokens=limit,
             max_length=None,
             use_cache=True,
-            eos_token_id=sorted(self._ends),
-            pad_token_id=min(self._ends) if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+            eos_token_id=sorted(self._stop_ids),
+            pad_token_id=min(self._stop_ids) if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
         )
         return config
 
 
-class _Writer(BaseStreamer):
-    """Takes the tokens from ``generate`` and hands their text to the reader."""
+class TokenStreamer(BaseStreamer):
+    """Passes the text of generated tokens to ``send``, without leading blanks, and ends before a stop text.
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], answer: Answer) -> None:
-        self.tokens = Detokenizer(tokenizer)
-        self.stream = TextStream(stops)
-        self.last: int | None = None
-        self._answer = answer
-        self._prompt = True
+    All tokens are decoded together each time (1 ms for 2,000), because a token alone has no text: blanks depend on the
+    token before it, and a character can take several tokens. Unfinished characters, and what may be the beginning of
+    a stop text, are held back.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_texts: Sequence[str], send: Callable[[str], None]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop_texts = [text for text in stop_texts if text]
+        self._send = send
+        self._in_prompt = True
+        self.ids: list[int] = []
+        self.text = ""
+        """What was sent."""
+        self.ended = False
+        """Whether a stop text was found."""
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt:  # generate begins with the prompt
-            self._prompt = False
+        """Take the prompt's ids, then each new token."""
+        if self._in_prompt:
+            self._in_prompt = False
             return
-        self.last = int(value.item())
-        self._say(self.stream.feed(self.tokens.feed(self.last)))
+        self.ids.append(int(value.item()))
+        text = self._decode()
+        if not text.endswith("\ufffd"):  # bytes that are no character yet
+            self._show(text, max((_overlap(text, stop) for stop in self._stop_texts), default=0))
 
     def end(self) -> None:
-        self._say(self.stream.feed(self.tokens.rest()))
-        self._say(self.stream.rest())
+        """Send what was held back."""
+        self._show(self._decode(), 0)
 
-    def _say(self, text: str) -> None:
-        if text:
-            self._answer.say(text)
+    def _show(self, text: str, held: int) -> None:
+        found = [place for stop in self._stop_texts if (place := text.find(stop)) >= 0]
+        self.ended = bool(found)
+        new = text[: min(found, default=len(text) - held)].lstrip()[len(self.text) :]
+        if new:
+            self.text += new
+            self._send(new)
 
-
-class _Stop(StoppingCriteria):
-    """Ends an answer that was stopped, or that met a stop text."""
-
-    def __init__(self, answer: Answer, stream: TextStream) -> None:
-        self._answer = answer
-        self._stream = stream
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        end = self._answer.is_stopped or self._stream.ended
-        return torch.full((len(input_ids),), end, dtype=torch.bool, device=input_ids.device)
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-class _ExpertLoads:
-    """Counts which experts carry out an answer."""
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._counts: dict[str, torch.Tensor] = {}
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """While inside, every forward pass of the model is counted."""
-        if not moe_layers(self._model):
-            yield
-            return
-        handle = self._model.register_forward_hook(lambda *_: self._add())
-        try:
-            yield
-        finally:
-            handle.remove()
+@contextmanager
+def _count_expert_loads(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """By MoE layer, the token assignments each expert carries out (experts,), summed over the forward passes inside."""
+    counts: dict[str, torch.Tensor] = {}
+    if not moe_layers(model):
+        yield counts
+        return
 
-    def _add(self) -> None:
-        for name, statistics in collect_statistics(self._model).items():
-            load = statistics["load"]
-            self._counts[name] = self._counts[name] + load if name in self._counts else load
+    def add(*_: Any) -> None:
+        for name, statistics in collect_statistics(model).items():
+            counts[name] = counts[name] + statistics["load"] if name in counts else statistics["load"]
 
-    def shares(self) -> dict[str, list[float]]:
-        """By layer, each expert's share of the choices carried out."""
-        return {name: (load / load.sum().clamp(min=1)).tolist() for name, load in self._counts.items()}
+    handle = model.register_forward_hook(add)
+    try:
+        yield counts
+    finally:
+        handle.remove()
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """What a text must not hold: the special tokens, but for those that are blanks."""
+    """Matches the special tokens, but for blanks: a text must not hold them."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     texts = sorted((text for text in special if text.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")

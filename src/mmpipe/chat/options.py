@@ -1,27 +1,94 @@
-"""How a checkpoint is to be loaded. No torch here."""
+"""Options of ``mmpipe chat`` and ``mmpipe serve``: how a checkpoint is loaded, how tokens are sampled. No torch here."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_type_hints
+
+from typer import Option
+
+from mmpipe.chat.messages import ChatError
 
 Bits = Literal[4, 8]
-DTYPES: tuple[str, ...] = get_args(Literal["auto", "float32", "bfloat16", "float16"])
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How to load a checkpoint."""
+class LoadOptions:
+    """How a checkpoint is loaded. Raises ChatError for options that exclude each other."""
 
-    template: str | None = None
-    """Must be the checkpoint's own; only one that brings none is given it."""
-    dtype: str = "auto"
-    """``auto``: as the weights are stored."""
-    device: str = "auto"
-    """``auto``: the first GPU, else the CPU."""
-    device_map: str | None = None
-    """``auto`` spreads the layers over all GPUs, then main memory."""
-    bits: Bits | None = None
-    """Of the language model's weights."""
-    sparsity: str | None = None
-    """Of a sparsified model: the share of an image to keep, or ``off`` for the dense model behind it."""
+    template: Annotated[
+        str | None, Option("--template", "--conv-mode", help="Checked against the checkpoint's own.")
+    ] = None
+    dtype: Annotated[str, Option(help="Of the weights: auto (as stored), float32, bfloat16, float16.")] = "auto"
+    device: Annotated[str, Option(help="auto (a GPU if there is one), cpu, cuda:1, ...")] = "auto"
+    device_map: Annotated[str | None, Option(help="auto spreads the layers over all GPUs, then CPU RAM.")] = None
+    load_4bit: Annotated[bool, Option("--load-4bit", help="The language model in 4 bits (bitsandbytes).")] = False
+    load_8bit: Annotated[bool, Option("--load-8bit", help="The language model in 8 bits (bitsandbytes).")] = False
+    sparsity: Annotated[
+        str | None, Option(help="Of a sparsified model: the share of an image to retain (0.2), or off.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.load_4bit and self.load_8bit:
+            raise ChatError("choose one of --load-4bit and --load-8bit")
+
+    @property
+    def bits(self) -> Bits | None:
+        """Bits a weight of the language model; None: as stored."""
+        return 4 if self.load_4bit else 8 if self.load_8bit else None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the tokens of an answer are chosen. Raises ChatError for impossible values."""
+
+    temperature: Annotated[float, Option(help="0 always takes the most probable token.")] = 0.2
+    top_p: Annotated[float, Option(help="Sample from the most probable tokens of this total probability.")] = 1.0
+    max_tokens: Annotated[int, Option("--max-tokens", "--max-new-tokens", help="Longest answer.")] = 512
+    seed: Annotated[int | None, Option(help="The same draws every time.")] = None
+    stop: tuple[str, ...] = ()
+    """The answer ends before any of these texts."""
+
+    def __post_init__(self) -> None:
+        for name, good, allowed in (
+            ("temperature", 0 <= self.temperature <= 10, "0 (always the most probable token) to 10"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+        ):
+            if not good:
+                raise ChatError(f"{name} cannot be {getattr(self, name)}: {allowed}")
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a typer command take dataclasses: each field annotated with an ``Option`` is an option of the command line."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {
+        name: p.annotation for name, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)
+    }
+    fields: dict[str, list[inspect.Parameter]] = {
+        name: [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=getattr(group, key), annotation=hint)
+            for key, hint in get_type_hints(group, include_extras=True).items()
+            if hasattr(hint, "__metadata__")
+        ]
+        for name, group in groups.items()
+    }
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields[name]})
+        command(**values)
+
+    parameters = [
+        field
+        for name, parameter in signature.parameters.items()
+        for field in fields.get(name, [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)])
+    ]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call

@@ -1,4 +1,8 @@
-"""The page in the browser: one conversation with one checkpoint, or the same with two side by side."""
+"""The page in the browser: a conversation with one checkpoint, or the same questions to two side by side.
+
+Built from gradio's Blocks: ChatInterface has one conversation only; this page has one for each checkpoint, with HTML of
+its own below it, and a button that ends the answers of this browser alone.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,16 @@ import gradio as gr
 from fastapi import FastAPI
 
 from mmpipe.chat import images
-from mmpipe.chat.escape import visible
-from mmpipe.chat.messages import Message, Reply, Sampling, ask, said
-from mmpipe.chat.visualise import expert_bars, kept_image, kept_images
+from mmpipe.chat.messages import Message, assistant_message, escape_control_characters, user_message
+from mmpipe.chat.options import SamplingOptions
+from mmpipe.chat.visualise import visualise
 from mmpipe.errors import MmpipeError
 
 if TYPE_CHECKING:
     from mmpipe.chat.model import ChatModel
-    from mmpipe.chat.queue import Answer
+    from mmpipe.chat.queue import AnswerStream
 
-UPLOAD = 20 << 20
+MAX_UPLOAD = 20 << 20
 """Bytes of an uploaded file at most."""
 _HOUR = 3600
 # Fonts of the system: nothing is fetched from elsewhere.
@@ -30,9 +34,11 @@ _CSS = """
 footer, [aria-label="Share"], [title="Share"] { display: none !important; }
 .experts :is(table, tr, th, td) { border: none !important; }
 """
+_Column = list[dict[str, Any]]
+"""The messages that a gr.Chatbot shows."""
 
 
-def mount(app: FastAPI, models: Sequence[ChatModel], sampling: Sampling) -> FastAPI:
+def mount(app: FastAPI, models: Sequence[ChatModel], sampling: SamplingOptions) -> FastAPI:
     """Put the page at the root of ``app``."""
     return gr.mount_gradio_app(
         app,
@@ -40,63 +46,19 @@ def mount(app: FastAPI, models: Sequence[ChatModel], sampling: Sampling) -> Fast
         path="/",
         theme=_THEME,
         css=_CSS,
-        max_file_size=UPLOAD,
+        max_file_size=MAX_UPLOAD,
         footer_links=[],
         ssr_mode=False,
     )
 
 
-class _Talk:
-    """What the page does; answers being made are kept by browser session, to be stopped."""
-
-    def __init__(self, models: Sequence[ChatModel]) -> None:
-        self.models = models
-        self._current: dict[str, Answer] = {}
-
-    def ask(
-        self,
-        box: dict[str, Any],
-        histories: list[list[Message]],
-        shown: list[list[dict[str, Any]]],
-        sampling: Sampling,
-        session: str,
-    ) -> Iterator[tuple[list[list[dict[str, Any]]], list[Reply | None]]]:
-        """Ask every checkpoint in turn; yields what each conversation shows and the replies there are so far."""
-        text, files = (box.get("text") or "").strip(), box.get("files") or []
-        question = ask(text, [images.from_bytes(Path(file).read_bytes(), Path(file).name) for file in files])
-        for column in shown:
-            column += [{"role": "user", "content": {"path": file}} for file in files]
-            column += [{"role": "user", "content": _shown(text)}] if text else []
-        replies: list[Reply | None] = [None] * len(self.models)
-        for place, model in enumerate(self.models):
-            answer = self._current[session] = model.answer([*histories[place], question], sampling)
-            column = shown[place]
-            column.append({"role": "assistant", "content": ""})
-            try:
-                for piece in answer:
-                    column[-1]["content"] += _shown(piece)
-                    yield shown, replies
-            finally:
-                answer.stop()
-                self._current.pop(session, None)
-            reply = replies[place] = answer.reply
-            column[-1]["content"] = _shown(reply.text) or "(no words)"
-            histories[place] += [question, said(reply.text)]
-            yield shown, replies
-
-    def stop(self, session: str) -> None:
-        """Stop what is being said to this browser."""
-        answer = self._current.get(session)
-        if answer is not None:
-            answer.stop()
-
-
-def _blocks(models: Sequence[ChatModel], sampling: Sampling) -> gr.Blocks:
-    talk = _Talk(models)
+def _blocks(models: Sequence[ChatModel], sampling: SamplingOptions) -> gr.Blocks:
+    page = _Page(models)
+    private: dict[str, Any] = {"queue": False, "api_visibility": "private"}
     with gr.Blocks(title="mmpipe", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as blocks:
         histories = gr.State([[] for _ in models])
         with gr.Row():
-            columns = [_column(model) for model in models]
+            chats, notes = zip(*map(_column, models), strict=True)
         box = gr.MultimodalTextbox(
             file_types=["image"],
             file_count="multiple",
@@ -109,53 +71,25 @@ def _blocks(models: Sequence[ChatModel], sampling: Sampling) -> gr.Blocks:
         with gr.Row():
             stop = gr.Button("Stop", variant="stop", size="sm", elem_id="stop")
             clear = gr.Button("Clear", size="sm", elem_id="clear")
-        with gr.Accordion("How words are chosen", open=False), gr.Row():
-            settings = [
-                gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature (0: the likeliest word)"),
+        with gr.Accordion("How tokens are chosen", open=False), gr.Row():
+            longest = sampling.max_tokens
+            sliders = [
+                gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature (0: the most probable token)"),
                 gr.Slider(0.05, 1, sampling.top_p, step=0.05, label="Top p"),
-                gr.Slider(
-                    1, max(2048, sampling.max_tokens), sampling.max_tokens, step=1, label="Longest answer, tokens"
-                ),
+                gr.Slider(1, max(2048, longest), longest, step=1, label="Longest answer, tokens"),
             ]
-        chats, insides = zip(*columns, strict=True)
-        outputs = [box, histories, *chats, *insides]
-
-        def submit(
-            request: gr.Request,
-            box: dict[str, Any],
-            histories: list[list[Message]],
-            temperature: float,
-            top_p: float,
-            max_tokens: float,
-            *shown: list[dict[str, Any]],
-        ) -> Iterator[list[Any]]:
-            if not (box.get("text") or "").strip() and not box.get("files"):
-                raise gr.Error("Write a question or drop an image.", print_exception=False)
-            chosen = Sampling(temperature, top_p, int(max_tokens))
-            try:
-                session = str(request.session_hash)
-                for columns, replies in talk.ask(box, histories, [list(c) for c in shown], chosen, session):
-                    yield [None, histories, *columns, *map(_inside, models, replies, histories)]
-            except MmpipeError as error:
-                raise gr.Error(html.escape(str(error)), print_exception=False) from error
-
-        box.submit(submit, [box, histories, *settings, *chats], outputs, concurrency_limit=8, api_visibility="private")
-        stop.click(_stopper(talk), None, None, queue=False, api_visibility="private")
-        blocks.unload(_stopper(talk))
-        fresh: list[Any] = [None, [[] for _ in models], *([[]] * len(models)), *([""] * len(models))]
-        gr.on(
-            [clear.click, *(chat.clear for chat in chats)],
-            lambda: fresh,
-            None,
-            outputs,
-            queue=False,
-            api_visibility="private",
-        )
+        outputs = [box, histories, *chats, *notes]
+        inputs = [box, histories, *sliders, *chats]
+        box.submit(page.submit, inputs, outputs, concurrency_limit=8, api_visibility="private")
+        stop.click(page.stop, None, None, **private)
+        blocks.unload(page.stop)
+        empty: list[Any] = [None, [[] for _ in models], *([[]] * len(models)), *([""] * len(models))]
+        gr.on([clear.click, *(chat.clear for chat in chats)], lambda: empty, None, outputs, **private)
     return blocks
 
 
 def _column(model: ChatModel) -> tuple[gr.Chatbot, gr.HTML]:
-    """A conversation, and below it what went on inside."""
+    """A conversation, and below it the visualisation of the last answer."""
     with gr.Column():
         notice = " describes images, reads no words" if model.captions_only else ""
         chat = gr.Chatbot(
@@ -170,22 +104,63 @@ def _column(model: ChatModel) -> tuple[gr.Chatbot, gr.HTML]:
         return chat, gr.HTML()
 
 
-def _shown(text: str) -> str:
-    """Words of anybody, as they are: gradio takes markup for markup even where it renders no Markdown."""
-    return html.escape(visible(text), quote=False)
+class _Page:
+    """The page's events. Answers being generated are kept by browser session, to be cancelled."""
+
+    def __init__(self, models: Sequence[ChatModel]) -> None:
+        self.models = models
+        self._current: dict[str, AnswerStream] = {}
+
+    def submit(
+        self,
+        request: gr.Request,
+        box: dict[str, Any],
+        histories: list[list[Message]],
+        temperature: float,
+        top_p: float,
+        max_tokens: float,
+        *shown: _Column,
+    ) -> Iterator[list[Any]]:
+        """Ask every checkpoint in turn; yields the page's contents as the answers grow."""
+        text, files = (box.get("text") or "").strip(), box.get("files") or []
+        if not text and not files:
+            raise gr.Error("Write a question or drop an image.", print_exception=False)
+        sampling = SamplingOptions(temperature, top_p, int(max_tokens))
+        new = [{"role": "user", "content": {"path": file}} for file in files]
+        new += [{"role": "user", "content": _escape(text)}] if text else []
+        columns, notes = [[*column, *new] for column in shown], [""] * len(shown)
+        try:
+            question = user_message(text, [images.from_bytes(Path(f).read_bytes(), Path(f).name) for f in files])
+            for place, (model, column, history) in enumerate(zip(self.models, columns, histories, strict=True)):
+                column.append({"role": "assistant", "content": ""})
+                answer = model.answer([*history, question], sampling)
+                for piece in self._pieces(answer, str(request.session_hash)):
+                    column[-1]["content"] += _escape(piece)
+                    yield [None, histories, *columns, *notes]
+                done = answer.completion
+                column[-1]["content"] = _escape(done.text) or "(no words)"
+                history += [question, assistant_message(done.text)]
+                notes[place] = visualise(model, done, history)
+                yield [None, histories, *columns, *notes]
+        except MmpipeError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+    def _pieces(self, answer: AnswerStream, session: str) -> Iterator[str]:
+        """The text of an answer, which :meth:`stop` cancels and so does a reader who leaves."""
+        self._current[session] = answer
+        try:
+            yield from answer
+        finally:
+            answer.cancel()
+            self._current.pop(session, None)
+
+    def stop(self, request: gr.Request) -> None:
+        """Cancel the answer being generated for this browser."""
+        answer = self._current.get(str(request.session_hash))
+        if answer is not None:
+            answer.cancel()
 
 
-def _inside(model: ChatModel, reply: Reply | None, history: Sequence[Message]) -> str:
-    """What went on inside a checkpoint during its last answer, as HTML."""
-    if reply is None:
-        return ""
-    images = [image for message in history for image in message.images]
-    kept = [kept_image(model, image, kept) for image, kept in zip(images, reply.keep_maps, strict=False)]
-    return expert_bars(reply.expert_loads) + kept_images(kept)
-
-
-def _stopper(talk: _Talk) -> Any:
-    def stop(request: gr.Request) -> None:
-        talk.stop(str(request.session_hash))
-
-    return stop
+def _escape(text: str) -> str:
+    """``text`` as it is: gradio reads HTML even where it renders no Markdown."""
+    return html.escape(escape_control_characters(text), quote=False)

@@ -1,7 +1,7 @@
-"""One answer at a time, in the order of asking.
+"""One answer at a time, in the order of the requests.
 
-A model keeps its state in itself while it computes, and the random numbers belong to the whole process: two answers at once
-would disturb each other. All models of a process share one desk, so one thread, which also keeps torch's thread pools few.
+A model keeps state while it computes, and the random number generator belongs to the process: two answers at once would
+disturb each other. All models of a process share one queue with one thread, which also keeps torch's thread pools few.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
-from mmpipe.chat.messages import ChatError, Reply
+from mmpipe.chat.messages import ChatError, Completion
 
 
-class Busy(ChatError):
-    """Too many are waiting for an answer already."""
+class QueueFull(ChatError):
+    """Too many requests are waiting already."""
 
 
-class Answer:
-    """An answer being made: iterate over its pieces of text, then read ``reply``. Made by :meth:`Desk.ask`."""
+class AnswerStream:
+    """An answer being generated: iterate over its pieces of text, then read ``completion``."""
 
     def __init__(self) -> None:
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
-        self._stopped = threading.Event()
-        self._future: Future[Reply] = Future()
+        self._future: Future[Completion] = Future()
+        self.is_cancelled = False
 
     def __iter__(self) -> Iterator[str]:
         while (piece := self._pieces.get()) is not None:
@@ -32,68 +32,57 @@ class Answer:
         self._future.result()
 
     @property
-    def reply(self) -> Reply:
-        """The whole answer; waits for it. Raises what went wrong."""
+    def completion(self) -> Completion:
+        """The whole answer; waits for it. Raises the error that ended it."""
         return self._future.result()
 
-    def stop(self) -> None:
-        """Let it end after the token being computed; what was said so far stays."""
-        self._stopped.set()
+    def cancel(self) -> None:
+        """End the answer after the token being computed; the text so far stays."""
+        self.is_cancelled = True
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether :meth:`stop` was called."""
-        return self._stopped.is_set()
-
-    def say(self, piece: str) -> None:
-        """Hand a piece to the reader."""
+    def put(self, piece: str) -> None:
+        """Pass a piece of text to the reader."""
         self._pieces.put(piece)
 
-    def follow(self, future: Future[Reply]) -> None:
-        """End when ``future`` does, as it does."""
+    def follow(self, future: Future[Completion]) -> None:
+        """End when ``future`` does, with its result or error."""
         self._future = future
         future.add_done_callback(lambda _: self._pieces.put(None))
 
 
-class Desk:
-    """Where answers are asked for; at most ``places`` are being made or waiting."""
+class RequestQueue:
+    """Generates answers in one thread; at most ``size`` requests are waiting or being answered."""
 
-    def __init__(self, places: int = 16) -> None:
-        self._places = places
+    def __init__(self, size: int = 16) -> None:
+        self._size = size
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
-        self._open: set[Answer] = set()
+        self._open: set[AnswerStream] = set()
         self._lock = threading.Lock()
 
-    def ask(self, make: Callable[[Answer], Reply]) -> Answer:
-        """Have ``make`` called when its turn comes. Raises Busy when all places are taken."""
-        answer = Answer()
+    def submit(self, generate: Callable[[AnswerStream], Completion]) -> AnswerStream:
+        """Call ``generate`` when its turn comes. Raises QueueFull."""
+        answer = AnswerStream()
+
+        def in_turn() -> Completion:
+            if answer.is_cancelled:
+                raise ChatError("the answer was stopped before its turn came")
+            return generate(answer)
+
         with self._lock:
-            if len(self._open) >= self._places:
-                raise Busy(f"{self._places} answers are being waited for already; try again later")
+            if len(self._open) >= self._size:
+                raise QueueFull(f"{self._size} answers are being waited for already; try again later")
             self._open.add(answer)
-        future = self._worker.submit(_in_turn, make, answer)
-        future.add_done_callback(lambda _: self._done(answer))
+        future = self._worker.submit(in_turn)
+        future.add_done_callback(lambda _: self._open.discard(answer))
         answer.follow(future)
         return answer
 
-    def _done(self, answer: Answer) -> None:
-        with self._lock:
-            self._open.discard(answer)
-
-    def stop(self) -> None:
-        """Stop every answer, those waiting too."""
-        with self._lock:
-            unfinished = list(self._open)
-        for answer in unfinished:
-            answer.stop()
+    def cancel_all(self) -> None:
+        """Cancel every request, those waiting too."""
+        for answer in self._open.copy():
+            answer.cancel()
 
     def close(self) -> None:
-        """Stop every answer and wait for the one being made."""
-        self.stop()
+        """Cancel every request and wait for the one being answered."""
+        self.cancel_all()
         self._worker.shutdown()
-
-
-def _in_turn(make: Callable[[Answer], Reply], answer: Answer) -> Reply:
-    if answer.is_stopped:
-        raise ChatError("the answer was stopped before its turn came")
-    return make(answer)

@@ -1,7 +1,8 @@
-"""What ``mmpipe chat`` does: everything that can be wrong is found before anything slow is imported."""
+"""The commands ``mmpipe chat`` and ``mmpipe serve``: mistakes are found before anything slow is imported."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -10,67 +11,96 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmpipe.chat.find import Found, find
-from mmpipe.chat.images import check, from_anywhere
-from mmpipe.chat.messages import ChatError, Sampling
-from mmpipe.chat.options import Loading
+from mmpipe.chat import images
+from mmpipe.chat.find import LocalCheckpoint, find
+from mmpipe.chat.messages import ChatError, escape_control_characters, user_message
+from mmpipe.chat.options import LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mmpipe.chat.model import ChatModel
-    from mmpipe.chat.queue import Desk
+    from mmpipe.chat.queue import RequestQueue
 
 
 def chat(
     checkpoint: str,
     configfile: Path,
-    loading: Loading,
-    sampling: Sampling,
-    images: Sequence[str],
+    load: LoadOptions,
+    sampling: SamplingOptions,
+    image: Sequence[str],
     prompt: str | None,
     as_json: bool,
 ) -> None:
-    """Talk, or with ``prompt`` ask once (``-`` reads it from the standard input)."""
+    """Start a conversation in the terminal, or with ``prompt`` ask once (``-`` reads it from the standard input)."""
+    if as_json and prompt is None:
+        raise ChatError("--json needs --prompt")
     found = find(checkpoint, configfile)
-    for where in images:
-        check(where)
-    shown = [from_anywhere(where) for where in images]
-    from mmpipe.chat.queue import Desk
-    from mmpipe.chat.terminal import Terminal, aloud, once
+    for where in image:
+        images.check(where)
+    shown = [images.from_anywhere(where) for where in image]
+    from mmpipe.chat.queue import RequestQueue
+    from mmpipe.chat.terminal import Terminal
 
-    with closing(Desk()) as desk:
-        model = open_model(found, loading, desk)
+    with closing(RequestQueue()) as queue:
+        model = open_model(found, load, queue)
         if prompt is None:
             return Terminal(model, sampling, shown).run()
         question = sys.stdin.read().strip() if prompt == "-" else prompt
-        if as_json:
-            # control characters are escaped: a script may show this in a terminal
-            return print(json.dumps(once(model, question, shown, sampling), indent=2))
-        aloud(model, question, shown, sampling)
+        ask_once(model, question, shown, sampling, as_json)
 
 
-def serve(checkpoints: Sequence[str], configfile: Path, loading: Loading, sampling: Sampling, port: int) -> None:
+def ask_once(
+    model: ChatModel, prompt: str, shown: Sequence[Image.Image], sampling: SamplingOptions, as_json: bool
+) -> None:
+    """Print the answer as it comes, or everything about it as JSON; Ctrl-C cancels it and ends the program."""
+    answer = model.answer([user_message(prompt, shown)], sampling)
+    try:
+        for piece in answer:
+            if not as_json:
+                print(escape_control_characters(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        answer.cancel()
+        raise
+    if not as_json:
+        return print()
+    facts = {
+        "checkpoint": model.name,
+        "path": str(model.path),
+        "template": model.template.name if model.template else None,
+        "prompt": prompt,
+        "images": len(shown),
+        **dataclasses.asdict(answer.completion),
+        "sampling": dataclasses.asdict(sampling),
+    }
+    print(json.dumps(facts, indent=2))  # control characters are escaped: a script may show this in a terminal
+
+
+def serve(
+    checkpoints: Sequence[str], configfile: Path, load: LoadOptions, sampling: SamplingOptions, port: int
+) -> None:
     """Serve checkpoints on this machine until Ctrl-C."""
     found = [find(checkpoint, configfile) for checkpoint in checkpoints]
     if importlib.util.find_spec("gradio") is None:
         raise ChatError("mmpipe serve needs gradio: pip install 'mmpipe[chat]'")
-    from mmpipe.chat.queue import Desk
+    from mmpipe.chat.queue import RequestQueue
     from mmpipe.chat.server import build, listen
 
-    with closing(Desk()) as desk:
-        models = {one.name: open_model(one, loading, desk) for one in found}
+    with closing(RequestQueue()) as queue:
+        models = {one.name: open_model(one, load, queue) for one in found}
         if len(models) < len(found):
             raise ChatError(f"the same checkpoint twice: {found[0].name}")
-        listen(build(models, sampling), port, desk)
+        listen(build(models, sampling), port, queue)
 
 
-def open_model(found: Found, loading: Loading, desk: Desk) -> ChatModel:
-    """Load a checkpoint for talking."""
-    import transformers.utils.logging as talk
+def open_model(checkpoint: LocalCheckpoint, options: LoadOptions, queue: RequestQueue) -> ChatModel:
+    """Load a checkpoint to answer the requests of ``queue``."""
+    import transformers.utils.logging
 
-    talk.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        talk.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     from mmpipe.chat.model import ChatModel
     from mmpipe.chat.open import open_for_chat
 
-    return ChatModel(open_for_chat(found, loading), desk)
+    return ChatModel(checkpoint, *open_for_chat(checkpoint, options), queue)

@@ -11,53 +11,56 @@ from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mmpipe.chat import api, page
-from mmpipe.chat.messages import ChatError, Sampling
+from mmpipe.chat.messages import ChatError
+from mmpipe.chat.options import SamplingOptions
+from mmpipe.errors import MmpipeError
 
 if TYPE_CHECKING:
     from mmpipe.chat.model import ChatModel
-    from mmpipe.chat.queue import Desk
+    from mmpipe.chat.queue import RequestQueue
     from mmpipe.sources.transfer.public_url import Limits
 
 HOST = "127.0.0.1"
 
 
-def build(models: Mapping[str, ChatModel], sampling: Sampling, limits: Limits | None = None) -> FastAPI:
+def build(models: Mapping[str, ChatModel], sampling: SamplingOptions, limits: Limits | None = None) -> FastAPI:
     """The application for one checkpoint, or two side by side."""
     app = FastAPI(title="mmpipe", docs_url=None, redoc_url=None, openapi_url=None)
-    # A name of another site that is pointed at this machine (DNS rebinding) gets nothing.
+    # Another site's name that points to this machine (DNS rebinding) is refused.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    app.add_exception_handler(MmpipeError, api.error_response)
     app.include_router(api.router(models, sampling, limits))
     return page.mount(app, list(models.values()), sampling)
 
 
-def listen(app: FastAPI, port: int, desk: Desk) -> None:
+def listen(app: FastAPI, port: int, queue: RequestQueue) -> None:
     """Serve until Ctrl-C. Raises ChatError when the port is taken."""
-    opened = socket.socket()
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        opened.bind((HOST, port))
+        listener.bind((HOST, port))
     except OSError as error:
-        opened.close()
+        listener.close()
         raise ChatError(f"port {port} is taken; choose another with --port") from error
-    where = f"http://{HOST}:{opened.getsockname()[1]}"
-    print(f"{where} is the page, {where}/v1 speaks OpenAI's protocol; Ctrl-C ends it.", flush=True)
-    server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5), desk)
+    url = f"http://{HOST}:{listener.getsockname()[1]}"
+    print(f"{url} is the page, {url}/v1 speaks OpenAI's protocol; Ctrl-C ends it.", flush=True)
+    server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5), queue)
     try:
-        server.run(sockets=[opened])
+        server.run(sockets=[listener])
     except KeyboardInterrupt:
         return
     finally:
-        opened.close()
+        listener.close()
 
 
 class _Server(uvicorn.Server):
-    """Stops the answers being made before it waits for their readers."""
+    """Cancels the answers being generated before it waits for their readers."""
 
-    def __init__(self, config: uvicorn.Config, desk: Desk) -> None:
+    def __init__(self, config: uvicorn.Config, queue: RequestQueue) -> None:
         super().__init__(config)
-        self._desk = desk
+        self._queue = queue
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn.Server."""
-        self._desk.stop()
+        self._queue.cancel_all()
         await super().shutdown(sockets)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from mmpipe.chat import images
-from mmpipe.chat.escape import visible
-from mmpipe.chat.messages import ChatError, Message, Reply, Sampling, ask, said
+from mmpipe.chat.messages import ChatError, Message, assistant_message, escape_control_characters, user_message
+from mmpipe.chat.options import SamplingOptions
 from mmpipe.errors import MmpipeError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from mmpipe.chat.model import ChatModel
-    from mmpipe.chat.queue import Answer
+    from mmpipe.chat.queue import AnswerStream
 
 _PROMPT = "> "
 _SETTINGS = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
@@ -28,7 +29,7 @@ class Terminal:
     def __init__(
         self,
         model: ChatModel,
-        sampling: Sampling,
+        sampling: SamplingOptions,
         images: Sequence[Image.Image] = (),
         out: TextIO = sys.stdout,
         read: Callable[[str], str] = input,
@@ -41,23 +42,25 @@ class Terminal:
         self._read = read
 
     def run(self) -> None:
-        """Until /exit, the end of the input, or Ctrl-C at the prompt; Ctrl-C during an answer ends the answer alone."""
-        _edit_lines()
-        self._say(f"{self.model.name}. /help shows the commands, Ctrl-D ends.\n")
+        """Until /exit, the end of the input, or Ctrl-C at the prompt; Ctrl-C during an answer cancels only the answer."""
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):  # line editing and recall, where the platform has it
+                import readline  # noqa: F401
+        self._write(f"{self.model.name}. /help shows the commands, Ctrl-D ends.\n")
         if self.model.captions_only:
-            self._say("It was trained on captions: it describes images, and does not read what is asked.\n")
+            self._write("It was trained on captions: it describes images, and does not read what is asked.\n")
         while True:
             try:
                 line = self._read(_PROMPT).strip()
             except (EOFError, KeyboardInterrupt):
-                self._say("\n")
+                self._write("\n")
                 return
             try:
                 self._take(line)
             except _Exit:
                 return
             except MmpipeError as error:
-                self._say(f"! {error}\n")
+                self._write(f"! {error}\n")
 
     def _take(self, line: str) -> None:
         if line.startswith("/"):
@@ -67,28 +70,32 @@ class Terminal:
                 raise ChatError(f"there is no command /{name}{did_you_mean(name, _commands())}")
             command(argument.strip())
         elif line or (self.pending and self.model.captions_only):
-            self._ask(ask(line, self.pending))
+            self._ask(user_message(line, self.pending))
 
     def _ask(self, question: Message) -> None:
-        text = self._write(self.model.answer([*self.history, question], self.sampling))
-        self.history += [question, said(text)]
+        answer = self.model.answer([*self.history, question], self.sampling)
+        try:
+            self._stream(answer)
+        except KeyboardInterrupt:
+            answer.cancel()
+            self._stream(answer)
+            self._write(" [stopped]")
+        self._write("\n")
+        done = answer.completion
+        if done.finish == "length":
+            self._write(f"[cut at {done.tokens} tokens; /set max_tokens gives it more]\n")
+        self.history += [question, assistant_message(done.text)]
         self.pending = []
 
-    def _write(self, answer: Answer) -> str:
-        try:
-            for piece in answer:
-                self._say(visible(piece))
-        except KeyboardInterrupt:
-            answer.stop()
-            for piece in answer:
-                self._say(visible(piece))
-            self._say(" [stopped]")
-        self._say("\n")
-        if answer.reply.finish == "length":
-            self._say(f"[cut at {answer.reply.tokens} tokens; /set max_tokens gives it more]\n")
-        return answer.reply.text
+    def _stream(self, answer: AnswerStream) -> None:
+        for piece in answer:
+            self._write(escape_control_characters(piece))
 
-    # ---- commands: a method each, its first line is its help
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+    # ---- commands: a method each, its docstring is its help
 
     def do_image(self, where: str) -> None:
         """/image FILE or ADDRESS: show an image with the next question; several are possible"""
@@ -96,7 +103,7 @@ class Terminal:
             raise ChatError("/image needs a file or an address")
         image = images.from_anywhere(where)
         self.pending.append(image)
-        self._say(f"image {len(self.pending)} for the next question: {where} ({image.width} x {image.height})\n")
+        self._write(f"image {len(self.pending)} for the next question: {where} ({image.width} x {image.height})\n")
 
     def do_clear(self, _: str) -> None:
         """/clear: forget the conversation and its images"""
@@ -120,23 +127,18 @@ class Terminal:
                 self.sampling = dataclasses.replace(self.sampling, **{name: _SETTINGS[name](value)})
             except ValueError as error:
                 raise ChatError(f"/set {name} needs a number, not '{value}'") from error
-        self._say(" ".join(f"{key}={getattr(self.sampling, key)}" for key in _SETTINGS) + "\n")
+        self._write(" ".join(f"{key}={getattr(self.sampling, key)}" for key in _SETTINGS) + "\n")
 
     def do_help(self, _: str) -> None:
         """/help: show this"""
         for name in _commands():
-            text = getattr(self, f"do_{name}").__doc__
-            self._say(f"  {text}\n")
+            self._write(f"  {getattr(self, f'do_{name}').__doc__}\n")
 
     def do_exit(self, _: str) -> None:
         """/exit: end"""
         raise _Exit
 
     do_quit = do_exit
-
-    def _say(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
 
 
 class _Exit(Exception):
@@ -145,49 +147,3 @@ class _Exit(Exception):
 
 def _commands() -> list[str]:
     return [name.removeprefix("do_") for name in vars(Terminal) if name.startswith("do_")]
-
-
-def _edit_lines() -> None:
-    """Line editing and recall at the prompt, where the platform has it."""
-    if sys.stdin.isatty():
-        try:
-            import readline  # noqa: F401
-        except ImportError:
-            return
-
-
-def once(model: ChatModel, prompt: str, images: Sequence[Image.Image], sampling: Sampling) -> dict[str, Any]:
-    """Ask one question and return everything about the answer, for scripts."""
-    reply = _heard(model.answer([ask(prompt, images)], sampling), lambda piece: None)
-    return {
-        "checkpoint": model.name,
-        "path": str(model.path),
-        "template": model.template.name if model.template else None,
-        "prompt": prompt,
-        "images": len(images),
-        "text": reply.text,
-        "finish": reply.finish,
-        "prompt_tokens": reply.prompt_tokens,
-        "tokens": reply.tokens,
-        "expert_loads": reply.expert_loads,
-        "keep_maps": reply.keep_maps,
-        "sampling": dataclasses.asdict(sampling),
-    }
-
-
-def aloud(model: ChatModel, prompt: str, images: Sequence[Image.Image], sampling: Sampling) -> None:
-    """Ask one question and write the answer as it comes."""
-    answer = model.answer([ask(prompt, images)], sampling)
-    _heard(answer, lambda piece: print(visible(piece), end="", flush=True))
-    print()
-
-
-def _heard(answer: Answer, hear: Callable[[str], None]) -> Reply:
-    """Listen to the end; Ctrl-C stops the answer and goes on up."""
-    try:
-        for piece in answer:
-            hear(piece)
-    except KeyboardInterrupt:
-        answer.stop()
-        raise
-    return answer.reply

@@ -1,4 +1,4 @@
-"""What goes on inside a model, for the eye: which experts worked, what was kept of an image."""
+"""HTML below an answer: the expert loads, and the image tokens a sparsified model retained."""
 
 from __future__ import annotations
 
@@ -13,19 +13,28 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
+    from mmpipe.chat.messages import Completion, Message
     from mmpipe.chat.model import ChatModel
 
 _SIDE = 336
 """Pixels of a shown image."""
+_HEADING = "<p style='margin:0 0 6px;font-size:13px'>"
 
 
-def expert_bars(loads: Mapping[str, Sequence[float]]) -> str:
-    """HTML: a row a layer, in it a bar an expert as high as its share; empty for a dense model."""
+def visualise(model: ChatModel, done: Completion, history: Sequence[Message]) -> str:
+    """HTML of a model's last answer; empty for a dense model that retains all of an image."""
+    images = [image for message in history for image in message.images]
+    retained = [retained_image(model, image, kept) for image, kept in zip(images, done.keep_maps, strict=False)]
+    return _expert_bars(done.expert_loads) + _side_by_side(retained)
+
+
+def _expert_bars(loads: Mapping[str, Sequence[float]]) -> str:
+    """A row a layer, in it a bar an expert as high as its share of the work; empty without experts."""
     if not loads:
         return ""
     rows = "".join(_row(layer, shares) for layer, shares in loads.items())
     return (
-        "<div class='experts'><p style='margin:0 0 6px;font-size:13px'>Share of the work each expert did in this answer "
+        f"<div class='experts'>{_HEADING}Share of the work each expert did in this answer "
         f"(prompt included)</p><table style='border-collapse:collapse;font-size:12px'>{rows}</table></div>"
     )
 
@@ -41,8 +50,8 @@ def _row(layer: str, shares: Sequence[float]) -> str:
     return f"<tr><th style='text-align:left;padding-right:10px;font-weight:500'>{html.escape(layer)}</th>{bars}</tr>"
 
 
-def kept_image(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -> Image.Image:
-    """The image as the vision tower gets it, faded where the model did not keep its tokens."""
+def retained_image(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -> Image.Image:
+    """The image as the vision tower gets it, faded where its tokens were dropped; ``kept`` is (tokens,), row by row."""
     processor = model.processor.image_processor
     pixels = np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])  # (3, height, width)
     mean, std = (np.asarray(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
@@ -54,20 +63,17 @@ def kept_image(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -> Im
     return Image.composite(shown, Image.new("RGB", shown.size, "white"), mask)
 
 
-def kept_images(shown: Sequence[Image.Image]) -> str:
-    """HTML: such images side by side; empty without any."""
-    if not shown:
+def _side_by_side(images: Sequence[Image.Image]) -> str:
+    if not images:
         return ""
-    images = "".join(
-        f"<img alt='' src='{_data_url(image)}' style='width:200px;border:1px solid #ccc'>" for image in shown
-    )
+    shown = "".join(f"<img alt='' src='{_png(image)}' style='width:200px;border:1px solid #ccc'>" for image in images)
     return (
-        "<div class='kept'><p style='margin:0 0 6px;font-size:13px'>What the model kept of the images</p>"
-        f"<div style='display:flex;flex-wrap:wrap;gap:8px'>{images}</div></div>"
+        f"<div class='kept'>{_HEADING}Parts of the images that the model retained</p>"
+        f"<div style='display:flex;flex-wrap:wrap;gap:8px'>{shown}</div></div>"
     )
 
 
-def _data_url(image: Image.Image) -> str:
+def _png(image: Image.Image) -> str:
     out = io.BytesIO()
     image.save(out, "PNG")
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mmpipe import __version__
+from mmpipe.chat.options import LoadOptions, SamplingOptions, takes_options
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.settings import read_mapping
 
@@ -26,20 +27,6 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Option("--configfile", help="The main configuration file.", show_default=True)]
 References = Annotated[list[Path], typer.Option(help="The official file(s), or JSON lines of its records.")]
 Answers = Annotated[list[Path], typer.Option(help="JSON lines with question_id and text.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda:1, ...")]
-DeviceMap = Annotated[str | None, typer.Option(help="auto spreads the layers over all GPUs, then main memory.")]
-Load4Bit = Annotated[bool, typer.Option("--load-4bit", help="The language model in 4 bits (bitsandbytes).")]
-Load8Bit = Annotated[bool, typer.Option("--load-8bit", help="The language model in 8 bits (bitsandbytes).")]
-TemplateName = Annotated[
-    str | None, typer.Option("--template", "--conv-mode", help="Checked against the checkpoint's own.")
-]
-Sparsity = Annotated[
-    str | None, typer.Option(help="Of a sparsified model: the share of an image to keep (0.2), or off.")
-]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest word.")]
-TopP = Annotated[float, typer.Option(help="Draw from the likeliest words of this total probability.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "--max-new-tokens", help="Longest answer.")]
 
 
 def main() -> None:
@@ -273,74 +260,40 @@ def judge(
 
 
 @app.command()
+@takes_options
 def chat(
     checkpoint: Annotated[
         str, typer.Argument(help="A directory, recipe, recipe@stage, or owner/name[@revision] on the Hugging Face hub.")
     ],
+    load: LoadOptions,
+    sampling: SamplingOptions,
     image: Annotated[list[str] | None, typer.Option(help="A file or address; repeat it for several images.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask this once and end; '-' reads it from the standard input.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print everything as JSON.")] = False,
-    template: TemplateName = None,
-    temperature: Temperature = 0.2,
-    top_p: TopP = 1.0,
-    max_tokens: MaxTokens = 512,
-    seed: Annotated[int | None, typer.Option(help="The same draws every time.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    load_4bit: Load4Bit = False,
-    load_8bit: Load8Bit = False,
-    sparsity: Sparsity = None,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
     """Talk to a checkpoint about images."""
-    from mmpipe.chat.messages import ChatError, Sampling
-    from mmpipe.chat.run import chat as talk
+    from mmpipe.chat.run import chat as run
 
-    if as_json and prompt is None:
-        raise ChatError("--json needs --prompt")
-    loading = _loading(template, dtype, device, device_map, load_4bit, load_8bit, sparsity)
-    sampling = Sampling(temperature, top_p, max_tokens, seed)
-    talk(checkpoint, configfile, loading, sampling, image or [], prompt, as_json)
+    run(checkpoint, configfile, load, sampling, image or [], prompt, as_json)
 
 
 @app.command()
+@takes_options
 def serve(
     checkpoint: Annotated[str, typer.Argument(help="A directory, recipe, recipe@stage, or owner/name on the hub.")],
+    load: LoadOptions,
+    sampling: SamplingOptions,
     other: Annotated[str | None, typer.Argument(help="Another one, to see answers side by side.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 7860,
-    template: TemplateName = None,
-    temperature: Temperature = 0.2,
-    top_p: TopP = 1.0,
-    max_tokens: MaxTokens = 512,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    load_4bit: Load4Bit = False,
-    load_8bit: Load8Bit = False,
-    sparsity: Sparsity = None,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
     """Serve a checkpoint, or two: a page to talk to them, and OpenAI's protocol below /v1."""
-    from mmpipe.chat.messages import Sampling
     from mmpipe.chat.run import serve as run
 
-    loading = _loading(template, dtype, device, device_map, load_4bit, load_8bit, sparsity)
-    names = [checkpoint] if other is None else [checkpoint, other]
-    run(names, configfile, loading, Sampling(temperature, top_p, max_tokens), port)
-
-
-def _loading(
-    template: str | None, dtype: str, device: str, device_map: str | None, four: bool, eight: bool, sparsity: str | None
-) -> Any:
-    from mmpipe.chat.messages import ChatError
-    from mmpipe.chat.options import Loading
-
-    if four and eight:
-        raise ChatError("choose one of --load-4bit and --load-8bit")
-    return Loading(template, dtype, device, device_map, 4 if four else 8 if eight else None, sparsity)
+    run([checkpoint] if other is None else [checkpoint, other], configfile, load, sampling, port)
 
 
 @app.command()
