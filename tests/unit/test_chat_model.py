@@ -14,7 +14,7 @@ from chat_models import BLUE, GREEDY, RED, talk
 
 from mmpipe.artifacts import manifest
 from mmpipe.benchmarks.base import Question
-from mmpipe.chat import memory, quantise
+from mmpipe.chat import memory
 from mmpipe.chat.find import find
 from mmpipe.chat.messages import ChatError, assistant_message, user_message
 from mmpipe.chat.options import LoadOptions, SamplingOptions
@@ -269,7 +269,7 @@ def test_layers_a_cpu_cannot_compute_in_4_bits_stay_whole(tmp_path, queue, caplo
 
 
 def test_bits_without_bitsandbytes(tiny, queue, monkeypatch):
-    monkeypatch.setattr(quantise.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ChatError, match="pip install 'mmpipe"):
         talk(tiny, queue, options=LoadOptions(load_8bit=True))
 

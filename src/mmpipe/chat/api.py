@@ -76,10 +76,6 @@ class _RequestMessage(BaseModel):
         return [{"type": "text", "text": content}] if isinstance(content, str) and content else content or []
 
 
-class _StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
 class _ChatRequest(BaseModel, extra="allow"):
     model: str
     messages: list[_RequestMessage] = Field(min_length=1)
@@ -90,7 +86,7 @@ class _ChatRequest(BaseModel, extra="allow"):
     stop: str | list[str] | None = None
     seed: int | None = None
     stream: bool | None = False
-    stream_options: _StreamOptions | None = None
+    stream_options: dict[str, bool] | None = None
 
     def sampling(self, default: SamplingOptions) -> SamplingOptions:
         given = self.model_dump(include={"temperature", "top_p", "seed"}, exclude_none=True)
@@ -246,7 +242,7 @@ async def _events(
             piece = await anext(rest, None)
         done = answer.completion
         yield chunk({}, _FINISH[done.finish])
-        if asked.stream_options and asked.stream_options.include_usage:
+        if (asked.stream_options or {}).get("include_usage"):
             yield event({**facts, "object": "chat.completion.chunk", "choices": [], "usage": _usage(done)})
         yield "data: [DONE]\n\n"
     except MmpipeError as error:

@@ -1,4 +1,4 @@
-"""Load a checkpoint for chat: one of mmpipe, or any image-text model of transformers."""
+"""Load a checkpoint for chat, one of mmpipe or any image-text model of transformers, and find its template."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from mmpipe.artifacts.files import read_json
-from mmpipe.chat import memory, quantise
+from mmpipe.chat import memory
 from mmpipe.chat.find import LocalCheckpoint
 from mmpipe.chat.messages import ChatError
 from mmpipe.chat.options import DTYPES, LoadOptions
-from mmpipe.chat.template import resolve_template
 from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.checkpoints.save import empty_model
-from mmpipe.data.templates import Template
-from mmpipe.errors import ArtifactError
+from mmpipe.data.records import IMAGE_MARK, Turn
+from mmpipe.data.templates import Template, TokenizerTemplate, get_template, template_names, to_messages
+from mmpipe.errors import ArtifactError, DataError
 from mmpipe.models.sparsity.hooks import set_keep_rate
 
 _SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+# With and without image, first and later round, so that no two templates look the same.
+_CONVERSATION = to_messages(
+    [Turn("user", f"{IMAGE_MARK}\nfirst question"), Turn("assistant", "answer"), Turn("user", "second question")]
+)
 
 
 def open_for_chat(checkpoint: LocalCheckpoint, options: LoadOptions) -> tuple[Any, Any, Template | None]:
@@ -38,7 +43,7 @@ def open_for_chat(checkpoint: LocalCheckpoint, options: LoadOptions) -> tuple[An
     if options.device_map or options.bits or device.type != "cpu":
         load["device_map"] = options.device_map or {"": str(device)}
     if options.bits:
-        load["quantization_config"] = quantise.settings(options.bits, _empty(checkpoint), dtype, device)
+        load["quantization_config"] = memory.quantization_config(options.bits, _empty(checkpoint), dtype, device)
     hint = memory.advice(memory.count_weights(checkpoint.path), memory.free(device))
     with memory.report_out_of_memory(f"{checkpoint.name} does not load", hint):
         if checkpoint.ours:
@@ -117,3 +122,52 @@ def _dtype(name: str, path: Path) -> torch.dtype:
         name = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def resolve_template(processor: Any, name: str, *, wanted: str | None, trained: str | None) -> Template | None:
+    """The template the checkpoint ``name`` was trained with; None when its own chat template has no name here.
+
+    ``trained`` is the one in its manifest, ``wanted`` the user's. A checkpoint without a chat template is given the
+    wanted one. Raises ArtifactError when it has another, or has none and none is wanted.
+    """
+    tokenizer = processor.tokenizer
+    own = processor.chat_template
+    template = get_template(wanted, tokenizer) if wanted else None
+    if own is None:
+        if template is None:
+            raise ArtifactError(
+                f"{name} brings no chat template; name the one it was trained with: --template, "
+                f"one of {', '.join(template_names())}"
+            )
+        template.check(tokenizer)
+        processor.chat_template = template.jinja()
+        return template
+    if template is None:
+        return get_template(trained, tokenizer) if trained else _recognise(own, tokenizer)
+    if _render(own, tokenizer) != _render(template.jinja(), tokenizer):
+        same = _recognise(own, tokenizer)
+        known = trained or (same.name if same else "one without a name here")
+        raise ArtifactError(
+            f"{name} was trained with another template than '{wanted}' (its own: {known}), and would answer badly; "
+            "leave --template out"
+        )
+    return template
+
+
+def _recognise(jinja: str, tokenizer: Any) -> Template | None:
+    """A named template that renders as ``jinja`` does; the tokenizer's own only when no other does."""
+    for name in sorted(template_names(), key=lambda name: name == TokenizerTemplate.name):
+        try:
+            template = get_template(name, tokenizer)
+        except DataError:  # the tokenizer brings none that could be trained with
+            continue
+        if _render(jinja, tokenizer) == _render(template.jinja(), tokenizer):
+            return template
+    return None
+
+
+def _render(jinja: str, tokenizer: Any) -> str:
+    rendered: Any = render_jinja_template(
+        [_CONVERSATION], chat_template=jinja, add_generation_prompt=True, **tokenizer.special_tokens_map
+    )
+    return str(rendered[0][0])

@@ -67,28 +67,22 @@ class SamplingOptions:
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let a typer command take dataclasses: each field annotated with an ``Option`` is an option of the command line."""
     signature = inspect.signature(command, eval_str=True)
-    groups: dict[str, Any] = {
-        name: p.annotation for name, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)
-    }
-    fields: dict[str, list[inspect.Parameter]] = {
-        name: [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=getattr(group, key), annotation=hint)
-            for key, hint in get_type_hints(group, include_extras=True).items()
-            if hasattr(hint, "__metadata__")
-        ]
-        for name, group in groups.items()
-    }
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        group, keyword = parameter.annotation, parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        if not dataclasses.is_dataclass(group):
+            parameters.append(keyword)
+            continue
+        hints = {k: h for k, h in get_type_hints(group, include_extras=True).items() if hasattr(h, "__metadata__")}
+        groups[name] = (group, list(hints))
+        parameters += [keyword.replace(name=k, default=getattr(group, k), annotation=h) for k, h in hints.items()]
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
-        for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields[name]})
+        for name, (group, keys) in groups.items():
+            values[name] = group(**{key: values.pop(key) for key in keys})
         command(**values)
 
-    parameters = [
-        field
-        for name, parameter in signature.parameters.items()
-        for field in fields.get(name, [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)])
-    ]
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call
