@@ -63,7 +63,7 @@ class _ImagePart(BaseModel):
 
 class _TextPart(BaseModel):
     type: Literal["text"]
-    text: str
+    text: str = ""
 
 
 class _RequestMessage(BaseModel):

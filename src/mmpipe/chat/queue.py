@@ -23,31 +23,26 @@ class AnswerStream:
 
     def __init__(self) -> None:
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
-        self._future: Future[Completion] = Future()
+        self.future: Future[Completion] = Future()
         self.is_cancelled = False
 
     def __iter__(self) -> Iterator[str]:
         while (piece := self._pieces.get()) is not None:
             yield piece
-        self._future.result()
+        self.future.result()
 
     @property
     def completion(self) -> Completion:
         """The whole answer; waits for it. Raises the error that ended it."""
-        return self._future.result()
+        return self.future.result()
 
     def cancel(self) -> None:
         """End the answer after the token being computed; the text so far stays."""
         self.is_cancelled = True
 
-    def put(self, piece: str) -> None:
-        """Pass a piece of text to the reader."""
+    def put(self, piece: str | None) -> None:
+        """Pass a piece of text to the reader; None is the end."""
         self._pieces.put(piece)
-
-    def follow(self, future: Future[Completion]) -> None:
-        """End when ``future`` does, with its result or error."""
-        self._future = future
-        future.add_done_callback(lambda _: self._pieces.put(None))
 
 
 class RequestQueue:
@@ -72,9 +67,9 @@ class RequestQueue:
             if len(self._open) >= self._size:
                 raise QueueFull(f"{self._size} answers are being waited for already; try again later")
             self._open.add(answer)
-        future = self._worker.submit(in_turn)
-        future.add_done_callback(lambda _: self._open.discard(answer))
-        answer.follow(future)
+        answer.future = self._worker.submit(in_turn)
+        answer.future.add_done_callback(lambda _: self._open.discard(answer))
+        answer.future.add_done_callback(lambda _: answer.put(None))
         return answer
 
     def cancel_all(self) -> None:

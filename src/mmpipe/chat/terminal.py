@@ -40,6 +40,7 @@ class Terminal:
         self.pending = list(images)
         self._out = out
         self._read = read
+        self._ended = False
 
     def run(self) -> None:
         """Until /exit, the end of the input, or Ctrl-C at the prompt; Ctrl-C during an answer cancels only the answer."""
@@ -49,7 +50,7 @@ class Terminal:
         self._write(f"{self.model.name}. /help shows the commands, Ctrl-D ends.\n")
         if self.model.captions_only:
             self._write("It was trained on captions: it describes images, and does not read what is asked.\n")
-        while True:
+        while not self._ended:
             try:
                 line = self._read(_PROMPT).strip()
             except (EOFError, KeyboardInterrupt):
@@ -57,8 +58,6 @@ class Terminal:
                 return
             try:
                 self._take(line)
-            except _Exit:
-                return
             except MmpipeError as error:
                 self._write(f"! {error}\n")
 
@@ -136,13 +135,9 @@ class Terminal:
 
     def do_exit(self, _: str) -> None:
         """/exit: end"""
-        raise _Exit
+        self._ended = True
 
     do_quit = do_exit
-
-
-class _Exit(Exception):
-    pass
 
 
 def _commands() -> list[str]:
