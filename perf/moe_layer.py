@@ -74,7 +74,7 @@ class OneHot(nn.Module):
         self.factor = factor
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        from mmpipe.models.moe.capacity import capacity, slot_numbers
+        from mmpipe.models.moe.layer import capacity, slot_numbers
 
         x_TD, experts = x_BLD.flatten(0, 1), self.layer.experts
         routing = self.layer.router(x_TD)

@@ -39,6 +39,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
+def first_of(names: Iterable[object], limit: int = 8) -> str:
+    """The first names in alphabetical order, and how many more there are."""
+    listed = sorted(str(name) for name in names)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+
+
 def explained(error: Exception) -> str:
     """What went wrong in a line, and what to do when the disk is full (libraries say that in several ways)."""
     text = f"{type(error).__name__}: {error}"

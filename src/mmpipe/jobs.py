@@ -373,17 +373,12 @@ def _open_to_ask(snakemake: Any) -> Any:
     """The checkpoint of a job, ready to answer."""
     import torch
 
-    from mmpipe.checkpoints.load import open_checkpoint
-    from mmpipe.data.templates import get_template
-    from mmpipe.inference.generate import Answerer
+    from mmpipe.inference.open_answerer import open_answerer
 
     torch.set_num_threads(snakemake.threads)
     _quiet_transformers()
-    device = _device(snakemake)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model, processor, card = open_checkpoint(Path(snakemake.input.checkpoint).parent, dtype)
-    template = get_template(card["checkpoint"]["template"], processor.tokenizer)
-    return Answerer(model.to(device), processor, template, model_id=snakemake.wildcards.checkpoint)
+    checkpoint = Path(snakemake.input.checkpoint).parent
+    return open_answerer(checkpoint, _device(snakemake), model_id=snakemake.wildcards.checkpoint)
 
 
 def _expert_log(snakemake: Any, plan: Plan, model: Any, folder: Path, questions: list[Any], start: int) -> Any:
@@ -472,7 +467,7 @@ def show_efficiency(snakemake: Any, plan: Plan) -> None:
 @offline_job
 def map_kept(snakemake: Any, plan: Plan) -> None:
     """Show which tokens of some images a sparsified checkpoint keeps."""
-    from mmpipe.analysis.retention_maps import grid, keep_maps, seen
+    from mmpipe.analysis.retention_maps import grid, retention_maps, seen
     from mmpipe.benchmarks.prepare import evenly, read_questions
     from mmpipe.report.samples import SHOWN
     from mmpipe.report.sparsity import keep_maps_page
@@ -482,7 +477,7 @@ def map_kept(snakemake: Any, plan: Plan) -> None:
     # some of those whose answers the samples show
     questions = [question for question in evenly(read_questions(prepared), SHOWN) if question.images][::2]
     answerer = _open_to_ask(snakemake)
-    maps = keep_maps(answerer, questions, plan.config.keep_rates)
+    maps = retention_maps(answerer, questions, plan.config.keep_rates)
     images = [image for question in questions for image in seen(answerer, question)]
     write_json(Path(snakemake.output.json), maps)
     title = f"What {snakemake.wildcards.checkpoint} keeps of images of {prepared.name}"

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmpipe.losses.sparsity import image_loss, text_loss
-from mmpipe.models.sparsity import gumbel
 from mmpipe.models.sparsity.attention import masked_attention, masked_softmax
 from mmpipe.models.sparsity.context import KEYWORD, PruningPass, TrainingPass
 from mmpipe.models.sparsity.hooks import wrap
 from mmpipe.models.sparsity.predictors import TextPredictor, VisionPredictor
 from mmpipe.models.sparsity.segments import Segments
+from mmpipe.models.sparsity.sparsifier import annealed, straight_through
 from mmpipe.models.sparsity.spec import SparsitySettings
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "dynamic_llava"
@@ -101,7 +101,7 @@ def test_masked_attention() -> None:
 @pytest.mark.parametrize("run", PREDICTORS["gumbel"]["runs"], ids=lambda run: f"tau {run['tau']}")
 def test_straight_through(run: dict[str, Any]) -> None:
     logits = torch.tensor(PREDICTORS["gumbel"]["log_probs"], requires_grad=True)
-    keep = gumbel.straight_through(logits, torch.tensor(run["noise"]), run["tau"])
+    keep = straight_through(logits, torch.tensor(run["noise"]), run["tau"])
     assert keep.round().tolist() == run["keep"]
     (keep * torch.tensor(run["grad_weight"])).sum().backward()
     torch.testing.assert_close(logits.grad, torch.tensor(run["grad_logits"]), rtol=1e-4, atol=1e-6)
@@ -109,7 +109,7 @@ def test_straight_through(run: dict[str, Any]) -> None:
 
 def test_temperatures() -> None:
     for row in PREDICTORS["tau_schedule"]:
-        ours = gumbel.temperature(row["step"] / row["total"], 1.0, 0.1)
+        ours = annealed(row["step"] / row["total"], 1.0, 0.1)
         assert ours == pytest.approx(row["tau"], rel=1e-6)
 
 

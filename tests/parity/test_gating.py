@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from mmpipe.losses.routing import all_choices_balancing_loss, load_balancing_loss
-from mmpipe.models.moe.capacity import capacity, drop, slot_numbers
-from mmpipe.models.moe.patterns import layer_indices
+from mmpipe.models.moe.layer import capacity, drop, slot_numbers
 from mmpipe.models.moe.routers import topk
 from mmpipe.models.moe.routers.base import Routing, build
-from mmpipe.models.moe.spec import MoESettings
+from mmpipe.models.moe.spec import MoESettings, layer_indices
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "llava_mod"
 GATING = json.loads((VECTORS / "07_gating_and_aux_loss.json").read_text())

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmpipe import registry
 from mmpipe.losses.routing import load_balancing_loss, z_loss
 from mmpipe.models.moe.context import ForwardPass
 from mmpipe.models.moe.experts import ExpertsConfig, MLPExperts
 from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.routers.base import build
-from mmpipe.models.moe.routers.names import known
-from mmpipe.models.moe.spec import MoESettings
+from mmpipe.models.moe.spec import ROUTERS, MoESettings
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "libmoe"
 GATE = {"gate.weight": "weight"}
@@ -46,7 +46,7 @@ HYPER = {
     "hypernet.2.bias": "outer_bias",
 }
 MOEPP = GATE | {"experts.7.wg.weight": "mixture", "experts.7.constant": "constant"}
-REFERENCE = {"form": "reference"}
+REFERENCE = {"compat": "reference"}
 CASES = [
     Case("v11_smoe", "topk"),
     Case("head_smoe", "topk"),
@@ -195,7 +195,7 @@ def test_losses_per_sequence(case: dict) -> None:
 FIXED = ["topk", "sigmoid", "cosine", "perturbed_cosine", "hyper", "xmoe", "shared"]
 
 
-@pytest.mark.parametrize("router", known())
+@pytest.mark.parametrize("router", registry.names(ROUTERS))
 def test_equal_experts_give_the_dense_network_exactly_where_weights_add_up(router: str) -> None:
     settings = MoESettings(experts=4, top_k=2, router=router)
     torch.manual_seed(0)
@@ -214,14 +214,14 @@ def test_fixed_cosine_does_not_collapse_to_equal_weights() -> None:
     x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
     margins = {}
     for form in ("fixed", "reference"):
-        router = build(MoESettings(router="cosine", router_settings={"form": form}), 64)
+        router = build(MoESettings(router="cosine", router_settings={"compat": form}), 64)
         router.reset_parameters(torch.Generator().manual_seed(0))
         margins[form] = router(x).statistics["margin"].item()
     assert 3 * margins["reference"] < margins["fixed"]
 
 
 def test_perturbed_cosine_moves_lengths_away_from_zero() -> None:
-    settings = MoESettings(router="perturbed_cosine", router_settings={"form": "reference"})
+    settings = MoESettings(router="perturbed_cosine", router_settings={"compat": "reference"})
     router = build(settings, 8)
     router.reset_parameters(torch.Generator().manual_seed(0))
     x = torch.randn(9, 8, generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,13 @@ import torch
 
 from mmpipe.analysis.base import Layer, Source, families, read_layers
 from mmpipe.analysis.expert_log import GENERATED, SCHEMA, TEXT, merge
-from mmpipe.analysis.families.balance import load_ratio, normalised_entropy, selection_entropy, top_set, variation
+from mmpipe.analysis.families.balance import (
+    load_ratio,
+    most_common_expert_set,
+    normalised_entropy,
+    selection_entropy,
+    variation,
+)
 from mmpipe.analysis.families.change import any_change, matched, set_change, slot_change
 from mmpipe.analysis.families.coactivation import coactivation
 from mmpipe.analysis.families.confidence import first_share, margin, weight_entropy
@@ -46,8 +52,8 @@ def test_entropy_and_balance() -> None:
 
 
 def test_the_most_common_choice_is_ordered() -> None:
-    assert top_set(CHOICES, TIMES) == ((0, 1), pytest.approx(3 / 5))
-    assert top_set(CHOICES, np.ones(4)) == ((0, 1), 0.5)
+    assert most_common_expert_set(CHOICES, TIMES) == ((0, 1), pytest.approx(3 / 5))
+    assert most_common_expert_set(CHOICES, np.ones(4)) == ((0, 1), 0.5)
     as_tensor = top_set_share(torch.tensor(CHOICES).repeat_interleave(torch.tensor(TIMES), 0), 4)
     assert as_tensor.item() == pytest.approx(3 / 5)
     assert top_set_share(torch.zeros(0, 2, dtype=torch.int64), 4).item() == 0

@@ -1,4 +1,4 @@
-"""The gate lets through what stock transformers reproduces, and nothing else."""
+"""The round trip passes what stock transformers reproduces, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import batch, llava, processor
 
 from mmpipe.checkpoints import read_with_hf
-from mmpipe.checkpoints.dummy_inputs import probe_rows
-from mmpipe.checkpoints.roundtrip import gate, reference
+from mmpipe.checkpoints.dummy_inputs import dummy_rows
+from mmpipe.checkpoints.roundtrip import check_roundtrip, reference
 from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
 from mmpipe.errors import ArtifactError
 from mmpipe.models.moe.spec import MoESettings
@@ -22,8 +22,8 @@ from mmpipe.models.moe.upcycle import upcycle
 SAMPLES = [batch(rows=1, padded=0, seed=seed) for seed in (1, 2)]
 
 
-def test_the_gate_asks_eight_samples_of_different_length() -> None:
-    samples = probe_rows(llava())
+def test_the_round_trip_compares_eight_samples_of_different_length() -> None:
+    samples = dummy_rows(llava())
     assert len(samples) == 8
     assert len({sample["input_ids"].shape[1] for sample in samples}) == 8
     assert all(sample["attention_mask"].all() for sample in samples)
@@ -43,12 +43,12 @@ def published(tmp_path: Path):
 
 def test_a_faithful_checkpoint_passes_and_a_changed_one_does_not(published) -> None:
     path, expected = published
-    assert gate(path, expected) <= 1e-5
+    assert check_roundtrip(path, expected) <= 1e-5
     config = json.loads((path / "config.json").read_text())
     config["text_config"]["norm_topk_prob"] = False
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match=r"logits of sample 0 differ by 0\.\d+"):
-        gate(path, expected)
+        check_roundtrip(path, expected)
 
 
 def test_missing_tensors_do_not_pass(published) -> None:
@@ -57,7 +57,7 @@ def test_missing_tensors_do_not_pass(published) -> None:
     del tensors["language_model.model.layers.0.mlp.shared_expert.up_proj.weight"]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=r"do not fit the model.*shared_expert.up_proj"):
-        gate(path, expected)
+        check_roundtrip(path, expected)
 
 
 def test_the_reader_imports_nothing_of_ours() -> None:

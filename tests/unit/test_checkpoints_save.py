@@ -98,7 +98,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
 
 def test_what_is_written_alone_has_the_mode_of_the_umask(tmp_path: Path) -> None:
     model = llava()
-    lora.put_on(model, LoraSettings(rank=2), seed=0)
+    lora.add_adapters(model, LoraSettings(rank=2), seed=0)
     before = os.umask(0o027)
     try:
         lora.save(model, tmp_path / "adapter", base="")

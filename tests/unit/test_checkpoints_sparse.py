@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import batch, llava, processor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from mmpipe.checkpoints.roundtrip import gate, reference
+from mmpipe import registry
+from mmpipe.checkpoints.roundtrip import check_roundtrip, reference
 from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
 from mmpipe.errors import ArtifactError
 from mmpipe.models.moe.collect import collect_losses, moe_layers
 from mmpipe.models.moe.hf import why_not_stock
 from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava
-from mmpipe.models.moe.routers.names import known
-from mmpipe.models.moe.spec import MoESettings
+from mmpipe.models.moe.spec import ROUTERS, MoESettings
 from mmpipe.models.moe.upcycle import logits, upcycle
 
 
@@ -157,7 +157,7 @@ def test_experts_in_tower_and_projector_are_stored(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again, batch()), logits(model, batch()), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("router", [name for name in known() if name != "topk"])
+@pytest.mark.parametrize("router", [name for name in registry.names(ROUTERS) if name != "topk"])
 def test_every_router_is_stored_with_its_model(router: str, tmp_path: Path) -> None:
     model = trained("qwen2", router=router).eval()
     save_checkpoint(model, processor(), tmp_path)
@@ -176,7 +176,7 @@ def test_plain_transformers_refuses_what_it_cannot_compute(tmp_path: Path) -> No
     model = trained("qwen2", residual=True)
     save_checkpoint(model, processor(), tmp_path)
     with pytest.raises(ArtifactError, match="mmpipe_llava"):
-        gate(tmp_path, reference(model, [batch(rows=1, padded=0)], max_new_tokens=1))
+        check_roundtrip(tmp_path, reference(model, [batch(rows=1, padded=0)], max_new_tokens=1))
 
 
 def test_attention_without_a_counterpart_is_refused(tmp_path: Path) -> None:
@@ -209,3 +209,19 @@ def test_a_foreign_sparse_model_gets_our_layers(tmp_path: Path) -> None:
     foreign, _ = load_checkpoint(tmp_path)
     assert next(iter(moe_layers(foreign).values())).settings == MoESettings(placement=(0, 1, 2, 3))
     torch.testing.assert_close(logits(foreign, batch()), logits(model, batch()), atol=1e-5, rtol=1e-5)
+
+
+def test_the_former_key_of_a_router_opens_and_identifies(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    settings = MoESettings(router="cosine", router_settings={"compat": "reference", "perturbation": 0.1})
+    save_checkpoint(trained("qwen2", router="cosine", router_settings=settings.router_settings), processor(), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["mmpipe"]["moe"]["language_model"]
+    assert written["router_settings"] == {"form": "reference", "perturbation": 0.1}
+    model, _ = load_checkpoint(tmp_path)
+    (moe, *_) = moe_layers(model).values()
+    assert moe.router.reference
+    assert type(moe.router).__name__ == "CosineRouter"
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
+    with pytest.warns(FutureWarning, match="the key 'form' is now called 'compat'"):
+        former = MoESettings(router="cosine", router_settings={"form": "reference", "perturbation": 0.1})
+    assert former == settings
+    assert former.identity()["router_settings"] == written["router_settings"]

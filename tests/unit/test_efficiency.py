@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_llava import llava, processor
 
 from mmpipe.analysis import efficiency
-from mmpipe.analysis.retention_maps import grid, keep_maps, seen
+from mmpipe.analysis.retention_maps import grid, retention_maps, seen
 from mmpipe.benchmarks.base import Question
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ConfigError
@@ -19,9 +19,9 @@ from mmpipe.inference.generate import Answerer
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
 from mmpipe.models.sparsity.cost import cache_bytes, paper_flops, paper_image_flops
-from mmpipe.models.sparsity.hooks import of_model, sparsify
+from mmpipe.models.sparsity.hooks import get_sparsifier, sparsify
 from mmpipe.models.sparsity.record import recording
-from mmpipe.models.sparsity.sparsifier import kept_tokens
+from mmpipe.models.sparsity.sparsifier import retained_tokens
 from mmpipe.models.sparsity.spec import SparsitySettings
 from mmpipe.report.sparsity import covered, draw_efficiency, efficiency_page, in_units, keep_maps_page
 
@@ -31,7 +31,7 @@ SETTINGS = {"d_model": 16, "nhead": 4, "dim_feedforward": 32, "vision_keep_rate"
 
 @pytest.mark.parametrize("row", json.loads((VECTORS / "dyn_flops.json").read_text())["rows"])
 def test_the_papers_count(row) -> None:
-    layers, width, kept = row["layers"], row["C"], kept_tokens(576, row["keep_rate"])
+    layers, width, kept = row["layers"], row["C"], retained_tokens(576, row["keep_rate"])
     assert kept == row["kept"]
     flops = (
         paper_flops(layers, 576, width)
@@ -61,10 +61,10 @@ def answerer(**changes) -> Answerer:
 @pytest.fixture(scope="module")
 def rows(asked):
     of = answerer()
-    before = of_model(of.model).settings
+    before = get_sparsifier(of.model).settings
     measured = efficiency.measure(of, asked, [0.25, 1.0])
-    assert of_model(of.model).settings == before
-    assert of_model(of.model).enabled
+    assert get_sparsifier(of.model).settings == before
+    assert get_sparsifier(of.model).enabled
     return {(row["batch"], row["keep"], row["measure"]): row for row in measured}
 
 
@@ -127,7 +127,7 @@ def test_too_little_memory_for_one_way_is_said(asked, monkeypatch) -> None:
     plain = efficiency._counted
 
     def counted(model, inputs):
-        if not of_model(model).enabled and len(inputs["input_ids"]) > 1:
+        if not get_sparsifier(model).enabled and len(inputs["input_ids"]) > 1:
             raise torch.OutOfMemoryError("too large")
         return plain(model, inputs)
 
@@ -157,7 +157,7 @@ def test_prompts_have_images(asked) -> None:
 
 def test_a_map_is_what_the_model_decided(asked) -> None:
     of = answerer()
-    maps = keep_maps(of, asked[1:], [0.25, 1.0])
+    maps = retention_maps(of, asked[1:], [0.25, 1.0])
     assert [(m["question_id"], m["image"]) for m in maps] == [(1, 0), (2, 0)]
     for row in maps:
         assert {rate: kept.count("1") for rate, kept in row["kept"].items()} == {"0.25": 1, "0.5": 2}

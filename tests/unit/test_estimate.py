@@ -10,9 +10,8 @@ import pytest
 
 from mmpipe.estimate import flops, memory
 from mmpipe.estimate import tensors as count
-from mmpipe.estimate.annotations import bytes_per_token, total_bytes
 from mmpipe.estimate.model import Model, model_of
-from mmpipe.estimate.stage import estimate, warnings
+from mmpipe.estimate.stage import bytes_per_token, estimate, total_bytes, warnings
 from mmpipe.plan.plan import Plan
 from mmpipe.settings import read_mapping
 
@@ -98,18 +97,18 @@ def test_activations_of_a_layer_by_hand():
 
 
 def test_operations_are_6nd_2nd_and_what_freezing_saves():
-    work = flops.Work(length=100, supervised=0, layers=1e9, trained_layers=1e9, head=0, attention_width=0)
+    work = flops.SampleWork(length=100, supervised=0, layers=1e9, trained_layers=1e9, head=0, attention_width=0)
     assert flops.training(work) == pytest.approx(6e11)
     assert flops.training(work, checkpointing=True) == pytest.approx(8e11)
     assert flops.forward(work) == pytest.approx(2e11)
-    frozen = flops.Work(length=100, supervised=0, layers=1e9, trained_layers=0, head=0, attention_width=0)
+    frozen = flops.SampleWork(length=100, supervised=0, layers=1e9, trained_layers=0, head=0, attention_width=0)
     assert flops.training(frozen) == pytest.approx(4e11)
-    seen = flops.Work(100, 0, 0, 0, 0, 0, tower=3e8, tower_tokens=576)
+    seen = flops.SampleWork(100, 0, 0, 0, 0, 0, tower=3e8, tower_tokens=576)
     assert flops.training(seen) == pytest.approx(2 * 3e8 * 576)
 
 
 def test_causal_attention_counts_half_the_square():
-    work = flops.Work(length=10, supervised=0, layers=0, trained_layers=0, head=0, attention_width=64)
+    work = flops.SampleWork(length=10, supervised=0, layers=0, trained_layers=0, head=0, attention_width=64)
     # scores and their use: 2 * 2 * 10 * 10 * 64 / 2 forward, twice that backward
     assert flops.forward(work) == 12_800
     assert flops.training(work) == 3 * 12_800

@@ -110,7 +110,7 @@ def truth(model: Any, question: Question, answer: dict[str, Any]) -> dict[Place,
                 )
             )
     with torch.inference_mode():
-        model(input_ids=torch.tensor([ids]), pixel_values=answerer._pixels([question]))
+        model(input_ids=torch.tensor([ids]), pixel_values=answerer.inputs([question]).get("pixel_values"))
     for handle in handles:
         handle.remove()
     return {Place("language_model", i): r for i, r in seen.items()}
@@ -235,7 +235,7 @@ def test_scales_and_tiles_are_told_apart(questions: list[Question], tmp_path: Pa
     assert Counter(r["scale"] for r in table) == {1: 2 * 5, 3: 2 * 9 * 5}
     assert sorted(r["position"] for r in table if r["scale"] == 3) == list(range(2 * 9 * 5))
     # the last tile of its first image alone gives what the log says of its tokens
-    pixels = Answerer(model, processor(), get_template("qwen"))._pixels([questions[8]])
+    pixels = Answerer(model, processor(), get_template("qwen")).inputs([questions[8]])["pixel_values"]
     layer, seen = model.model.vision_tower.encoder.layers[0].mlp, []
     layer.router.register_forward_hook(lambda m, a, routing: seen.append(routing.indices_TK))
     with torch.inference_mode():

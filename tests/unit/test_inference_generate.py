@@ -11,7 +11,7 @@ from PIL import Image
 from mmpipe.benchmarks.base import Question
 from mmpipe.data.templates import get_template
 from mmpipe.errors import DataError
-from mmpipe.inference.generate import Answerer, Row, _batches, _common
+from mmpipe.inference.generate import Answerer, EncodedQuestion, _batches, _common
 
 PATCHES = 16
 
@@ -129,7 +129,9 @@ def test_answer_record_is_llava_s_and_deterministic(checkpoint, questions):
 def test_generation_stops_at_the_end_token(checkpoint, questions):
     model, processor = checkpoint
     answerer = Answerer(model, processor, get_template("qwen"))
-    reply = answerer._greedy(answerer._families([Row(questions[0], answerer._encode(questions[0]))]), 12, 4, None)[0]
+    reply = answerer._greedy(
+        answerer._groups([EncodedQuestion(questions[0], answerer._encode(questions[0]))]), 12, 4, None
+    )[0]
     assert (reply.ended, len(reply.ids)) == (False, 12)
     answerer.stop_ids = frozenset({reply.ids[4]})
     cut = texts(answerer, questions[:1])[0]
@@ -192,12 +194,12 @@ def test_beams_are_searched(checkpoint, questions, one_by_one):
     assert any(beams[i]["text"] != one_by_one[i]["text"] for i in beams)
 
 
-def test_batches_keep_families_together(checkpoint, questions):
+def test_batches_keep_groups_together(checkpoint, questions):
     answerer = Answerer(*checkpoint, get_template("qwen"))
-    families = answerer._families([Row(q, answerer._encode(q)) for q in questions])
-    assert sorted(len(f.rows) for f in families) == [1, 1, 1, 4, 5, 5]
+    groups = answerer._groups([EncodedQuestion(q, answerer._encode(q)) for q in questions])
+    assert sorted(len(f.rows) for f in groups) == [1, 1, 1, 4, 5, 5]
     for size in (1, 4, 9, 100):
-        batches = list(_batches(families, size))
+        batches = list(_batches(groups, size))
         assert all(len(batch) == 1 or sum(len(f.rows) for f in batch) <= size for batch in batches)
         asked = [str(r.question.id) for b in batches for f in b for r in f.rows]
         assert sorted(asked) == sorted(str(q.id) for q in questions)
@@ -205,9 +207,9 @@ def test_batches_keep_families_together(checkpoint, questions):
 
 def test_common_beginning_leaves_every_row_a_token():
     row = Question(id=0, text="")
-    assert _common([Row(row, (1, 2, 3)), Row(row, (1, 2, 3))]) == 2
-    assert _common([Row(row, (1, 2)), Row(row, (1, 2, 3))]) == 1
-    assert _common([Row(row, (1, 5, 3)), Row(row, (1, 2, 3))]) == 1
+    assert _common([EncodedQuestion(row, (1, 2, 3)), EncodedQuestion(row, (1, 2, 3))]) == 2
+    assert _common([EncodedQuestion(row, (1, 2)), EncodedQuestion(row, (1, 2, 3))]) == 1
+    assert _common([EncodedQuestion(row, (1, 5, 3)), EncodedQuestion(row, (1, 2, 3))]) == 1
 
 
 def test_likelihood_is_that_of_the_tokens_one_by_one(checkpoint, questions):
@@ -220,7 +222,7 @@ def test_likelihood_is_that_of_the_tokens_one_by_one(checkpoint, questions):
         said, greedy = 0.0, True
         for token in answerer.tokenizer(text, add_special_tokens=False)["input_ids"]:
             with torch.inference_mode():
-                out = model(input_ids=torch.tensor([ids]), pixel_values=answerer._pixels([question]))
+                out = model(input_ids=torch.tensor([ids]), pixel_values=answerer.inputs([question]).get("pixel_values"))
             scores = out.logits[0, -1].log_softmax(-1)
             said, greedy = said + float(scores[token]), greedy and int(scores.argmax()) == token
             ids.append(token)
@@ -233,6 +235,5 @@ def test_likelihood_is_that_of_the_tokens_one_by_one(checkpoint, questions):
 
 
 def _greedy_token(answerer, question):
-    ids = torch.tensor([list(answerer._encode(question))])
     with torch.inference_mode():
-        return int(answerer.model(input_ids=ids, pixel_values=answerer._pixels([question])).logits[0, -1].argmax())
+        return int(answerer.model(**answerer.inputs([question])).logits[0, -1].argmax())

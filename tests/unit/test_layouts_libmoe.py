@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from mmpipe.checkpoints import layouts
-from mmpipe.checkpoints.dummy_inputs import probe
-from mmpipe.checkpoints.layouts.base import Part
+from mmpipe.checkpoints.dummy_inputs import dummy_inputs
+from mmpipe.checkpoints.layouts.base import BackboneFiles
 from mmpipe.checkpoints.load import build_model, open_checkpoint
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.models.moe.spec import MoESettings
-from mmpipe.models.moe.upcycle import logits, noted_settings, upcycle
+from mmpipe.models.moe.upcycle import logits, saved_moe_settings, upcycle
 from mmpipe.models.settings import VisionLanguage
-from mmpipe.models.vision_tower import noted_scales
+from mmpipe.models.vision_tower import saved_scales
 from mmpipe.stages.construct import Construct
 from mmpipe.stages.finetune import Finetune
 
@@ -96,7 +96,7 @@ def dense(parts: dict[str, Path]) -> Any:
 def sparse(parts: dict[str, Path], router: str) -> Any:
     """The same with experts that differ."""
     model = dense(parts)
-    form = {"form": "reference"} if router != "topk" else {}
+    form = {"compat": "reference"} if router != "topk" else {}
     settings = MoESettings(experts=4, top_k=2, placement="dense", router=router, router_settings=form)
     upcycle(model, settings, part="vision_tower")
     if router == "moepp":  # theirs leaves its cheap experts out where the width changes
@@ -163,8 +163,8 @@ def write_sft(out: Path, parts: dict[str, Path], model: Any, router: str) -> dic
 
 
 def bring_in(directory: Path, parts: dict[str, Path], *roles: str) -> Any:
-    stock = layouts.get("stock")
-    named = {role: Part(parts[role], stock) for role in roles}
+    stock = layouts.get("hf")
+    named = {role: BackboneFiles(parts[role], stock) for role in roles}
     return layouts.get("libmoe").whole(directory, named).model
 
 
@@ -177,10 +177,10 @@ def test_a_finetuned_model_computes_what_was_written(
     model = sparse(parts, router)
     write_sft(tmp_path / "sft", parts, model, router)
     found = bring_in(tmp_path / "sft", parts, "vision")
-    assert noted_scales(found) == (1, 3)
-    assert set(noted_settings(found)) == {"vision_tower", "multi_modal_projector"}
-    assert noted_settings(found)["vision_tower"].router == router
-    batch = probe(model)
+    assert saved_scales(found) == (1, 3)
+    assert set(saved_moe_settings(found)) == {"vision_tower", "multi_modal_projector"}
+    assert saved_moe_settings(found)["vision_tower"].router == router
+    batch = dummy_inputs(model)
     torch.testing.assert_close(logits(found, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
 
 
@@ -198,7 +198,7 @@ def test_a_prefinetuned_folder_of_three_files(parts: dict[str, Path], tmp_path: 
     torch.save(rest, out / "pytorch_model.bin")
     AutoTokenizer.from_pretrained(parts["language"]).save_pretrained(out)
     (out / "config.json").write_text(json.dumps(config_of(parts, scales="1,3")))
-    batch = probe(model)
+    batch = dummy_inputs(model)
     found = bring_in(out, parts, "vision")
     assert torch.equal(logits(found, batch), logits(model, batch))
 
@@ -208,7 +208,7 @@ def test_a_pretrained_folder_is_a_projector_on_the_named_backbones(parts: dict[s
     out.mkdir()
     torch.save({n: t for n, t in theirs(model).items() if "mm_projector" in n}, out / "mm_projector.bin")
     (out / "config.json").write_text(json.dumps(config_of(parts)))
-    batch = probe(model)
+    batch = dummy_inputs(model)
     assert torch.equal(logits(bring_in(out, parts, "vision", "language"), batch), logits(model, batch))
     with pytest.raises(ConfigError, match=r"holds no language model; name it under model\.language"):
         bring_in(out, parts, "vision")
@@ -277,7 +277,7 @@ def test_it_is_published_and_trained_further(parts: dict[str, Path], tmp_path: P
     )
     Construct(template="phi3").run(whole)
     found, _, _ = open_checkpoint(whole.model_dir)
-    batch = probe(model)
+    batch = dummy_inputs(model)
     torch.testing.assert_close(logits(found, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
     tuned = job("tuned", parent=whole.model_dir)
     Finetune(data="mix", template="qwen", batch_size=4, max_steps=1, trainable=["*"]).run(tuned)

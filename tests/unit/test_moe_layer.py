@@ -18,7 +18,7 @@ from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.routers.base import BaseRouter, RouterError, Routing, build
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
-from mmpipe.models.schedule import tell_progress
+from mmpipe.models.schedule import set_progress
 
 
 class Fixed(BaseRouter):
@@ -137,9 +137,9 @@ def test_the_reference_counts_padding() -> None:
     ("settings", "draws"),
     [
         ({"compat": "reference"}, True),
-        ({"compat": "reference", "router_settings": {"form": "fixed"}}, True),
+        ({"compat": "reference", "router_settings": {"compat": "fixed"}}, True),
         ({"compat": "fixed"}, False),
-        ({"compat": "reference", "router_settings": {"form": "reference"}}, False),  # LibMoE's
+        ({"compat": "reference", "router_settings": {"compat": "reference"}}, False),  # LibMoE's
         ({"compat": "reference", "router_settings": {"second_choice": "most_likely"}}, False),
         ({"compat": "reference", "router": "sigmoid"}, False),
     ],
@@ -227,7 +227,7 @@ def test_settings_that_cannot_be() -> None:
 
 def test_steps_reach_every_router() -> None:
     model = upcycle(llava(layers=2), MoESettings(router=f"{__name__}:Fixed"))
-    tell_progress(model, 0.25)
+    set_progress(model, 0.25)
     assert [moe.router.seen for moe in moe_layers(model).values()] == [0.25]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from mmpipe.errors import ArtifactError, ConfigError, MmpipeError
 from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_layers
 from mmpipe.models.moe.spec import MoESettings
-from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, noted_settings, upcycle
+from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, saved_moe_settings, upcycle
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "phi3"])
@@ -83,7 +83,7 @@ def test_networks_that_cannot_become_experts() -> None:
 
 def test_settings_are_noted_in_the_configuration() -> None:
     model = upcycle(llava(), MoESettings(experts=3))
-    assert noted_settings(model) == {"language_model": MoESettings(experts=3)}
+    assert saved_moe_settings(model) == {"language_model": MoESettings(experts=3)}
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
@@ -119,7 +119,7 @@ def test_the_reference_gives_experts_to_the_idle_layer() -> None:
 @pytest.mark.parametrize("router", ["topk", "xmoe", "shared", "tcmoe", "moepp", "remoe", "cosine", "hyper"])
 def test_layers_start_alike_only_where_the_reference_does(router: str) -> None:
     def distinct(form: str) -> int:
-        settings = MoESettings(placement="dense", router=router, router_settings={"form": form}, experts=4, top_k=2)
+        settings = MoESettings(placement="dense", router=router, router_settings={"compat": form}, experts=4, top_k=2)
         layers = moe_layers(upcycle(llava(), settings)).values()
         return len({next(layer.router.parameters()).sum().item() for layer in layers})
 

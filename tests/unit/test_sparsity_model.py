@@ -15,7 +15,7 @@ from mmpipe.errors import ConfigError, DataError
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
 from mmpipe.models.sparsity.context import KEYWORD, TrainingPass
-from mmpipe.models.sparsity.hooks import FAMILIES, of_model, set_keep_rate, sparsify, whole
+from mmpipe.models.sparsity.hooks import FAMILIES, get_sparsifier, set_keep_rate, sparsify, without_sparsity
 from mmpipe.models.sparsity.record import recording
 from mmpipe.models.sparsity.segments import of_batch
 from mmpipe.models.sparsity.spec import SparsitySettings
@@ -96,15 +96,15 @@ def mixed() -> dict[str, Tensor]:
 def test_keeping_everything_is_the_dense_model(kind: str) -> None:
     model = sparse(kind, vision_keep_rate=1.0, output_text_keep_rate=1.0)
     given = batch(padded=0)
-    with whole(model):
+    with without_sparsity(model):
         expected = greedy(model, **given)
     tokens, logits = greedy(model, **given)
     assert torch.equal(tokens, expected[0])
     torch.testing.assert_close(logits, expected[1], rtol=0, atol=1e-5)
     # the same through the pruned cache: images whole, and a text predictor that keeps all
-    of_model(model).settings = settings(vision_keep_rate=0.999, sparse_layer=2)
-    of_model(model).image_score_predictor = None
-    of_model(model).keep_of_answer = lambda hidden, real: real
+    get_sparsifier(model).settings = settings(vision_keep_rate=0.999, sparse_layer=2)
+    get_sparsifier(model).image_score_predictor = None
+    get_sparsifier(model).retain_answer = lambda hidden, real: real
     tokens, logits = greedy(model, **given)
     assert torch.equal(tokens, expected[0])
     torch.testing.assert_close(logits, expected[1], rtol=0, atol=1e-5)
@@ -134,7 +134,7 @@ def dense_reference(model: Any, given: dict[str, Tensor], record: Any) -> Tensor
 
     Dropped prompt tokens are hidden from all others behind the sparse layer, dropped generated ones from later ones.
     """
-    text, first = model.model.language_model, of_model(model).settings.sparse_layer
+    text, first = model.model.language_model, get_sparsifier(model).settings.sparse_layer
     keep = torch.tensor([kept for done in record.passes for kept in done.keep[0]])
     length = len(keep)
     hidden_keys = torch.ones(length, length).tril().bool() & (keep | torch.eye(length).bool())
@@ -147,7 +147,7 @@ def dense_reference(model: Any, given: dict[str, Tensor], record: Any) -> Tensor
                     lambda m, a, k, mask=mask: (a, k | {"attention_mask": mask}), with_kwargs=True
                 )
             )
-    with whole(model), torch.no_grad():
+    with without_sparsity(model), torch.no_grad():
         logits = model(**given, use_cache=False).logits
     for handle in seen:
         handle.remove()
@@ -177,7 +177,7 @@ def test_a_window_counts_true_positions() -> None:
         allowed = seen & (keep | torch.eye(18).bool()) if index >= 2 else seen
         mask = torch.zeros(1, 1, 18, 18).masked_fill(~allowed, -1e9)
         layer.register_forward_pre_hook(lambda m, a, k, mask=mask: (a, k | {"attention_mask": mask}), with_kwargs=True)
-    with whole(model), torch.no_grad():
+    with without_sparsity(model), torch.no_grad():
         expected = model(**given, use_cache=False).logits[:, -1]
     torch.testing.assert_close(logits[:, 0], expected, rtol=1e-4, atol=1e-5)
 
@@ -294,7 +294,7 @@ def test_predictors_count_as_used_when_a_batch_has_nothing_for_them() -> None:
         **{KEYWORD: current},
     )
     out.last_hidden_state.sum().backward()
-    assert all(p.grad is not None for p in of_model(model).parameters())
+    assert all(p.grad is not None for p in get_sparsifier(model).parameters())
     assert current.decisions == {}
 
 
@@ -336,7 +336,7 @@ def test_keep_rates_lie_above_0_and_at_most_at_1(rate: float) -> None:
 
 def test_images_of_another_token_count_are_refused() -> None:
     model = sparse()
-    of_model(model).image_tokens = 3
+    get_sparsifier(model).image_tokens = 3
     with pytest.raises(DataError, match=r"4\] image tokens do not hold whole images of 3 tokens"):
         model(**batch(padded=0), use_cache=False)
 

@@ -16,7 +16,7 @@ from mmpipe.data.templates import get_template
 from mmpipe.errors import ConfigError
 from mmpipe.inference.generate import Answerer
 from mmpipe.models.moe.collect import moe_layers
-from mmpipe.models.moe.upcycle import noted_settings
+from mmpipe.models.moe.upcycle import saved_moe_settings
 from mmpipe.models.settings import VisionLanguage
 from mmpipe.report.stage import draw_history
 from mmpipe.stages.finetune import Finetune
@@ -52,7 +52,7 @@ def test_the_whole_path(made, tmp_path: Path):
 
     before, after = (open_checkpoint(run.model_dir)[0] for run in (sparse, tuned))
     assert list(moe_layers(after)) == ["vision_tower.encoder.layers.0.mlp", "multi_modal_projector"]
-    assert noted_settings(after)["multi_modal_projector"].experts == 3
+    assert saved_moe_settings(after)["multi_modal_projector"].experts == 3
     assert after.config.text_config.model_type == "qwen2", "no experts were asked for there"
     old = dict(before.named_parameters())
     same = [name for name, p in after.named_parameters() if torch.equal(p, old[name])]
@@ -95,7 +95,14 @@ def test_each_part_has_settings_of_its_own():
     assert parts["multi_modal_projector"].router_settings == {"temperature": 0.2}
     other = Upcycle(moe=stage.moe, parts={"language_model": {"router": "topk"}})
     assert other.of_parts()["language_model"].router_settings == {}
-    assert "parts" not in Upcycle(moe={"experts": 8}).spec()
+    assert Upcycle(moe={"experts": 8}).spec() == {"moe": {"experts": 8}}
+    new, former = (
+        {"vision_tower": {"router": "xmoe", "router_settings": {key: "reference"}}} for key in ("compat", "form")
+    )
+    with pytest.warns(FutureWarning, match="'form' is now called 'compat'"):
+        published = Upcycle(parts=former).spec()
+    assert Upcycle(parts=new).spec() == published
+    assert published["parts"] == former
 
 
 @pytest.mark.parametrize(

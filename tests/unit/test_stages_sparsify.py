@@ -22,7 +22,7 @@ from mmpipe.checkpoints.save import load_checkpoint
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.inference.generate import Answerer
-from mmpipe.models.sparsity.hooks import of_model, set_keep_rate, whole
+from mmpipe.models.sparsity.hooks import get_sparsifier, set_keep_rate, without_sparsity
 from mmpipe.models.sparsity.record import recording
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.finetune import Finetune
@@ -115,7 +115,7 @@ def test_it_trains_and_logs_what_is_kept(sparsified) -> None:
 def test_the_checkpoint_is_dense_for_everyone_else(sparsified) -> None:
     """A fresh process that does not know this package reads the dense model."""
     model, _, _ = open_checkpoint(sparsified.model_dir)
-    with whole(model), torch.no_grad():
+    with without_sparsity(model), torch.no_grad():
         ids = torch.arange(3, 40)[None]
         expected = model(input_ids=ids).logits
     save_file({"ids": ids, "logits": expected}, sparsified.report_dir / "expected.safetensors")
@@ -191,7 +191,7 @@ def test_a_student_with_experts(job, dense) -> None:
     made = job("sparse-experts", parent=experts.model_dir)
     sparsify(max_steps=2).run(made)
     model, _, _ = open_checkpoint(made.model_dir)
-    assert of_model(model) is not None
+    assert get_sparsifier(model) is not None
     assert "router_balance" in read_jsonl(made.report_dir / "history.jsonl")[0]
     assert answers(made, batch_size=1) == answers(made, batch_size=16)
 
@@ -220,8 +220,11 @@ def test_published_names_are_read(sparsified) -> None:
     file = sparsified.model_dir / "sparsity.safetensors"
     tensors = load_file(file)
     save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, file)
+    config = json.loads((sparsified.model_dir / "sparsity.json").read_text())
+    config["picture_tokens"] = config.pop("image_tokens")
+    (sparsified.model_dir / "sparsity.json").write_text(json.dumps(config))
     model, _ = load_checkpoint(sparsified.model_dir)
-    state = of_model(model).state_dict()
+    state = get_sparsifier(model).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
 
 

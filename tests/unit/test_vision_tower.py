@@ -17,7 +17,7 @@ from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_la
 from mmpipe.models.moe.context import nothing_counts
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
-from mmpipe.models.vision_tower import enable_multi_scale, freeze_idle, multi_scale_features, noted_scales
+from mmpipe.models.vision_tower import enable_multi_scale, freeze_idle, multi_scale_features, saved_scales
 
 TOWERS = ("clip", "siglip")
 
@@ -74,7 +74,7 @@ def test_it_generates_and_survives_the_disk(tower: str, tmp_path: Path) -> None:
     assert "scales (1, 3)" in str(hf.why_not_stock(model))
     save_checkpoint(model, processor(), tmp_path)
     again, _ = load_checkpoint(tmp_path)
-    assert noted_scales(again) == (1, 3)
+    assert saved_scales(again) == (1, 3)
     rows = batch(padded=0)
     assert torch.equal(logits(again, rows), logits(model, rows))
     answers = [m.generate(**rows, max_new_tokens=4, do_sample=False) for m in (model, again)]

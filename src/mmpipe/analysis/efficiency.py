@@ -1,8 +1,8 @@
-"""What dropping context saves, measured: operations, times, cache and memory of a checkpoint at several keep rates.
+"""Efficiency of sparsified checkpoints, measured: operations, times, cache and memory at several keep rates.
 
-The same prompts are answered densely and at every rate, one after the other in each repetition, so that whatever else the
-machine does meets all of them. A saving is called one only where it shows in nine of ten repetitions. Operations are counted
-by PyTorch while the model runs, predictors included.
+The same prompts are answered densely and at every rate, in turns in each repetition, so that other load on the machine
+affects all of them. A gain must show in nine of ten repetitions. Operations are counted by PyTorch while the model
+runs, predictors included.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmpipe.benchmarks.base import Question
 from mmpipe.benchmarks.prepare import evenly
 from mmpipe.errors import ConfigError
 from mmpipe.inference.generate import Answerer
+from mmpipe.inference.question import Question
 from mmpipe.models.sparsity.cost import cache_bytes, paper_image_flops
-from mmpipe.models.sparsity.hooks import keeping, of_model, of_prompt
-from mmpipe.models.sparsity.sparsifier import kept_tokens
+from mmpipe.models.sparsity.hooks import get_sparsifier, keeping, prompt_retention
+from mmpipe.models.sparsity.sparsifier import retained_tokens
 
 BATCHES = (1, 16)
 REPEATS = 10
@@ -38,20 +38,12 @@ NEW_TOKENS = 16
 SURE = 0.9
 """A gain shows in at least this share of the repetitions."""
 
-UNITS = {
-    "paper_flops": "FLOP",
-    "image_flops": "FLOP",
-    "prompt_flops": "FLOP",
-    "token_flops": "FLOP",
-    "image_seconds": "s",
-    "prompt_seconds": "s",
-    "first_token_seconds": "s",
-    "token_seconds": "s",
-    "predicted_cache_bytes": "B",
-    "cache_bytes": "B",
-    "answered_cache_bytes": "B",
-    "peak_bytes": "B",
+_MEASURED = {
+    "FLOP": ("paper_flops", "image_flops", "prompt_flops", "token_flops"),
+    "s": ("image_seconds", "prompt_seconds", "first_token_seconds", "token_seconds"),
+    "B": ("predicted_cache_bytes", "cache_bytes", "answered_cache_bytes", "peak_bytes"),
 }
+UNITS = {name: unit for unit, names in _MEASURED.items() for name in names}
 """Everything that is measured, of a whole batch; ``token`` is a generated one of every row."""
 
 Inputs = Mapping[str, torch.Tensor]
@@ -67,8 +59,8 @@ def prompts(questions: Sequence[Question], count: int) -> list[Question]:
     asked = [question for question in questions if question.images]
     if not asked:
         raise ConfigError(
-            "benchmarks: the first one has no images, which the measurement of sparsified checkpoints needs; put one that "
-            "has images first"
+            "benchmarks: the first one has no images, which the measurement of sparsified checkpoints needs; put "
+            "one that has images first"
         )
     return list(itertools.islice(itertools.cycle(evenly(asked, count)), count))
 
@@ -76,9 +68,9 @@ def prompts(questions: Sequence[Question], count: int) -> list[Question]:
 def measure(answerer: Answerer, questions: Sequence[Question], rates: Sequence[float]) -> list[Row]:
     """Everything in :data:`UNITS` for the dense model, the rate of training and ``rates``, a row a number.
 
-    A row holds ``batch, keep`` (None: dense), ``measure, unit, value`` (median), ``low, high, repeats``, and against the
-    dense model ``ratio`` (median of pairs, above 1 is a saving) and ``gain``. Where the device had not memory enough,
-    ``value`` is None.
+    A row holds ``batch, keep`` (None: dense), ``measure, unit, value`` (median), ``low, high, repeats``, and against
+    the dense model ``ratio`` (median of pairs, above 1 is a saving) and ``gain``. Where the device had not memory
+    enough, ``value`` is None.
     """
     batches = (answerer.inputs(prompts(questions, size)) for size in BATCHES)
     return [row for inputs in batches for row in measure_batch(answerer.model, inputs, rates, REPEATS)]
@@ -86,7 +78,7 @@ def measure(answerer: Answerer, questions: Sequence[Question], rates: Sequence[f
 
 @torch.inference_mode()
 def measure_batch(model: Any, inputs: Inputs, rates: Sequence[float], repeats: int = REPEATS) -> list[Row]:
-    """The rows of one batch of prompts: ``input_ids, attention_mask, position_ids`` padded on the left, ``pixel_values``."""
+    """The rows of one batch: ``pixel_values``, and ``input_ids, attention_mask, position_ids`` padded on the left."""
     found = _measured(model, inputs, ways(model, rates), repeats)
     dense, size = found[None], len(inputs["input_ids"])
     return [
@@ -98,28 +90,24 @@ def measure_batch(model: Any, inputs: Inputs, rates: Sequence[float], repeats: i
 
 
 def summary(values: Sequence[float], dense: Sequence[float], is_dense: bool = False) -> Row:
-    """Median and range of repetitions, and what they say beside those of the dense model, pair by pair."""
-    row: Row = {
-        "value": statistics.median(values) if values else None,
-        "low": min(values, default=None),
-        "high": max(values, default=None),
-        "repeats": len(values),
-        "ratio": None,
-        "gain": None,
-    }
-    if is_dense or not dense or not row["value"]:
+    """Median and range of repetitions, and their comparison with those of the dense model, pair by pair."""
+    value = statistics.median(values) if values else None
+    row: Row = {"value": value, "low": min(values, default=None), "high": max(values, default=None)}
+    row |= {"repeats": len(values), "ratio": None, "gain": None}
+    if is_dense or not dense or not value:
         return row
     ratios = [before / now for before, now in zip(dense, values, strict=True)]
-    row["ratio"] = statistics.median(ratios)
-    return row | {"gain": sum(ratio > 1 for ratio in ratios) >= SURE * len(ratios)}
+    gain = sum(ratio > 1 for ratio in ratios) >= SURE * len(ratios)
+    return row | {"ratio": statistics.median(ratios), "gain": gain}
 
 
 def ways(model: Any, rates: Sequence[float]) -> dict[float | None, Callable[[], AbstractContextManager[None]]]:
-    """How the model is run, by keep rate: densely, as it was trained, and at ``rates``.
+    """How the model is run, by keep rate: densely (None), as it was trained, and at ``rates``.
 
-    Without a predictor for images there is no rate: everything of them is kept.
+    Without a predictor for images there is one rate, 1: all their tokens are retained. Raises ConfigError for a model
+    without predictors.
     """
-    sparsifier = of_model(model)
+    sparsifier = get_sparsifier(model)
     if sparsifier is None:
         raise ConfigError("the checkpoint has no predictors; there is nothing to measure beside the dense model")
     dense = {None: partial(keeping, model, None)}
@@ -132,7 +120,7 @@ def ways(model: Any, rates: Sequence[float]) -> dict[float | None, Callable[[], 
 def _measured(
     model: Any, inputs: Inputs, runs: Mapping[float | None, Callable[[], AbstractContextManager[None]]], repeats: int
 ) -> dict[float | None, Values]:
-    """The values of every way to run the model on one batch; none of one that the device has not memory for."""
+    """The values of every way to run the model on one batch; none where the device runs out of memory."""
     found: dict[float | None, Values] = {}
     for keep, way in runs.items():
         with way():
@@ -155,7 +143,7 @@ def _measured(
 
 
 def _answer(model: Any, inputs: Inputs, tokens: int, now: Callable[[], float]) -> tuple[list[float], Any]:
-    """Read the prompts and generate ``tokens`` greedily. Returns what ``now`` said at the start, between images and language
+    """Read the prompts and generate ``tokens`` greedily. Returns ``now()`` at the start, between images and language
     model, behind the prompt and at the end; and the bytes of the cache at the last two."""
     marks: list[float] = []
 
@@ -165,26 +153,20 @@ def _answer(model: Any, inputs: Inputs, tokens: int, now: Callable[[], float]) -
     handle = model.model.language_model.register_forward_pre_hook(mark, prepend=True)
     mark()
     try:
-        out = model(**inputs, use_cache=True, logits_to_keep=1, **of_prompt(model))
+        out = model(**inputs, use_cache=True, logits_to_keep=1, **prompt_retention(model))
     finally:
         handle.remove()
     mark()
-    cache, mask = out.past_key_values, inputs["attention_mask"]
-    held = [held_bytes(cache)]
-    position = inputs["position_ids"][:, -1:]
+    cache, mask, position = out.past_key_values, inputs["attention_mask"], inputs["position_ids"][:, -1:]
+    held = held_bytes(cache)
     for _ in range(tokens):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         position = position + 1
-        out = model(
-            input_ids=out.logits[:, -1].argmax(-1, keepdim=True),
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        given = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        out = model(input_ids=token, **given, use_cache=True, logits_to_keep=1)
     mark()
-    return marks, [*held, held_bytes(cache)]
+    return marks, [held, held_bytes(cache)]
 
 
 def held_bytes(cache: Any) -> int:
@@ -229,61 +211,47 @@ def _grouped_flops(tokens: Sequence[int], experts: Sequence[int], *_: Any, **__:
 
 
 def _promised(model: Any, inputs: Inputs, keep: float | None) -> Values:
-    """What the formulas say; of the cache only where it depends on nothing but the rate."""
-    sparsifier, text = of_model(model), model.config.text_config
+    """Values of the formulas (:mod:`mmpipe.models.sparsity.cost`); the cache's where it depends on the rate alone."""
+    sparsifier, text = get_sparsifier(model), model.config.text_config
     assert sparsifier is not None
     size, first = sparsifier.image_tokens, sparsifier.settings.sparse_layer
-    kept = size if keep is None else kept_tokens(size, keep)
+    retained = size if keep is None else retained_tokens(size, keep)
     images = [int(n) // size for n in (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()]
     lengths = inputs["attention_mask"].sum(1).tolist()
-    flops = [paper_image_flops(text.num_hidden_layers, text.hidden_size, n * size, n * kept, first) for n in images]
-    values: Values = {"paper_flops": [sum(flops)]}
-    if keep is None or sparsifier.instruct_score_predictor is None:
-        longest = max(length - n * (size - kept) for length, n in zip(lengths, images, strict=True))
-        rows, whole = inputs["input_ids"].shape
-        number = cache_bytes(text, rows, whole, longest, first, model.dtype.itemsize)
-        values["predicted_cache_bytes"] = [number]
-    return values
+    flops = [paper_image_flops(text.num_hidden_layers, text.hidden_size, n * size, n * retained, first) for n in images]
+    if keep is not None and sparsifier.instruct_score_predictor is not None:
+        return {"paper_flops": [sum(flops)]}
+    longest = max(length - n * (size - retained) for length, n in zip(lengths, images, strict=True))
+    rows, whole = inputs["input_ids"].shape
+    number = cache_bytes(text, rows, whole, longest, first, model.dtype.itemsize)
+    return {"paper_flops": [sum(flops)], "predicted_cache_bytes": [number]}
 
 
 def _peak(model: Any, inputs: Inputs) -> dict[str, float]:
-    """The most memory of one run, weights included; nothing where the system does not tell."""
-    with _watched(inputs["input_ids"].device) as peak:
-        _answer(model, inputs, NEW_TOKENS, float)
-        value = peak()
-    return {} if value is None else {"peak_bytes": value}
-
-
-@contextmanager
-def _watched(device: torch.device) -> Iterator[Callable[[], float | None]]:
-    """Start again to watch memory: what tensors take on a GPU, what the process has of main memory on Linux."""
+    """Peak memory of one run, weights included: tensors on a GPU, CPU RAM of the process on Linux, else nothing."""
+    device = inputs["input_ids"].device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device)
-        return
+        _answer(model, inputs, NEW_TOKENS, float)
+        return {"peak_bytes": torch.cuda.max_memory_allocated(device)}
     with contextlib.suppress(OSError, AttributeError):
-        # hand back what earlier runs freed, then forget the peak
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier runs freed
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     except OSError:
-        yield lambda: None
-        return
-    yield _high_water
-
-
-def _high_water() -> float:
+        return {}
+    _answer(model, inputs, NEW_TOKENS, float)
     status = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(float(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return {"peak_bytes": 1024 * next(float(line.split()[1]) for line in status if line.startswith("VmHWM"))}
 
 
-# ---- what was measured where
+# ---- conditions of the measurement
 
 
 def facts(answerer: Answerer, questions: Sequence[Question]) -> Row:
-    """What the reader of the numbers has to know: the model, the prompts and the machine."""
+    """Conditions of the measurement: the model, the prompts and the machine."""
     model = answerer.model
-    sparsifier: Any = of_model(model)
+    sparsifier: Any = get_sparsifier(model)
     device = model.device.type
     return {
         "layers": model.config.text_config.num_hidden_layers,

@@ -38,11 +38,10 @@ import pyarrow.parquet as pq
 import torch
 
 from mmpipe.artifacts.files import atomic_open
-from mmpipe.benchmarks.base import Question
 from mmpipe.errors import ConfigError
-from mmpipe.inference.chunks import Key, question_key
+from mmpipe.inference.question import Key, Owner, Question
 from mmpipe.models.moe.hooks import Choices, Place, Recorder, placed_layers
-from mmpipe.models.vision_tower import noted_scales
+from mmpipe.models.vision_tower import saved_scales
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,13 +68,9 @@ SCHEMA = pa.schema(
 )
 
 
-Owner = tuple[Question, int]
-"""Whom a row of a batch is computed for: a question, and how many questions share it."""
-
-
 @dataclass
 class _Tokens:
-    """What is known of the tokens of one call, beside the experts: arrays of equal length."""
+    """The tokens of one call, without their experts: arrays of equal length."""
 
     question: NDArray[np.int32]
     shared_by: NDArray[np.uint16]
@@ -88,7 +83,7 @@ class _Tokens:
 
 @dataclass
 class ExpertLog:
-    """Collects what a model's routers choose while it answers, one file a batch below ``folder``.
+    """Logs the choices of a model's routers while it answers, one file a batch below ``folder``.
 
     ``questions`` are all questions of the chunk, the first of which has the place ``start`` in the benchmark.
     Raises ConfigError for a model, or ``layers``, without experts.
@@ -107,8 +102,8 @@ class ExpertLog:
             raise ConfigError("log_experts: this checkpoint has no experts; leave it out of 'checkpoints'")
         self._recorder = Recorder(layers)
         self._places = sorted(layers, key=_order)
-        self._place_of = {question_key(q): self.start + i for i, q in enumerate(self.questions)}
-        self._id_of = {self._place_of[question_key(q)]: str(q.id) for q in self.questions}
+        self._place_of = {q.key: self.start + i for i, q in enumerate(self.questions)}
+        self._id_of = {self._place_of[q.key]: str(q.id) for q in self.questions}
         self.folder.mkdir(parents=True, exist_ok=True)
 
     # ---- while the model runs
@@ -126,8 +121,7 @@ class ExpertLog:
                 self._seen += [(place, self._selected(tokens, real, call), call) for call in calls]
 
     def generated(self, owners: Sequence[Owner], alive: Sequence[bool], positions: torch.Tensor) -> None:
-        """Note the forward pass just made of one generated token a row; rows that have ended count no
-        more."""
+        """Note the forward pass just made of one generated token a row; rows that have ended count no more."""
         tokens = self._tokens(owners, np.flatnonzero(alive), positions[:, -1].cpu().numpy()[list(alive)], GENERATED)
         for place, calls in self._recorder.take().items():
             self._seen += [(place, tokens, call) for call in calls]
@@ -153,8 +147,8 @@ class ExpertLog:
                     self._seen.append((place, self._tokens(owners, rows, at, GENERATED), step))
 
     def write(self, questions: Iterable[Question]) -> None:
-        """Write what was noted as the piece of these questions, which are all that it belongs to."""
-        numbers = sorted(self._place_of[question_key(question)] for question in questions)
+        """Write the noted choices as the piece of these questions, to which all of them belong."""
+        numbers = sorted(self._place_of[question.key] for question in questions)
         seen: dict[Place, list[tuple[_Tokens, Choices]]] = {}
         for place, tokens, choices in self._seen:
             seen.setdefault(place, []).append((tokens, choices))
@@ -200,7 +194,7 @@ class ExpertLog:
         return tokens
 
     def _tokens(self, owners: Sequence[Owner], rows: NDArray[Any], positions: NDArray[Any], kind: int) -> _Tokens:
-        numbers = np.array([self._place_of[question_key(question)] for question, _ in owners], np.int32)
+        numbers = np.array([self._place_of[question.key] for question, _ in owners], np.int32)
         shared = np.array([shared for _, shared in owners], np.uint16)
         return _Tokens(
             question=numbers[rows],
@@ -224,15 +218,15 @@ class ExpertLog:
             rows = np.flatnonzero(real.cpu().numpy().ravel())
         elif len(call) != len(tokens.position):
             raise ConfigError(
-                f"log_experts: {len(call)} of {len(tokens.position)} tokens reach a layer: this model leaves tokens out; "
-                "log the checkpoint before it was made to"
+                f"log_experts: {len(call)} of {len(tokens.position)} tokens reach a layer: this model leaves tokens "
+                "out; log the checkpoint before it was made to"
             )
         return replace(tokens, rows=rows)
 
     def _images(self, owners: Sequence[Owner], taken: Mapping[Place, list[Choices]]) -> None:
         """Note the calls of tower and projector; a multi-scale tower is called once a scale."""
         images = [(owner, n) for owner in owners for n in range(len(owner[0].images))]
-        scales = noted_scales(self.model) or (1,)
+        scales = saved_scales(self.model) or (1,)
         for place, calls in taken.items():
             if place.part != _LANGUAGE:
                 of_calls = scales if place.part == "vision_tower" else (1,)
@@ -255,24 +249,19 @@ class ExpertLog:
     # ---- tables
 
     def _table(self, place: Place, seen: Sequence[tuple[_Tokens, Choices]]) -> pa.Table:
-        def joined(name: str) -> NDArray[Any]:
-            return np.concatenate([getattr(tokens, name) for tokens, _ in seen])
-
+        """The rows of one layer in the columns of :data:`SCHEMA`."""
+        names = ("question", "shared_by", "scale", "position", "kind")
+        joined = {name: np.concatenate([getattr(tokens, name) for tokens, _ in seen]) for name in names}
         experts = _selected_rows([(t.rows, c.indices_TK) for t, c in seen], torch.int16, np.uint16)
         weights = _selected_rows([(t.rows, c.weights_TK) for t, c in seen], torch.float16, np.float16)
-        question = joined("question")
-        ids, id_codes = np.unique(question, return_inverse=True)
-        offsets = np.arange(len(question) + 1, dtype=np.int32) * experts.shape[1]
-        constant = np.zeros(len(question), np.int32)
-        columns: dict[str, Any] = {
-            "question": pa.array(question),
+        rows = len(experts)
+        ids, id_codes = np.unique(joined["question"], return_inverse=True)
+        offsets = np.arange(rows + 1, dtype=np.int32) * experts.shape[1]
+        columns: dict[str, Any] = {name: pa.array(values) for name, values in joined.items()} | {
             "question_id": _dictionary(id_codes, [self._id_of[number] for number in ids]),
-            "shared_by": pa.array(joined("shared_by")),
-            "part": _dictionary(constant, [place.part]),
-            "layer": pa.array(np.full(len(question), place.layer, np.int16)),
-            "scale": pa.array(joined("scale")),
-            "position": pa.array(joined("position")),
-            "kind": _dictionary(joined("kind"), list(KINDS)),
+            "part": _dictionary(np.zeros(rows, np.int32), [place.part]),
+            "layer": pa.array(np.full(rows, place.layer, np.int16)),
+            "kind": _dictionary(joined["kind"], list(KINDS)),
             "experts": pa.ListArray.from_arrays(offsets, pa.array(experts.ravel())),
             "weights": pa.ListArray.from_arrays(offsets, pa.array(weights.ravel())),
         }

@@ -1,4 +1,4 @@
-"""Running a checkpoint on some questions to see what its experts give."""
+"""The outputs of a checkpoint's experts on some questions."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from mmpipe.benchmarks.prepare import read_questions
-from mmpipe.checkpoints.load import open_checkpoint
-from mmpipe.data.templates import get_template
-from mmpipe.inference.generate import Answerer
+from mmpipe.inference.open_answerer import open_answerer
 from mmpipe.models.moe.hooks import Place, placed_layers
 
 
 def expert_outputs(checkpoint: Path, prepared: Path, device: str, questions: int) -> Iterator[tuple[Place, Tensor]]:
-    """What each expert that was chosen gave for every token of a prompt, ``[T, K, D]``, one layer and question
-    at a time. ``questions`` are spread evenly over the benchmark.
+    """Outputs of the chosen experts for every token of a prompt, ``[T, K, D]``, one layer and question at a time.
+
+    ``questions`` are spread evenly over the benchmark.
     """
-    model, processor, card = open_checkpoint(checkpoint, torch.bfloat16 if device == "cuda" else torch.float32)
-    answerer = Answerer(model.to(device), processor, get_template(card["checkpoint"]["template"], processor.tokenizer))
+    answerer = open_answerer(checkpoint, device)
     found: list[tuple[Place, Tensor]] = []
-    for place, layer in placed_layers(model).items():
+    for place, layer in placed_layers(answerer.model).items():
         layer.experts.register_forward_pre_hook(_keeps(place, found))
     every = read_questions(prepared)
     for question in every[:: max(1, len(every) // questions)][:questions]:
-        # one token is enough: the prompt's pass is what is looked at
+        # one token is enough: the pass over the prompt is recorded
         for _ in answerer.answer([question], max_new_tokens=1, share_prefix=False):
             yield from found
         found.clear()

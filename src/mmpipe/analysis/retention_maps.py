@@ -1,4 +1,4 @@
-"""Where in its images a sparsified model looks: for some questions, which tokens it keeps at every rate."""
+"""Token retention maps: for some questions, which image tokens a sparsified model retains at every rate."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ import torch
 from PIL import Image
 
 from mmpipe.analysis.efficiency import ways
-from mmpipe.benchmarks.base import Question
 from mmpipe.inference.generate import Answerer
-from mmpipe.models.sparsity.hooks import of_prompt
+from mmpipe.inference.question import Question
+from mmpipe.models.sparsity.hooks import prompt_retention
 from mmpipe.models.sparsity.record import recording
 
 Map = dict[str, Any]
 
 
 @torch.inference_mode()
-def keep_maps(answerer: Answerer, questions: Sequence[Question], rates: Sequence[float]) -> list[Map]:
-    """Of every image of ``questions``: ``question_id, prompt, image`` (its number) and, by rate, ``kept``, the tokens in
-    order as a text of 0 and 1. Rates of 1, which keep everything, are left out."""
+def retention_maps(answerer: Answerer, questions: Sequence[Question], rates: Sequence[float]) -> list[Map]:
+    """Of every image of ``questions``: ``question_id, prompt, image`` (its number) and, by rate, ``kept``, the tokens
+    in order as a text of 0 and 1. Rates of 1, which keep everything, are left out."""
     found = []
     for question in questions:
         inputs = answerer.inputs([question])
-        kept: dict[float, list[list[bool]]] = {}
+        retained: dict[float, list[list[bool]]] = {}
         for rate, way in ways(answerer.model, rates).items():
             if rate is None or rate == 1:
                 continue
             with way(), recording(answerer.model) as record:
-                answerer.model(**inputs, use_cache=False, logits_to_keep=1, **of_prompt(answerer.model))
-            kept[rate] = record.passes[0].images
+                answerer.model(**inputs, use_cache=False, logits_to_keep=1, **prompt_retention(answerer.model))
+            retained[rate] = record.passes[0].images
         found += [
             {
                 "question_id": question.id,
-                "prompt": question.text if question.prompt is None else question.prompt,
+                "prompt": question.recorded_prompt,
                 "image": number,
-                "kept": {f"{rate:g}": _as_text(maps[number]) for rate, maps in kept.items()},
+                "kept": {f"{rate:g}": _as_text(maps[number]) for rate, maps in retained.items()},
             }
             for number in range(len(question.images))
         ]
@@ -45,7 +45,7 @@ def keep_maps(answerer: Answerer, questions: Sequence[Question], rates: Sequence
 
 
 def _as_text(keep: Sequence[bool]) -> str:
-    return "".join("01"[kept] for kept in keep)
+    return "".join("01"[retained] for retained in keep)
 
 
 def seen(answerer: Answerer, question: Question) -> list[Image.Image]:

@@ -22,6 +22,7 @@ from mmpipe.benchmarks.jsonl import Document, read_documents, write_records
 from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import ConfigError, DataError, did_you_mean
+from mmpipe.inference.question import Question
 from mmpipe.registry import load_object, modules
 
 Record = dict[str, Any]
@@ -47,24 +48,6 @@ class Protocol:
     """Whether the rule needs the replies of a judge model."""
     aliases: tuple[str, ...] = ()
     """Other names it may be asked for by."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question as the model is asked it."""
-
-    id: int | str
-    text: str
-    """The user's turn without chat template. Where ``<image>`` does not stand in it, the images come
-    first."""
-    images: tuple[bytes | Path, ...] = ()
-    """Encoded image files, or paths of them."""
-    prompt: str | None = None
-    """What the answer record stores as ``prompt`` where that is not ``text``."""
-    group: str = ""
-    """Questions that belong together (the rotations of one circular question); empty: it stands alone."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """The benchmark's own fields of the answer record."""
 
 
 @dataclass(frozen=True)

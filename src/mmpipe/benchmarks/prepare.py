@@ -89,7 +89,7 @@ def _in_order(
 
 def _as_asked(question: Question) -> Record:
     """What of an answer record tells which question it belongs to."""
-    prompt = question.text if question.prompt is None else question.prompt
+    prompt = question.recorded_prompt
     return {**question.extra, "question_id": question.id, "prompt": prompt}
 
 

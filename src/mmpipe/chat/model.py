@@ -26,10 +26,10 @@ from mmpipe.chat.messages import ChatError, Completion, Message
 from mmpipe.chat.options import SamplingOptions
 from mmpipe.chat.queue import AnswerStream, RequestQueue
 from mmpipe.data.templates import Template
-from mmpipe.inference.stopping import stop_ids
+from mmpipe.inference.generate import stop_ids
 from mmpipe.models.moe.collect import collect_statistics, moe_layers
-from mmpipe.models.sparsity.hooks import of_model
-from mmpipe.models.sparsity.record import Record, recording
+from mmpipe.models.sparsity.hooks import get_sparsifier
+from mmpipe.models.sparsity.record import KeepRecord, recording
 
 
 class ChatModel:
@@ -59,7 +59,7 @@ class ChatModel:
     @property
     def sparsified(self) -> bool:
         """Whether it has predictors that choose the image tokens to retain."""
-        return isinstance(self.model, LlavaForConditionalGeneration) and of_model(self.model) is not None
+        return isinstance(self.model, LlavaForConditionalGeneration) and get_sparsifier(self.model) is not None
 
     def answer(self, messages: Sequence[Message], sampling: SamplingOptions) -> AnswerStream:
         """Answer the last message. Raises ChatError when the checkpoint cannot be asked this, QueueFull."""
@@ -122,9 +122,9 @@ class ChatModel:
         whole = part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates
         return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", whole)
 
-    def _recorded(self) -> AbstractContextManager[Record]:
+    def _recorded(self) -> AbstractContextManager[KeepRecord]:
         """Records the retained image tokens of a sparsified model; an empty record for others."""
-        return recording(self.model) if self.sparsified else nullcontext(Record())
+        return recording(self.model) if self.sparsified else nullcontext(KeepRecord())
 
     def _generation_config(self, sampling: SamplingOptions, length: int) -> GenerationConfig:
         """Raises ChatError when the conversation, of ``length`` tokens, leaves no room for an answer."""

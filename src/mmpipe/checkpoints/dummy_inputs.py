@@ -10,7 +10,7 @@ from torch import Tensor
 _PROMPT_TOKENS = 48
 
 
-def probe(model: Any, rows: int = 2) -> dict[str, Tensor]:
+def dummy_inputs(model: Any, rows: int = 2) -> dict[str, Tensor]:
     """Made prompts with an image each, the same every time; ``rows`` of different length, padded on the right."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.vision_config.image_size
@@ -26,9 +26,9 @@ def probe(model: Any, rows: int = 2) -> dict[str, Tensor]:
     }
 
 
-def probe_rows(model: Any, rows: int = 8) -> list[dict[str, Tensor]]:
-    """Prompts of :func:`probe` one by one, without padding."""
-    batch = probe(model, rows)
+def dummy_rows(model: Any, rows: int = 8) -> list[dict[str, Tensor]]:
+    """Prompts of :func:`dummy_inputs` one by one, without padding."""
+    batch = dummy_inputs(model, rows)
     return [
         {
             "input_ids": batch["input_ids"][row : row + 1, mask],

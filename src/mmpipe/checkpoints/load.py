@@ -1,4 +1,9 @@
-"""Opening checkpoints: a model built from its backbones, brought in from elsewhere, or published here."""
+"""Opening checkpoints: a model built from its backbones, imported from elsewhere, or published here.
+
+* :func:`build_model` joins a vision tower and a language model with a fresh projector, or imports a whole model that
+  others wrote; recipes start here. :mod:`mmpipe.checkpoints.layouts` knows how the files name their tensors.
+* :func:`open_checkpoint` opens what this project published: a whole model, or a projector on its base.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ from transformers import (
 
 from mmpipe.artifacts import manifest
 from mmpipe.checkpoints import layouts as checkpoint_layouts
-from mmpipe.checkpoints.layouts.base import Part
+from mmpipe.checkpoints.layouts.base import BackboneFiles
 from mmpipe.checkpoints.save import load_checkpoint
 from mmpipe.errors import ArtifactError
 from mmpipe.models import projector
@@ -48,47 +53,44 @@ def build_model(
     image_aspect: Aspect,
     seed: int,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Join a vision tower and a language model with a fresh projector.
+    """The model a recipe starts from, and its processor.
 
-    ``backbones`` gives the checkpoint directories of ``vision`` and ``language``, ``layouts`` how they name their tensors.
-    The projector is initialised from ``seed`` with PyTorch's default for linear layers, as LLaVA does. Raises ArtifactError
-    when a backbone does not load.
+    ``backbones`` gives checkpoint directories by role, ``layouts`` how they name their tensors. ``vision`` and
+    ``language`` are joined with a fresh projector, drawn from ``seed`` with PyTorch's default for linear layers, as
+    LLaVA does. A whole model of others, ``checkpoint``, is imported, on the other backbones where it refers to them;
+    its tensors keep the precision of the files. Raises ArtifactError when files are missing, left over, or do not fit.
     """
     parts = _parts(backbones, layouts)
-    vision_dir, found = backbones["vision"], parts["language"]
-    tokenizer = with_image_token(found.layout.tokenizer(found.directory), found.directory)
-    language: Any = found.layout.language(found.directory, torch.float32)
-    image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if "checkpoint" in parts:
+        model, tokenizer, images = _import_checkpoint(parts, image_aspect, seed)
+    else:
+        model, tokenizer, images = _join_backbones(parts, settings, seed)
+    processor = make_processor(tokenizer, images, model.config, template=template, image_aspect=image_aspect)
+    model.generation_config = greedy_generation(model.generation_config, tokenizer)
+    return model, processor
+
+
+def _join_backbones(parts: Mapping[str, BackboneFiles], settings: VisionLanguage, seed: int) -> tuple[Any, Any, Path]:
+    """The model, its tokenizer, and the directory with its image preprocessing."""
+    directory, layout = parts["language"].directory, parts["language"].layout
+    tokenizer = with_image_token(layout.tokenizer(directory), directory)
+    language: Any = layout.language(directory, torch.float32)
     resize_embeddings(language, tokenizer, seed)
-    vision: Any = vision_tower(vision_dir)
+    vision: Any = vision_tower(parts["vision"].directory)
     config = joined_config(
         vision.config,
         language.config,
-        image_id=image_id,
+        image_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),  # type: ignore[arg-type]
         feature_layer=settings.feature_layer,
         feature_select=settings.feature_select,
     )
     model = assemble(config, vision, language, seed, settings.scales)
-    processor = make_processor(tokenizer, vision_dir, config, template=template, image_aspect=image_aspect)
-    model.generation_config = greedy_generation(language.generation_config, tokenizer)
-    return model, processor
+    model.generation_config = language.generation_config
+    return model, tokenizer, parts["vision"].directory
 
 
-def import_checkpoint(
-    backbones: Mapping[str, Path],
-    settings: VisionLanguage,
-    *,
-    layouts: Mapping[str, str] = {},
-    template: str,
-    image_aspect: Aspect,
-    seed: int,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Open a whole model from elsewhere: ``backbones["checkpoint"]``, on the other backbones where it refers to them.
-
-    Tensors keep the precision of the files; nothing is drawn from ``seed`` but rows of the vocabulary the model has no
-    use for. Raises ArtifactError when files are missing, left over, or do not fit.
-    """
-    parts = _parts(backbones, layouts)
+def _import_checkpoint(parts: dict[str, BackboneFiles], image_aspect: Aspect, seed: int) -> tuple[Any, Any, Path]:
+    """The same; rows of the vocabulary that the model has no use for are drawn from ``seed``."""
     source = parts.pop("checkpoint")
     whole = source.layout.whole(source.directory, parts)
     if whole.image_aspect not in (None, image_aspect):
@@ -99,16 +101,13 @@ def import_checkpoint(
     tokenizer = with_image_token(whole.tokenizer, source.directory)
     resize_embeddings(whole.model, tokenizer, seed)
     _check_tokenizer(source.directory, whole.model, tokenizer)
-    processor = make_processor(
-        tokenizer, whole.images, whole.model.config, template=template, image_aspect=image_aspect
-    )
-    whole.model.generation_config = greedy_generation(whole.model.generation_config, tokenizer)
-    return whole.model, processor
+    return whole.model, tokenizer, whole.images
 
 
-def _parts(backbones: Mapping[str, Path], layouts: Mapping[str, str]) -> dict[str, Part]:
+def _parts(backbones: Mapping[str, Path], layouts: Mapping[str, str]) -> dict[str, BackboneFiles]:
     return {
-        role: Part(directory, checkpoint_layouts.get(layouts.get(role, "hf"))) for role, directory in backbones.items()
+        role: BackboneFiles(directory, checkpoint_layouts.get(layouts.get(role, "hf")))
+        for role, directory in backbones.items()
     }
 
 
@@ -135,8 +134,8 @@ def open_checkpoint(
     """Open a published checkpoint of either kind: ``(model, processor, manifest)``.
 
     A projector alone is put on the checkpoint or the backbones its manifest names. ``placement`` is what
-    ``from_pretrained`` takes to put a model elsewhere (``device_map``, ``quantization_config``). Raises ArtifactError when
-    files are missing or do not fit.
+    ``from_pretrained`` takes to put a model elsewhere (``device_map``, ``quantization_config``). Raises ArtifactError
+    when files are missing or do not fit.
     """
     card = manifest.read(directory)
     if card["kind"] != "projector":
@@ -168,7 +167,7 @@ def open_checkpoint(
 
 
 def _placed(model: Any, device_map: Any) -> Any:
-    """A model that was built in main memory, where ``device_map`` wants it."""
+    """A model that was built in CPU RAM, on the devices of ``device_map``."""
     if device_map is None:
         return model
     from accelerate import dispatch_model, infer_auto_device_map
@@ -179,7 +178,7 @@ def _placed(model: Any, device_map: Any) -> Any:
 
 
 def preprocessor_directory(directory: Path, card: Mapping[str, Any]) -> Path:
-    """The directory that says how images are prepared for a published checkpoint with the manifest ``card``."""
+    """The directory with the image preprocessing of a published checkpoint whose manifest is ``card``."""
     if card["kind"] != "projector":
         return directory
     facts = card["checkpoint"]
@@ -187,7 +186,7 @@ def preprocessor_directory(directory: Path, card: Mapping[str, Any]) -> Path:
 
 
 def projector_base(directory: Path, card: Mapping[str, Any]) -> dict[str, Any]:
-    """What a projector trained from a checkpoint is to be put on: statements for its manifest."""
+    """Entries for the manifest of a projector trained from a checkpoint: what it belongs on."""
     if card["kind"] != "projector":
         return {"base": directory.as_posix()}
     return {key: card["checkpoint"][key] for key in ("base", "backbones") if key in card["checkpoint"]}

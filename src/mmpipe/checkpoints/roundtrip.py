@@ -1,9 +1,8 @@
-"""The gate before publication: a fresh process with nothing but transformers must compute what our model
-computed.
+"""The round trip before publication: a fresh process must compute what the model in memory computed.
 
-What was written is read by another process that never imports this package, with stock classes and without
-network; its logits and greedy answers are compared with those of the model in memory. What stock classes do not
-compute (the predictors of a sparsified model) is read back by this package, in a fresh process as well.
+The files are read with stock transformers classes, without network, by a process that never imports this package; its
+logits and greedy answers are compared. Predictors of a sparsified model, which stock classes do not compute, are read
+back by this package, in a fresh process as well.
 """
 
 from __future__ import annotations
@@ -16,28 +15,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 from mmpipe.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
 
 _READERS = {
     "stock transformers": Path(__file__).with_name("read_with_hf.py"),
     "mmpipe": Path(__file__).with_name("read_with_mmpipe.py"),
 }
+_TIMEOUT = 3600
+"""Seconds."""
 Reader = Literal["stock transformers", "mmpipe"]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a checkpoint must reproduce: samples (one row each, no padding), their logits and greedy
-    continuations."""
+    """What a checkpoint must reproduce: samples (one row each, no padding), their logits and greedy continuations."""
 
     samples: list[dict[str, Tensor]]
     logits: list[Tensor]
@@ -66,8 +64,7 @@ def reference(
 
 @contextmanager
 def _widened(model: torch.nn.Module) -> Iterator[None]:
-    """Parameters in float32 for a while. That is exact, and so is the way back; buffers keep their own
-    precision."""
+    """Parameters in float32 for a while. That is exact, and so is the way back; buffers keep their own precision."""
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
     for parameter in dtypes:
         parameter.data = parameter.data.float()
@@ -78,22 +75,16 @@ def _widened(model: torch.nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
 
 
-def gate(
-    path: Path,
-    expected: Reference,
-    *,
-    reader: Reader = "stock transformers",
-    tolerance: float = 1e-5,
-    timeout: float = 3600,
+def check_roundtrip(
+    path: Path, expected: Reference, *, reader: Reader = "stock transformers", tolerance: float = 1e-5
 ) -> float:
-    """Read the checkpoint ``path`` in a fresh process and compare; returns the largest difference of logits.
+    """Read the checkpoint ``path`` in a fresh process and compare; returns the largest difference of logits, relative
+    to the largest logit when that is above one.
 
-    Differences are relative to the largest logit when that is above one.
-
-    Raises ArtifactError when the reader cannot read the directory, when tensors are missing or left
-    over, when logits differ by more than ``tolerance`` or an answer is another one.
+    Raises ArtifactError when the reader cannot read the directory, when tensors are missing or left over, when logits
+    differ by more than ``tolerance`` or an answer is another one.
     """
-    with tempfile.TemporaryDirectory(prefix="mmpipe-gate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mmpipe-roundtrip-") as folder:
         given, got = Path(folder, "given.safetensors"), Path(folder, "got.safetensors")
         save_file(
             {f"{i}.{name}": v.contiguous() for i, sample in enumerate(expected.samples) for name, v in sample.items()},
@@ -104,10 +95,10 @@ def gate(
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+                command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise ArtifactError(f"{path}: reading it with {reader} took more than {timeout:.0f} s") from error
+            raise ArtifactError(f"{path}: reading it with {reader} took more than {_TIMEOUT} s") from error
         if done.returncode:
             raise ArtifactError(f"{path}: {reader} cannot use it:\n{done.stderr.strip()[-2000:]}")
         read = load_file(got)

@@ -14,23 +14,19 @@ scripts) read version 4's names. So a checkpoint is written the way version 4 wr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
 
 from mmpipe.artifacts.files import apply_umask
-from mmpipe.errors import ArtifactError
+from mmpipe.errors import ArtifactError, first_of
 from mmpipe.models.moe import hf
 from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
 from mmpipe.models.sparsity import io
-
-if TYPE_CHECKING:
-    from transformers import LlavaProcessor, PreTrainedConfig
 
 WEIGHTS = "model.safetensors"
 _STOCK, _OURS = LlavaConfig.model_type, SparseLlavaConfig.model_type
@@ -76,24 +72,16 @@ def load_checkpoint(
     Raises ArtifactError when the directory is not a LLaVA checkpoint, or naming the tensors on which its
     configuration and its weights do not agree.
     """
-    from transformers import AutoProcessor
-
     path = Path(path)
     load: Any = _model_class(path).from_pretrained
     try:
-        model, info = load(
-            path,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **placement,
-        )
+        how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = load(path, dtype=dtype, **how, **placement)
         processor = AutoProcessor.from_pretrained(path, local_files_only=True, backend="pil")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
     _require_complete(path, info)
-    model = hf.adopt(model).eval()
+    model = hf.replace_moe_blocks(model).eval()
     io.load(model, path)
     return model, processor
 
@@ -164,9 +152,8 @@ def _text_config(text: PreTrainedConfig) -> dict[str, Any]:
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
     """Drop what describes this run rather than the model."""
     local = ("_name_or_path", "_attn_implementation_autoset", "_experts_implementation", "_attn_implementation")
-    return {
-        key: _portable(value) if isinstance(value, dict) else value for key, value in config.items() if key not in local
-    }
+    kept = {key: value for key, value in config.items() if key not in local}
+    return {key: _portable(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _write_processor(processor: LlavaProcessor, out: Path) -> None:
@@ -204,24 +191,14 @@ def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:
 
 
 def _require_complete(path: Path, info: dict[str, Any]) -> None:
-    problems = [
-        f"{what}: {some(info[key])}"
-        for what, key in (
-            ("tensors the model needs and the file lacks", "missing_keys"),
-            ("tensors the model has no place for", "unexpected_keys"),
-            ("tensors of another shape than the configuration says", "mismatched_keys"),
-        )
-        if info[key]
-    ]
+    kinds = {
+        "missing_keys": "tensors the model needs and the file lacks",
+        "unexpected_keys": "tensors the model has no place for",
+        "mismatched_keys": "tensors of another shape than the configuration says",
+    }
+    problems = [f"{what}: {first_of(info[key])}" for key, what in kinds.items() if info[key]]
     if problems:
         raise ArtifactError(f"{path}: the weights do not fit the configuration; " + "; ".join(problems))
-
-
-def some(names: Iterable[Any], limit: int = 8) -> str:
-    """The first names in order, and how many more there are."""
-    listed = sorted(str(name) for name in names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
 
 
 def _read_json(path: Path) -> dict[str, Any]:

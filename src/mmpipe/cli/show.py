@@ -14,8 +14,7 @@ from rich.tree import Tree
 
 from mmpipe.artifacts.files import read_json
 from mmpipe.errors import ArtifactError
-from mmpipe.estimate.annotations import bytes_per_token, total_bytes
-from mmpipe.estimate.stage import UTILIZATION, Estimate, estimate
+from mmpipe.estimate.stage import UTILIZATION, ResourceEstimate, bytes_per_token, estimate, total_bytes
 from mmpipe.estimate.stage import warnings as hopeless_reasons
 from mmpipe.plan.plan import Plan
 from mmpipe.stages.base import Annotation
@@ -51,7 +50,7 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
         console.print(f"[yellow]{escape(warning)}[/]")
 
 
-def _needs(found: Estimate, gpus: int) -> str:
+def _needs(found: ResourceEstimate, gpus: int) -> str:
     """An estimate in a line."""
     size = f"{found.trainable / 1e9:.2f} of {found.parameters / 1e9:.2f} billion parameters train"
     if found.parameters < 1e8:

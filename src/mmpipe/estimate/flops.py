@@ -1,9 +1,9 @@
 """Floating-point operations of training.
 
-A matrix of N elements costs 2N operations a token forward, 2N for the gradient of its input and 2N for its own: 6N, of which
-a frozen matrix under a trained one saves the last third, and one below everything that trains all but the first (Kaplan et
-al. 2020, arXiv 2001.08361, section 2.1). Causal attention adds ``2 * width * L`` a token, layer and direction
-(Chowdhery et al. 2022, arXiv 2204.02311, appendix B, halved for the mask).
+A matrix of N elements costs 2N operations a token forward, 2N for the gradient of its input and 2N for its own: 6N, of
+which a frozen matrix under a trained one saves the last third, and one below everything that trains all but the first
+(Kaplan et al. 2020, arXiv 2001.08361, section 2.1). Causal attention adds ``2 * width * L`` a token, layer and
+direction (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, halved for the mask).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one sample goes through."""
+class SampleWork:
+    """Sizes that decide the operations of one sample."""
 
     length: float
     """Tokens of the language model, images included."""
@@ -34,14 +34,14 @@ class Work:
     head_trains: bool = True
 
 
-def forward(work: Work) -> float:
+def forward(work: SampleWork) -> float:
     """Operations of the language model's forward pass for one sample."""
     matrices = 2 * work.layers * work.length
     attention = 2 * work.attention_width * work.length**2
     return matrices + attention + 2 * work.head * work.supervised
 
 
-def training(work: Work, checkpointing: bool = False) -> float:
+def training(work: SampleWork, checkpointing: bool = False) -> float:
     """Operations of one sample's training step: forward, backward, and the forward pass repeated by checkpointing."""
     once = forward(work)
     # the scores' gradient needs both factors

@@ -1,11 +1,11 @@
 """Memory of a training process, part by part.
 
-States: parameters, gradients and Adam's two moments are float32 whatever the precision (4 + 4 + 8 bytes for what trains, 4 for
-what is frozen), as mixed precision needs them; ZeRO's stages spread the moments (1), the gradients (2) and the parameters
-(3) over the processes: Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054, section 3.
+States: parameters, gradients and Adam's two moments are float32 whatever the precision (4 + 4 + 8 bytes for what
+trains, 4 for what is frozen), as mixed precision needs them; ZeRO's stages spread the moments (1), the gradients (2)
+and the parameters (3) over the processes: Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054, section 3.
 
-Activations: what autograd keeps of a layer, counted as in Korthikanti et al. 2022, arXiv 2205.05198, section 4, for layers
-with gated feed-forward networks, grouped queries and attention that keeps no scores.
+Activations: what autograd keeps of a layer, counted as in Korthikanti et al. 2022, arXiv 2205.05198, section 4, for
+layers with gated feed-forward networks, grouped queries and attention that keeps no scores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MOMENTS = 8
 
 @dataclass(frozen=True)
 class Spread:
-    """How the states are divided: ZeRO's stage (0: not at all), what waits in main memory, over how many processes."""
+    """How the states are divided: ZeRO's stage (0: not at all), what waits in CPU RAM, over how many processes."""
 
     processes: int = 1
     stage: int = 0
@@ -70,7 +70,7 @@ def states(parameters: int, trainable: int, layer: int, spread: Spread, bfloat16
 
 
 def host_states(trainable: int, parameters: int, spread: Spread) -> float:
-    """Bytes one process keeps in main memory with offloading: moments and gradients, and with stage 3 the parameters."""
+    """Bytes one process keeps in CPU RAM with offloading: moments and gradients, and with stage 3 the parameters."""
     bytes_ = (_MOMENTS + _FLOAT) * trainable if spread.offload_optimizer else 0
     bytes_ += _FLOAT * parameters if spread.offload_parameters else 0
     return bytes_ / spread.processes
@@ -93,8 +93,8 @@ def layer_bytes(config: Config, bfloat16: bool, networks: float = 1) -> float:
 
 
 def activations(config: Config, tokens: int, *, bfloat16: bool, checkpointing: bool, networks: float = 1) -> float:
-    """Bytes of all layers for ``tokens`` tokens at once. With gradient checkpointing each layer keeps its input alone, and
-    one layer at a time is there in full (Chen et al. 2016, arXiv 1604.06174)."""
+    """Bytes of all layers for ``tokens`` tokens at once. With gradient checkpointing each layer keeps its input alone,
+    and one layer at a time is there in full (Chen et al. 2016, arXiv 1604.06174)."""
     layers, each = config["num_hidden_layers"], layer_bytes(config, bfloat16, networks)
     if not checkpointing:
         return tokens * layers * each

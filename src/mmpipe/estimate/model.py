@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmpipe.artifacts.files import read_json
 from mmpipe.estimate import tensors as count
-from mmpipe.models.moe.patterns import layer_indices
-from mmpipe.models.moe.spec import MoESettings
+from mmpipe.models.moe.spec import MoESettings, layer_indices
 from mmpipe.stages.upcycle import Upcycle
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What one stage of a plan will need."""
+"""Memory, disk space and time that one stage of a plan needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmpipe.artifacts.files import read_json
 from mmpipe.estimate import flops, memory
 from mmpipe.estimate import tensors as count
 from mmpipe.estimate.model import Model, model_of
-from mmpipe.stages.base import TrainStage
+from mmpipe.stages.base import Annotation, TrainStage
 from mmpipe.training import deepspeed
 
 if TYPE_CHECKING:
@@ -23,22 +23,24 @@ TEXT_TOKENS = 256
 """Tokens of text in a sample, as long as its mixture has not been tokenised."""
 _CONTEXT = {True: 1.5e9, False: 0.6e9}
 """Bytes a process takes before it has any tensor: CUDA's context and libraries, or Python's."""
+_ENTRY_BYTES = 6
+"""Of one precomputed teacher token: its id in 4 bytes, its log-probability in 2."""
 _ON_CPU = 8
 """Micro batch on GPUs where the recipe says nothing."""
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a stage needs."""
+class ResourceEstimate:
+    """Memory and time of a training stage."""
 
     parameters: int
     trainable: int
     published: int
     """Bytes of the checkpoint: the model in float32, or the projector alone."""
     memory: memory.Memory
-    """Of one process, on its GPU or, without GPUs, in main memory."""
+    """Of one process, on its GPU or, without GPUs, in CPU RAM."""
     host: float
-    """Bytes of main memory on one machine."""
+    """Bytes of CPU RAM on one machine."""
     gpu_hours: float | None
     """None without GPUs, or while the number of records is unknown."""
     length: int
@@ -56,8 +58,8 @@ class _Lengths:
     measured: bool
 
 
-def estimate(plan: Plan, stage: StagePlan, root: Path = Path()) -> Estimate | None:
-    """What a training stage needs; None for other stages, and while the model's size is unknown."""
+def estimate(plan: Plan, stage: StagePlan, root: Path = Path()) -> ResourceEstimate | None:
+    """The needs of a training stage; None for other stages, and while the model's size is unknown."""
     settings = stage.settings
     model = model_of(plan, stage, root) if isinstance(settings, TrainStage) else None
     if model is None or not isinstance(settings, TrainStage):
@@ -88,7 +90,7 @@ def estimate(plan: Plan, stage: StagePlan, root: Path = Path()) -> Estimate | No
     # every process builds the whole model before it moves to its GPU
     loading = 4 * parameters + _CONTEXT[False]
     host = each * max(loading, memory.host_states(trainable, parameters, spread) + _CONTEXT[False])
-    return Estimate(
+    return ResourceEstimate(
         parameters=parameters,
         trainable=trainable,
         published=4 * (parameters if settings.PUBLISHES == "model" else trainable),
@@ -100,7 +102,7 @@ def estimate(plan: Plan, stage: StagePlan, root: Path = Path()) -> Estimate | No
     )
 
 
-def warnings(plan: Plan, stage: StagePlan, found: Estimate) -> list[str]:
+def warnings(plan: Plan, stage: StagePlan, found: ResourceEstimate) -> list[str]:
     """Why a run of the stage would be hopeless."""
     hardware = stage.settings.hardware
     said = []
@@ -117,7 +119,7 @@ def warnings(plan: Plan, stage: StagePlan, found: Estimate) -> list[str]:
         )
     if found.host > hardware.memory_gb * 1e9:
         said.append(
-            f"{stage.id}: needs about {found.host / 1e9:.0f} GB of main memory a machine, "
+            f"{stage.id}: needs about {found.host / 1e9:.0f} GB of CPU RAM a machine, "
             f"hardware.memory_gb is {hardware.memory_gb}"
         )
     return said
@@ -185,7 +187,7 @@ def _lengths(plan: Plan, stage: StagePlan, model: Model, root: Path) -> _Lengths
 
 
 def _records(plan: Plan, mixture: str) -> int | None:
-    """Records that the publishers of a mixture's parts name; None while one does not."""
+    """Records of a mixture by its publishers' counts; None while one is unknown."""
     total = 0
     for part in plan.mixtures[mixture].parts:
         known = part.expected or plan.datasets[part.dataset].records
@@ -212,11 +214,11 @@ def _hours(
     return flops.gpu_hours(samples * (training + teaching), plan.config.gpu_tflops, UTILIZATION)
 
 
-def _work(model: Model, trained: set[str], lengths: _Lengths) -> flops.Work:
+def _work(model: Model, trained: set[str], lengths: _Lengths) -> flops.SampleWork:
     layers = [name for name in model.tensors if name.startswith("language_model.layers.")]
     tower = [name for name in model.tensors if name.startswith("vision_tower.")]
     head = "lm_head.weight" if "lm_head.weight" in model.tensors else "language_model.embed_tokens.weight"
-    return flops.Work(
+    return flops.SampleWork(
         length=lengths.mean,
         supervised=lengths.supervised,
         layers=sum(map(model.active, layers)),
@@ -228,3 +230,19 @@ def _work(model: Model, trained: set[str], lengths: _Lengths) -> flops.Work:
         tower_tokens=model.tokens_per_image,
         head_trains=head in trained,
     )
+
+
+# ---- precomputed teachers
+
+
+def bytes_per_token(annotation: Annotation) -> int | None:
+    """Bytes on the disk for every supervised token of the mixture; None for preference pairs (two numbers a pair)."""
+    settings = annotation.settings
+    return _ENTRY_BYTES * int(settings["k"]) if "k" in settings else None
+
+
+def total_bytes(plan: Plan, annotation: Annotation, root: Path = Path()) -> int | None:
+    """Bytes of all entries; None until the mixture is tokenised, and for preference pairs."""
+    each = bytes_per_token(annotation)
+    report = root / plan.annotated_tokens(annotation).directory / "report.json"
+    return each * int(read_json(report)["supervised_tokens"]) if each and report.is_file() else None

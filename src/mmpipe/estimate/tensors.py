@@ -1,7 +1,7 @@
 """The tensors of a vision-language model, by name and size, from the ``config.json`` of its parts.
 
-Names are those that recipes use in ``trainable``: ``language_model.layers.0.mlp.up_proj.weight``. Tied embeddings are one
-tensor. Covers what Llama, Qwen2, Phi-3 (its fused projections cut apart) and CLIP and SigLIP towers have in common;
+Names are those that recipes use in ``trainable``: ``language_model.layers.0.mlp.up_proj.weight``. Tied embeddings are
+one tensor. Covers what Llama, Qwen2, Phi-3 (its fused projections cut apart) and CLIP and SigLIP towers have in common;
 sparsification's predictors (a few million) are left out.
 """
 
@@ -64,32 +64,26 @@ def tower(config: Config) -> Tensors:
     for index in range(config["num_hidden_layers"]):
         layer = f"{root}.encoder.layers.{index}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            tensors[f"{layer}.self_attn.{name}.weight"] = hidden * hidden
-            tensors[f"{layer}.self_attn.{name}.bias"] = hidden
-        for name, size in (("fc1", inner), ("fc2", hidden)):
-            tensors[f"{layer}.mlp.{name}.weight"] = hidden * inner
-            tensors[f"{layer}.mlp.{name}.bias"] = size
-        tensors |= _norm(f"{layer}.layer_norm1", hidden) | _norm(f"{layer}.layer_norm2", hidden)
+            tensors |= _affine(f"{layer}.self_attn.{name}", hidden * hidden, hidden)
+        tensors |= _affine(f"{layer}.mlp.fc1", hidden * inner, inner) | _affine(
+            f"{layer}.mlp.fc2", hidden * inner, hidden
+        )
+        tensors |= _affine(f"{layer}.layer_norm1", hidden, hidden) | _affine(f"{layer}.layer_norm2", hidden, hidden)
     if clip:
-        tensors |= _norm(f"{root}.pre_layrnorm", hidden)
-    return tensors | _norm(f"{root}.post_layernorm", hidden)
+        tensors |= _affine(f"{root}.pre_layrnorm", hidden, hidden)
+    return tensors | _affine(f"{root}.post_layernorm", hidden, hidden)
 
 
 def projector(vision: Config, text: Config, scales: int = 1) -> Tensors:
     """Two linear layers; features of several scales stand side by side."""
     width, hidden = vision["hidden_size"] * scales, text["hidden_size"]
     root = "multi_modal_projector"
-    return {
-        f"{root}.linear_1.weight": width * hidden,
-        f"{root}.linear_1.bias": hidden,
-        f"{root}.linear_2.weight": hidden * hidden,
-        f"{root}.linear_2.bias": hidden,
-    }
+    return _affine(f"{root}.linear_1", width * hidden, hidden) | _affine(f"{root}.linear_2", hidden * hidden, hidden)
 
 
 def with_experts(tensors: Tensors, layers: Sequence[str], experts: int, width: int) -> Tensors:
-    """The same model with each feed-forward network of ``layers`` (names, without ``.mlp``) made into ``experts`` copies
-    and a linear router of ``width`` inputs."""
+    """The same model with each feed-forward network of ``layers`` (names, without ``.mlp``) made into ``experts``
+    copies and a linear router of ``width`` inputs."""
     inside = tuple(f"{layer}.mlp." for layer in layers)
     grown = {name: size * (experts if name.startswith(inside) else 1) for name, size in tensors.items()}
     return grown | {f"{layer}.mlp.router.weight": experts * width for layer in layers}
@@ -107,5 +101,5 @@ def image_tokens(vision: Config) -> int:
     return (vision["image_size"] // vision["patch_size"]) ** 2
 
 
-def _norm(name: str, width: int) -> Tensors:
-    return {f"{name}.weight": width, f"{name}.bias": width}
+def _affine(name: str, weight: int, bias: int) -> Tensors:
+    return {f"{name}.weight": weight, f"{name}.bias": bias}

@@ -1,8 +1,7 @@
 """Answering in chunks that can be interrupted: split, append, resume, publish, gather.
 
-A chunk's progress is ``answers.partial.jsonl`` in its state directory, one line an answer, appended as
-answers come. After an interruption the answered questions are not asked again; a last line that was cut off
-is dropped.
+A chunk's progress is ``answers.partial.jsonl`` in its state directory, one line an answer, appended as answers come.
+After an interruption the answered questions are not asked again; a last line that was cut off is dropped.
 """
 
 from __future__ import annotations
@@ -11,33 +10,27 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import read_jsonl
-from mmpipe.benchmarks.base import Question
-from mmpipe.benchmarks.jsonl import write_records
+from mmpipe.artifacts.files import atomic_open, read_jsonl
 from mmpipe.errors import ArtifactError, DataError
+from mmpipe.inference.question import Key, Question
 
 PARTIAL = "answers.partial.jsonl"
 
 Answer = dict[str, Any]
-Key = tuple[str, str]
 
 
 def split(questions: Sequence[Question], chunks: int) -> list[list[Question]]:
-    """``chunks`` contiguous parts whose sizes differ by one at most; with fewer questions than chunks some
-    are empty.
+    """``chunks`` contiguous parts whose sizes differ by one at most; with fewer questions than chunks some are empty.
 
     Questions that share their images are often neighbours; contiguous parts keep them together.
     """
     size, larger = divmod(len(questions), chunks)
-    parts, start = [], 0
-    for number in range(chunks):
-        end = start + size + (number < larger)
-        parts.append(list(questions[start:end]))
-        start = end
-    return parts
+    ends = [size * number + min(number, larger) for number in range(chunks + 1)]
+    return [list(questions[start:end]) for start, end in pairwise(ends)]
 
 
 def answer_chunk(
@@ -47,34 +40,33 @@ def answer_chunk(
     out: Path,
     keep: Callable[[Iterable[Key]], set[Key]] | None = None,
 ) -> dict[str, int]:
-    """Answer ``questions`` by ``ask``, which yields one record each in any order, and publish them as
-    ``out``.
+    """Answer ``questions`` by ``ask``, which yields one record each in any order, and publish them as ``out``.
 
-    Records that ``state`` holds already are kept, those alone that ``keep`` chooses if given. The caller
-    makes sure that ``state`` belongs to the same model and settings. Returns how many were resumed and asked.
-    Raises ArtifactError when ``ask`` leaves a question unanswered.
+    Records that ``state`` holds already are kept, those alone that ``keep`` chooses if given. The caller makes sure
+    that ``state`` belongs to the same model and settings. Returns how many were resumed and asked. Raises ArtifactError
+    when ``ask`` leaves a question unanswered.
     """
     partial = state / PARTIAL
     state.mkdir(parents=True, exist_ok=True)
-    wanted = [question_key(question) for question in questions]
+    wanted = [question.key for question in questions]
     asked_for = set(wanted)
     done = {k: answer for answer in _recover(partial) if (k := _answer_key(answer)) in asked_for}
     if keep is not None:
-        kept = keep(done)
-        done = {k: answer for k, answer in done.items() if k in kept}
+        retained = keep(done)
+        done = {k: answer for k, answer in done.items() if k in retained}
     resumed = len(done)
-    left = [question for question, k in zip(questions, wanted, strict=True) if k not in done]
+    left = [question for question in questions if question.key not in done]
     if left:
         with partial.open("ab") as file:
             for answer in ask(left):
-                file.write(json.dumps(answer).encode("ascii") + b"\n")
+                file.write(_line(answer))
                 file.flush()
                 done[_answer_key(answer)] = answer
             os.fsync(file.fileno())
     unanswered = [k[0] for k in wanted if k not in done]
     if unanswered:
         raise ArtifactError(f"{out}: {len(unanswered)} questions were not answered, e.g. {unanswered[:5]}")
-    write_records(out, (done[k] for k in wanted))
+    _write(out, (done[k] for k in wanted))
     return {"resumed": resumed, "asked": len(left)}
 
 
@@ -85,7 +77,7 @@ def gather(questions: Sequence[Question], parts: Sequence[Path], out: Path) -> i
     """
     answers = [answer for part in parts for answer in read_jsonl(part)]
     by_key = {_answer_key(answer): answer for answer in answers}
-    wanted = [question_key(question) for question in questions]
+    wanted = [question.key for question in questions]
     known = set(wanted)
     counts = Counter(map(_answer_key, answers))
     faults = {
@@ -100,17 +92,22 @@ def gather(questions: Sequence[Question], parts: Sequence[Path], out: Path) -> i
             if keys
         )
         raise DataError(f"{out}: the answers do not match the questions ({text}); remove the chunks and run again")
-    write_records(out, (by_key[k] for k in wanted))
+    _write(out, (by_key[k] for k in wanted))
     return len(answers)
-
-
-def question_key(question: Question) -> Key:
-    """Some benchmarks ask two things under one id; the prompt tells them apart."""
-    return str(question.id), question.text if question.prompt is None else question.prompt
 
 
 def _answer_key(answer: Answer) -> Key:
     return str(answer["question_id"]), answer["prompt"]
+
+
+def _line(answer: Answer) -> bytes:
+    """In ASCII, so that any reply, also one of broken Unicode, can be stored."""
+    return json.dumps(answer).encode("ascii") + b"\n"
+
+
+def _write(out: Path, answers: Iterable[Answer]) -> None:
+    with atomic_open(out) as file:
+        file.writelines(map(_line, answers))
 
 
 def _recover(partial: Path) -> Iterator[Answer]:

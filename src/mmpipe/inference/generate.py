@@ -1,9 +1,9 @@
-"""Greedy answers to benchmark questions: batched, sorted by length, the image's part of the cache shared.
+"""Greedy answers to questions: batched, sorted by length, the image's part of the cache shared.
 
-Questions about one image begin alike: the template's first words, the image, often some text. That common
-beginning is run through the model once; its keys and values are then repeated for each question (all
-questions of an image stand in one batch, images of similar length side by side). Every row has its own
-positions and mask, so an answer does not depend on its neighbours.
+Questions about one image begin alike: the template's first words, the image, often some text. That common prefix is run
+through the model once; its keys and values are then repeated for each question (all questions of an image stand in one
+batch, images of similar length side by side). Every row has its own positions and mask, so an answer does not depend on
+its neighbours.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmpipe.benchmarks.base import Question
 from mmpipe.data.images import open_image
 from mmpipe.data.labels import encode
 from mmpipe.data.records import IMAGE_MARK, Turn
 from mmpipe.data.templates import Rendered, Template
 from mmpipe.errors import DataError
-from mmpipe.inference.stopping import stop_ids
-from mmpipe.models.sparsity.hooks import of_prompt, shares_prompts
+from mmpipe.inference.question import ChoiceLog, Owner, Question
+from mmpipe.models.sparsity.hooks import prompt_retention, shares_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from mmpipe.analysis.expert_log import ExpertLog, Owner
+    from transformers import PreTrainedTokenizerBase
 
 Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedQuestion:
     """A question ready for the model."""
 
     question: Question
@@ -44,20 +43,15 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Family:
-    """Questions with the same images and a common beginning of ``shared`` tokens, which holds all the
-    images."""
+class PrefixGroup:
+    """Questions with the same images and a common prefix of ``shared`` tokens, which holds all the images."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[EncodedQuestion, ...]
     shared: int
-
-    @property
-    def longest(self) -> int:
-        return max(len(row.ids) for row in self.rows)
 
 
 @dataclass(frozen=True)
-class Reply:
+class GeneratedAnswer:
     """Generated tokens without the end, and whether an end was reached within the limit."""
 
     ids: list[int]
@@ -91,21 +85,21 @@ class Answerer:
         max_new_tokens: int = 128,
         num_beams: int = 1,
         share_prefix: bool = True,
-        log: ExpertLog | None = None,
+        log: ChoiceLog | None = None,
     ) -> Iterator[Answer]:
         """Yield one answer record a question, in the order they are finished.
 
         The records have LLaVA's fields (``question_id, prompt, text, answer_id, model_id, metadata``) and the
-        question's own. Decoding is greedy, or by beam search with ``num_beams`` > 1. ``share_prefix=False``
-        hands whole prompts to the model's own ``generate``; the answers are the same (a model that drops tokens of
-        questions never shares). ``log`` is told which experts were chosen; a batch is in it before its answers are
-        yielded. Raises DataError for a question whose images and image marks do not agree.
+        question's own. Decoding is greedy, or by beam search with ``num_beams`` > 1. ``share_prefix=False`` hands whole
+        prompts to the model's own ``generate``; the answers are the same (a model that drops tokens of questions never
+        shares). ``log`` gets the choices of experts, of a batch before its answers are yielded. Raises DataError for a
+        question whose images and image marks do not agree.
         """
-        rows = [Row(question, self._encode(question)) for question in questions]
+        rows = [EncodedQuestion(question, self._encode(question)) for question in questions]
         plain = num_beams > 1 or not share_prefix or not shares_prompts(self.model)
-        families = [Family((row,), len(row.ids) - 1) for row in rows] if plain else self._families(rows)
-        for batch in _batches(families, batch_size):
-            asked = [row for family in batch for row in family.rows]
+        groups = [PrefixGroup((row,), len(row.ids) - 1) for row in rows] if plain else self._groups(rows)
+        for batch in _batches(groups, batch_size):
+            asked = [row for group in batch for row in group.rows]
             replies = (
                 self._generate(asked, max_new_tokens, num_beams, log)
                 if plain
@@ -120,10 +114,11 @@ class Answerer:
     def likelihood(
         self, pairs: Sequence[tuple[Question, str]], *, batch_size: int = 16
     ) -> Iterator[tuple[float, bool]]:
-        """Of each continuation after its question's prompt: the sum of its tokens' log-probabilities, and whether greedy
-        decoding would give it. An empty continuation has 0 and True.
+        """Of each continuation after its question's prompt: the sum of its tokens' log-probabilities, and whether
+        greedy decoding would give it (0 and True for an empty one).
 
-        Prompt and continuation are tokenised together; what differs from the prompt alone is the continuation.
+        Prompt and continuation are tokenised together; the tokens that differ from the prompt alone are the
+        continuation.
         """
         for start in range(0, len(pairs), batch_size):
             part = pairs[start : start + batch_size]
@@ -132,17 +127,11 @@ class Answerer:
                 len(ids) - _agreeing(ids, self._encode(question))
                 for ids, (question, _) in zip(whole, part, strict=True)
             ]
-            ids, mask = self._pad(whole)
-            logits = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=_positions(mask),
-                pixel_values=self._pixels([question for question, _ in part]),
-                use_cache=False,
-                logits_to_keep=max(lengths) + 1,
-            ).logits  # (B, longest + 1, vocabulary)
+            given = self._inputs(whole, [question for question, _ in part])
+            # (B, longest + 1, vocabulary)
+            logits = self.model(**given, use_cache=False, logits_to_keep=max(lengths) + 1).logits
             for row, length in enumerate(lengths):
-                wanted = ids[row, ids.shape[1] - length :]
+                wanted = given["input_ids"][row, given["input_ids"].shape[1] - length :]
                 scores = logits[row, logits.shape[1] - 1 - length : -1].float().log_softmax(dim=-1)
                 said = scores.gather(1, wanted[:, None]).sum()
                 yield float(said), bool((scores.argmax(dim=-1) == wanted).all())
@@ -150,18 +139,25 @@ class Answerer:
     # ---- prompts
 
     def inputs(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        """What the model is given for a batch of whole prompts, padded on the left."""
-        ids, mask = self._pad([self._encode(question) for question in questions])
+        """The model's inputs for a batch of whole prompts, padded on the left."""
+        return self._inputs([self._encode(question) for question in questions], questions)
+
+    def _inputs(self, prompts: Sequence[Sequence[int]], questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        """The model's inputs for token ids of prompts that hold the images of ``questions`` (none: no pixels)."""
+        ids, mask = self._pad(prompts)
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask)}
-        pixels = self._pixels(questions)
-        return given if pixels is None else given | {"pixel_values": pixels}
+        images = [_open(image) for question in questions for image in question.images]
+        if not images:
+            return given
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return given | {"pixel_values": pixels.to(device=self.model.device, dtype=self.model.dtype)}
 
     def prompt(self, question: Question) -> str:
         """The text the model continues, with image marks."""
         if self.template.captions:
             raise DataError(
-                f"the checkpoint {self.model_id} was trained on captions (template '{self.template.name}') and cannot be "
-                "asked questions; evaluate a later stage of the recipe"
+                f"the checkpoint {self.model_id} was trained on captions (template '{self.template.name}') and cannot "
+                "be asked questions; evaluate a later stage of the recipe"
             )
         text = question.text
         if IMAGE_MARK not in text:
@@ -176,52 +172,41 @@ class Answerer:
         text = Rendered(self.prompt(question) + continuation, ())
         return tuple(encode(self.tokenizer, text, self.image_token, per_image).input_ids)
 
-    def _families(self, rows: Sequence[Row]) -> list[Family]:
-        """Rows by their images and all that stands before and between them; without images each is
-        alone."""
-        together: dict[Any, list[Row]] = {}
+    def _groups(self, rows: Sequence[EncodedQuestion]) -> list[PrefixGroup]:
+        """Rows by their images and the text before and between them; without images each is alone."""
+        together: dict[Any, list[EncodedQuestion]] = {}
         for row in rows:
-            opening = row.ids[: self._after_images(row)]
+            end = max((place + 1 for place, token in enumerate(row.ids) if token == self.image_id), default=0)
+            opening = row.ids[:end]
             together.setdefault((row.question.images, opening) if opening else len(together), []).append(row)
         return [
-            Family(tuple(sorted(members, key=lambda row: len(row.ids))), _common(members))
+            PrefixGroup(tuple(sorted(members, key=lambda row: len(row.ids))), _common(members))
             for members in together.values()
         ]
-
-    def _after_images(self, row: Row) -> int:
-        """How many tokens there are up to the end of the last image."""
-        return max((place + 1 for place, token in enumerate(row.ids) if token == self.image_id), default=0)
 
     # ---- running the model
 
     @torch.inference_mode()
     def _greedy(
-        self, families: Sequence[Family], max_new_tokens: int, batch_size: int, log: ExpertLog | None
-    ) -> list[Reply]:
-        """Greedy decoding of families, one reply a row, at most ``batch_size`` rows at a time."""
-        beginnings = [family.rows[0].ids[: family.shared] for family in families]
-        ids, mask = self._pad(beginnings)
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=_positions(mask),
-            pixel_values=self._pixels([family.rows[0].question for family in families]),
-            use_cache=True,
-            logits_to_keep=1,
-            **of_prompt(self.model),
-        )
+        self, groups: Sequence[PrefixGroup], max_new_tokens: int, batch_size: int, log: ChoiceLog | None
+    ) -> list[GeneratedAnswer]:
+        """Greedy decoding of groups, one reply a row, at most ``batch_size`` rows at a time."""
+        first = [group.rows[0] for group in groups]
+        prefixes = [row.ids[: group.shared] for row, group in zip(first, groups, strict=True)]
+        given = self._inputs(prefixes, [row.question for row in first])
+        mask = given["attention_mask"]
+        out = self.model(**given, use_cache=True, logits_to_keep=1, **prompt_retention(self.model))
         if log is not None:
-            log.prompts(
-                [(family.rows[0].question, len(family.rows)) for family in families], ids, mask, _positions(mask)
-            )
-        rows = [(owner, row) for owner, family in enumerate(families) for row in family.rows]
+            shared = [(row.question, len(group.rows)) for row, group in zip(first, groups, strict=True)]
+            log.prompts(shared, given["input_ids"], mask, given["position_ids"])
+        rows = [(owner, row) for owner, group in enumerate(groups) for row in group.rows]
         parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-        replies: list[Reply] = []
+        replies: list[GeneratedAnswer] = []
         for number, part in enumerate(parts, start=1):
             cache = out.past_key_values if number == len(parts) else copy.deepcopy(out.past_key_values)
             owners = torch.tensor([owner for owner, _ in part], device=self.model.device)
             cache.batch_select_indices(owners)
-            ids, own_mask = self._pad([row.ids[families[owner].shared :] for owner, row in part])
+            ids, own_mask = self._pad([row.ids[groups[owner].shared :] for owner, row in part])
             whole_mask = torch.cat([mask[owners], own_mask], dim=1)
             asked = [(row.question, 1) for _, row in part]
             replies += self._decode(ids, whole_mask, cache, max_new_tokens, asked, log)
@@ -234,25 +219,17 @@ class Answerer:
         cache: Any,
         max_new_tokens: int,
         asked: Sequence[Owner],
-        log: ExpertLog | None,
-    ) -> list[Reply]:
-        """Continue rows ``ids`` (B, S) on ``cache``; ``mask`` (B, P + S) covers what is cached and
-        ``ids``."""
+        log: ChoiceLog | None,
+    ) -> list[GeneratedAnswer]:
+        """Continue rows ``ids`` (B, S) on ``cache``; ``mask`` (B, P + S) covers what is cached and ``ids``."""
         width = ids.shape[1]
         generated: list[list[int]] = [[] for _ in ids]
         ended = [False] * len(ids)
         position = _positions(mask)[:, -width:]
-        given = of_prompt(self.model)
+        given = prompt_retention(self.model)
         for step in range(max_new_tokens):
-            out = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **given,
-            )
+            given |= {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
+            out = self.model(**given, use_cache=True, logits_to_keep=1)
             if log is not None and step == 0:
                 log.prompts(asked, ids, mask[:, -width:], position)
             elif log is not None:
@@ -267,23 +244,23 @@ class Answerer:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             position = position[:, -1:] + 1
             given = {}
-        return [Reply(tokens, end) for tokens, end in zip(generated, ended, strict=True)]
+        return [GeneratedAnswer(tokens, end) for tokens, end in zip(generated, ended, strict=True)]
 
     @torch.inference_mode()
-    def _generate(self, rows: Sequence[Row], max_new_tokens: int, num_beams: int, log: ExpertLog | None) -> list[Reply]:
-        """The same through ``model.generate``, which also searches with beams."""
-        ids, mask = self._pad([row.ids for row in rows])
-        pixels = self._pixels([row.question for row in rows])
-        width = ids.shape[1]
+    def _generate(
+        self, rows: Sequence[EncodedQuestion], max_new_tokens: int, num_beams: int, log: ChoiceLog | None
+    ) -> list[GeneratedAnswer]:
+        """The same through ``model.generate``, which also does beam search."""
+        given = self._inputs([row.ids for row in rows], [row.question for row in rows])
+        del given["position_ids"]  # its own
+        width = given["input_ids"].shape[1]
 
         def stopped(sequences: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             rows = [self._stopped(row) for row in sequences[:, width:].tolist()]
             return torch.tensor(rows, device=sequences.device)
 
         out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            **({} if pixels is None else {"pixel_values": pixels}),
+            **given,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=num_beams,
@@ -293,14 +270,11 @@ class Answerer:
         )
         replies = []
         for tokens in out[:, width:].tolist():
-            kept: list[int] = []
-            for token in tokens:
-                kept.append(token)
-                if self._stopped(kept):
-                    break
-            replies.append(Reply(kept, self._stopped(kept)))
+            end = next((end for end in range(1, len(tokens) + 1) if self._stopped(tokens[:end])), None)
+            replies.append(GeneratedAnswer(tokens[:end], end is not None))
         if log is not None:
-            log.generate([(row.question, 1) for row in rows], ids, mask, [len(r.ids) for r in replies])
+            lengths = [len(reply.ids) for reply in replies]
+            log.generate([(row.question, 1) for row in rows], given["input_ids"], given["attention_mask"], lengths)
         return replies
 
     @property
@@ -320,56 +294,44 @@ class Answerer:
         device = self.model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    def _pixels(self, questions: Sequence[Question]) -> torch.Tensor | None:
-        """Pixels of all images (images, 3, height, width), in the order of their marks."""
-        images = [_open(image) for question in questions for image in question.images]
-        if not images:
-            return None
-        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        return pixels.to(device=self.model.device, dtype=self.model.dtype)
-
     # ---- answers
 
-    def _record(self, question: Question, reply: Reply) -> Answer:
+    def _record(self, question: Question, reply: GeneratedAnswer) -> Answer:
         text = self.tokenizer.decode(reply.ids, skip_special_tokens=True)
         if not self._stops_by_token:
             text = text.split(self.template.stop)[0]
-        prompt = question.text if question.prompt is None else question.prompt
         return {
             "question_id": question.id,
-            "prompt": prompt,
+            "prompt": question.recorded_prompt,
             "text": text.strip(),
             **question.extra,
-            "answer_id": _answer_id(self.model_id, question.id, prompt),
+            "answer_id": _answer_id(self.model_id, question),
             "model_id": self.model_id,
             "metadata": {"tokens": len(reply.ids), "ended": reply.ended},
         }
 
 
-def _batches(families: Sequence[Family], batch_size: int) -> Iterator[list[Family]]:
+def _batches(groups: Sequence[PrefixGroup], batch_size: int) -> Iterator[list[PrefixGroup]]:
     """Families by length, so many together that they have at most ``batch_size`` rows; a larger one is alone."""
-    batch: list[Family] = []
-    for family in sorted(families, key=lambda family: (family.longest, family.shared)):
-        if batch and sum(len(member.rows) for member in batch) + len(family.rows) > batch_size:
+    batch: list[PrefixGroup] = []
+    for group in sorted(groups, key=lambda group: (max(len(row.ids) for row in group.rows), group.shared)):
+        if batch and sum(len(member.rows) for member in batch) + len(group.rows) > batch_size:
             yield batch
             batch = []
-        batch.append(family)
+        batch.append(group)
     if batch:
         yield batch
 
 
-def _common(rows: Sequence[Row]) -> int:
+def _common(rows: Sequence[EncodedQuestion]) -> int:
     """Length of the rows' common beginning; each keeps at least one token of its own."""
     shortest = min(len(row.ids) for row in rows) - 1
-    first = rows[0].ids
-    return next((i for i in range(shortest) if any(row.ids[i] != first[i] for row in rows)), shortest)
+    return min(shortest, *(_agreeing(rows[0].ids, row.ids) for row in rows))
 
 
 def _agreeing(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the common beginning of two sequences."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
@@ -383,6 +345,19 @@ def _open(image: bytes | Path) -> Image.Image:
     return open_image(image).image
 
 
-def _answer_id(model_id: str, question: int | str, prompt: str) -> str:
-    """An id that is the same whenever the same model is asked the same."""
-    return hashlib.sha256(f"{model_id}\x00{question}\x00{prompt}".encode("utf-8", "replace")).hexdigest()[:22]
+def _answer_id(model_id: str, question: Question) -> str:
+    """The same whenever the same model is asked the same."""
+    text = f"{model_id}\x00{question.id}\x00{question.recorded_prompt}"
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:22]
+
+
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase, stop: str | None) -> frozenset[int]:
+    """The tokens that end an answer: the model's own, the tokenizer's end of text, and ``stop`` where it is a token."""
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured])
+    ids.add(tokenizer.eos_token_id)
+    if stop is not None:
+        token = tokenizer.convert_tokens_to_ids(stop)
+        if token != tokenizer.unk_token_id:
+            ids.add(token)
+    return frozenset(int(i) for i in ids if i is not None)

@@ -1,7 +1,7 @@
 """The model class that lmms-eval runs: its requests become questions, answered as in our own benchmarks.
 
-lmms-eval owns data sets, prompts and scores; template, images and decoding are the checkpoint's, so an answer is the one
-that ``snakemake results/...`` would give to the same prompt.
+lmms-eval owns data sets, prompts and scores; template, images and decoding are the checkpoint's, so an answer is the
+one that ``snakemake results/...`` would give to the same prompt.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 from lmms_eval.api.model import lmms
+from PIL import Image
 
-from mmpipe.benchmarks.base import Question
+from mmpipe.analysis.expert_log import ExpertLog, merge, pieces
 from mmpipe.data.records import IMAGE_MARK
 from mmpipe.errors import ConfigError, DataError
+from mmpipe.inference.open_answerer import open_answerer
+from mmpipe.inference.question import Question
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _MOST_TOKENS = 1024
 """Of a reply where the task names no limit, as in lmms-eval's other models."""
 
@@ -27,10 +31,10 @@ _MOST_TOKENS = 1024
 class Mmpipe(lmms):
     """A checkpoint of mmpipe: ``--model_args pretrained=results/demo/finetune/model``.
 
-    ``experts=experts.parquet`` writes down which experts each token was sent to (``mmpipe.analysis.expert_log``; a
-    question's id is ``task/document#request``), one file a process. ``dtype`` is ``float32``, ``bfloat16`` or
-    ``float16``; without it bfloat16 on a GPU and float32 elsewhere. Under ``accelerate launch`` every process answers
-    its share. Decoding is greedy or by beams; a task that samples is refused.
+    ``experts=experts.parquet`` logs which experts each token was sent to (``mmpipe.analysis.expert_log``; a question's
+    id is ``task/document#request``), one file a process. ``dtype`` is ``float32``, ``bfloat16`` or ``float16``; without
+    it bfloat16 on a GPU and float32 elsewhere. Under ``accelerate launch`` every process answers its share. Decoding is
+    greedy or by beams; a task that samples is refused.
     """
 
     is_simple = True
@@ -45,20 +49,16 @@ class Mmpipe(lmms):
         experts: str | None = None,
     ) -> None:
         super().__init__()
-        from mmpipe.checkpoints.load import open_checkpoint
-        from mmpipe.data.templates import get_template
-        from mmpipe.inference.generate import Answerer
-
         self.batch_size = _batch_size(batch_size, max_batch_size)
         self.device = torch.device(self._processes(device))
-        kind = _dtype(dtype, self.device)
-        model, processor, card = open_checkpoint(Path(pretrained), kind)
+        if dtype is not None and dtype not in _DTYPES:
+            raise ConfigError(f"dtype={dtype}: one of {', '.join(_DTYPES)}")
         self._experts = Path(experts) if experts else None
-        template = get_template(card["checkpoint"]["template"], processor.tokenizer)
-        self.answerer = Answerer(model.to(self.device), processor, template, model_id=pretrained)
+        kind = getattr(torch, dtype) if dtype else None
+        self.answerer = open_answerer(Path(pretrained), str(self.device), dtype=kind, model_id=pretrained)
 
     def _processes(self, device: str | None) -> str:
-        """Take this process's place among those of ``accelerate launch``; returns its device."""
+        """Join the processes of ``accelerate launch``; returns this one's device."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator
 
@@ -95,27 +95,19 @@ class Mmpipe(lmms):
                     replies[place] = _cut(answer["text"], requests[place].args[1].get("until"))
                     hook = (requests[place].args[0], requests[place].args[1])
                     self.cache_hook.add_partial("generate_until", hook, replies[place])
-            if log is not None:
-                self._keep(log)
+            if log is not None and self._experts is not None:
+                merge(pieces(log.folder), self._experts)
         return replies
 
-    def _log(self, questions: Sequence[Question], folder: Path) -> Any:
+    def _log(self, questions: Sequence[Question], folder: Path) -> ExpertLog | None:
         """The log of experts, if one is wanted. Raises ConfigError when its file is there."""
         if self._experts is None:
             return None
-        from mmpipe.analysis.expert_log import ExpertLog
-
         if self._rank:
             self._experts = self._experts.with_name(f"{self._experts.stem}-{self._rank}{self._experts.suffix}")
         if self._experts.exists():
             raise ConfigError(f"experts={self._experts}: the file is there; name another one or move it away")
         return ExpertLog(self.answerer.model, folder, questions)
-
-    def _keep(self, log: Any) -> None:
-        from mmpipe.analysis.expert_log import merge, pieces
-
-        assert self._experts is not None
-        merge(pieces(log.folder), self._experts)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Log-probability of every continuation, and whether greedy decoding would give it."""
@@ -168,17 +160,13 @@ def _cut(reply: str, until: str | Sequence[str] | None) -> str:
 
 def _flat(images: Any) -> Iterable[Any]:
     """Images of a document, which tasks hand over as one, a list, a list of lists, or nothing."""
-    if images is None:
-        return []
     if isinstance(images, list | tuple):
         return [one for some in images for one in _flat(some)]
-    return [images]
+    return [] if images is None else [images]
 
 
 def _stored(image: Any, folder: Path) -> Path:
     """The image as a file without loss, named by its content. Raises DataError for what is no image."""
-    from PIL import Image
-
     if not isinstance(image, Image.Image):
         raise DataError(f"lmms-eval hands over a {type(image).__name__}; mmpipe's checkpoints see images only")
     image = image.convert("RGB")
@@ -194,12 +182,3 @@ def _batch_size(wanted: int | str, most: int | None) -> int:
         return min(int(wanted), int(most)) if most else int(wanted)
     except ValueError:
         raise ConfigError(f"--batch_size {wanted}: give a number; mmpipe does not search for one") from None
-
-
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in kinds:
-        raise ConfigError(f"dtype={name}: one of {', '.join(kinds)}")
-    return kinds[name]

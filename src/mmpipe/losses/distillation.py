@@ -112,9 +112,9 @@ def distillation_loss(
         def values(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
                 teacher_CV = (teacher_RE[rows] @ teacher_SE.T).to(logits_CV.dtype)
-                log_p_CV = _heat(teacher_CV, temperature).log_softmax(1)
+                log_p_CV = apply_temperature(teacher_CV, temperature).log_softmax(1)
                 entropy_C = -_dot(log_p_CV.exp(), log_p_CV)
-            log_q_CV = guard(_heat(logits_CV, temperature).log_softmax(1))
+            log_q_CV = guard(apply_temperature(logits_CV, temperature).log_softmax(1))
             value_C = DIVERGENCES[divergence](log_p_CV, log_q_CV, jsd_weight)
             with torch.no_grad():
                 kl_C = value_C if divergence == "forward_kl" else forward_kl(log_p_CV, log_q_CV)
@@ -273,7 +273,7 @@ def _dot(a_CV: Tensor, b_CV: Tensor) -> Tensor:
     return (a_CV.unsqueeze(1) @ b_CV.unsqueeze(2)).flatten()
 
 
-def _heat(logits_CV: Tensor, temperature: float) -> Tensor:
+def apply_temperature(logits_CV: Tensor, temperature: float) -> Tensor:
     return logits_CV if temperature == 1 else logits_CV / temperature
 
 

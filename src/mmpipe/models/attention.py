@@ -1,4 +1,4 @@
-"""Choosing how attention is computed: flash attention where it can be, PyTorch's own otherwise."""
+"""Choosing the attention implementation: flash attention where it runs, PyTorch's own otherwise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
 
 
 def why_not_flash(device: str, dtype: torch.dtype) -> str | None:
-    """What keeps flash attention 2 from running; None when nothing does."""
+    """Why flash attention 2 cannot run here; None when it can."""
     from transformers.utils import is_flash_attn_2_available
 
     if device != "cuda":
@@ -45,7 +45,7 @@ def why_not_flash(device: str, dtype: torch.dtype) -> str | None:
 
 
 def use(model: Any, implementation: str) -> None:
-    """Let the language model attend in this way, and the tower too when it can; a part with attention of its own keeps it."""
+    """Set the attention of the language model and, where possible, the tower; custom attention stays."""
     for part in (model.model.language_model, model.model.vision_tower):
         if part.config._attn_implementation not in (FLASH, "sdpa", "eager"):
             continue

@@ -1,4 +1,19 @@
-"""The vision-language model: a vision tower, a projector and a language model joined into a stock LLaVA."""
+"""The vision-language model: a vision tower, a projector and a language model joined into a stock LLaVA.
+
+The forward pass is that of transformers' ``LlavaForConditionalGeneration``. B rows of L tokens, P images of N tokens
+each, widths E (tower) and D (language model), V tokens in the vocabulary:
+
+1. ``pixel_values [P, 3, H, W]`` go through ``model.vision_tower``; its hidden state ``vision_feature_layer``, without
+   the class token, is ``[P, N, E]`` (``S * E`` at S scales: :mod:`mmpipe.models.vision_tower`).
+2. ``model.multi_modal_projector`` (linear, GELU, linear) maps it to ``[P, N, D]``.
+3. ``input_ids [B, L]`` hold N tokens ``<image>`` for every image; their embeddings are replaced by the
+   projected features.
+4. ``model.language_model`` maps the embeddings to hidden states ``[B, L, D]``. In any of the three parts feed-forward
+   networks can be experts (:mod:`mmpipe.models.moe`); decoder layers can drop tokens (:mod:`mmpipe.models.sparsity`).
+5. ``lm_head`` gives logits ``[B, L, V]``.
+
+This module joins the parts: configuration, weights, tokenizer and image processor.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +59,11 @@ def joined_config(
 
 
 def resize_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-    """Give the embeddings a row for every token of ``tokenizer``, if they lack one; new rows are drawn from ``seed``."""
+    """Give the embeddings a row for every token of ``tokenizer``; new rows are drawn from ``seed``."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= rows:
         return
-    # what readers without our tokens need: the number of rows the model came with
+    # for readers without our tokens: the number of rows the model came with
     model.config.get_text_config().original_vocab_size = rows
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -86,19 +101,19 @@ def vision_tower(path: Path, dtype: torch.dtype | Literal["auto"] = torch.float3
 
 
 def image_tokens(config: Any, select: str) -> int:
-    """Tokens an image of a tower. ConfigError where dropping the class token would drop a piece of the image."""
+    """Tokens an image has in a tower. ConfigError where dropping the class token would drop a patch of the image."""
     patches = (config.image_size // config.patch_size) ** 2
     has_class_token = config.model_type == "clip_vision_model"
     if select == "patch" and not has_class_token:
         raise ConfigError(
-            f"feature_select 'patch' drops the class token, and a tower of the kind '{config.model_type}' has none: the first "
-            "piece of every image would be lost. Say 'feature_select: full' under 'model' of the recipe"
+            f"feature_select 'patch' drops the class token, and a tower of the kind '{config.model_type}' has none: the "
+            "first piece of every image would be lost. Say 'feature_select: full' under 'model' of the recipe"
         )
     return patches + (1 if has_class_token and select == "full" else 0)
 
 
 def with_image_token(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:
-    """A backbone's tokenizer, ready for prompts with images. ArtifactError when it cannot end a text."""
+    """A backbone's tokenizer, ready for prompts with images. ArtifactError when it has no end-of-text token."""
     if tokenizer.eos_token is None:
         raise ArtifactError(
             f"{path}: the tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json"

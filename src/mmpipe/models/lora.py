@@ -1,31 +1,28 @@
-"""Low-rank adapters, by peft: put on, taken off, merged."""
+"""Low-rank adapters, by peft: added, saved, merged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmpipe.artifacts.files import apply_umask
-from mmpipe.checkpoints.save import some
-from mmpipe.errors import ArtifactError
+from mmpipe.errors import ArtifactError, first_of
+from mmpipe.models.settings import LoraSettings
 from mmpipe.models.trainable import matching
 
-if TYPE_CHECKING:
-    from mmpipe.models.settings import LoraSettings
-
-_CONFIGS = "peft_config"  # where peft leaves its settings on a model
+_CONFIGS = "peft_config"  # the attribute with peft's settings of a model
 
 FOLDER = "adapter"
-"""Where a published checkpoint keeps the adapter that is merged into it."""
+"""The folder of a published checkpoint for the adapter that is merged into it."""
 
 
-def put_on(model: nn.Module, settings: LoraSettings, seed: int) -> None:
-    """Put fresh adapters on the chosen linear layers of ``model``, in place; they change nothing before they learn.
+def add_adapters(model: nn.Module, settings: LoraSettings, seed: int) -> None:
+    """Add fresh adapters to the chosen linear layers of ``model``, in place; until they train, they change nothing.
 
     Raises ConfigError for a pattern that names no linear layer.
     """
@@ -46,13 +43,13 @@ def put_on(model: nn.Module, settings: LoraSettings, seed: int) -> None:
         inject_adapter_in_model(config, model)
 
 
-def is_on(model: nn.Module) -> bool:
+def has_adapters(model: nn.Module) -> bool:
     """Whether there are adapters on ``model``."""
     return hasattr(model, _CONFIGS)
 
 
 def save(model: nn.Module, out: Path, *, base: str) -> None:
-    """Write the adapters on ``model`` into the directory ``out`` as peft does; ``base`` is what they were trained on."""
+    """Write the adapters of ``model``, trained on ``base``, into the directory ``out`` as peft does."""
     from peft import get_peft_model_state_dict
 
     out.mkdir()
@@ -69,7 +66,7 @@ def save(model: nn.Module, out: Path, *, base: str) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Add the adapters on ``model`` to its weights and take them off."""
+    """Add the adapters on ``model`` to its weights and remove them."""
     from peft.tuners.lora import LoraLayer
 
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
@@ -80,9 +77,10 @@ def merge(model: nn.Module) -> None:
 
 
 def merge_file(model: Any, directory: Path, tensors: Mapping[str, Tensor]) -> Any:
-    """``model`` with the adapter of ``directory`` added to its weights; ``tensors`` are the adapter's, as peft names them.
+    """``model`` with the adapter of ``directory`` added to its weights; ``tensors`` are the adapter's, as peft names
+    them.
 
-    Raises ArtifactError when a tensor of the adapter has no place in the model, or a place no tensor.
+    Raises ArtifactError when adapter and model do not have the same tensors.
     """
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -97,7 +95,7 @@ def merge_file(model: Any, directory: Path, tensors: Mapping[str, Tensor]) -> An
     if places != found:
         wrong = sorted(name for name in places.keys() | found.keys() if places.get(name) != found.get(name))
         raise ArtifactError(
-            f"{directory}: the adapter does not fit its base: {some(wrong)}; name the base it was trained on"
+            f"{directory}: the adapter does not fit its base: {first_of(wrong)}; name the base it was trained on"
         )
     set_peft_model_state_dict(adapted, dict(tensors))
     return adapted.merge_and_unload()

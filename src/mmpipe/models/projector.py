@@ -19,7 +19,7 @@ _LLAVA_NAMES = {"linear_1": "0", "linear_2": "2"}
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """The projector's tensors under the stock names (``multi_modal_projector.linear_1.weight``), contiguous, on the CPU."""
+    """The projector's tensors under the stock names (``multi_modal_projector.linear_1.weight``), on the CPU."""
     projector: nn.Module = model.model.multi_modal_projector  # type: ignore[union-attr, assignment]
     return {f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
 
@@ -32,7 +32,8 @@ def save(model: nn.Module, path: Path) -> None:
 
 def save_llava_bin(model: nn.Module, path: Path) -> None:
     """Write ``mm_projector.bin`` with LLaVA's key names (``model.mm_projector.0.weight``)."""
-    torch.save({_to_llava(name): tensor for name, tensor in state(model).items()}, path)
+    named = ((name.removeprefix(_PREFIX).partition("."), tensor) for name, tensor in state(model).items())
+    torch.save({f"model.mm_projector.{_LLAVA_NAMES[layer]}.{rest}": tensor for (layer, _, rest), tensor in named}, path)
 
 
 def load(model: nn.Module, path: Path) -> None:
@@ -71,8 +72,3 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ArtifactError(f"{path}: no key holds 'mm_projector.'; this is not a LLaVA projector file")
     return tensors
-
-
-def _to_llava(name: str) -> str:
-    module, _, parameter = name.removeprefix(_PREFIX).partition(".")
-    return f"model.mm_projector.{_LLAVA_NAMES[module]}.{parameter}"

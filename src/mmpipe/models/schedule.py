@@ -1,4 +1,4 @@
-"""Modules that change as training goes on: routers that cool down, temperatures that fall."""
+"""Modules that change with the progress of training: routing schedules, temperatures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class FollowsTraining(nn.Module):
-    """A module that is told before every step how far the training of a stage is."""
+    """A module whose ``step`` is called before every training step with the progress of the stage."""
 
     progress: float = 0.0
 
@@ -15,8 +15,8 @@ class FollowsTraining(nn.Module):
         self.progress = progress
 
 
-def tell_progress(model: nn.Module, progress: float) -> None:
-    """Tell all modules of ``model`` that follow training."""
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Set the progress of all modules of ``model`` that follow training."""
     for module in model.modules():
         if isinstance(module, FollowsTraining):
             module.step(progress)

@@ -1,4 +1,4 @@
-"""What a recipe says of a model: its parts, and the adapters that train in place of its weights."""
+"""Settings of a model in a recipe: its parts, and the adapters that train in place of its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmpipe.settings import Settings
 
 
 class VisionLanguage(Settings):
-    """What a recipe starts from: parts and how they are joined, or a whole model."""
+    """The start of a recipe: parts and how they are joined, or a whole model."""
 
     vision: str | None = None
     """A vision backbone of ``backbones.yaml``."""

@@ -20,8 +20,7 @@ from mmpipe.errors import ConfigError
 def select(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Let the parameters that match a pattern train and freeze all others; returns the names of what trains.
 
-    Raises ConfigError for a pattern that matches nothing: a misspelt name would silently freeze what it
-    meant.
+    Raises ConfigError for a pattern that matches nothing: a misspelt name would silently freeze what it meant.
     """
     named = _named(model)
     chosen = {name for pattern in patterns for name in matching(pattern, named)}

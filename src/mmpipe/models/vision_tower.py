@@ -1,26 +1,24 @@
-"""The vision tower as the language model uses it: images at several scales, and nothing that nobody reads.
+"""The vision tower as the language model uses it: multi-scale image features; unused parameters are frozen.
 
-LLaVA projects the output of the tower's last block but one. What stands behind it (the last block, the final
-normalisation, a pooling head) is computed for nothing and gets no gradient. A stock checkpoint keeps it, because
-every reader of LLaVA checkpoints counts the blocks from the end; here it never trains. A tower that no stock
-class computes anyway is built without it.
+LLaVA projects the output of the tower's last block but one. The modules behind it (the last block, the final
+normalisation, a pooling head) do not affect the result and get no gradient. A stock checkpoint keeps them, because
+every reader of LLaVA checkpoints counts the blocks from the end; here they never train. A tower that no stock class
+computes anyway is built without them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmpipe.errors import ConfigError
 from mmpipe.models.moe.context import next_pass
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
 
 _BEHIND = ("post_layernorm", "head")
 """What CLIP and SigLIP towers apply to the last block's output."""
@@ -28,15 +26,10 @@ _BEHIND = ("post_layernorm", "head")
 
 def blocks(tower: nn.Module) -> nn.ModuleList:
     """The transformer blocks of a tower; ConfigError when it has none where CLIP and SigLIP have them."""
-    found = _blocks(tower)
-    if found is None:
+    found = getattr(getattr(tower, "encoder", None), "layers", None)
+    if not isinstance(found, nn.ModuleList):
         raise ConfigError(f"a vision tower '{type(tower).__name__}' has no encoder.layers")
     return found
-
-
-def _blocks(tower: nn.Module) -> nn.ModuleList | None:
-    found = getattr(getattr(tower, "encoder", None), "layers", None)
-    return found if isinstance(found, nn.ModuleList) else None
 
 
 def used_blocks(model: LlavaForConditionalGeneration) -> int:
@@ -47,13 +40,14 @@ def used_blocks(model: LlavaForConditionalGeneration) -> int:
 
 
 def freeze_idle(model: LlavaForConditionalGeneration) -> list[str]:
-    """Do not train what the projected features do not depend on: it has no gradient, which DDP waits for.
+    """Freeze the parameters that the projected features do not depend on: they get no gradient, which DDP waits for.
 
     Returns the names, within the tower, of what would have trained.
     """
     tower: Any = model.model.vision_tower
-    found = _blocks(tower)
-    if found is None:
+    try:
+        found = blocks(tower)
+    except ConfigError:
         return []
     behind = (getattr(tower, name, None) for name in _BEHIND)
     modules = [module for module in (*found[used_blocks(model) :], *behind) if module is not None]
@@ -63,22 +57,31 @@ def freeze_idle(model: LlavaForConditionalGeneration) -> list[str]:
     return [name for name, parameter in tower.named_parameters() if id(parameter) in idle]
 
 
-def noted_scales(model: LlavaForConditionalGeneration) -> tuple[int, ...] | None:
-    """The scales the model's configuration notes; None for a stock tower."""
-    noted = getattr(model.config, "mmpipe", {}).get("tower")
-    return tuple(noted["scales"]) if noted else None
+def saved_scales(model: LlavaForConditionalGeneration) -> tuple[int, ...] | None:
+    """The scales in the model's configuration; None for a stock tower."""
+    saved = getattr(model.config, "mmpipe", {}).get("tower")
+    return tuple(saved["scales"]) if saved else None
 
 
 def enable_multi_scale(model: LlavaForConditionalGeneration, scales: Sequence[int]) -> None:
-    """Let the tower look at every image at several scales (S2, Shi et al. 2024), in place.
+    """Let the tower encode every image at several scales (S2, Shi et al. 2024), in place.
 
-    The tower is cut behind the projected block. The projector's first layer, when its width changes, is a new
-    one without values. The number of image tokens stays. ``(1,)`` cuts the tower and changes nothing else.
+    The tower is cut behind the projected block. The projector's first layer, when its width changes, is a new one
+    without values. The number of image tokens stays. ``(1,)`` cuts the tower and changes nothing else.
 
     Raises ConfigError when several blocks are projected at once.
     """
-    _cut(model)
+    if not isinstance(model.config.vision_feature_layer, int):
+        raise ConfigError(f"feature_layer: {model.config.vision_feature_layer}: one block can be projected")
     tower: Any = model.model.vision_tower
+    used = used_blocks(model)
+    tower.encoder.layers = blocks(tower)[:used]
+    for name in _BEHIND:
+        if isinstance(getattr(tower, name, None), nn.Module):
+            setattr(tower, name, nn.Identity())
+    vision_config: Any = model.config.vision_config
+    tower.config.num_hidden_layers = vision_config.num_hidden_layers = used
+    model.config.vision_feature_layer = -1
     tower.__class__ = _multi_scale(type(tower))
     tower.scales = tuple(scales)
     projector: Any = model.model.multi_modal_projector
@@ -91,24 +94,8 @@ def enable_multi_scale(model: LlavaForConditionalGeneration, scales: Sequence[in
     model.config.mmpipe = {**getattr(model.config, "mmpipe", {}), "tower": {"scales": list(scales)}}
 
 
-def _cut(model: LlavaForConditionalGeneration) -> None:
-    """Take away what stands behind the projected block."""
-    if not isinstance(model.config.vision_feature_layer, int):
-        raise ConfigError(f"feature_layer: {model.config.vision_feature_layer}: one block can be projected")
-    tower: Any = model.model.vision_tower
-    used = used_blocks(model)
-    tower.encoder.layers = blocks(tower)[:used]
-    for name in _BEHIND:
-        if isinstance(getattr(tower, name, None), nn.Module):
-            setattr(tower, name, nn.Identity())
-    configs: tuple[Any, ...] = (tower.config, model.config.vision_config)
-    for config in configs:
-        config.num_hidden_layers = used
-    model.config.vision_feature_layer = -1
-
-
 class _MultiScale:
-    """What :func:`_multi_scale` puts before a tower's class."""
+    """The base that :func:`_multi_scale` puts before a tower's class."""
 
     scales: tuple[int, ...]
 
@@ -171,12 +158,7 @@ def tiles(pixels_BCHW: Tensor, scale: int) -> Tensor:
     enlarged = F.interpolate(
         pixels_BCHW.float(), size=(side * scale, side * scale), mode="bicubic", align_corners=False
     ).to(pixels_BCHW.dtype)
-    return torch.cat(list(_squares(enlarged, side)))
-
-
-def _squares(enlarged: Tensor, side: int) -> Iterator[Tensor]:
-    for row in enlarged.split(side, dim=2):
-        yield from row.split(side, dim=3)
+    return torch.cat([tile for row in enlarged.split(side, dim=2) for tile in row.split(side, dim=3)])
 
 
 def _assembled(tokens_TNE: Tensor, scale: int) -> Tensor:

@@ -139,7 +139,7 @@ def draw_efficiency(measured: Path, out: Path) -> None:
 def keep_maps_page(
     title: str, maps: Sequence[Row], images: Sequence[Image.Image], places: tuple[int, int] | None, page: Path
 ) -> None:
-    """Show what is kept of each image: ``maps`` as :func:`mmpipe.analysis.retention_maps.keep_maps` gives them, ``images`` in
+    """Show what is kept of each image: ``maps`` of :mod:`mmpipe.analysis.retention_maps`, ``images`` in
     the same order, ``places`` as its ``grid`` tells them."""
     shown = [
         {

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from mmpipe.errors import ConfigError
-from mmpipe.models.moe.spec import MoESettings, Part
+from mmpipe.models.moe.spec import ModelPart, MoESettings, with_former_keys
 from mmpipe.registry import source_file
 from mmpipe.settings import validate
 from mmpipe.stages.base import Stage, StageJob
@@ -20,7 +20,7 @@ class Upcycle(Stage):
     ON_GPUS: ClassVar[bool] = False
 
     moe: MoESettings = MoESettings()
-    parts: dict[Part, dict[str, Any]] = Field({"language_model": {}}, min_length=1)
+    parts: dict[ModelPart, dict[str, Any]] = Field({"language_model": {}}, min_length=1)
     """The parts that get experts, each with what differs from ``moe`` there:
     ``{vision_tower: {placement: dense}, multi_modal_projector: {}}``."""
     tolerance: float = 1e-5
@@ -34,14 +34,14 @@ class Upcycle(Stage):
             raise ValueError(str(error)) from None
         return self
 
-    def of_parts(self) -> dict[Part, MoESettings]:
+    def of_parts(self) -> dict[ModelPart, MoESettings]:
         """The settings of each part that gets experts.
 
         A part with a router of its own does not take the ``router_settings`` of ``moe``. Raises ConfigError for settings
         that do not exist or do not go together.
         """
         common = self.moe.model_dump(exclude_unset=True)
-        found: dict[Part, MoESettings] = {}
+        found: dict[ModelPart, MoESettings] = {}
         for part, changes in self.parts.items():
             base = common | ({"router_settings": {}} if "router" in changes else {})
             found[part] = validate(MoESettings, base | changes, f"parts.{part}")
@@ -53,9 +53,17 @@ class Upcycle(Stage):
         parts = self.of_parts()
         own = sorted({its.router for its in parts.values() if ":" in its.router})
         code = {router: hashlib.sha256(source_file(router).read_bytes()).hexdigest() for router in own}
-        added = {part: its.router_options for part, its in parts.items() if its.router_options != its.router_settings}
+        added = {
+            part: with_former_keys(its.router_options)
+            for part, its in parts.items()
+            if its.router_options != its.router_settings
+        }
         further = {"router_code": code, "router_options": added}
-        return super().spec() | {key: value for key, value in further.items() if value}
+        found = super().spec()
+        for changes in found.get("parts", {}).values():
+            if "router_settings" in changes:
+                changes["router_settings"] = with_former_keys(changes["router_settings"])
+        return found | {key: value for key, value in further.items() if value}
 
     def grows_experts(self) -> bool:
         return True

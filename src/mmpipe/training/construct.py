@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmpipe.checkpoints.load import build_model, import_checkpoint
+from mmpipe.checkpoints.load import build_model
 from mmpipe.errors import ConfigError
 from mmpipe.training.publish import publish
 
@@ -26,8 +26,7 @@ def construct_stage(stage: Construct, job: StageJob) -> None:
     if job.parent is not None:
         raise ConfigError(f"{job.recipe}: {job.stage}: a model is constructed before the other stages")
     torch.set_num_threads(job.threads)
-    open_model = import_checkpoint if "checkpoint" in job.backbones else build_model
-    model, processor = open_model(
+    model, processor = build_model(
         job.backbones,
         job.vision_language,
         layouts=job.layouts,

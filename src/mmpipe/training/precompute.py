@@ -35,12 +35,13 @@ from mmpipe.artifacts.files import (
     write_json,
 )
 from mmpipe.artifacts.state import open_state
-from mmpipe.checkpoints.load import open_checkpoint, preprocessor_directory
+from mmpipe.checkpoints.load import preprocessor_directory
 from mmpipe.data.dataset import Collator, PreferenceCollator, PreferenceDataset, SupervisedDataset
 from mmpipe.data.images import image_processor
 from mmpipe.data.preprocessing_match import pixel_settings, require_same_pixels
 from mmpipe.data.tokens import TokenTable, tokenizer_hash
 from mmpipe.errors import ArtifactError
+from mmpipe.inference.open_answerer import open_for_inference
 from mmpipe.losses.preference import response_log_probabilities
 from mmpipe.losses.teacher import draws, most_likely
 from mmpipe.losses.vocabulary import token_rows
@@ -158,10 +159,8 @@ class _Annotator:
     def __init__(self, work: Work, table: TokenTable, device: str, workers: int) -> None:
         settings = work.settings
         self.where, self.settings, self.device, self.workers = work.checkpoint, settings, device, workers
-        model, self.processor, card = open_checkpoint(
-            work.checkpoint, torch.bfloat16 if device == "cuda" else torch.float32
-        )
-        self.model = model.to(device).requires_grad_(False).eval()
+        model, self.processor, card = open_for_inference(work.checkpoint, device)
+        self.model = model
         self.tokenizer = self.processor.tokenizer
         table.require(self.tokenizer, model.config.image_seq_length)
         asked = image_processor(preprocessor_directory(work.checkpoint, card), settings["image_aspect"])

@@ -11,7 +11,7 @@ import torch
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import staged_directory
 from mmpipe.checkpoints import roundtrip
-from mmpipe.checkpoints.dummy_inputs import probe_rows
+from mmpipe.checkpoints.dummy_inputs import dummy_rows
 from mmpipe.checkpoints.save import save_checkpoint
 from mmpipe.models import lora, projector
 from mmpipe.models.moe import hf
@@ -42,7 +42,7 @@ def publish(
     """
     model.eval()
     with staged_directory(job.model_dir) as out:
-        if lora.is_on(model):
+        if lora.has_adapters(model):
             lora.save(model, out / lora.FOLDER, base=str(job.parent or ""))
             lora.merge(model)
         if stage.PUBLISHES == "model":
@@ -69,14 +69,14 @@ def publish(
 def _read_back(model: Any, out: Path) -> None:
     """Let a fresh process read what is not plain: experts with stock classes, predictors with ours."""
     with_experts = bool(moe_layers(model)) and hf.why_not_stock(model) is None
-    sparsified = hooks.of_model(model) is not None
+    sparsified = hooks.get_sparsifier(model) is not None
     if with_experts or sparsified:
         model.to("cpu", torch.float32)
     if with_experts:
-        with hooks.whole(model):
-            expected = roundtrip.reference(model, probe_rows(model))
-        difference = roundtrip.gate(out, expected)
+        with hooks.without_sparsity(model):
+            expected = roundtrip.reference(model, dummy_rows(model))
+        difference = roundtrip.check_roundtrip(out, expected)
         log.info("read back by stock transformers: largest difference of logits %.3g", difference)
     if sparsified:
-        difference = roundtrip.gate(out, roundtrip.reference(model, probe_rows(model)), reader="mmpipe")
+        difference = roundtrip.check_roundtrip(out, roundtrip.reference(model, dummy_rows(model)), reader="mmpipe")
         log.info("read back with its predictors: largest difference of logits %.3g", difference)

@@ -16,10 +16,9 @@ from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, read_jsonl, write_json, write_text
 from mmpipe.artifacts.state import open_state
 from mmpipe.checkpoints.load import build_model, open_checkpoint, preprocessor_directory, projector_base
-from mmpipe.checkpoints.save import some
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.tokens import TokenTable
-from mmpipe.errors import ConfigError, MmpipeError
+from mmpipe.errors import ConfigError, MmpipeError, first_of
 from mmpipe.models import attention, lora
 from mmpipe.models.llava import make_processor
 from mmpipe.models.trainable import select
@@ -130,10 +129,10 @@ def untrained_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
     model, processor = starting_model(stage, job)
     stage.prepare(model, job)
     if stage.lora:
-        lora.put_on(model, stage.lora, stage.seed)
+        lora.add_adapters(model, stage.lora, stage.seed)
     select(model, stage.trains())
     if idle := freeze_idle(model):
-        log.info("not trained, for nothing reads it: %s of the vision tower", some(idle))
+        log.info("not trained, for nothing reads it: %s of the vision tower", first_of(idle))
     return model, processor
 
 

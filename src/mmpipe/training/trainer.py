@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mmpipe.artifacts.files import read_json, sync, write_json
 from mmpipe.errors import ConfigError, MmpipeError
-from mmpipe.models.schedule import tell_progress
+from mmpipe.models.schedule import set_progress
 from mmpipe.models.trainable import learning_rate_groups
 from mmpipe.training import deepspeed, stop
 from mmpipe.training.collapse import CollapseWatch
@@ -121,7 +121,7 @@ class StageTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         world = self.args.world_size
-        tell_progress(self.task.model, self.state.global_step / max(1, self.state.max_steps))
+        set_progress(self.task.model, self.state.global_step / max(1, self.state.max_steps))
         normaliser = Normaliser(num_items_in_batch, self.current_gradient_accumulation_steps * world)
         for fault in inputs["replaced"]:
             log.warning("a record was replaced: %s", fault)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmpipe.checkpoints.dummy_inputs import probe
+from mmpipe.checkpoints.dummy_inputs import dummy_inputs
 from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.errors import ConfigError
 from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
@@ -26,7 +26,7 @@ def upcycle_stage(stage: Upcycle, job: StageJob) -> None:
         raise ConfigError(f"{job.recipe}: {job.stage}: there is no model to up-cycle; put a training stage before it")
     torch.set_num_threads(job.threads)
     model, processor, card = open_checkpoint(job.parent)
-    batch = probe(model)
+    batch = dummy_inputs(model)
     before = logits(model, batch)
     for part, settings in stage.of_parts().items():
         upcycle(model, settings, seed=stage.seed, part=part)

@@ -38,7 +38,7 @@ def variation(counts_N: NDArray[Any]) -> float:
     return float(counts_N.std() / max(counts_N.mean(), 1e-12))
 
 
-def top_set(indices_TK: NDArray[Any], times_T: NDArray[Any]) -> tuple[tuple[int, ...], float]:
+def most_common_expert_set(indices_TK: NDArray[Any], times_T: NDArray[Any]) -> tuple[tuple[int, ...], float]:
     """The ordered choice of k experts that most tokens make, and their share of the tokens; a choice
     that does nothing is -1."""
     sets, of_T = np.unique(indices_TK, axis=0, return_inverse=True)
@@ -58,7 +58,7 @@ class Balance(Family):
         for layer in read_layers(sources[0].path):
             counts = counts_of(layer)
             first = selection_counts(layer.indices_TK[:, :1], layer.done_TK[:, :1], layer.times_T, layer.experts)
-            experts, share = top_set(np.where(layer.done_TK, layer.indices_TK, -1), layer.times_T)
+            experts, share = most_common_expert_set(np.where(layer.done_TK, layer.indices_TK, -1), layer.times_T)
             rows.append(
                 layer.place
                 | {

@@ -40,7 +40,7 @@ class Drift(Family):
         return [str(stage.manifest(out)) for stage in logs.sparse_path(checkpoint)]
 
     def table(self, sources: Sequence[Source]) -> list[Row]:
-        from mmpipe.models.moe.state_dict import router_tensors
+        from mmpipe.models.moe.hf import router_tensors
 
         rows = []
         before: dict[Any, NDArray[Any]] = {}

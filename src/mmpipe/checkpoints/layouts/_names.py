@@ -51,13 +51,14 @@ def split_language(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]
 
 
 def to_stock(name: str) -> str:
-    """
+    """A name of LLaVA's as that of the stock model.
+
     >>> to_stock("model.mm_projector.2.bias")
     'model.multi_modal_projector.linear_2.bias'
     >>> to_stock("model.layers.0.mlp.up_proj.weight")
     'model.language_model.layers.0.mlp.up_proj.weight'
     """
-    return _renamed(name, _TO_STOCK)
+    return renamed(name, _TO_STOCK)
 
 
 def to_llava(name: str) -> str:
@@ -68,10 +69,11 @@ def to_llava(name: str) -> str:
     >>> to_llava("language_model.model.norm.weight")
     'model.norm.weight'
     """
-    return _renamed(name, _FROM_DISK)
+    return renamed(name, _FROM_DISK)
 
 
-def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """``name`` with the first of ``prefixes`` that it begins with replaced."""
     for old, new in prefixes.items():
         if name.startswith(old):
             return new + name.removeprefix(old)

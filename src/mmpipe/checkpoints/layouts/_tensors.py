@@ -14,11 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmpipe.checkpoints.save import some
-from mmpipe.errors import ArtifactError
+from mmpipe.errors import ArtifactError, first_of
 
 STEMS = ("model.safetensors", "pytorch_model.bin")
-"""The names under which a checkpoint's weights lie, in one file or behind ``<stem>.index.json``, the better one first."""
+"""The names of a checkpoint's weights, in one file or behind ``<stem>.index.json``; the first is preferred."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,7 +33,7 @@ def weight_files(directory: Path) -> list[Path]:
             files = [directory / name for name in sorted(set(read_config(index)["weight_map"].values()))]
             lacking = [path.name for path in files if not path.is_file()]
             if lacking:
-                raise ArtifactError(f"{index} names files that are missing: {some(lacking)}; fetch them again")
+                raise ArtifactError(f"{index} names files that are missing: {first_of(lacking)}; fetch them again")
             return files
         if (directory / stem).is_file():
             return [directory / stem]
@@ -63,7 +62,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path}: no readable file of tensors: {reason}") from error
     strange = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if strange:
-        raise ArtifactError(f"{path}: holds more than tensors: {some(strange)}")
+        raise ArtifactError(f"{path}: holds more than tensors: {first_of(strange)}")
     return tensors
 
 
@@ -109,7 +108,7 @@ def assemble(
             if name in parameters and tensor.shape != parameters[name].shape
         ],
     }
-    found = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
+    found = "; ".join(f"{what}: {first_of(names)}" for what, names in problems.items() if names)
     if found:
         raise ArtifactError(f"{source}: the weights do not fit a {type(config).__name__}; {found}")
     load: Any = kind

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import apply_umask
+from mmpipe.artifacts.files import apply_umask, write_json
 from mmpipe.checkpoints.layouts import _names, _tensors, get
 from mmpipe.checkpoints.layouts.base import PackedLanguage
 from mmpipe.errors import ArtifactError, ConfigError
@@ -21,7 +21,7 @@ from mmpipe.models import projector
 from mmpipe.models.llava import IMAGE_TOKEN
 
 _ROWS = ("model.embed_tokens.weight", "lm_head.weight")
-_UNTRAINED = {
+_COMMON = {
     "freeze_mm_mlp_adapter": False,
     "freeze_mm_vision_resampler": False,
     "mm_resampler_type": None,
@@ -32,7 +32,7 @@ _UNTRAINED = {
     "unfreeze_mm_vision_tower": False,
     "use_mm_proj": True,
 }
-"""What LLaVA's configuration says of every model joined in the way of LLaVA-1.5."""
+"""Entries of LLaVA's configuration that are the same for every model joined in the way of LLaVA-1.5."""
 
 
 def write(checkpoint: Path, out: Path, *, language: str | None, tower: str, binary: bool) -> None:
@@ -48,26 +48,29 @@ def write(checkpoint: Path, out: Path, *, language: str | None, tower: str, bina
     config = _tensors.read_config(checkpoint / "config.json")
     text = _stock_text(checkpoint, config)
     rows = getattr(text, "original_vocab_size", text.vocab_size)
-    tensors = _cut(_renamed(_tensors.read_weights(checkpoint)), rows)
+    tensors = {
+        name: tensor[:rows].contiguous() if name in _ROWS else tensor
+        for name, tensor in _renamed(_tensors.read_weights(checkpoint)).items()
+    }
     text.vocab_size = rows
     layout = _packed(language) if language else None
     written = layout.written(text) if layout else _plain(text)
     if layout:
         spoken, others = _names.split_language(tensors)
         tensors = layout.from_stock(spoken, text) | others
-    facts = card["checkpoint"]
+    drops_class_token = config.get("vision_feature_select_strategy", "default") == "default"
     written |= {
         "model_type": f"llava_{layout or text.model_type}",
         "torch_dtype": str(_tensors.common_dtype(tensors.values())).removeprefix("torch."),
-        **_UNTRAINED,
-        "image_aspect_ratio": facts["image_aspect"],
+        **_COMMON,
+        "image_aspect_ratio": card["checkpoint"]["image_aspect"],
         "mm_hidden_size": config["vision_config"]["hidden_size"],
         "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_feature": _feature(config),
+        "mm_vision_select_feature": "patch" if drops_class_token else "cls_patch",
         "mm_vision_select_layer": config.get("vision_feature_layer", -2),
         "mm_vision_tower": tower,
     }
-    _write_json(out / "config.json", written)
+    write_json(out / "config.json", written)
     _write_tokenizer(checkpoint, out, keeps_image_token=config["image_token_index"] < rows)
     _save(tensors, out / ("pytorch_model.bin" if binary else "model.safetensors"), binary=binary)
 
@@ -105,23 +108,13 @@ def _plain(text: Any) -> dict[str, Any]:
     return config
 
 
-def _feature(config: Mapping[str, Any]) -> str:
-    strategy = config.get("vision_feature_select_strategy", "default")
-    return "patch" if strategy == "default" else "cls_patch"
-
-
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_names.to_llava(name): tensor for name, tensor in tensors.items()}
 
 
-def _cut(tensors: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Without the vocabulary's rows from ``rows`` on."""
-    return {name: tensor[:rows].contiguous() if name in _ROWS else tensor for name, tensor in tensors.items()}
-
-
 def _write_tokenizer(checkpoint: Path, out: Path, *, keeps_image_token: bool) -> None:
-    """Copy the tokenizer. LLaVA cuts prompts at ``<image>`` itself; a token without a row in its vocabulary would make it
-    resize the embeddings."""
+    """Copy the tokenizer. LLaVA cuts prompts at ``<image>`` itself; a token without a row in its vocabulary would make
+    it resize the embeddings."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         source = checkpoint / name
         if not source.is_file():
@@ -129,23 +122,20 @@ def _write_tokenizer(checkpoint: Path, out: Path, *, keeps_image_token: bool) ->
         if keeps_image_token:
             shutil.copyfile(source, out / name)
             continue
-        _write_json(out / name, _without(json.loads(source.read_text(encoding="utf-8")), IMAGE_TOKEN))
+        write_json(out / name, _without(json.loads(source.read_text(encoding="utf-8")), IMAGE_TOKEN))
     if not (out / "tokenizer.json").is_file():
         raise ArtifactError(f"{checkpoint}: tokenizer.json is missing")
 
 
 def _without(value: Any, token: str) -> Any:
     """A tokenizer's description without an added token."""
+
+    def stays(item: Any) -> bool:
+        return item != token and not (isinstance(item, dict) and item.get("content") == token)
+
     if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if not _is(item, token)}
-        return {key: _without(item, token) for key, item in kept.items()}
-    if isinstance(value, list):
-        return [_without(item, token) for item in value if not _is(item, token)]
-    return value
-
-
-def _is(item: Any, token: str) -> bool:
-    return item == token or (isinstance(item, dict) and item.get("content") == token)
+        return {key: _without(item, token) for key, item in value.items() if stays(item)}
+    return [_without(item, token) for item in value if stays(item)] if isinstance(value, list) else value
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, *, binary: bool) -> None:
@@ -155,7 +145,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path, *, binary: bool) -> None:
     else:
         save_file(ordered, path, metadata={"format": "pt"})
     apply_umask(path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What every layout can be asked."""
+"""The interface of a layout."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mmpipe.checkpoints.layouts import _tensors
 from mmpipe.errors import ArtifactError, ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class Part:
+class BackboneFiles:
     """A directory of files and the layout they are in."""
 
     directory: Path
@@ -28,7 +34,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Whole:
+class ImportedModel:
     """A whole vision-language model as it was found."""
 
     model: LlavaForConditionalGeneration
@@ -58,14 +64,12 @@ class Layout:
 
         Raises ArtifactError when it cannot be read.
         """
-        from transformers import AutoTokenizer
-
         try:
             return AutoTokenizer.from_pretrained(directory)
         except (ImportError, OSError, ValueError) as error:
             raise unreadable_tokenizer(directory, error) from error
 
-    def whole(self, directory: Path, parts: Mapping[str, Part]) -> Whole:
+    def whole(self, directory: Path, parts: Mapping[str, BackboneFiles]) -> ImportedModel:
         """The whole model. ``parts`` are the backbones named beside it (``vision``, ``language``).
 
         Raises ArtifactError naming tensors that are missing, left over or misshapen.
@@ -77,8 +81,8 @@ class Layout:
     def write(self, checkpoint: Path, out: Path, *, language: str | None, tower: str, binary: bool) -> None:
         """Write a published checkpoint into the empty directory ``out`` in this layout, bit by bit the same.
 
-        ``language`` is the layout of the language model inside, where that is packed; ``tower`` is what the configuration
-        calls the vision tower; ``binary`` writes ``pytorch_model.bin`` instead of safetensors.
+        ``language`` is the layout of the language model inside, where that is packed; ``tower`` is what the
+        configuration calls the vision tower; ``binary`` writes ``pytorch_model.bin`` instead of safetensors.
         """
         raise ConfigError(f"nothing is written in the layout '{self}'")
 
@@ -87,12 +91,9 @@ class Layout:
 
 
 def unreadable_tokenizer(directory: Path, error: Exception) -> ArtifactError:
-    """What to say of a tokenizer that ``error`` kept from being read; transformers' own words can mislead."""
-    lacking = [
-        package
-        for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
-        if not _is_installed(module)
-    ]
+    """The error for a tokenizer that ``error`` kept from being read; transformers' own message can mislead."""
+    modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    lacking = [package for package, module in modules.items() if not _is_installed(module)]
     if lacking and (directory / "tokenizer.model").is_file():
         return ArtifactError(
             f"{directory}: reading its tokenizer.model takes {' and '.join(lacking)}: pip install {' '.join(lacking)}"
@@ -129,10 +130,6 @@ class PackedLanguage(Layout):
         raise NotImplementedError
 
     def language(self, directory: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
-
-        from mmpipe.checkpoints.layouts import _tensors
-
         written = _tensors.read_config(directory / "config.json")
         kind = str(written.get("model_type"))
         if kind not in self.MODEL_TYPES:

@@ -1,6 +1,6 @@
 """LibMoE's checkpoints: a model that sees several scales, dense or with experts in tower and projector.
 
-What Fsoft-AIC/LibMoE 1.1 and 2.0 write (``moe_model/train/train.py``), told apart by the files:
+What Fsoft-AIC/LibMoE 1.1 and 2.0 write (``moe_model/train/train.py``), distinguished by the files:
 
 * ``pretrain/``: ``config.json`` and ``mm_projector.bin``; the recipe names the language model beside it;
 * ``pft/``: language model, ``clip.bin`` (the tower, names begin with ``vision_model.``) and ``mm_projector.bin``;
@@ -8,8 +8,8 @@ What Fsoft-AIC/LibMoE 1.1 and 2.0 write (``moe_model/train/train.py``), told apa
   ``model.mm_projector.moelayer.experts.0.{0,2}.weight`` in the projector, routers ``...moelayer.gate.weight`` and more.
 
 The tower's configuration is that of the backbone the recipe names as ``model.vision``. Its idle end (the last block, of
-which LibMoE trains experts that nothing reads) is left behind, by name in the log. Routers are brought in in the form
-that computes what the published code did.
+which LibMoE trains experts that nothing reads) is left behind, by name in the log. Routers are
+imported in the variant that computes what the published code did.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from mmpipe.checkpoints.layouts import _names, _tensors
-from mmpipe.checkpoints.layouts.base import Layout, Part, Whole
+from mmpipe.checkpoints.layouts.base import BackboneFiles, ImportedModel, Layout
 from mmpipe.checkpoints.layouts.llava import CONFIG, PROJECTOR_FILE, checkpoint_tokenizer, named_tower, text_config
-from mmpipe.checkpoints.save import some
-from mmpipe.errors import ArtifactError, ConfigError, did_you_mean
+from mmpipe.errors import ArtifactError, ConfigError, did_you_mean, first_of
+from mmpipe.models.llava import IMAGE_TOKEN, joined_config, with_image_token
+from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
 from mmpipe.models.moe.spec import MoESettings
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ _EXPERT = re.compile(r"experts\.(\d+)\.(?:fc([12])|([02]))\.(weight|bias)")
 
 @dataclass(frozen=True)
 class _Router:
-    """A router of theirs: ours of the same function, and what its tensors are called (theirs -> ours)."""
+    """A router of LibMoE: our equivalent, and the names of its tensors (theirs -> ours)."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -58,31 +59,21 @@ class _Router:
     """Tensors that are written and never read."""
 
 
-_REFERENCE = {"form": "reference"}
+_REFERENCE = {"compat": "reference"}
 _BIASED = {"gate.weight": "weight", "gate.bias": "bias"}
+_HYPER = {"hyper_embedding": "embedding"} | {
+    f"hypernet.{number}.{kind}": f"{ours}_{kind}"
+    for number, ours in ((0, "inner"), (2, "outer"))
+    for kind in ("weight", "bias")
+}
+_SPHERE = {"expert_embeddings": "embeddings", "inp_reduction.weight": "reduction"}
 _ROUTERS = {
     "smoe": _Router("topk"),
     "smoe_cosinegating": _Router("cosine", _REFERENCE, _BIASED),
     "smoe_perturbed": _Router("perturbed_cosine", _REFERENCE, _BIASED),
     "smoe_sigmoidgating": _Router("sigmoid"),
-    "hyperrouter": _Router(
-        "hyper",
-        _REFERENCE,
-        {
-            "hyper_embedding": "embedding",
-            "hypernet.0.weight": "inner_weight",
-            "hypernet.0.bias": "inner_bias",
-            "hypernet.2.weight": "outer_weight",
-            "hypernet.2.bias": "outer_bias",
-        },
-        unused=("gate.weight", "gate.bias"),
-    ),
-    "xmoe": _Router(
-        "xmoe",
-        _REFERENCE,
-        {"expert_embeddings": "embeddings", "inp_reduction.weight": "reduction"},
-        unused=("gate.weight",),
-    ),
+    "hyperrouter": _Router("hyper", _REFERENCE, _HYPER, unused=("gate.weight", "gate.bias")),
+    "xmoe": _Router("xmoe", _REFERENCE, _SPHERE, unused=("gate.weight",)),
     "smoe_share": _Router("shared"),
     "smoe_sharev3": _Router("shared", {"scores": "sigmoid"}),
     "smoe_tcmoe": _Router("tcmoe", _REFERENCE),
@@ -93,10 +84,7 @@ _ROUTERS = {
 class LibMoE(Layout):
     """Fsoft-AIC/LibMoE, vision-language part: pretrain, pft and sft folders."""
 
-    def whole(self, directory: Path, parts: Mapping[str, Part]) -> Whole:
-        from mmpipe.models.llava import IMAGE_TOKEN, joined_config, with_image_token
-        from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
-
+    def whole(self, directory: Path, parts: Mapping[str, BackboneFiles]) -> ImportedModel:
         written = _tensors.read_config(directory / CONFIG)
         kind = str(written.get("model_type"))
         text, _ = text_config(directory, written | {"model_type": _FAMILIES.get(kind, kind)})
@@ -121,10 +109,10 @@ class LibMoE(Layout):
             config.mmpipe["moe"] = {part: settings.model_dump(mode="json") for part, (settings, _) in found.items()}
         tensors = _without_idle_end(tensors, tower.config.num_hidden_layers - 1)
         model = _tensors.assemble(SparseLlava, config, tensors, directory, "auto")
-        return Whole(model, tokenizer, parts["vision"].directory)
+        return ImportedModel(model, tokenizer, parts["vision"].directory)
 
 
-def _theirs(directory: Path, parts: Mapping[str, Part]) -> dict[str, Tensor]:
+def _theirs(directory: Path, parts: Mapping[str, BackboneFiles]) -> dict[str, Tensor]:
     """All tensors, by our names but for those of experts and routers."""
     tensors: dict[str, Tensor] = {}
     for name in (TOWER_FILE, PROJECTOR_FILE):
@@ -137,7 +125,9 @@ def _theirs(directory: Path, parts: Mapping[str, Part]) -> dict[str, Tensor]:
             f"{directory}: no LibMoE checkpoint; expected {' or '.join(_tensors.STEMS)} (whole or in shards), or "
             f"{PROJECTOR_FILE}"
         )
-    renamed = {_renamed(name): tensor for name, tensor in tensors.items() if not _names.is_buffer(name)}
+    renamed = {
+        _names.renamed(name, _PREFIXES): tensor for name, tensor in tensors.items() if not _names.is_buffer(name)
+    }
     if not any(name.startswith(_names.LANGUAGE) for name in renamed):
         if "language" not in parts:
             raise ConfigError(f"{directory} holds no language model; name it under model.language")
@@ -145,13 +135,6 @@ def _theirs(directory: Path, parts: Mapping[str, Part]) -> dict[str, Tensor]:
         language = base.layout.language(base.directory, "auto")
         renamed |= {_names.to_stock(name): tensor for name, tensor in language.state_dict().items()}
     return renamed
-
-
-def _renamed(name: str) -> str:
-    for theirs, ours in _PREFIXES.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
 
 
 def _scales(directory: Path, written: Mapping[str, Any]) -> list[int]:
@@ -238,30 +221,23 @@ def _ours(
         else:
             kept[name] = tensor
     number = max(settings.experts for settings, _ in found.values())
-    lacking = [
-        f"{name}[{index}]"
-        for name, of_experts in experts.items()
-        for index in sorted(set(range(number)) - of_experts.keys())
-    ]
+    lacking = [f"{name}[{i}]" for name, those in experts.items() for i in range(number) if i not in those]
     if lacking:
-        raise ArtifactError(f"{directory}: tensors of experts are missing: {some(lacking)}")
+        raise ArtifactError(f"{directory}: tensors of experts are missing: {first_of(lacking)}")
     if unused:
-        log.info("left behind, for nothing reads it: %s", some(unused))
-    fused_tensors = {
-        name: torch.stack([of_experts[index] for index in range(number)]) for name, of_experts in experts.items()
-    }
-    return kept | fused_tensors
+        log.info("left behind, for nothing reads it: %s", first_of(unused))
+    return kept | {name: torch.stack([those[i] for i in range(number)]) for name, those in experts.items()}
 
 
 def _without_idle_end(tensors: Mapping[str, Tensor], used: int) -> dict[str, Tensor]:
-    """Without what stands behind the block whose output is projected."""
+    """Without the modules behind the block whose output is projected."""
     block = re.compile(rf"{re.escape(_names.TOWER)}encoder\.layers\.(\d+)\.")
     behind = (f"{_names.TOWER}post_layernorm.", f"{_names.TOWER}head.")
     idle = [
         name for name in tensors if name.startswith(behind) or ((found := block.match(name)) and int(found[1]) >= used)
     ]
     if idle:
-        log.info("left behind, for nothing reads it: %s", some(idle))
+        log.info("left behind, for nothing reads it: %s", first_of(idle))
     return {name: tensor for name, tensor in tensors.items() if name not in set(idle)}
 
 

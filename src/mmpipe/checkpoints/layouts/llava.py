@@ -1,6 +1,6 @@
 """The original LLaVA and those that follow it: whole models, adapters, and projectors alone.
 
-What a directory holds is told by its files, never by its name (haotian-liu/LLaVA, ``llava/model/builder.py``):
+The content of a directory follows from its files, never from its name (haotian-liu/LLaVA, ``llava/model/builder.py``):
 
 * ``pytorch_model*.bin`` or ``model*.safetensors``: a whole model, with or without the vision tower's tensors;
 * ``adapter_config.json``, ``adapter_model.*``, ``non_lora_trainables.bin``: a LoRA adapter and the trained projector;
@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from mmpipe.checkpoints.layouts import _names, _tensors, packed_language
-from mmpipe.checkpoints.layouts.base import Layout, PackedLanguage, Part, Whole
-from mmpipe.checkpoints.save import some
-from mmpipe.errors import ArtifactError, ConfigError
+from mmpipe.checkpoints.layouts.base import BackboneFiles, ImportedModel, Layout, PackedLanguage
+from mmpipe.errors import ArtifactError, ConfigError, first_of
+from mmpipe.models import lora
+from mmpipe.models.llava import IMAGE_TOKEN, joined_config, vision_tower, with_image_token
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +37,7 @@ _FAMILIES = {"llava": "llama", "llava_qwen": "qwen2", "llava_qwen1_5": "qwen2"}
 class Llava(Layout):
     """haotian-liu/LLaVA 1.x, MoE-LLaVA and LLaVA-MoD without experts, LLaVA-MOSS2."""
 
-    def whole(self, directory: Path, parts: Mapping[str, Part]) -> Whole:
-        from transformers import LlavaForConditionalGeneration
-
-        from mmpipe.models.llava import IMAGE_TOKEN, joined_config, with_image_token
-
+    def whole(self, directory: Path, parts: Mapping[str, BackboneFiles]) -> ImportedModel:
         written = _tensors.read_config(directory / CONFIG)
         text, packed = text_config(directory, written)
         tower = named_tower(directory, written, parts)
@@ -57,7 +55,7 @@ class Llava(Layout):
             feature_select=_feature_select(directory, written),
         )
         model = _tensors.assemble(LlavaForConditionalGeneration, config, tensors, directory, "auto")
-        return Whole(model, tokenizer, parts["vision"].directory, written.get("image_aspect_ratio"))
+        return ImportedModel(model, tokenizer, parts["vision"].directory, written.get("image_aspect_ratio"))
 
     def write(self, checkpoint: Path, out: Path, *, language: str | None, tower: str, binary: bool) -> None:
         from mmpipe.checkpoints.layouts._write_llava import write
@@ -65,7 +63,7 @@ class Llava(Layout):
         write(checkpoint, out, language=language, tower=tower, binary=binary)
 
     def tensors(
-        self, directory: Path, parts: Mapping[str, Part], text: Any, packed: PackedLanguage | None
+        self, directory: Path, parts: Mapping[str, BackboneFiles], text: Any, packed: PackedLanguage | None
     ) -> dict[str, Tensor]:
         """Language model and projector under the stock names, and the tower where the directory holds it."""
         if _tensors.weight_files(directory):
@@ -78,9 +76,10 @@ class Llava(Layout):
                 f"{ADAPTER_CONFIG} with {REST}, or {PROJECTOR_FILE}"
             )
         if "language" not in parts:
+            named = _tensors.read_config(directory / ADAPTER_CONFIG).get("base_model_name_or_path") if adapted else None
             raise ConfigError(
                 f"{directory} holds {'an adapter' if adapted else 'a projector'}, not a whole model; name its base "
-                f"under model.language{_named_base(directory)}"
+                "under model.language" + (f" (it was trained on {named})" if named else "")
             )
         tensors = self._base(parts["language"], text)
         if adapted:
@@ -88,8 +87,8 @@ class Llava(Layout):
         named = {name.removeprefix("base_model.model."): value for name, value in _tensors.read_file(rest).items()}
         return tensors | _stock_names(named, text, packed)
 
-    def _base(self, base: Part, text: Any) -> dict[str, Tensor]:
-        """What an adapter or a projector stands on: a language model, or a whole LLaVA in this layout."""
+    def _base(self, base: BackboneFiles, text: Any) -> dict[str, Tensor]:
+        """The base of an adapter or a projector: a language model, or a whole LLaVA in this layout."""
         if isinstance(base.layout, Llava):
             written = _tensors.read_config(base.directory / CONFIG)
             return base.layout.tensors(base.directory, {}, *text_config(base.directory, written))
@@ -141,10 +140,6 @@ def _merged(directory: Path, tensors: Mapping[str, Tensor], text: Any) -> dict[s
 
     Raises ArtifactError when adapter and base do not belong together.
     """
-    from transformers import AutoModelForCausalLM
-
-    from mmpipe.models import lora
-
     body = {
         name.replace(_names.LANGUAGE, "model."): tensor
         for name, tensor in tensors.items()
@@ -159,17 +154,15 @@ def _merged(directory: Path, tensors: Mapping[str, Tensor], text: Any) -> dict[s
     return dict(tensors) | {_names.to_stock(name): tensor for name, tensor in merged.state_dict().items()}
 
 
-def named_tower(directory: Path, written: Mapping[str, Any], parts: Mapping[str, Part]) -> Any:
+def named_tower(directory: Path, written: Mapping[str, Any], parts: Mapping[str, BackboneFiles]) -> Any:
     """The vision tower that a recipe names beside a checkpoint; ConfigError when it names none."""
-    from mmpipe.models.llava import vision_tower
-
     if "vision" not in parts:
         named = written.get("mm_vision_tower") or written.get("mm_image_tower")
         raise ConfigError(f"{directory}: its tower '{named}' lies elsewhere; name an entry for it under model.vision")
     return vision_tower(parts["vision"].directory, "auto")
 
 
-def checkpoint_tokenizer(directory: Path, parts: Mapping[str, Part], packed: PackedLanguage | None) -> Any:
+def checkpoint_tokenizer(directory: Path, parts: Mapping[str, BackboneFiles], packed: PackedLanguage | None) -> Any:
     """The tokenizer beside the checkpoint, else that of its base."""
     here = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     if here or "language" not in parts:
@@ -178,20 +171,14 @@ def checkpoint_tokenizer(directory: Path, parts: Mapping[str, Part], packed: Pac
 
 
 def _feature_select(directory: Path, written: Mapping[str, Any]) -> Any:
-    """LLaVA's word for the kept features as ours. Wrapped images are refused: their marks are in no template."""
+    """Our value of LLaVA's ``mm_vision_select_feature``. Wrapped images are refused: no template has their marks."""
     if written.get("mm_use_im_start_end"):
         raise ConfigError(f"{directory}/{CONFIG}: mm_use_im_start_end is true; no template writes these marks")
     words = {"patch": "patch", "cls_patch": "full"}
     feature = str(written.get("mm_vision_select_feature", "patch"))
     if feature not in words:
-        raise ArtifactError(f"{directory}/{CONFIG}: mm_vision_select_feature is '{feature}'; known: {some(words)}")
+        raise ArtifactError(f"{directory}/{CONFIG}: mm_vision_select_feature is '{feature}'; known: {first_of(words)}")
     return words[feature]
-
-
-def _named_base(directory: Path) -> str:
-    path = directory / ADAPTER_CONFIG
-    named = _tensors.read_config(path).get("base_model_name_or_path") if path.is_file() else None
-    return f" (it was trained on {named})" if named else ""
 
 
 LAYOUT = Llava()

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
 from mmpipe.checkpoints.layouts.base import PackedLanguage, unreadable_tokenizer
 from mmpipe.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 _NAMES = {
     "model.tok_embeddings.": "model.embed_tokens.",
@@ -29,20 +28,9 @@ _NAMES = {
 }
 _PACKED = ".attention.wqkv."
 _COPIED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "hidden_act",
-    "initializer_range",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings rms_norm_eps hidden_act initializer_range tie_word_embeddings bos_token_id eos_token_id "
+    "pad_token_id"
 )
 
 
@@ -52,15 +40,13 @@ class Moss2(PackedLanguage):
     MODEL_TYPES = ("Moss2", "moss2", "llava_moss2")
 
     def config(self, written: Mapping[str, Any]) -> LlamaConfig:
-        """Llama's configuration of the same function. Takes the old ``rope_scaling`` and the new ``rope_parameters``."""
-        from transformers import LlamaConfig
-
+        """The equivalent configuration of Llama. Takes the old ``rope_scaling`` and the new ``rope_parameters``."""
         scaling = written.get("rope_parameters") or written.get("rope_scaling") or {}
         rope = {key: value for key, value in scaling.items() if key not in ("type", "rope_type")}
         rope["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
         rope.setdefault("rope_theta", written.get("rope_theta", 10000))
         return LlamaConfig(
-            **{key: written[key] for key in _COPIED if key in written},
+            **{key: written[key] for key in _COPIED.split() if key in written},
             attention_bias=bool(written.get("bias", False)),
             rope_parameters=rope,
             architectures=["LlamaForCausalLM"],
@@ -71,7 +57,7 @@ class Moss2(PackedLanguage):
         kind = rope.pop("rope_type", "default")
         theta = rope.pop("rope_theta")
         return {
-            **{key: getattr(config, key) for key in _COPIED},
+            **{key: getattr(config, key) for key in _COPIED.split()},
             "architectures": ["Moss2ForCausalLM"],
             "attn_implementation": "eager",
             "bias": config.attention_bias,
@@ -84,11 +70,11 @@ class Moss2(PackedLanguage):
         named: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             before, packed, after = name.partition(_PACKED)
-            if packed:
-                for part, piece in zip("qkv", _unpack(name, tensor, config), strict=True):
-                    named[f"{before}.self_attn.{part}_proj.{after}"] = piece
-            else:
+            if not packed:
                 named[_renamed(name, _NAMES)] = tensor
+                continue
+            pieces = zip("qkv", _unpack(name, tensor, config), strict=True)
+            named |= {f"{before}.self_attn.{part}_proj.{after}": piece for part, piece in pieces}
         return named
 
     def from_stock(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -105,8 +91,6 @@ class Moss2(PackedLanguage):
 
     def tokenizer(self, directory: Path) -> PreTrainedTokenizerBase:
         """The tokenizer of ``tokenizer.model``, a sentencepiece model used as Llama uses its own."""
-        from transformers import LlamaTokenizer
-
         try:
             return LlamaTokenizer.from_pretrained(directory, add_bos_token=True, pad_token="</s>")
         except (ImportError, OSError, ValueError) as error:
@@ -123,7 +107,8 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 def _unpack(name: str, packed: Tensor, config: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Split rows ``[for each key-value head: its query heads, key, value]`` into three matrices (or biases)."""
-    kv, groups, rest = config.num_key_value_heads, _groups(config), packed.shape[1:]
+    kv, rest = config.num_key_value_heads, packed.shape[1:]
+    groups = config.num_attention_heads // kv
     if packed.shape[0] % (kv * (groups + 2)):
         raise ArtifactError(
             f"{name}: {packed.shape[0]} rows cannot hold {groups} queries, a key and a value for each of {kv} heads"
@@ -135,17 +120,10 @@ def _unpack(name: str, packed: Tensor, config: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def _pack(parts: list[Tensor], config: Any) -> Tensor:
-    """The way back."""
-    import torch
-
+    """The inverse of :func:`_unpack`."""
     kv, rest = config.num_key_value_heads, parts[0].shape[1:]
     size = parts[1].shape[0] // kv
     return torch.cat([part.view(kv, -1, size, *rest) for part in parts], dim=1).reshape(-1, *rest)
-
-
-def _groups(config: Any) -> int:
-    groups: int = config.num_attention_heads // config.num_key_value_heads
-    return groups
 
 
 LAYOUT = Moss2()

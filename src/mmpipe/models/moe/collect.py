@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpipe.losses.collapse import top_set_share
-from mmpipe.models.moe.context import Report, latest
+from mmpipe.models.moe.context import LayerReport, latest
 from mmpipe.models.moe.layer import MoELayer
 
 _COUNTS = ("load", "tokens", "dropped")
@@ -22,14 +22,12 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 
 
 def collect_losses(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """Router losses of the last forward pass: ``(total, by name)``, weighed by their coefficients, summed or
-    averaged over the layers of a part as its settings say, averaged over scales.
+    """Router losses of the last forward pass: ``(total, by name)``, weighed by their coefficients, summed or averaged
+    over the layers of a part (``layer_losses``), averaged over scales; zero for a dense model. Losses by name are
+    detached.
 
-    The parts by name are detached. Call it after each forward pass that is trained on. Zero for a dense
-    model.
-
-    Raises RuntimeError when the losses have no gradient although their routers train: reentrant gradient
-    checkpointing loses it (``use_reentrant=False`` keeps it).
+    Raises RuntimeError when the losses have no gradient although their routers train: reentrant gradient checkpointing
+    loses it (``use_reentrant=False`` keeps it).
     """
     parts: dict[str, list[Tensor]] = {}
     layers = moe_layers(model)
@@ -38,9 +36,9 @@ def collect_losses(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         layer = layers[layer_name]
         mean = layer.settings.layer_losses == "mean"
         share = 1 / len(reports) / (in_part[part_of(layer_name)] if mean else 1)
-        for name, loss in ((name, loss) for report in reports for name, loss in report.losses.items()):
+        trains = any(p.requires_grad for p in layer.router.parameters())
+        for name, loss in (item for report in reports for item in report.losses.items()):
             parts.setdefault(name, []).append(loss * share if share != 1 else loss)
-            trains = any(p.requires_grad for p in layer.router.parameters())
             if torch.is_grad_enabled() and layer.training and trains and not loss.requires_grad:
                 raise RuntimeError(
                     "the router losses have no gradient; with gradient checkpointing, set "
@@ -55,15 +53,14 @@ def collect_losses(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 def collect_statistics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Measurements of the last forward pass by the layer's name.
 
-    ``load`` ``[N]`` (choices each expert carried out), ``tokens``, ``dropped`` (choices), and what the router
-    reports: usually ``entropy`` and ``margin``. Counts are summed over scales, the rest is averaged over their
-    tokens.
+    ``load`` ``[N]`` (choices each expert carried out), ``tokens``, ``dropped`` (choices), and what the router reports:
+    usually ``entropy`` and ``margin``. Counts are summed over scales, the rest is averaged over their tokens.
     """
     return {name: _together([report.statistics for report in reports]) for name, reports in _reports(model).items()}
 
 
 def part_of(layer: str) -> str:
-    """The part of the model that a layer stands in, by the layer's name."""
+    """The part of the model that a layer belongs to, by the layer's name."""
     return layer.partition(".")[0]
 
 
@@ -77,7 +74,7 @@ def collect_collapse(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _reports(model: nn.Module) -> dict[str, list[Report]]:
+def _reports(model: nn.Module) -> dict[str, list[LayerReport]]:
     """The reports of each layer by its name, one for every pass of the last call."""
     passes = latest(model)
     found = {

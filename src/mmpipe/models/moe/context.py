@@ -1,10 +1,8 @@
 """What the MoE layers of one forward pass share: which tokens count, and what each layer reports.
 
-A layer sees hidden states only. The text model's attention mask reaches it, and its losses come back, through
-a :class:`ForwardPass` made for every call of the text model. It travels as a keyword argument to each decoder
-layer, into that layer's attention, where the MoE layer takes it; so it is also there, and the same, when
-gradient checkpointing computes the layer again during the backward pass, even if other forward passes came in
-between. The second computation finds its report already made and leaves it alone.
+A layer sees hidden states only. The text model's attention mask reaches it, and its losses come back, through a
+:class:`ForwardPass` made for every call of the text model (see :mod:`mmpipe.models.forward_context`). A layer that
+gradient checkpointing computes again finds its report already made and leaves it alone.
 """
 
 from __future__ import annotations
@@ -18,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmpipe.models.forward_context import Args, HookResult, Kwargs, hand_over, input_of
+
 KEYWORD = "moe_forward_pass"
 _COUNTS: ContextVar[bool] = ContextVar("images_count", default=True)
 
 
 @dataclass(frozen=True)
-class Report:
-    """What one layer says about one forward pass."""
+class LayerReport:
+    """Losses and measurements of one layer in one forward pass."""
 
     losses: dict[str, Tensor]
     """Scalars, weighed: their sum is the layer's share of the total loss."""
     statistics: dict[str, Tensor]
-    """Detached: ``load`` ``[N]`` (choices an expert took), ``tokens``, ``dropped`` (choices), and the
-    router's own."""
+    """Detached: ``load`` ``[N]`` (choices an expert took), ``tokens``, ``dropped`` (choices), and the router's own."""
     indices_TK: Tensor
     """The choices; N stands for one that does nothing."""
 
@@ -38,13 +37,13 @@ class Report:
 class ForwardPass:
     """Shared by the MoE layers of one call of a model.
 
-    ``rows_T`` are the indices of the tokens that count in the batch flattened to B*L, None when all do;
-    ``reports`` are by the ``id`` of the layer.
+    ``rows_T`` are the indices of the tokens that count in the batch flattened to B*L, None when all do; ``reports`` are
+    by the ``id`` of the layer.
     """
 
     def __init__(self, rows_T: Tensor | None = None) -> None:
         self.rows_T = rows_T
-        self.reports: dict[int, Report] = {}
+        self.reports: dict[int, LayerReport] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardPass:
         """A copied model has made no pass yet (and graphs cannot be copied)."""
@@ -52,8 +51,7 @@ class ForwardPass:
 
     @classmethod
     def of_mask(cls, mask: Any, length: int) -> ForwardPass:
-        """From an attention mask ``[B, at least length]`` of ones and zeros; its last columns are the current
-        tokens.
+        """From an attention mask ``[B, at least length]`` of ones and zeros; its last columns are the current tokens.
 
         Without such a mask (none, or one already prepared for attention) every token counts.
         """
@@ -63,7 +61,7 @@ class ForwardPass:
         return cls() if bool(real_T.all()) else cls(real_T.nonzero().squeeze(1))
 
     def narrowed(self, real_BM: Tensor) -> ForwardPass:
-        """The same pass where only some tokens are left; ``real_BM`` tells which of them count."""
+        """The same pass where only some tokens are left, of which ``real_BM`` count."""
         left = ForwardPass.of_mask(real_BM, real_BM.shape[1])
         left.reports = self.reports
         return left
@@ -74,24 +72,28 @@ class TakesForwardPass(nn.Module):
 
     forward_pass: ForwardPass | None = None
 
-    def take_forward_pass(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
-        """Pre-hook of the attention of the same decoder layer, which runs before this module."""
-        self.forward_pass = kwargs.pop(KEYWORD, None)
+    def take(self, attention: nn.Module, current: ForwardPass | None, args: Args, kwargs: Kwargs) -> HookResult:
+        """Receiver at the attention of the same decoder layer, which runs before this module."""
+        self.forward_pass = current
         return args, kwargs
 
 
-HookResult = tuple[tuple[Any, ...], dict[str, Any]]
+def connect(root: Any, is_text_model: bool) -> None:
+    """Give the modules of a part that take a forward pass a fresh one in every call of the part."""
+    if not is_text_model:
+        root.register_forward_pre_hook(_begin_unmasked)
+        return
+    receivers = ((layer.self_attn, getattr(layer.mlp, "take", None)) for layer in root.layers)
+    hand_over(root, KEYWORD, _begin, receivers)
 
 
-def begin(text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
-    """Pre-hook of a text model: open a forward pass and hand it to the layers."""
-    tokens = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if isinstance(x, Tensor))
-    current = ForwardPass.of_mask(kwargs.get("attention_mask"), tokens.shape[1])
+def _begin(text_model: nn.Module, args: Args, kwargs: Kwargs) -> HookResult:
+    current = ForwardPass.of_mask(kwargs.get("attention_mask"), input_of(args, kwargs).shape[1])
     text_model.moe_forward_passes = [current]  # type: ignore[assignment]
     return args, kwargs | {KEYWORD: current}
 
 
-def begin_unmasked(root: nn.Module, args: tuple[Any, ...]) -> None:
+def _begin_unmasked(root: nn.Module, args: Args) -> None:
     """Pre-hook of a part without padding (tower, projector): one forward pass for all of its layers."""
     root.moe_forward_passes = []  # type: ignore[assignment]
     next_pass(root)
@@ -110,18 +112,12 @@ def next_pass(root: nn.Module) -> None:
 
 @contextmanager
 def nothing_counts() -> Iterator[None]:
-    """What tower and projector see meanwhile is not routed and enters no loss: an image that stands in for
-    none."""
+    """Keep the inputs of tower and projector out of routing and losses: an image that stands in for none."""
     token = _COUNTS.set(False)
     try:
         yield
     finally:
         _COUNTS.reset(token)
-
-
-def discard(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
-    """Pre-hook of the attention in a dense layer: the forward pass goes no further."""
-    return args, {key: value for key, value in kwargs.items() if key != KEYWORD}
 
 
 def latest(model: nn.Module) -> list[ForwardPass]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,20 +77,25 @@ class MLPExperts(nn.Module):
         return loop(self, hidden_TD, indices_TK, weights_TK)
 
 
-def _network(experts: SwiGLUExperts | MLPExperts, i: int, x: Tensor) -> Tensor:
+def _network(experts: SwiGLUExperts | MLPExperts, x: Tensor, linear: Callable[[Tensor, str], Tensor]) -> Tensor:
+    """The network of the experts, whose layers ``linear(x, name)`` computes."""
     if isinstance(experts, MLPExperts):
-        inner = experts.act_fn(F.linear(x, experts.up_proj[i], experts.up_proj_bias[i]))
-        return F.linear(inner, experts.down_proj[i], experts.down_proj_bias[i])
-    gate, up = F.linear(x, experts.gate_up_proj[i]).chunk(2, dim=-1)
-    return F.linear(experts.act_fn(gate) * up, experts.down_proj[i])
+        return linear(experts.act_fn(linear(x, "up_proj")), "down_proj")
+    gate, up = linear(x, "gate_up_proj").chunk(2, dim=-1)
+    return linear(experts.act_fn(gate) * up, "down_proj")
 
 
 def loop(self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Compute expert by expert."""
     output_TD = hidden_TD.new_zeros(len(hidden_TD), self.down_proj.shape[1])
     for expert in range(self.num_experts):
+
+        def linear(x: Tensor, name: str, i: int = expert) -> Tensor:
+            bias_NF = getattr(self, f"{name}_bias", None)
+            return F.linear(x, getattr(self, name)[i], None if bias_NF is None else bias_NF[i])
+
         tokens, choice = torch.where(indices_TK == expert)
-        result = _network(self, expert, hidden_TD[tokens])
+        result = _network(self, hidden_TD[tokens], linear)
         output_TD = output_TD.index_add(0, tokens, (result * weights_TK[tokens, choice, None]).to(output_TD.dtype))
     return output_TD
 
@@ -97,13 +103,15 @@ def loop(self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor
 def automatic(self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not aligned).
 
-    Autocast does not know grouped products, which would then run in the weights' float32. So its dtype is
-    taken here, for input, weights and output, as it is for a linear layer.
+    Autocast does not know grouped products, which would then run in the weights' float32. So its dtype is taken here,
+    for input, weights and output, as it is for a linear layer.
     """
-    dtype = _autocast_dtype(hidden_TD.device) or self.down_proj.dtype
-    if not (_groups(self, dtype) and len(hidden_TD)):
+    device = hidden_TD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.down_proj.dtype
+    aligned = all(n * dtype.itemsize % _GROUP_ALIGNMENT == 0 for n in self.down_proj.shape[1:])
+    if not aligned or dtype == torch.float64 or not len(hidden_TD):
         return loop(self, hidden_TD, indices_TK, weights_TK)
-    with torch.autocast(hidden_TD.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         return grouped(self, hidden_TD, indices_TK, weights_TK, dtype)
 
 
@@ -125,12 +133,7 @@ def grouped(
         return result if bias_NF is None else result + bias_NF.to(dtype).index_select(0, experts_S)
 
     rows_SD = _Dispatch.apply(hidden_TD.to(dtype), order_S, place_S, indices_TK.shape[1])
-    if isinstance(self, MLPExperts):
-        inner = self.act_fn(linear(rows_SD, "up_proj"))
-    else:
-        gate, up = linear(rows_SD, "gate_up_proj").chunk(2, dim=-1)
-        inner = self.act_fn(gate) * up
-    return _Combine.apply(linear(inner, "down_proj"), weights_TK.to(dtype), order_S, place_S)
+    return _Combine.apply(_network(self, rows_SD, linear), weights_TK.to(dtype), order_S, place_S)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -168,15 +171,6 @@ class _Combine(torch.autograd.Function):
         grad_rows_SD = grad_TD.index_select(0, order_S // weights_TK.shape[1])
         grad_rows_SD = grad_rows_SD * weights_TK.flatten().index_select(0, order_S)[:, None]
         return grad_rows_SD, grad_weights_TK, None, None
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def _groups(experts: SwiGLUExperts | MLPExperts, dtype: torch.dtype) -> bool:
-    aligned = all(n * dtype.itemsize % _GROUP_ALIGNMENT == 0 for n in experts.down_proj.shape[1:])
-    return aligned and dtype != torch.float64
 
 
 ALL_EXPERTS_FUNCTIONS.register(AUTOMATIC, automatic)

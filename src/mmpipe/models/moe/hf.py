@@ -1,93 +1,68 @@
-"""Sparse models as stock checkpoints: text ``qwen2_moe`` or ``mixtral``, opened by transformers without code
-of ours.
+"""Sparse models as stock checkpoints: text ``qwen2_moe`` or ``mixtral``, opened by transformers without code of ours.
 
-* ``mixtral`` is chosen when every layer has experts, attention has no biases and k > 1; ``qwen2_moe``
-  otherwise, with the dense layers in ``mlp_only_layers``.
+* ``mixtral`` is chosen when every layer has experts, attention has no biases and k > 1; ``qwen2_moe`` otherwise, with
+  the dense layers in ``mlp_only_layers``.
 * ``norm_topk_prob`` is true for k > 1; its default, false, would be another function.
-* ``qwen2_moe`` always has a shared expert. It is written with 64 inner units and a down projection of zeros,
-  so that it adds exactly nothing; with no units at all, vLLM does not find its tensors.
-* Experts are written one by one, as version 4 did. Phi-3's fused projections are split.
+* ``qwen2_moe`` always has a shared expert. It is written with 64 inner units and a down projection of zeros, so that it
+  adds exactly nothing; with no units at all, vLLM does not find its tensors.
+* Experts are written one by one, as transformers 4 did. Phi-3's fused projections are split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, MixtralConfig, PreTrainedConfig, Qwen2MoeConfig
 
 from mmpipe.errors import ArtifactError
 from mmpipe.models.moe.experts import ExpertsConfig, SwiGLUExperts
+from mmpipe.models.moe.hooks import Place, place_of
 from mmpipe.models.moe.layer import MoELayer
-from mmpipe.models.moe.routers import topk
 from mmpipe.models.moe.routers.base import build
+from mmpipe.models.moe.routers.topk import TopKRouter
 from mmpipe.models.moe.spec import MoESettings
-from mmpipe.models.moe.upcycle import install, noted_settings
-from mmpipe.models.vision_tower import noted_scales
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, PreTrainedConfig
+from mmpipe.models.moe.upcycle import install, saved_moe_settings
+from mmpipe.models.vision_tower import saved_scales
 
 SHARED_EXPERT_UNITS = 64
 _COMMON = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "attention_dropout",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings rope_parameters "
+    "attention_dropout pad_token_id bos_token_id eos_token_id"
 )
+"""Settings that dense and sparse language models have in common."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """What a stock family calls the parts of a layer of experts."""
+    """The names of a stock family for the tensors of a layer of experts."""
 
     router: str
     gate: str
     up: str
     down: str
-    shared_expert: bool
 
     def rename(self, part: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         """Our tensor ``part`` of a decoder layer under the family's names."""
         if part == "mlp.router.weight":
             return [(self.router, tensor)]
         if part == "mlp.experts.down_proj":
-            return self._each(self.down, tensor)
-        gate, up = tensor.chunk(2, dim=1)
-        return self._each(self.gate, gate) + self._each(self.up, up)
-
-    def _each(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-        return [(name.format(expert), weight) for expert, weight in enumerate(tensor)]
+            pieces = {self.down: tensor}
+        else:
+            pieces = dict(zip((self.gate, self.up), tensor.chunk(2, dim=1), strict=True))
+        return [(name.format(i), weight) for name, experts in pieces.items() for i, weight in enumerate(experts)]
 
 
-QWEN2_MOE = Names(
-    router="mlp.gate.weight",
-    gate="mlp.experts.{}.gate_proj.weight",
-    up="mlp.experts.{}.up_proj.weight",
-    down="mlp.experts.{}.down_proj.weight",
-    shared_expert=True,
-)
+QWEN2_MOE = Names("mlp.gate.weight", *(f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")))
 MIXTRAL = Names(
-    router="block_sparse_moe.gate.weight",
-    gate="block_sparse_moe.experts.{}.w1.weight",
-    up="block_sparse_moe.experts.{}.w3.weight",
-    down="block_sparse_moe.experts.{}.w2.weight",
-    shared_expert=False,
+    "block_sparse_moe.gate.weight", *(f"block_sparse_moe.experts.{{}}.{name}.weight" for name in ("w1", "w3", "w2"))
 )
 
 
@@ -98,14 +73,14 @@ def sparse_layers(model: LlavaForConditionalGeneration) -> dict[int, MoELayer]:
 
 
 def why_not_stock(model: LlavaForConditionalGeneration) -> str | None:
-    """What keeps a model from being a stock one; None when nothing does."""
-    if noted_scales(model) not in (None, (1,)):
-        return f"images are seen at the scales {noted_scales(model)}, which no stock class does"
-    elsewhere = sorted(set(noted_settings(model)) - {"language_model"})
+    """Why a model is no stock one; None when it is."""
+    if saved_scales(model) not in (None, (1,)):
+        return f"images are seen at the scales {saved_scales(model)}, which no stock class does"
+    elsewhere = sorted(set(saved_moe_settings(model)) - {"language_model"})
     if elsewhere:
         return f"there are experts in the {' and the '.join(elsewhere)}, where no stock class has any"
     for index, layer in sparse_layers(model).items():
-        if not isinstance(layer.router, topk.Router):
+        if not isinstance(layer.router, TopKRouter):
             return f"layer {index} has the router '{layer.settings.router}', which no stock class has"
         if layer.router.settings.second_choice == "gumbel_always":
             return f"layer {index} samples experts in evaluation, which no stock class does"
@@ -119,22 +94,19 @@ def text_config(model: LlavaForConditionalGeneration) -> PreTrainedConfig:
 
     Raises ArtifactError when its attention has no counterpart in the stock sparse families.
     """
-    from transformers import MixtralConfig, Qwen2MoeConfig
-
     text, layers = model.config.get_text_config(), sparse_layers(model)
     if text.model_type in (Qwen2MoeConfig.model_type, MixtralConfig.model_type):
         return text
     _require_plain_attention(model)
     settings = next(iter(layers.values())).settings
-    fields = {name: getattr(text, name) for name in _COMMON}
+    fields = {name: getattr(text, name) for name in _COMMON.split()}
     fields["head_dim"] = _head_size(text)
     if getattr(text, "original_max_position_embeddings", None) is not None:
         fields["original_max_position_embeddings"] = text.original_max_position_embeddings
     if _is_mixtral(model):
-        window = getattr(text, "sliding_window", None)
         return MixtralConfig(
             **fields,
-            sliding_window=window,
+            sliding_window=getattr(text, "sliding_window", None),
             num_local_experts=settings.experts,
             num_experts_per_tok=settings.top_k,
             router_aux_loss_coef=settings.balance_coefficient,
@@ -157,58 +129,70 @@ def text_config(model: LlavaForConditionalGeneration) -> PreTrainedConfig:
 def tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a sparse model by the names a stock model has in memory, experts one by one."""
     text, prefix = model.config.get_text_config(), "model.language_model.layers."
-    names = MIXTRAL if _is_mixtral(model) else QWEN2_MOE
-    sparse = sparse_layers(model)
+    names, sparse = MIXTRAL if _is_mixtral(model) else QWEN2_MOE, sparse_layers(model)
     for name, tensor in model.state_dict().items():
-        index, _, part = name.removeprefix(prefix).partition(".")
         if not name.startswith(prefix):
             yield name, tensor
-        elif int(index) in sparse and part.startswith("mlp."):
-            yield from _prefixed(f"{prefix}{index}.", names.rename(part, tensor))
-        else:
-            yield from _prefixed(f"{prefix}{index}.", _unfused(part, tensor, text))
-    if names.shared_expert:
+            continue
+        index, _, part = name.removeprefix(prefix).partition(".")
+        renamed = names.rename if int(index) in sparse and part.startswith("mlp.") else partial(_unfused, text)
+        yield from ((f"{prefix}{index}.{new}", piece) for new, piece in renamed(part, tensor))
+    if names is QWEN2_MOE:
         for i, layer in sparse.items():
-            yield from _prefixed(f"{prefix}{i}.mlp.", _shared_expert(layer))
+            yield from ((f"{prefix}{i}.mlp.{name}", tensor) for name, tensor in _shared_expert(layer))
 
 
-def adopt(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """Put MoE layers in the place of a loaded model's stock ones, in place and with the same tensors; returns
-    it.
+def replace_moe_blocks(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """Put MoE layers in the place of a loaded model's stock ones, in place and with the same tensors; returns it.
 
-    A stock model whose arithmetic ours does not cover (a shared expert that adds something, weights that are
-    not rescaled) is left as it is, unless it says that it was written here: then it is damaged, and
-    ArtifactError is raised.
+    A stock model whose arithmetic ours does not cover (a shared expert that adds something, weights that are not
+    rescaled) is left as it is. Raises ArtifactError when its configuration says that it was written here: it is
+    damaged.
     """
     text = model.model.language_model
     blocks = {i: layer.mlp for i, layer in enumerate(text.layers) if hasattr(layer.mlp, "experts")}
     if not blocks or sparse_layers(model):
         return model
-    noted = noted_settings(model).get("language_model")
+    saved = saved_moe_settings(model).get("language_model")
     problem = next(filter(None, (_why_not_ours(block, text.config) for block in blocks.values())), None)
+    if problem and saved:
+        raise ArtifactError(f"the checkpoint was written as up-cycled experts, but {problem}")
     if problem:
-        if noted:
-            raise ArtifactError(f"the checkpoint was written as up-cycled experts, but {problem}")
         return model
-    settings = noted or MoESettings(
+    settings = saved or MoESettings(
         experts=next(iter(blocks.values())).experts.num_experts,
         top_k=text.config.num_experts_per_tok,
         placement=tuple(blocks),
     )
     for index, block in blocks.items():
-        text.layers[index].mlp = _adopted(block, settings, text.config.hidden_act)
+        experts, width, inner = block.experts.down_proj.shape
+        with torch.device("meta"):
+            ours = SwiGLUExperts(ExpertsConfig(experts, width, inner, text.config.hidden_act))
+            router = build(settings, width)
+        ours.gate_up_proj, ours.down_proj = block.experts.gate_up_proj, block.experts.down_proj
+        router.weight = block.gate.weight
+        text.layers[index].mlp = MoELayer(ours, router, settings).train(block.training)
     install(model, "language_model", settings)
     return model
 
 
-def _adopted(block: Any, settings: MoESettings, activation: str) -> MoELayer:
-    experts, width, inner = block.experts.down_proj.shape
-    with torch.device("meta"):
-        ours = SwiGLUExperts(ExpertsConfig(experts, width, inner, activation))
-        router = build(settings, width)
-    ours.gate_up_proj, ours.down_proj = block.experts.gate_up_proj, block.experts.down_proj
-    router.weight = block.gate.weight
-    return MoELayer(ours, router, settings).train(block.training)
+def router_tensors(directory: Path) -> dict[tuple[Place, str], Any]:
+    """The tensors of all routers of a checkpoint as float32 arrays, by place and name (``weight``, ...), without
+    loading the model.
+
+    Stock checkpoints and those of this package's class alike; empty for a dense one.
+    """
+    stock = tuple(f".{names.router}" for names in (QWEN2_MOE, MIXTRAL))
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
+                _, ours, name = key.partition(".router.")
+                if ours or key.endswith(stock):
+                    # files have ``language_model.model.layers`` or ``model.language_model.layers``
+                    place = place_of(key.removeprefix("model."))
+                    found[place, name or "weight"] = tensors.get_tensor(key).float().numpy()
+    return dict(sorted(found.items()))
 
 
 def _why_not_ours(block: Any, config: PreTrainedConfig) -> str | None:
@@ -251,18 +235,15 @@ def _require_plain_attention(model: LlavaForConditionalGeneration) -> None:
 
 
 def _window(text: PreTrainedConfig) -> dict[str, Any]:
-    """Sliding-window settings of ``qwen2_moe`` for a text model that has a window, or for one that has
-    none."""
-    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    """Sliding-window settings of ``qwen2_moe`` for a text model with or without a window."""
+    window = getattr(text, "sliding_window", None)
     if window is None:
         return {"use_sliding_window": False}
-    kinds = kinds or ["sliding_attention"] * text.num_hidden_layers
-    dense_below = getattr(text, "max_window_layers", 0)
     return {
         "use_sliding_window": True,
         "sliding_window": window,
-        "layer_types": kinds,
-        "max_window_layers": dense_below,
+        "layer_types": getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers,
+        "max_window_layers": getattr(text, "max_window_layers", 0),
     }
 
 
@@ -282,7 +263,7 @@ def _head_size(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def _unfused(part: str, tensor: Tensor, text: Any) -> list[tuple[str, Tensor]]:
+def _unfused(text: Any, part: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     """Split Phi-3's fused projections; everything else stays as it is."""
     if part == "self_attn.qkv_proj.weight":
         head = _head_size(text)
@@ -293,7 +274,3 @@ def _unfused(part: str, tensor: Tensor, text: Any) -> list[tuple[str, Tensor]]:
         gate, up = tensor.chunk(2)
         return [("mlp.gate_proj.weight", gate), ("mlp.up_proj.weight", up)]
     return [(part, tensor)]
-
-
-def _prefixed(prefix: str, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    return ((prefix + name, tensor) for name, tensor in named)

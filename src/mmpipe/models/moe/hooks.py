@@ -1,13 +1,11 @@
-"""Looking into a model's experts from outside: which are chosen, and what happens without the first of them.
-
-Both hang on hooks, so that a model nobody watches pays nothing.
-"""
+"""Observing a model's experts by hooks: which are chosen, and how the model answers without the first of them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ from mmpipe.models.moe.routers.base import Routing, rescaled
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where a MoE layer stands."""
+    """The position of a MoE layer in the model."""
 
     part: str
     """``language_model``, ``vision_tower`` or ``multi_modal_projector``."""
@@ -44,15 +42,14 @@ class Choices:
 def placed_layers(model: nn.Module, layers: Collection[int] | None = None) -> dict[Place, MoELayer]:
     """The MoE layers of a model by their place, those numbered ``layers`` only if given.
 
-    A projector is always among them: it has no layers to choose from. Raises ConfigError for a number that no
-    layer with experts has.
+    A projector is always among them: it has no layers to choose from. Raises ConfigError for a number that no layer
+    with experts has.
     """
     found = {place_of(name, layer.router.experts): layer for name, layer in moe_layers(model).items()}
     if layers is None:
         return found
     numbered = {place.layer for place in found if place.part != "multi_modal_projector"}
-    missing = sorted(set(layers) - numbered)
-    if missing:
+    if missing := sorted(set(layers) - numbered):
         raise ConfigError(
             f"log_experts: layers: {missing} have no experts; layers with experts: {sorted(numbered) or 'none'}"
         )
@@ -68,23 +65,22 @@ def place_of(name: str, experts: int = 0) -> Place:
 
 
 class Recorder:
-    """Remembers what the routers of the given layers choose, call by call, until it is taken."""
+    """Records what the routers of the given layers choose, call by call, until it is taken."""
 
     def __init__(self, layers: dict[Place, MoELayer]) -> None:
         self._calls: dict[Place, list[Choices]] = {}
-        self._handles = [layer.router.register_forward_hook(self._hook(place)) for place, layer in layers.items()]
+        self._handles = [
+            layer.router.register_forward_hook(partial(self._record, place)) for place, layer in layers.items()
+        ]
 
     def close(self) -> None:
-        """Stop looking."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, place: Place) -> Any:
-        def see(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-            choices = Choices(routing.indices_TK.detach(), routing.weights_TK.detach())
-            self._calls.setdefault(place, []).append(choices)
-
-        return see
+    def _record(self, place: Place, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        choices = Choices(routing.indices_TK.detach(), routing.weights_TK.detach())
+        self._calls.setdefault(place, []).append(choices)
 
     def take(self) -> dict[Place, list[Choices]]:
         """The calls since the last time."""
@@ -99,21 +95,17 @@ def without_first(model: nn.Module) -> Iterator[None]:
     The other choices are scaled up to the weight all had together, where the router's weights add up to one.
     A token with a single expert passes through the residual stream only.
     """
-    handles = [layer.experts.register_forward_pre_hook(_leave_out_first(layer)) for layer in moe_layers(model).values()]
+
+    def leave_out(layer: MoELayer, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        hidden_TD, indices_TK, weights_TK = args
+        left_TK = weights_TK.clone()
+        left_TK[:, 0] = 0
+        return hidden_TD, indices_TK, rescaled(left_TK) if layer.router.normalised else left_TK
+
+    layers = moe_layers(model).values()
+    handles = [layer.experts.register_forward_pre_hook(partial(leave_out, layer)) for layer in layers]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _leave_out_first(layer: MoELayer) -> Any:
-    def hook(experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        hidden_TD, indices_TK, weights_TK = args
-        left_TK = weights_TK.clone()
-        left_TK[:, 0] = 0
-        if layer.router.normalised:
-            left_TK = rescaled(left_TK)
-        return hidden_TD, indices_TK, left_TK
-
-    return hook

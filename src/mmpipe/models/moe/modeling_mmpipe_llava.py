@@ -1,9 +1,8 @@
 """Models that no stock class computes, as a class of this package.
 
 Other routers than softmax top-k, residual experts, experts in the tower and images at several scales have no
-counterpart in transformers. Such a model is
-stored under the model type ``mmpipe_llava``, with its own tensor names: plain transformers says that it does
-not know the type, and after ``import mmpipe.models.moe.modeling_mmpipe_llava`` its ``Auto`` classes open it.
+counterpart in transformers. Such a model is stored under the model type ``mmpipe_llava``, with its own tensor names;
+after ``import mmpipe.models.moe.modeling_mmpipe_llava`` the ``Auto`` classes of transformers open it.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from transformers import (
 )
 
 from mmpipe.models.moe.placement import chosen_sites
-from mmpipe.models.moe.upcycle import empty_layer, install, noted_settings
-from mmpipe.models.vision_tower import enable_multi_scale, noted_scales
+from mmpipe.models.moe.upcycle import empty_layer, install, saved_moe_settings
+from mmpipe.models.vision_tower import enable_multi_scale, saved_scales
 
 
 class SparseLlavaConfig(LlavaConfig):
@@ -37,10 +36,10 @@ class SparseLlava(LlavaForConditionalGeneration):
 
     def __init__(self, config: SparseLlavaConfig) -> None:
         super().__init__(config)
-        scales = noted_scales(self)
+        scales = saved_scales(self)
         if scales is not None:
             enable_multi_scale(self, scales)
-        for part, settings in noted_settings(self).items():
+        for part, settings in saved_moe_settings(self).items():
             for site in chosen_sites(self, part, settings):
                 site.put(empty_layer(site, settings))
             install(self, part, settings)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
 from mmpipe.errors import ConfigError
 from mmpipe.models.moe.experts import ExpertsConfig, MLPExperts, SwiGLUExperts
-from mmpipe.models.moe.patterns import layer_indices
-from mmpipe.models.moe.spec import MoESettings, Part
+from mmpipe.models.moe.spec import ModelPart, MoESettings, layer_indices
 from mmpipe.models.vision_tower import blocks, used_blocks
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -36,46 +32,27 @@ class Site:
         setattr(self.owner, self.attribute, network)
 
 
-def chosen_sites(model: LlavaForConditionalGeneration, part: Part, settings: MoESettings) -> list[Site]:
+def chosen_sites(model: LlavaForConditionalGeneration, part: ModelPart, settings: MoESettings) -> list[Site]:
     """The sites of a part of the model that ``settings.placement`` chooses.
 
-    Layers of the vision tower behind the one whose output is projected do not count as layers: what they
-    compute is thrown away. LibMoE (``reference``) gives experts to them, too.
+    Layers of the vision tower behind the one whose output is projected do not count as layers: their output is not
+    used. LibMoE (``reference``) gives experts to them, too.
 
     Raises ConfigError for layers that the part does not have.
     """
-    sites = _SITES[part](model, settings)
+    if part == "multi_modal_projector":
+        sites = [Site(model.model, part, model.config.projector_hidden_act, "the projector")]
+    else:
+        root = getattr(model.model, part)
+        layers: Any = blocks(root) if part == "vision_tower" else root.layers
+        if part == "vision_tower" and settings.compat == "fixed":
+            layers = layers[: used_blocks(model)]
+        sites = [Site(layer, "mlp", root.config.hidden_act, f"layer {i}") for i, layer in enumerate(layers)]
     return [sites[i] for i in layer_indices(settings.placement, len(sites), part)]
 
 
-def _language_model(model: LlavaForConditionalGeneration, settings: MoESettings) -> list[Site]:
-    text = model.model.language_model
-    return _layers(text.layers, text.config.hidden_act)
-
-
-def _vision_tower(model: LlavaForConditionalGeneration, settings: MoESettings) -> list[Site]:
-    layers = blocks(model.model.vision_tower)
-    used = len(layers) if settings.compat == "reference" else used_blocks(model)
-    return _layers(layers[:used], model.model.vision_tower.config.hidden_act)
-
-
-def _projector(model: LlavaForConditionalGeneration, settings: MoESettings) -> list[Site]:
-    return [Site(model.model, "multi_modal_projector", model.config.projector_hidden_act, "the projector")]
-
-
-def _layers(layers: Any, activation: str) -> list[Site]:
-    return [Site(layer, "mlp", activation, f"layer {i}") for i, layer in enumerate(layers)]
-
-
-_SITES: dict[Part, Callable[[Any, MoESettings], list[Site]]] = {
-    "language_model": _language_model,
-    "vision_tower": _vision_tower,
-    "multi_modal_projector": _projector,
-}
-
-
 @dataclass(frozen=True)
-class Dense:
+class DenseNetwork:
     """A dense network as the tensors of one expert."""
 
     kind: type[SwiGLUExperts] | type[MLPExperts]
@@ -93,7 +70,7 @@ class Dense:
         return self.kind(ExpertsConfig(number, self.width, inner, activation, output))
 
 
-def read(network: nn.Module, where: str) -> Dense:
+def read(network: nn.Module, where: str) -> DenseNetwork:
     """Take a network apart: SwiGLU without biases, fused or not, or two linear layers with biases.
 
     Raises ConfigError when it is something else.
@@ -104,20 +81,13 @@ def read(network: nn.Module, where: str) -> Dense:
     names = tuple(linear)
     if set(names) == {"gate_proj", "up_proj", "down_proj"} and not any(biases):
         fused = torch.cat([weights["gate_proj"], weights["up_proj"]])
-        return Dense(SwiGLUExperts, {"gate_up_proj": fused, "down_proj": weights["down_proj"]})
+        return DenseNetwork(SwiGLUExperts, {"gate_up_proj": fused, "down_proj": weights["down_proj"]})
     if set(names) == {"gate_up_proj", "down_proj"} and not any(biases):
-        return Dense(SwiGLUExperts, weights)
+        return DenseNetwork(SwiGLUExperts, weights)
     if names in (("fc1", "fc2"), ("linear_1", "linear_2")) and all(biases):
-        first, second = linear.values()
-        return Dense(
-            MLPExperts,
-            {
-                "up_proj": first.weight.detach(),
-                "up_proj_bias": first.bias.detach(),
-                "down_proj": second.weight.detach(),
-                "down_proj_bias": second.bias.detach(),
-            },
-        )
+        ours = dict(zip(("up_proj", "down_proj"), linear.values(), strict=True))
+        biased = {f"{name}_bias": layer.bias.detach() for name, layer in ours.items()}
+        return DenseNetwork(MLPExperts, {name: layer.weight.detach() for name, layer in ours.items()} | biased)
     described = ", ".join(f"{name} with{'' if bias else 'out'} bias" for name, bias in zip(names, biases, strict=True))
     raise ConfigError(
         f"{where}: a '{type(network).__name__}' with linear layers ({described}) cannot become experts; known are "

@@ -9,40 +9,38 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 from mmpipe.errors import ArtifactError, ConfigError
-from mmpipe.models.moe.context import begin, begin_unmasked, discard
+from mmpipe.models.moe.context import connect
 from mmpipe.models.moe.layer import MoELayer
 from mmpipe.models.moe.placement import Site, chosen_sites, read
 from mmpipe.models.moe.routers.base import build
-from mmpipe.models.moe.spec import MoESettings, Part
-from mmpipe.models.vision_tower import enable_multi_scale, noted_scales
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+from mmpipe.models.moe.spec import ModelPart, MoESettings
+from mmpipe.models.vision_tower import enable_multi_scale, saved_scales
 
 
 def upcycle(
-    model: LlavaForConditionalGeneration, settings: MoESettings, *, seed: int = 0, part: Part = "language_model"
+    model: LlavaForConditionalGeneration, settings: MoESettings, *, seed: int = 0, part: ModelPart = "language_model"
 ) -> LlavaForConditionalGeneration:
     """Put experts into the chosen layers of a part of ``model``, in place; returns it.
 
-    Router (and residual mixture) of each layer are drawn from a generator of their own, a function of
-    ``seed``, the part and the layer. Everything else, the dtype and the device stay as they are. One part
-    after the other can be up-cycled.
+    Router (and residual mixture) of each layer are drawn from a generator of their own, a function of ``seed``, the
+    part and the layer. Everything else, the dtype and the device stay as they are. One part after the other can be
+    up-cycled.
 
-    Raises ConfigError for layers the part does not have, networks that cannot become experts, a part that
-    already has experts, or settings the router does not take.
+    Raises ConfigError for layers the part does not have, networks that cannot become experts, a part that already has
+    experts, or settings the router does not take.
     """
     root = getattr(model.model, part)
     if any(isinstance(module, MoELayer) for module in root.modules()):
         raise ConfigError(f"the {part} already has experts; up-cycling starts from a dense one")
-    if part == "vision_tower" and settings.compat == "fixed" and noted_scales(model) is None:
+    if part == "vision_tower" and settings.compat == "fixed" and saved_scales(model) is None:
         enable_multi_scale(model, (1,))  # no stock class has such a tower, so none needs its idle end
     with torch.random.fork_rng(devices=[]):
         for site in chosen_sites(model, part, settings):
@@ -51,35 +49,24 @@ def upcycle(
     return model
 
 
-def install(model: LlavaForConditionalGeneration, part: Part, settings: MoESettings) -> None:
-    """Connect the MoE layers that stand in a part with its forward passes, and note the settings in the
-    config."""
+def install(model: LlavaForConditionalGeneration, part: ModelPart, settings: MoESettings) -> None:
+    """Connect the MoE layers of a part with its forward passes, and save the settings in the model's configuration."""
     root = getattr(model.model, part)
-    if part == "language_model":
-        root.register_forward_pre_hook(begin, with_kwargs=True)
-        for layer in root.layers:
-            hook = layer.mlp.take_forward_pass if isinstance(layer.mlp, MoELayer) else discard
-            layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
-    else:
-        root.register_forward_pre_hook(begin_unmasked)
+    connect(root, part == "language_model")
     for name, module in root.named_modules():
         if isinstance(module, MoELayer):
             module.where = f"{part}.{name}".rstrip(".")
-    noted = noted_settings(model) | {part: settings}
-    moe = {name: its.model_dump(mode="json") for name, its in sorted(noted.items())}
+    saved = saved_moe_settings(model) | {part: settings}
+    moe = {name: its.model_dump(mode="json", context={"identity": True}) for name, its in sorted(saved.items())}
     model.config.mmpipe = {**getattr(model.config, "mmpipe", {}), "moe": moe}
 
 
-def noted_settings(model: LlavaForConditionalGeneration) -> dict[Part, MoESettings]:
-    """The settings of each part with experts, as the model's configuration notes them."""
-    noted = getattr(model.config, "mmpipe", {}).get("moe", {})
-    return {part: MoESettings(**settings) for part, settings in noted.items()}
-
-
-def _generator(seed: int, part: Part, site: str) -> torch.Generator:
-    """The random numbers of one layer: far apart for neighbouring seeds and layers."""
-    digest = hashlib.sha256(f"{seed} {part} {site}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+def saved_moe_settings(model: LlavaForConditionalGeneration) -> dict[ModelPart, MoESettings]:
+    """The settings of each part with experts in the model's configuration."""
+    saved = getattr(model.config, "mmpipe", {}).get("moe", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a checkpoint has the keys it was published with
+        return {part: MoESettings(**settings) for part, settings in saved.items()}
 
 
 def assert_equal_to_parent(
@@ -98,9 +85,10 @@ def assert_equal_to_parent(
     expected = dense if isinstance(dense, Tensor) else logits(dense, batch)
     difference = ((logits(sparse, batch) - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
     if not difference <= tolerance:
+        top_1 = any(isinstance(module, MoELayer) and module.router.top_k == 1 for module in sparse.modules())
         raise ArtifactError(
             f"the up-cycled model differs from its dense parent by {difference:.3g}, more than {tolerance:g}"
-            + ("; a token with a single expert is weighed by its probability" if _top_1(sparse) else "")
+            + ("; a token with a single expert is weighed by its probability" if top_1 else "")
         )
     return difference
 
@@ -118,13 +106,8 @@ def logits(model: LlavaForConditionalGeneration, batch: Mapping[str, Tensor]) ->
     return result.flatten(0, 1) if mask is None else result[mask.bool()]
 
 
-def _top_1(model: nn.Module) -> bool:
-    return any(isinstance(module, MoELayer) and module.router.top_k == 1 for module in model.modules())
-
-
 def empty_layer(site: Site, settings: MoESettings) -> MoELayer:
-    """A MoE layer of the size, dtype and device of the dense network at ``site``; nothing in it has a value
-    yet."""
+    """A MoE layer of the size, dtype and device of the dense network at ``site``; nothing in it has a value yet."""
     network = site.network
     dense = read(network, site.name)
     experts = dense.experts(settings.experts, site.activation)
@@ -139,22 +122,22 @@ def empty_layer(site: Site, settings: MoESettings) -> MoELayer:
     return layer.to(device=like.device, dtype=like.dtype).train(network.training)
 
 
-def _sparse(site: Site, settings: MoESettings, seed: int, part: Part) -> MoELayer:
+def _sparse(site: Site, settings: MoESettings, seed: int, part: ModelPart) -> MoELayer:
+    """A MoE layer whose experts are copies of the dense network at ``site``; router and mixture are drawn."""
     layer = empty_layer(site, settings)
     with torch.no_grad():
         for name, tensor in read(site.network, site.name).tensors.items():
             expert = layer.experts.get_parameter(name)
             expert.copy_(tensor.expand_as(expert))
-        _draw(layer, _generator(seed, part, "" if layer.router.starts_alike else site.name))
+        # a hash keeps the numbers of neighbouring seeds and layers far apart
+        digest = hashlib.sha256(f"{seed} {part} {'' if layer.router.starts_alike else site.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        # drawn in float32 on the CPU, so that device and dtype do not change the numbers
+        fresh = copy.deepcopy(layer.router).to(device="cpu", dtype=torch.float32)
+        fresh.reset_parameters(generator)
+        layer.router.load_state_dict(fresh.state_dict())
+        if layer.mixture is not None:
+            bound = layer.router.width**-0.5
+            for parameter in layer.mixture.parameters():
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
     return layer
-
-
-def _draw(layer: MoELayer, generator: torch.Generator) -> None:
-    """Fill what is fresh; drawn in float32 on the CPU, so that device and dtype do not change the numbers."""
-    fresh = copy.deepcopy(layer.router).to(device="cpu", dtype=torch.float32)
-    fresh.reset_parameters(generator)
-    layer.router.load_state_dict(fresh.state_dict())
-    if layer.mixture is not None:
-        bound = layer.router.width**-0.5
-        for parameter in layer.mixture.parameters():
-            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))

@@ -1,28 +1,29 @@
 """Attention with a learnable mask of keys, for training.
 
-MaskedSoftmax as in Dynamic-LLaVA (after DynamicViT, Rao et al. 2021): a dropped key counts for the query at its own place only.
-With scores a and the policy p, ``e_ij = exp(a_ij - max_j a_ij) * (p_j + (1 - p_j) [i = j])`` and
-``A_ij = (e_ij + eps / N) / (sum_j e_ij + eps)``. The factor lets gradients reach p, which no fused kernel offers. Here eps is
+MaskedSoftmax as in Dynamic-LLaVA (after DynamicViT, Rao et al. 2021): a dropped key counts for the query at its own
+place only. With scores a and the policy p, ``e_ij = exp(a_ij - max_j a_ij) * (p_j + (1 - p_j) [i = j])`` and ``A_ij =
+(e_ij + eps / N) / (sum_j e_ij + eps)``. The factor lets gradients reach p, which no fused kernel offers. Here eps is
 spread over the N keys a query may see, so that nothing leaks from later tokens.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from mmpipe.models.forward_context import Args, HookResult, Kwargs
+
 NAME = "mmpipe_masked_softmax"
 POLICY = "key_policy"
 EPSILON = 1e-6
 
-HookResult = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 def masked_softmax(scores_BHQK: Tensor, policy_BK: Tensor, allowed_BQK: Tensor) -> Tensor:
-    """Attention weights, float32; ``allowed_BQK`` tells what a query may see at all. Queries are the last keys."""
+    """Attention weights, float32; ``allowed_BQK`` is true for keys a query may see. Queries are the last keys."""
     queries, keys = scores_BHQK.shape[-2:]
     own_QK = torch.eye(keys, device=scores_BHQK.device)[keys - queries :]
     seen_BQK = policy_BK[:, None] + (1 - policy_BK[:, None]) * own_QK
@@ -45,7 +46,7 @@ def masked_attention(
     key_policy: Tensor,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls an attention function; ``attention_mask`` is ``[B, 1, Q, K]``, true where allowed."""
+    """An attention function of transformers; ``attention_mask`` is ``[B, 1, Q, K]``, true where allowed."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     weights = masked_softmax(query @ key.transpose(2, 3) * scaling, key_policy, attention_mask[:, 0])
@@ -56,30 +57,19 @@ def masked_attention(
 AttentionInterface.register(NAME, masked_attention)
 
 
-def choose(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
+def choose(attention: Any, args: Args, kwargs: Kwargs) -> HookResult:
     """Pre-hook of a layer's attention: with a policy it computes by :func:`masked_attention`.
 
-    The layer's own configuration stays as it is; a copy stands in until :func:`restore`. Gradient checkpointing comes by here
-    again when it computes a layer twice.
+    The layer's own configuration is unchanged; a copy replaces it until :func:`restore`. Runs again when gradient
+    checkpointing computes a layer twice.
     """
     if POLICY in kwargs:
         attention.plain_config = attention.config
-        attention.config = _Named(attention.config)
+        attention.config = copy.copy(attention.config)
+        attention.config._attn_implementation = NAME
     return args, kwargs
 
 
-def restore(attention: Any, args: tuple[Any, ...], output: Any) -> None:
+def restore(attention: Any, args: Args, output: Any) -> None:
     """Hook of a layer's attention, called also when it failed: the layer's own configuration again."""
     attention.config = attention.__dict__.pop("plain_config", attention.config)
-
-
-class _Named:
-    """A configuration with our attention's name."""
-
-    _attn_implementation = NAME
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)

@@ -1,8 +1,8 @@
-"""A cache whose deep layers hold kept tokens only.
+"""A cache whose deep layers hold retained tokens only.
 
-Layers before the sparse one cache everything. The others share :class:`Slots`, which says for every row which slots hold a
-token and at which position; rows have as many as they kept. Slots that are free in every row do not exist. Shapes: B rows,
-W slots, M new tokens, H heads, C head size.
+Layers before the sparse one cache everything. The others share :class:`Slots`, which says for every row which slots
+hold a token and at which position; rows have as many as they retained. Slots that are free in every row do not exist.
+Shapes: B rows, W slots, M new tokens, H heads, C head size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmpipe.errors import ConfigError
 
 
 class Slots:
-    """What the pruned layers hold, in common."""
+    """The tokens that all pruned layers hold."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.visible_BW = torch.zeros(rows, 0, dtype=torch.bool, device=device)
@@ -32,12 +32,12 @@ class Slots:
         return self.visible_BW.sum(1).tolist()
 
     def plan(self, keep_BM: Tensor, positions_BM: Tensor) -> None:
-        """Decide which of the slots and of M new tokens the layers hold from now on; they follow in :meth:`held`."""
+        """Set which of the slots and of M new tokens the layers hold from now on; :meth:`held` carries it out."""
         candidates = torch.cat([self.visible_BW, keep_BM], dim=1)
         positions = torch.cat([self.positions_BW, positions_BM], dim=1)
         counts_B = candidates.sum(1)
-        kept, counts = int(keep_BM.sum()), counts_B.tolist()
-        self._unchanged, self._source_BW = kept == 0, None
+        counts = counts_B.tolist()
+        self._unchanged, self._source_BW = not bool(keep_BM.any()), None
         if self._unchanged:
             return
         width = max(counts)
@@ -59,7 +59,7 @@ class Slots:
         return all_BHKC.gather(2, self._source_BW[:, None, :, None].expand(-1, heads, -1, size))
 
     def clear(self) -> None:
-        """No tokens any more."""
+        """Hold no tokens."""
         self.__init__(len(self.visible_BW), self.visible_BW.device)  # type: ignore[misc]
 
     def select(self, indices: Tensor) -> None:
@@ -77,7 +77,7 @@ class PrunedLayer(DynamicLayer):
         self.leads = leads
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values of this pass; what the slots do not keep is gone afterwards."""
+        """All keys and values of this pass; those that the slots do not retain are gone afterwards."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -124,8 +124,8 @@ def slots_of(cache: Any) -> Slots | None:
     return next((layer.slots for layer in pruned), None)
 
 
-def adopt(cache: Any, rows: int, device: torch.device, first: int, layers: int) -> Slots:
-    """Let layers from ``first`` on of an empty ``cache`` hold kept tokens only.
+def convert_cache(cache: Any, rows: int, device: torch.device, first: int, layers: int) -> Slots:
+    """Let layers from ``first`` on of an empty ``cache`` hold retained tokens only.
 
     Raises ConfigError for a cache of another kind or one that holds tokens already.
     """

@@ -1,8 +1,7 @@
-"""One forward pass of a sparsified language model: what is asked of it, what it decided.
+"""One forward pass of a sparsified language model: its inputs and its decisions.
 
-A pass travels as a keyword argument to every decoder layer, as that of the experts does, so that nothing stays in the model
-between two calls. Layers before the sparse one ignore it. Shapes: B rows, L tokens of the call, M of them kept (the most of any
-row), D width.
+It reaches the decoder layers by :mod:`mmpipe.models.forward_context`. Shapes: B rows, L tokens of the call, M of them
+retained (the most of any row), D width.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 
 from mmpipe.models.moe import context as experts
-from mmpipe.models.sparsity import gumbel, masks
+from mmpipe.models.sparsity import masks
 from mmpipe.models.sparsity.attention import POLICY
 from mmpipe.models.sparsity.cache import Slots
+from mmpipe.models.sparsity.record import KeepDecision
 from mmpipe.models.sparsity.segments import Segments
-from mmpipe.models.sparsity.sparsifier import Decisions, Sparsifier
+from mmpipe.models.sparsity.sparsifier import Decisions, Sparsifier, annealed
 
 KEYWORD = "sparse_forward_pass"
 
@@ -26,8 +26,8 @@ Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Where a pass takes place."""
+class SparsityState:
+    """The model and the tokens of one call."""
 
     sparsifier: Sparsifier
     config: Any
@@ -40,7 +40,7 @@ class Setting:
 
 @dataclass
 class TrainingPass:
-    """Nothing is removed: tokens that are dropped stop being keys of others in the layers that follow."""
+    """Training removes nothing: tokens that are dropped stop being keys of others in the layers that follow."""
 
     segments: Segments
     noise_BL2: Tensor
@@ -51,20 +51,20 @@ class TrainingPass:
     decisions: Decisions = field(init=False, default_factory=dict)
     """Set by the pass, with gradients."""
 
-    def decide(self, setting: Setting, hidden_BLD: Tensor, arguments: Arguments) -> Tensor:
+    def decide(self, state: SparsityState, hidden_BLD: Tensor, arguments: Arguments) -> Tensor:
         """Draw the decisions; returns the hidden states as they are."""
-        self.temperature = gumbel.temperature(setting.sparsifier.progress, self.start_temperature, self.end_temperature)
-        self._policy_BL, self.decisions = setting.sparsifier.draw(
+        self.temperature = annealed(state.sparsifier.progress, self.start_temperature, self.end_temperature)
+        self._policy_BL, self.decisions = state.sparsifier.draw(
             hidden_BLD, self.segments, self.temperature, self.noise_BL2
         )
         positions = arguments["position_ids"].expand(len(hidden_BLD), -1)
-        self._positions_BL, self._real_BL = positions, setting.real_BL
+        self._positions_BL, self._real_BL = positions, state.real_BL
         self._masks: dict[int | None, Tensor] = {}
         return hidden_BLD
 
-    def arguments(self, setting: Setting, layer: int, given: Arguments) -> Arguments:
-        """What a deep layer is given: the mask of what is allowed, and the policy."""
-        window = masks.window_of(setting.config, layer)
+    def arguments(self, state: SparsityState, layer: int, given: Arguments) -> Arguments:
+        """Arguments of a deep layer: the mask of allowed keys, and the policy."""
+        window = masks.window_of(state.config, layer)
         if window not in self._masks:
             positions = self._positions_BL
             self._masks[window] = masks.allowed(self._real_BL, positions, positions, window)[:, None]
@@ -76,7 +76,7 @@ class TrainingPass:
 
 
 class PruningPass:
-    """Generation: what is dropped of a prompt leaves the computation; a new token may leave the cache behind it."""
+    """Generation: dropped tokens of a prompt leave the computation; a new token may leave the cache behind it."""
 
     def __init__(self, images_BL: Tensor, is_prompt: bool | None = None) -> None:
         self.images_BL = images_BL
@@ -84,38 +84,38 @@ class PruningPass:
         """Whether the tokens are given rather than generated; None: unless it is one token behind others."""
         self.slots: Slots | None = None
         self.keep_BL: Tensor | None = None
-        """Set by the pass: which tokens are kept."""
+        """Set by the pass: which tokens are retained."""
         self._source_BM: Tensor | None = None
 
-    def decide(self, setting: Setting, hidden_BLD: Tensor, arguments: Arguments) -> Tensor:
-        """Decide what is kept; returns the hidden states to go on with, ``[B, M, D]``."""
+    def decide(self, state: SparsityState, hidden_BLD: Tensor, arguments: Arguments) -> Tensor:
+        """Decide what is retained; returns the hidden states to go on with, ``[B, M, D]``."""
         rows, length = hidden_BLD.shape[:2]
         starts = self.slots is None or not self.slots.visible_BW.shape[1]
         prompt = (starts or length > 1) if self.is_prompt is None else self.is_prompt
-        real_BL, sparsifier = setting.real_BL, setting.sparsifier
+        real_BL, sparsifier = state.real_BL, state.sparsifier
         positions_BL = arguments["position_ids"].expand(rows, -1)
         if prompt:
-            self.keep_BL = sparsifier.keep_of_prompt(hidden_BLD, real_BL, self.images_BL, starts)
+            self.keep_BL = sparsifier.retain_prompt(hidden_BLD, real_BL, self.images_BL, starts)
             self._narrow(self.keep_BL, real_BL)
-            positions_BL = self._kept(positions_BL)
-            self._real_BM = stored_BM = self._kept(self.keep_BL)
+            positions_BL = self._retained(positions_BL)
+            self._real_BM = stored_BM = self._retained(self.keep_BL)
         else:
-            self.keep_BL = stored_BM = sparsifier.keep_of_answer(hidden_BLD, real_BL)
+            self.keep_BL = stored_BM = sparsifier.retain_answer(hidden_BLD, real_BL)
             self._real_BM = real_BL
         self._positions_BM = positions_BL
         self._see(stored_BM)
         cos, sin = arguments["position_embeddings"]
-        self._rotation = self._kept(cos.expand(rows, -1, -1)), self._kept(sin.expand(rows, -1, -1))
+        self._rotation = self._retained(cos.expand(rows, -1, -1)), self._retained(sin.expand(rows, -1, -1))
         self._masks: dict[int | None, Tensor | None] = {}
         self.is_prompt = prompt
-        return self._kept(hidden_BLD)
+        return self._retained(hidden_BLD)
 
-    def arguments(self, setting: Setting, layer: int, given: Arguments) -> Arguments:
-        """What a deep layer is given: mask, positions and rotations of what is kept."""
-        window = masks.window_of(setting.config, layer)
+    def arguments(self, state: SparsityState, layer: int, given: Arguments) -> Arguments:
+        """Arguments of a deep layer: mask, positions and rotations of the retained tokens."""
+        window = masks.window_of(state.config, layer)
         if window not in self._masks:
             self._masks[window] = masks.formatted(
-                setting.config._attn_implementation,
+                state.config._attn_implementation,
                 self._visible_BK,
                 self._key_positions_BK,
                 self._positions_BM,
@@ -140,14 +140,28 @@ class PruningPass:
         source_BMD = self._source_BM[..., None].expand_as(hidden_BMD)
         return full_BLD.scatter(1, source_BMD, hidden_BMD * self._real_BM[..., None])
 
+    def decision(self, state: SparsityState) -> KeepDecision:
+        """The decisions of a pass that has made them, as plain data."""
+        assert self.keep_BL is not None
+        real_BL, keep_BL, prompt = state.real_BL, self.keep_BL, bool(self.is_prompt)
+        cached = self.slots.counts if self.slots else []
+        return KeepDecision(
+            prompt,
+            keep=[keep[real].tolist() for keep, real in zip(keep_BL, real_BL, strict=True)],
+            images=keep_BL[self.images_BL].view(-1, state.sparsifier.image_tokens).tolist(),
+            computed=(keep_BL if prompt else real_BL).sum(1).tolist(),
+            cached=cached,
+            cached_whole=state.whole_B.tolist() if cached else [],
+        )
+
     def _narrow(self, keep_BL: Tensor, real_BL: Tensor) -> None:
-        """Note the places that are kept, in order, rows filled up with others."""
+        """Set the places that are retained, in order, rows filled up with others."""
         most = int(keep_BL.sum(1).max())
         if most < keep_BL.shape[1]:
             self._source_BM = (~keep_BL).long().argsort(dim=1, stable=True)[:, :most]
 
-    def _kept(self, tensor: Tensor) -> Tensor:
-        """The kept places of ``[B, L]`` or ``[B, L, C]``."""
+    def _retained(self, tensor: Tensor) -> Tensor:
+        """The retained places of ``[B, L]`` or ``[B, L, C]``."""
         if self._source_BM is None:
             return tensor
         source = self._source_BM
@@ -156,7 +170,7 @@ class PruningPass:
         return tensor.gather(1, source)
 
     def _see(self, stored_BM: Tensor) -> None:
-        """What this pass looks at, and what the cache holds behind it."""
+        """Set what this pass attends to, and what the cache holds behind it."""
         self._visible_BK, self._key_positions_BK = self._real_BM, self._positions_BM
         if self.slots is not None:
             self._visible_BK = torch.cat([self.slots.visible_BW, self._real_BM], dim=1)

@@ -1,7 +1,6 @@
-"""What a keep rate promises: operations and bytes, from sizes alone.
+"""Predicted cost of a keep rate: operations and bytes, from sizes alone.
 
-Tokens of images that are not kept leave the layers from ``sparse_layer`` on. What really happens is measured
-(:mod:`mmpipe.analysis.efficiency`) and shown beside it.
+Dropped image tokens leave the layers from ``sparse_layer`` on. :mod:`mmpipe.analysis.efficiency` measures the real cost.
 """
 
 from __future__ import annotations
@@ -12,23 +11,25 @@ from typing import Any
 def paper_flops(layers: int, tokens: int, width: int) -> int:
     """Operations of ``layers`` decoder layers over ``tokens`` at once: ``L (32 N C² + 4 N² C)``.
 
-    The count of Dynamic-LLaVA (Huang et al., arXiv 2412.00876), which takes a feed-forward part of three matrices four times
-    as wide as the model; LLaMA's own is narrower.
+    The count of Dynamic-LLaVA (Huang et al., arXiv 2412.00876), which takes a feed-forward part of three matrices four
+    times as wide as the model; LLaMA's own is narrower.
     """
     return layers * (32 * tokens * width**2 + 4 * tokens**2 * width)
 
 
-def paper_image_flops(layers: int, width: int, tokens: int, kept: int, sparse_layer: int) -> int:
-    """The same over an image's ``tokens`` of which layers from ``sparse_layer`` on see ``kept``; predictors left out."""
-    return paper_flops(sparse_layer, tokens, width) + paper_flops(layers - sparse_layer, kept, width)
+def paper_image_flops(layers: int, width: int, tokens: int, retained: int, sparse_layer: int) -> int:
+    """The same over an image's ``tokens``; layers from ``sparse_layer`` on see ``retained``. Without predictors."""
+    return paper_flops(sparse_layer, tokens, width) + paper_flops(layers - sparse_layer, retained, width)
 
 
-def cache_bytes(text_config: Any, rows: int, whole: int, kept: int, sparse_layer: int, bytes_per_number: int) -> int:
-    """Bytes of keys and values of a batch: ``whole`` tokens a row before ``sparse_layer``, ``kept`` from there on.
+def cache_bytes(
+    text_config: Any, rows: int, whole: int, retained: int, sparse_layer: int, bytes_per_number: int
+) -> int:
+    """Bytes of keys and values of a batch: ``whole`` tokens a row before ``sparse_layer``, ``retained`` from there on.
 
     Rows of different length are as long as the longest. Of layers without a sliding window.
     """
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    tokens = sparse_layer * whole + (text_config.num_hidden_layers - sparse_layer) * kept
+    tokens = sparse_layer * whole + (text_config.num_hidden_layers - sparse_layer) * retained
     return 2 * rows * heads * size * tokens * bytes_per_number

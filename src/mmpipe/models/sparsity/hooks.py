@@ -1,9 +1,9 @@
-"""Connecting predictors with a stock language model, by hooks: its own forward stays as it is."""
+"""Connecting predictors with a stock language model by hooks; its own ``forward`` is unchanged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mmpipe.errors import ConfigError
+from mmpipe.models.forward_context import Args, HookResult, Kwargs, hand_over, input_of
 from mmpipe.models.sparsity import attention
-from mmpipe.models.sparsity.cache import adopt, slots_of
-from mmpipe.models.sparsity.context import KEYWORD, PruningPass, Setting
+from mmpipe.models.sparsity.cache import convert_cache, slots_of
+from mmpipe.models.sparsity.context import KEYWORD, PruningPass, SparsityState
 from mmpipe.models.sparsity.sparsifier import Sparsifier
 from mmpipe.models.sparsity.spec import SparsitySettings
 
 FAMILIES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3")
-"""Language models whose layers take mask, positions and rotations as arguments; those the tests cover."""
+"""Language models whose layers take mask, positions and rotations as arguments, all covered by tests."""
 
 PROMPT = "sparse_prompt"
-
-HookResult = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def sparsify(model: Any, settings: SparsitySettings, *, seed: int = 0) -> Sparsifier:
@@ -58,62 +57,48 @@ def wrap(text: nn.Module, settings: SparsitySettings, image_tokens: int) -> Spar
     first, layers = settings.sparse_layer, len(text.layers)  # type: ignore[arg-type]
     if first >= layers:
         raise ConfigError(
-            f"sparse_layer: {first}: the language model has the layers 0 to {layers - 1}; layers from 1 on can be sparse"
+            f"sparse_layer: {first}: the language model has the layers 0 to {layers - 1}; layers from 1 on can be "
+            "sparse"
         )
     sparsifier = Sparsifier(config.hidden_size, settings, image_tokens)
     text.sparsifier = sparsifier
-    text.register_forward_pre_hook(begin, with_kwargs=True)
+    decoder: Any = text.layers
+    hand_over(text, KEYWORD, begin, ((layer, follow if i >= first else None) for i, layer in enumerate(decoder)))
     text.register_forward_hook(finish, with_kwargs=True)
-    for index, layer in enumerate(text.layers):  # type: ignore[arg-type]
-        layer.register_forward_pre_hook(follow if index >= first else discard, with_kwargs=True)
-        if index >= first:
-            layer.self_attn.register_forward_pre_hook(attention.choose, with_kwargs=True)
-            layer.self_attn.register_forward_hook(attention.restore, always_call=True)
+    for layer in decoder[first:]:
+        layer.self_attn.register_forward_pre_hook(attention.choose, with_kwargs=True)
+        layer.self_attn.register_forward_hook(attention.restore, always_call=True)
     return sparsifier
 
 
-def of_model(model: Any) -> Sparsifier | None:
+def get_sparsifier(model: Any) -> Sparsifier | None:
     """The predictors of a LLaVA model, if it has any."""
     return getattr(model.model.language_model, "sparsifier", None)
 
 
-def of_prompt(model: Any) -> dict[str, Any]:
+def prompt_retention(model: Any) -> dict[str, Any]:
     """Arguments of a forward pass over a prompt or a piece of it, which may be as short as a generated token.
 
-    Nothing for a model that keeps everything.
+    Nothing for a model without predictors.
     """
-    return {} if of_model(model) is None else {PROMPT: True}
+    return {} if get_sparsifier(model) is None else {PROMPT: True}
 
 
 def shares_prompts(model: Any) -> bool:
     """Whether prompts that begin alike may share that part of the cache.
 
-    Not with a predictor for questions, which always keeps the last token of what it is given.
+    Not with a predictor for questions, which always retains the last token of its input.
     """
-    sparsifier = of_model(model)
+    sparsifier = get_sparsifier(model)
     return sparsifier is None or sparsifier.instruct_score_predictor is None
 
 
-@contextmanager
-def whole(model: Any) -> Iterator[None]:
-    """The dense model behind a sparsified one, for a while."""
-    sparsifier = of_model(model)
-    if sparsifier is None:
-        yield
-        return
-    before, sparsifier.enabled = sparsifier.enabled, False
-    try:
-        yield
-    finally:
-        sparsifier.enabled = before
-
-
 def set_keep_rate(model: Any, rate: float | None, where: str) -> None:
-    """Let a sparsified model keep another share of its images than it was trained for; None keeps all of everything.
+    """Set the share of image tokens that a sparsified model retains; None retains all tokens.
 
     Raises ConfigError, opened by ``where``, for a model without predictors or a rate outside (0, 1].
     """
-    sparsifier = of_model(model)
+    sparsifier = get_sparsifier(model)
     if sparsifier is None:
         raise ConfigError(f"{where}: the checkpoint has no predictors; only a sparsified one can be told what to keep")
     if rate is None:
@@ -129,7 +114,7 @@ def set_keep_rate(model: Any, rate: float | None, where: str) -> None:
 @contextmanager
 def keeping(model: Any, rate: float | None) -> Iterator[None]:
     """``model`` with another keep rate for a while, as :func:`set_keep_rate` sets it."""
-    sparsifier: Any = of_model(model)
+    sparsifier: Any = get_sparsifier(model)
     before = sparsifier and (sparsifier.settings, sparsifier.enabled)
     set_keep_rate(model, rate, "keep rate")
     try:
@@ -138,11 +123,16 @@ def keeping(model: Any, rate: float | None) -> Iterator[None]:
         sparsifier.settings, sparsifier.enabled = before
 
 
+def without_sparsity(model: Any) -> AbstractContextManager[None]:
+    """The dense model behind a sparsified one, for a while; any other model as it is."""
+    return nullcontext() if get_sparsifier(model) is None else keeping(model, None)
+
+
 # ---- hooks, in the order in which they run
 
 
-def see_images(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
-    """Pre-hook of the vision-language model: in evaluation, tell the text model where images are."""
+def see_images(body: Any, args: Args, kwargs: Kwargs) -> HookResult:
+    """Pre-hook of the vision-language model: in evaluation, pass on to the text model where images are."""
     prompt = kwargs.pop(PROMPT, None)
     ids: Tensor | None = kwargs.get("input_ids")
     if KEYWORD not in kwargs and ids is not None and not body.training and body.language_model.sparsifier.prunes:
@@ -150,60 +140,48 @@ def see_images(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook
     return args, kwargs
 
 
-def begin(text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
+def begin(text: Any, args: Args, kwargs: Kwargs) -> HookResult:
     """Pre-hook of the text model: complete a pass, and have its cache pruned."""
-    current = kwargs.get(KEYWORD)
+    current, cache = kwargs.get(KEYWORD), kwargs.get("past_key_values")
     if current is None:
-        if slots_of(kwargs.get("past_key_values")) is not None:
+        if slots_of(cache) is not None:
             raise ConfigError(
                 "a pruned cache was given to a call that prunes nothing; give it input_ids, in evaluation"
             )
         return args, kwargs
-    tokens = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if x is not None)
+    tokens, mask = input_of(args, kwargs), kwargs.get("attention_mask")
     rows, length = tokens.shape[:2]
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
-        raise ConfigError("a sparsified model takes attention masks of two dimensions only: rows and tokens")
-    cache = kwargs.get("past_key_values")
     if mask is None:
         mask = tokens.new_ones(rows, length + (cache.get_seq_length() if cache is not None else 0), dtype=torch.long)
-    setting = Setting(text.sparsifier, text.config, mask[:, -length:].bool().to(tokens.device), mask.sum(1))
-    if isinstance(current, PruningPass) and _uses_cache(text, kwargs):
+    if mask.ndim != 2:
+        raise ConfigError("a sparsified model takes attention masks of two dimensions only: rows and tokens")
+    state = SparsityState(text.sparsifier, text.config, mask[:, -length:].bool().to(tokens.device), mask.sum(1))
+    wanted = kwargs.get("use_cache")
+    if isinstance(current, PruningPass) and (text.config.use_cache if wanted is None else wanted):
         cache = DynamicCache(config=text.config) if cache is None else cache
-        current.slots = slots_of(cache) or adopt(
+        current.slots = slots_of(cache) or convert_cache(
             cache, rows, tokens.device, text.sparsifier.settings.sparse_layer, len(text.layers)
         )
         kwargs = kwargs | {"past_key_values": cache}
-    return args, kwargs | {KEYWORD: (current, setting)}
+    return args, kwargs | {KEYWORD: (current, state)}
 
 
-def discard(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
-    """Pre-hook of the layers before the sparse one: the pass is none of their business."""
-    return args, {key: value for key, value in kwargs.items() if key != KEYWORD}
-
-
-def follow(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
-    """Pre-hook of the other layers: the first of them decides, all work on what is kept."""
-    kwargs = dict(kwargs)
-    current, setting = kwargs.pop(KEYWORD, (None, None))
-    if current is None:
+def follow(layer: Any, context: Any, args: Args, kwargs: Kwargs) -> HookResult:
+    """Receiver of the layers from the sparse one on: the first of them decides, all work on the retained tokens."""
+    if context is None:
         return args, kwargs
+    current, state = context
     index = layer.self_attn.layer_idx
-    if index == setting.sparsifier.settings.sparse_layer:
-        args = (current.decide(setting, args[0], kwargs), *args[1:])
-        if isinstance(current, PruningPass) and setting.sparsifier.record is not None:
-            setting.sparsifier.record.note(current, setting)
-    return args, current.arguments(setting, index, kwargs)
+    if index == state.sparsifier.settings.sparse_layer:
+        args = (current.decide(state, args[0], kwargs), *args[1:])
+        if isinstance(current, PruningPass) and state.sparsifier.record is not None:
+            state.sparsifier.record.passes.append(current.decision(state))
+    return args, current.arguments(state, index, kwargs)
 
 
-def finish(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def finish(text: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Hook of the text model: hidden states at the places they had."""
     current, _ = kwargs.get(KEYWORD) or (None, None)
     if current is not None:
         output.last_hidden_state = current.finish(output.last_hidden_state)
     return output
-
-
-def _uses_cache(text: Any, kwargs: dict[str, Any]) -> bool:
-    wanted = kwargs.get("use_cache")
-    return bool(text.config.use_cache if wanted is None else wanted)

@@ -1,7 +1,8 @@
 """Predictors on disk: ``sparsity.safetensors`` and ``sparsity.json`` beside a stock dense checkpoint.
 
-Without the two files, or read without this package, the checkpoint is the dense model. Tensors are named as in Dynamic-LLaVA's
-released checkpoints (``image_score_predictor.down_mlp.0.weight``); their leading ``model.`` may be there or not.
+Without the two files, or read without this package, the checkpoint is the dense model. Tensors are named as in
+Dynamic-LLaVA's released checkpoints (``image_score_predictor.down_mlp.0.weight``); their leading ``model.`` may be
+there or not.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmpipe.artifacts.files import read_json
 from mmpipe.errors import ArtifactError
-from mmpipe.models.sparsity.hooks import attach, of_model
+from mmpipe.models.sparsity.hooks import attach, get_sparsifier
 from mmpipe.models.sparsity.spec import SparsitySettings
 
 WEIGHTS = "sparsity.safetensors"
@@ -31,7 +33,7 @@ def without_predictors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def save(model: Any, out: Path) -> None:
     """Write the predictors of ``model`` into ``out``; nothing for a model without."""
-    sparsifier = of_model(model)
+    sparsifier = get_sparsifier(model)
     if sparsifier is None:
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sparsifier.state_dict().items()}
@@ -52,7 +54,7 @@ def load(model: Any, directory: Path) -> None:
         missing = directory / (WEIGHTS if there[0] else CONFIG)
         raise ArtifactError(f"{missing} is missing; without it the checkpoint's predictors cannot be used")
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(directory / CONFIG)
         image_tokens = config.pop("image_tokens")
         settings = SparsitySettings(**config)
         tensors = load_file(directory / WEIGHTS)
@@ -60,8 +62,8 @@ def load(model: Any, directory: Path) -> None:
         raise ArtifactError(f"{directory}: the predictors cannot be read: {error}") from error
     if image_tokens != model.config.image_seq_length:
         raise ArtifactError(
-            f"{directory / CONFIG}: the predictors were trained for images of {image_tokens} tokens, the model gives a "
-            f"image {model.config.image_seq_length}; both must come from one training"
+            f"{directory / CONFIG}: the predictors were trained for images of {image_tokens} tokens, the model gives "
+            f"an image {model.config.image_seq_length}; both must come from one training"
         )
     sparsifier = attach(model, settings)
     try:

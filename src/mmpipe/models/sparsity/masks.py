@@ -1,4 +1,4 @@
-"""Attention masks where tokens are missing: by true positions, in the form each attention function takes."""
+"""Attention masks for sequences with dropped tokens: by true positions, in the form of each attention function."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch import Tensor
 
 from mmpipe.errors import ConfigError
 
-_FLASH, _EAGER, _SDPA = "flash", "eager", "sdpa"
-
 
 def allowed(visible_BK: Tensor, key_positions_BK: Tensor, query_positions_BQ: Tensor, window: int | None) -> Tensor:
-    """What every query may see, ``[B, Q, K]``: visible keys at no later position, within the window if there is one.
+    """The keys every query may see, ``[B, Q, K]``: visible ones at no later position, within the window if there is
+    one.
 
     Queries are the last keys; each sees itself, padding too, so that no row is empty.
     """
@@ -33,25 +32,27 @@ def formatted(
     window: int | None,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """The mask as transformers' attention function ``implementation`` wants it; None where plain causality says it all.
+    """The mask for transformers' attention function ``implementation``; None where causality alone decides.
 
-    Raises ConfigError for an implementation we do not know, or one that counts a window in tokens rather than positions.
+    Raises ConfigError for an implementation we do not know, or one that counts a window in tokens rather than
+    positions.
     """
-    if _FLASH in implementation:
+    if "flash" in implementation:
         if window is not None and int(query_positions_BQ.max()) >= window:
             raise ConfigError(
                 f"a text longer than the attention window of {window} tokens cannot be sparsified with "
-                f"'{implementation}', which would count the window in kept tokens; load the model with attn_implementation='sdpa'"
+                f"'{implementation}', which would count the window in kept tokens; load the model "
+                "with attn_implementation='sdpa'"
             )
         return None if bool(visible_BK.all()) else visible_BK.long()
     queries, keys = query_positions_BQ.shape[1], visible_BK.shape[1]
     simple = window is None and (queries == 1 or queries == keys)
-    if implementation == _SDPA and simple and bool(visible_BK.all()):
+    if implementation == "sdpa" and simple and bool(visible_BK.all()):
         return None
     seen_B1QK = allowed(visible_BK, key_positions_BK, query_positions_BQ, window)[:, None]
-    if implementation == _SDPA:
+    if implementation == "sdpa":
         return seen_B1QK
-    if implementation == _EAGER:
+    if implementation == "eager":
         return torch.zeros_like(seen_B1QK, dtype=dtype).masked_fill(~seen_B1QK, torch.finfo(dtype).min)
     raise ConfigError(
         f"sparsification knows the attention functions eager, sdpa and flash_attention_*, not '{implementation}'; "

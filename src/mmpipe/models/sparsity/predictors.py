@@ -1,4 +1,4 @@
-"""The predictors: networks that say of every token whether it is kept. Class 0 is keep, class 1 is drop.
+"""The predictors: networks that classify every token. Class 0 is keep, class 1 is drop.
 
 Parameters are named as in Dynamic-LLaVA's released checkpoints. Shapes: B rows, N tokens, D width of the language
 model, E of the predictor.
@@ -17,20 +17,14 @@ INITIALIZER_RANGE = 0.02
 
 
 class VisionPredictor(nn.Module):
-    """Judges the tokens of one image together: each by itself and by the average of all."""
+    """Classifies the tokens of one image together: each by itself and by the average of all."""
 
     def __init__(self, width: int, settings: SparsitySettings) -> None:
         super().__init__()
         inner = settings.d_model
         self.down_mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU())
         self.transformer = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
-        self.output_mlp = nn.Sequential(
-            nn.Linear(inner, inner // 2),
-            nn.GELU(),
-            nn.Linear(inner // 2, inner // 4),
-            nn.GELU(),
-            nn.Linear(inner // 4, 2),
-        )
+        self.output_mlp = nn.Sequential(*_narrowing(inner))
 
     def forward(self, hidden_BND: Tensor, present_BN1: Tensor | None = None) -> Tensor:
         """Logits ``[B, N, 2]``; ``present_BN1`` weighs the tokens (ones by default)."""
@@ -45,25 +39,22 @@ class VisionPredictor(nn.Module):
 
 
 class TextPredictor(nn.Module):
-    """Judges every token by itself, so that a decision made while generating is that of training."""
+    """Classifies every token by itself, so that decisions are the same in generation as in training."""
 
     def __init__(self, width: int, settings: SparsitySettings) -> None:
         super().__init__()
         inner = settings.d_model
-        self.output_mlp = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, inner),
-            nn.GELU(),
-            nn.Linear(inner, inner // 2),
-            nn.GELU(),
-            nn.Linear(inner // 2, inner // 4),
-            nn.GELU(),
-            nn.Linear(inner // 4, 2),
-        )
+        self.output_mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), *_narrowing(inner))
 
     def forward(self, hidden_D: Tensor) -> Tensor:
         """Logits ``[..., 2]`` of hidden states ``[..., D]``."""
         return self.output_mlp(hidden_D)
+
+
+def _narrowing(width: int) -> list[nn.Module]:
+    """Three linear layers from ``width`` to the two classes."""
+    half, quarter = width // 2, width // 4
+    return [nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)]
 
 
 class Block(nn.Module):

@@ -20,7 +20,7 @@ class Segments:
     answers_BL: Tensor
     """The last answer of each row; earlier answers of a conversation stay whole."""
     questions_BL: Tensor
-    """What stands between the last answer and the image or the answer before it; nothing in rows without images."""
+    """The tokens between the last answer and the image or answer before it; none in rows without images."""
 
 
 def of_batch(input_ids_BL: Tensor, labels_BL: Tensor, attention_mask_BL: Tensor, image_token: int) -> Segments:
@@ -54,7 +54,7 @@ def one_by_one(hidden_BLD: Tensor, images_BL: Tensor, image_tokens: int) -> Tens
     counts_B = images_BL.sum(1)
     if bool((counts_B % image_tokens).any()):
         raise DataError(
-            f"rows with {sorted(set(counts_B.tolist()))} image tokens do not hold whole images of {image_tokens} tokens; "
-            "the predictors were trained for a tower that gives an image so many"
+            f"rows with {sorted(set(counts_B.tolist()))} image tokens do not hold whole images of {image_tokens} "
+            "tokens; the predictors were trained for a tower that gives an image so many"
         )
     return hidden_BLD[images_BL].view(-1, image_tokens, hidden_BLD.shape[-1])

@@ -12,24 +12,24 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 class SparsitySettings(Settings):
-    """What is dropped, where, and how large the predictors are; the defaults are Dynamic-LLaVA's."""
+    """Which tokens are dropped, in which layers, and the size of the predictors; the defaults are Dynamic-LLaVA's."""
 
     sparse_layer: int = Field(2, ge=1)
-    """The first decoder layer that works on what is kept, counted from 0; the layers before it see everything."""
+    """The first decoder layer that works on the retained tokens, counted from 0; the layers before it see everything."""
     use_vision_predictor: bool = True
     vision_keep_rate: Rate = 0.2
-    """Share of an image's tokens that is kept; generation keeps exactly so many, rounded down, at least one."""
+    """Share of an image's tokens that is retained; generation retains exactly so many, rounded down, at least one."""
     use_output_text_predictor: bool = True
     """Let generated tokens decide whether later ones may look at them."""
     output_text_keep_rate: Rate = 0.5
-    """Share of the answer's tokens that is kept, aimed at in training; 1 keeps all, also in generation."""
+    """Share of the answer's tokens that is retained, aimed at in training; 1 retains all, also in generation."""
     output_text_len_for_training: int = Field(50, ge=1)
-    """Shorter answers (in tokens) are kept whole in training."""
+    """Shorter answers (in tokens) are retained whole in training."""
     use_instruct_predictor: bool = False
     """Drop tokens of the question, too; the paper found that this hurts."""
     instruct_keep_rate: Rate = 0.7
     instruct_len_for_training: int = Field(25, ge=1)
-    """Shorter questions are kept whole in training."""
+    """Shorter questions are retained whole in training."""
     d_model: int = Field(512, ge=8, multiple_of=4)
     """Width of the predictors."""
     nhead: int = Field(8, ge=1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.data.preprocessing_match import pixel_settings, require_same_pixels
 from mmpipe.errors import ConfigError
+from mmpipe.inference.open_answerer import inference_dtype
 from mmpipe.losses import positions
 from mmpipe.losses.distillation import (
     Tokens,
@@ -131,7 +132,7 @@ class LiveTeacher:
 
     def _on(self, device: torch.device) -> Any:
         if self.model.device != device:
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            dtype = inference_dtype(str(device))
             self.model.to(device=device, dtype=dtype)
             attention.use(self.model, attention.choose("auto", device.type, dtype))
         return self.model

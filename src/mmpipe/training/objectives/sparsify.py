@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mmpipe.losses.language_modelling import language_modelling_loss
 from mmpipe.losses.sparsity import image_loss, text_loss
-from mmpipe.models.sparsity import gumbel, segments
+from mmpipe.models.sparsity import segments
 from mmpipe.models.sparsity.context import KEYWORD, TrainingPass
-from mmpipe.models.sparsity.hooks import of_model
+from mmpipe.models.sparsity.hooks import get_sparsifier
 from mmpipe.models.sparsity.segments import Segments
+from mmpipe.models.sparsity.sparsifier import gumbel_noise
 from mmpipe.training.objectives.base import Batch, Metrics, Normaliser, hidden_states, response_tokens, router_losses
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Sparsification:
     def __init__(self, settings: Sparsify, model: Any) -> None:
         self.settings = settings
         self.image_token = model.config.image_token_id
-        sparsifier = of_model(model)
+        sparsifier = get_sparsifier(model)
         assert sparsifier is not None
         self.sparsifier = sparsifier
         self.sparsity = sparsifier.settings
@@ -70,7 +71,7 @@ class Sparsification:
         ):
             key = f"{self.settings.seed} {self.sparsifier.progress!r} {index}"
             digest = hashlib.sha256(key.encode()).digest()
-            row[:tokens] = gumbel.noise(tokens, torch.Generator().manual_seed(int.from_bytes(digest[:7])))
+            row[:tokens] = gumbel_noise(tokens, torch.Generator().manual_seed(int.from_bytes(digest[:7])))
         return noise_BL2.to(batch["input_ids"].device)
 
     def _segments(self, batch: Batch) -> Segments:

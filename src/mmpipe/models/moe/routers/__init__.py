@@ -1,2 +1,1 @@
-"""Routers: one file each, found by looking. A file defines a class ``Router``; its name is the file's
-name."""
+"""Routers: one file each, found by looking; a router's name is the name of its file."""

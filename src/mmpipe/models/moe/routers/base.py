@@ -1,22 +1,21 @@
-"""What every router is: hidden states in; choices, their weights, losses and measurements out."""
+"""The base of every router: hidden states in; choices, their weights, losses and measurements out."""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.losses import routing
-from mmpipe.models.moe.spec import MoESettings
+from mmpipe.models.moe.spec import ROUTERS, MoESettings, RouterSettings
 from mmpipe.models.schedule import FollowsTraining
 from mmpipe.registry import load_object
-from mmpipe.settings import Settings
 
 _REFERENCE_DEVIATION = 0.02
 
@@ -41,24 +40,21 @@ class Routing:
 class BaseRouter(FollowsTraining):
     """Base of all routers.
 
-    A subclass defines ``forward(hidden_TD, sequence_T) -> Routing``, where ``sequence_T``, if given, tells
-    the sequence of each token for losses taken per sequence, and may define ``Settings``. It owns whatever
-    parameters it needs; ``reset_parameters`` fills them from a generator, so that each layer starts
-    differently and reproducibly. A schedule asks :meth:`scheduled` for the current value of a setting.
+    A subclass defines ``forward(hidden_TD, sequence_T) -> Routing``, where ``sequence_T`` ``[T]``, if given, is the
+    sequence of each token for losses taken per sequence, and may define ``Settings``. It owns whatever parameters it
+    needs; ``reset_parameters`` fills them from a generator, so that each layer starts differently and reproducibly. A
+    schedule asks :meth:`scheduled` for the current value of a setting.
     """
 
-    class Settings(Settings):
+    class Settings(RouterSettings):
         """What every router takes."""
 
-        form: Literal["fixed", "reference"] = "fixed"
-        """``reference`` computes what the published code computes, with its mistakes."""
-
     NORMALISED: ClassVar[bool] = True
-    """Whether the weights of a token add up to one; others are on their honour."""
+    """Whether the weights of a token add up to one, which is then checked."""
     ADDS: ClassVar[bool] = False
     """Whether it adds something as wide as the input to the output (``Routing.addition_TD``)."""
     STARTS_ALIKE: ClassVar[bool] = False
-    """Whether the ``reference`` form starts every layer with the same numbers, as LibMoE 2.0 does."""
+    """Whether ``compat: reference`` starts every layer with the same numbers, as LibMoE 2.0 does."""
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__()
@@ -70,7 +66,7 @@ class BaseRouter(FollowsTraining):
     @property
     def reference(self) -> bool:
         """Whether the published code is to be repeated."""
-        return getattr(self.settings, "form", "fixed") == "reference"
+        return getattr(self.settings, "compat", "fixed") == "reference"
 
     @property
     def starts_alike(self) -> bool:
@@ -84,7 +80,7 @@ class BaseRouter(FollowsTraining):
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw fresh parameters: uniform in +-1/sqrt(width), PyTorch's default for a linear layer; normal with
-        deviation 0.02 in the reference form of LibMoE 2.0."""
+        deviation 0.02 in the reference of LibMoE 2.0."""
         with torch.no_grad():
             for parameter in self.parameters():
                 if self.starts_alike:
@@ -100,9 +96,20 @@ class BaseRouter(FollowsTraining):
         return first + (last - first) * self.progress if self.training else last
 
 
+class LinearRouter(BaseRouter):
+    """Scores each token by a matrix ``weight``, ``[N, D]`` unless :meth:`rows` says otherwise."""
+
+    def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
+        super().__init__(width, experts, top_k, settings)
+        self.weight = nn.Parameter(torch.empty(self.rows(), width))
+
+    def rows(self) -> int:
+        """How many scores a token has."""
+        return self.experts
+
+
 def linear_float(hidden_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """A linear map in float32, also where autocast would choose less: routing is decided by small
-    differences."""
+    """A linear map in float32, also under autocast: routing is decided by small differences."""
     with torch.autocast(hidden_TD.device.type, enabled=False):
         bias_N = None if bias_N is None else bias_N.float()
         return F.linear(hidden_TD.float(), weight_ND.float(), bias_N)
@@ -138,8 +145,11 @@ def build(settings: MoESettings, width: int) -> BaseRouter:
     if ":" in settings.router:
         kind = load_object(settings.router, where)
     else:
-        kind = importlib.import_module(f"mmpipe.models.moe.routers.{settings.router}").Router
-    if not (isinstance(kind, type) and issubclass(kind, BaseRouter)):
+        module = importlib.import_module(f"{ROUTERS}.{settings.router}")
+        kind = next(
+            value for value in vars(module).values() if _is_router(value) and value.__module__ == module.__name__
+        )
+    if not _is_router(kind):
         raise ConfigError(f"{where} is not a subclass of mmpipe.models.moe.routers.base.BaseRouter")
     try:
         own = kind.Settings(**settings.router_options)
@@ -148,13 +158,16 @@ def build(settings: MoESettings, width: int) -> BaseRouter:
     return kind(width, settings.experts, settings.top_k, own)
 
 
+def _is_router(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseRouter)
+
+
 class RouterError(MmpipeError):
-    """A router gave something that cannot be carried out."""
+    """A router's result cannot be carried out."""
 
 
 def check_shapes(router: BaseRouter, result: Routing, tokens: int, name: str) -> None:
     """Raise RouterError, opened by ``name``, unless the choices have the agreed shape and type."""
-    entries = router.experts
     for what, tensor in (("indices", result.indices_TK), ("weights", result.weights_TK)):
         if tensor.ndim != 2 or len(tensor) != tokens:
             raise RouterError(f"{name}: {what} of shape {tuple(tensor.shape)} for {tokens} tokens")
@@ -165,19 +178,18 @@ def check_shapes(router: BaseRouter, result: Routing, tokens: int, name: str) ->
         )
     if result.indices_TK.dtype != torch.int64:
         raise RouterError(f"{name}: indices of type {result.indices_TK.dtype}, expected torch.int64")
-    if not 1 <= result.indices_TK.shape[1] <= entries:
-        raise RouterError(f"{name}: {result.indices_TK.shape[1]} choices a token, with {entries} experts")
+    if not 1 <= result.indices_TK.shape[1] <= router.experts:
+        raise RouterError(f"{name}: {result.indices_TK.shape[1]} choices a token, with {router.experts} experts")
 
 
 def check_values(router: BaseRouter, result: Routing, name: str) -> None:
     """Raise RouterError, opened by ``name``, unless indices are in range and weights finite and, if the router says so,
     normalised."""
-    entries = router.experts
     if not len(result.indices_TK):
         return
     low, high = int(result.indices_TK.min()), int(result.indices_TK.max())
-    if low < 0 or high >= entries:
-        raise RouterError(f"{name}: experts {low} to {high} chosen, there are 0 to {entries - 1}")
+    if low < 0 or high >= router.experts:
+        raise RouterError(f"{name}: experts {low} to {high} chosen, there are 0 to {router.experts - 1}")
     if not torch.isfinite(result.weights_TK).all():
         raise RouterError(f"{name}: weights that are not finite; are the hidden states or the router's weights?")
     error = (result.weights_TK.sum(1) - 1).abs().max().item() if router.normalised else 0.0

@@ -1,5 +1,4 @@
-"""Cosine scores: an expert is chosen by the angle between its embedding and the token, whatever their
-lengths."""
+"""Cosine scores: an expert is chosen by the angle between its embedding and the token, whatever their lengths."""
 
 from __future__ import annotations
 
@@ -9,19 +8,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
+from mmpipe.models.moe.routers.base import LinearRouter, Routing, linear_float, rescaled, routed
 
 
-class Router(BaseRouter):
+class CosineRouter(LinearRouter):
     """``l_e = x . W_e / ((|x| + t)(|W_e| + t))``, ``p = softmax(l / temperature)``, the k best, rescaled.
 
-    ``t`` is the perturbation (Nguyen et al. 2024). ``reference`` is Cosine-R of LibMoE's first tables: no
-    temperature, a bias added to p before choosing, and a second softmax over the k values. As the cosines
-    differ by little, its weights are all close to 1/k and the bias decides: nearly every token goes to the
-    same experts.
+    ``t`` is the perturbation (Nguyen et al. 2024). ``reference`` is Cosine-R of LibMoE's first tables: no temperature,
+    a bias added to p before choosing, and a second softmax over the k values. As the cosines differ by little, its
+    weights are all close to 1/k and the bias decides: nearly every token goes to the same experts.
     """
 
-    class Settings(BaseRouter.Settings):
+    class Settings(LinearRouter.Settings):
         temperature: float = Field(0.1, gt=0)
         """Divides the cosines; not used by ``reference``."""
         final_temperature: float | None = Field(None, gt=0)
@@ -30,7 +28,6 @@ class Router(BaseRouter):
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
-        self.weight = nn.Parameter(torch.empty(experts, width))
         self.bias = nn.Parameter(torch.empty(experts)) if self.reference else None
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, routed
 
 
-class Router(BaseRouter):
+class HyperRouter(BaseRouter):
     """``[W, b] = hypernet(u)`` reshaped to ``[N, D + 1]``; the k best of ``W x + b``, softmax over them (Do
     et al. 2023).
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpipe.losses import routing
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
+from mmpipe.models.moe.routers.base import LinearRouter, Routing, linear_float, rescaled, routed
 
 _PENALISED, _PENALTY = 4, 0.3
 
 
-class Router(BaseRouter):
+class MoEPPRouter(LinearRouter):
     """Softmax top-k over the N experts, one that gives zero, and one that gives ``a_1 x + a_2 c``.
 
     ``a = softmax(V x)``, ``c`` is learned. Weights of the chosen are rescaled to one; what goes to the zero
@@ -30,7 +30,6 @@ class Router(BaseRouter):
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
-        self.weight = nn.Parameter(torch.empty(experts + 2, width))
         self.mixture = nn.Parameter(torch.empty(2, width))
         self.constant = nn.Parameter(torch.empty(width))
 
@@ -38,6 +37,9 @@ class Router(BaseRouter):
         super().reset_parameters(generator)
         with torch.no_grad():
             self.constant.normal_(std=0.002, generator=generator)
+
+    def rows(self) -> int:
+        return self.experts + 2
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         logits_TM = linear_float(hidden_TD, self.weight)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from mmpipe.models.moe.routers import cosine
+from mmpipe.models.moe.routers.cosine import CosineRouter
 
 
-class Router(cosine.Router):
+class PerturbedCosineRouter(CosineRouter):
     """The cosine router with a perturbation of 0.1, as in LibMoE's Perturbed Cosine-R."""
 
-    class Settings(cosine.Router.Settings):
+    class Settings(CosineRouter.Settings):
         perturbation: float = Field(0.1, ge=0)

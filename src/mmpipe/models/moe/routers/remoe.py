@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, routed
+from mmpipe.models.moe.routers.base import LinearRouter, Routing, linear_float, routed
 
 
-class Router(BaseRouter):
+class ReMoERouter(LinearRouter):
     """``s = relu(W x)``, the k largest, weights ``s / (sum of the chosen s + 1e-6)``.
 
-    The form LibMoE ships. The published ReMoE (Wang et al. 2024) has no k: it takes every expert above zero
-    and steers their number by an adaptive L1 term. A token with no score above zero passes through the
-    residual stream only.
+    The form LibMoE ships. The published ReMoE (Wang et al. 2024) has no k: it takes every expert above zero and steers
+    their number by an adaptive L1 term. A token with no score above zero passes through the residual stream only.
     """
 
     NORMALISED: ClassVar[bool] = False
     STARTS_ALIKE: ClassVar[bool] = True
-
-    def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
-        super().__init__(width, experts, top_k, settings)
-        self.weight = nn.Parameter(torch.empty(experts, width))
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         logits_TN = linear_float(hidden_TD, self.weight)

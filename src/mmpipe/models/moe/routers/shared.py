@@ -6,20 +6,20 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmpipe.errors import ConfigError
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
+from mmpipe.models.moe.routers.base import LinearRouter, Routing, linear_float, rescaled, routed
 
 
-class Router(BaseRouter):
+class SharedExpertRouter(LinearRouter):
     """Half the weight for the last expert, half for the k - 1 best of the others.
 
     With ``softmax`` scores that is LibMoE's SharedE-V2, with ``sigmoid`` its SharedE-V3. ``top_k`` counts the
     shared expert. Losses and measurements are those of the routed experts.
     """
 
-    class Settings(BaseRouter.Settings):
+    class Settings(LinearRouter.Settings):
         scores: Literal["softmax", "sigmoid"] = "softmax"
 
     STARTS_ALIKE: ClassVar[bool] = True
@@ -28,7 +28,9 @@ class Router(BaseRouter):
         super().__init__(width, experts, top_k, settings)
         if top_k < 2:
             raise ConfigError("router 'shared': top_k counts the shared expert and must be 2 or more")
-        self.weight = nn.Parameter(torch.empty(experts - 1, width))
+
+    def rows(self) -> int:
+        return self.experts - 1
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         logits_TN = linear_float(hidden_TD, self.weight)

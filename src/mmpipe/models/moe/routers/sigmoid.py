@@ -7,20 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
+from mmpipe.models.moe.routers.base import LinearRouter, Routing, linear_float, rescaled, routed
 
 
-class Router(BaseRouter):
+class SigmoidRouter(LinearRouter):
     """``s = sigmoid(W x)``, the k best, weights ``s / sum of the chosen s``; balance on ``softmax(W x)``.
 
-    That is sigma-MoE in LibMoE's current code. ``reference`` is Sigmoid-R of the version its first tables
-    come from: ``p = softmax(sigmoid(W x + b))``, the k best, ``p / sum of the chosen p``; weights there are
-    all close to 1/k.
+    That is sigma-MoE in LibMoE's current code. ``reference`` is Sigmoid-R of the version its first tables come from:
+    ``p = softmax(sigmoid(W x + b))``, the k best, ``p / sum of the chosen p``; weights there are all close to 1/k.
     """
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
-        self.weight = nn.Parameter(torch.empty(experts, width))
         self.bias = nn.Parameter(torch.empty(experts)) if self.reference else None
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmpipe.losses import routing
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float
+from mmpipe.models.moe.routers.base import LinearRouter, Routing, linear_float
 
 _NEGATIVE_BIAS, _NULL_BIAS = -1.0, -10.0
 _NULL_REWARD = 1e-5
 
 
-class Router(BaseRouter):
+class TCMoERouter(LinearRouter):
     """2N + K scores: N to add an expert, N to subtract it, K to do nothing; the k best of their softmax.
 
-    Weights are ``p / (chosen p that do something + all p that do nothing)``, with the sign. The balance loss
-    is over the N experts, each with both of its scores. ``null`` rewards doing nothing (1e-5 of its mean
-    probability).
+    Weights are ``p / (chosen p that do something + all p that do nothing)``, with the sign. The balance loss is over
+    the N experts, each with both of its scores. ``null`` rewards doing nothing (1e-5 of its mean probability).
 
-    An expert chosen twice (added and subtracted) counts twice. In the ``reference`` form, as in LibMoE's code,
-    a later choice of the same entry modulo N, also one that does nothing, replaces an earlier one (there the
-    replaced one still gets a gradient, here it does not); and the
-    balance loss, ``sum_e (choices of e / (K * tokens of a sequence)) * mean(p_e)``, grows with the batch; the
-    z-loss sees the scores without their biases.
+    An expert chosen twice (added and subtracted) counts twice. In the ``reference`` form, as in LibMoE's code, a later
+    choice of the same entry modulo N, also one that does nothing, replaces an earlier one (there the replaced one still
+    gets a gradient, here it does not); and the balance loss, ``sum_e (choices of e / (K * tokens of a sequence)) *
+    mean(p_e)``, grows with the batch; the z-loss sees the scores without their biases.
     """
 
     NORMALISED: ClassVar[bool] = False
     STARTS_ALIKE: ClassVar[bool] = True
 
-    def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
-        super().__init__(width, experts, top_k, settings)
-        self.weight = nn.Parameter(torch.empty(2 * experts + top_k, width))
+    def rows(self) -> int:
+        return 2 * self.experts + self.top_k
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         n = self.experts

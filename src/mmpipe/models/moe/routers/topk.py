@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
+from mmpipe.models.moe.routers.base import LinearRouter, Routing, linear_float, rescaled, routed
 
 
-class Router(BaseRouter):
+class TopKRouter(LinearRouter):
     """``p = softmax(W x)``; for k > 1 the weights are ``p / sum of the chosen p``.
 
     With one expert a token the weight is p itself: rescaled it would be the constant one, and the router
@@ -20,17 +20,13 @@ class Router(BaseRouter):
     ``reference`` form differs in how it starts only.
     """
 
-    class Settings(BaseRouter.Settings):
+    class Settings(LinearRouter.Settings):
         second_choice: Literal["most_likely", "gumbel", "gumbel_always"] = "most_likely"
         """How a second expert is found: the most likely of the others; or by adding Gumbel noise to the
         logits, in training or also in evaluation. DeepSpeed before 0.15, hence LLaVA-MoD, always samples;
         ``compat: reference`` of the experts takes ``gumbel``, so that answers stay the same from run to run."""
 
     STARTS_ALIKE: ClassVar[bool] = True
-
-    def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
-        super().__init__(width, experts, top_k, settings)
-        self.weight = nn.Parameter(torch.empty(experts, width))
 
     @property
     def normalised(self) -> bool:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
 
 
-class Router(BaseRouter):
+class XMoERouter(BaseRouter):
     """``l_e = radius * (R x / |R x|) . (e / |e|)``, ``p = softmax(l / temperature)``, the k best, rescaled.
 
-    ``reference`` is LibMoE's: weights are a second softmax over the k probabilities, which pulls them to 1/k;
-    the z-loss sees l before the temperature; and embeddings are rescaled outside of the graph, so that their
-    gradient keeps a part along the radius. (There they are also overwritten by every forward pass, which
-    changes no result.)
+    ``reference`` is LibMoE's: weights are a second softmax over the k probabilities, which pulls them to 1/k; the
+    z-loss sees l before the temperature; and embeddings are rescaled outside of the graph, so that their gradient keeps
+    a part along the radius. (There they are also overwritten by every forward pass, which changes no result.)
     """
 
     class Settings(BaseRouter.Settings):
