@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mmpipe.benchmarks.base import Document, Score, get
+from mmpipe.benchmarks.base import Score, get
+from mmpipe.benchmarks.jsonl import Document
 
 VECTORS = Path(__file__).parent.parent / "fixtures" / "vectors" / "benchmarks"
 
@@ -133,10 +134,10 @@ def test_objhal_object_lists():
 
 
 def test_objhal_two_word_objects():
-    from mmpipe.benchmarks.objhal import Words, double_words
+    from mmpipe.benchmarks.objhal import SynonymTable, double_words
 
     vector = load("objhal")
-    words = Words({**vector["synonyms"], "cell phone": "cell phone"})
+    words = SynonymTable({**vector["synonyms"], "cell phone": "cell phone"})
     for item in vector["double_word_items"]:
         assert double_words(item["tokens"], words.pairs) == item["double_words"], item
 
@@ -175,18 +176,18 @@ def test_chair_counts_every_mention():
 
 
 def test_chair_reads_lists_and_pairs_of_words():
-    from mmpipe.benchmarks.objhal import Words, double_words, listed_objects
+    from mmpipe.benchmarks.objhal import SynonymTable, double_words, listed_objects
 
     vector = load("_llava_mod_chair")["expected"]
     for reply, names in vector["parse_object_list"].items():
         assert listed_objects(reply) == (None if names == "ValueError" else names), reply
-    pairs = Words({"dining table": "dining table", "hot dog": "hot dog", "dog": "dog"}).pairs
+    pairs = SynonymTable({"dining table": "dining table", "hot dog": "hot dog", "dog": "dog"}).pairs
     for phrase, words in vector["get_double_words_only"].items():
         assert double_words(phrase.split(), pairs) == words, phrase
 
 
 def test_option_extraction():
-    from mmpipe.benchmarks.choices import infer_option, infer_option_lmms
+    from mmpipe.benchmarks.multiple_choice import infer_option, infer_option_lmms
 
     for item in load("mmbench")["option_extraction_items"]:
         assert infer_option(item["text"], item["choices"]) == item["vlmevalkit_can_infer"], item
@@ -194,7 +195,7 @@ def test_option_extraction():
 
 
 def test_answer_normaliser():
-    from mmpipe.benchmarks.text import evalai_normal
+    from mmpipe.benchmarks.short_answer import evalai_normal
 
     rows = load("_llava_scorers")["answer_processor"]
     rows += load("_llava_mod_scorers")["expected"]["evalai_answer_processor"].items()
@@ -203,7 +204,7 @@ def test_answer_normaliser():
 
 
 def test_soft_accuracy():
-    from mmpipe.benchmarks.text import evalai_normal, soft_accuracy
+    from mmpipe.benchmarks.short_answer import evalai_normal, soft_accuracy
 
     for case in load("_llava_scorers")["textvqa_soft"]:
         if "score" in case and len(case["gt"]) == 10:
@@ -222,7 +223,7 @@ def test_question_of_a_textvqa_prompt():
 
 
 def test_pope_words():
-    from mmpipe.benchmarks.yesno import llava_pope
+    from mmpipe.benchmarks.yes_no import llava_pope
 
     for reply, label in load("_llava_scorers")["pope_text_to_label"]:
         assert llava_pope(reply) == label, reply
@@ -325,7 +326,7 @@ def test_llava_mod_gqa_file(tmp_path):
 
 
 def test_mme_first_four_characters():
-    from mmpipe.benchmarks.yesno import first_four
+    from mmpipe.benchmarks.yes_no import first_four
 
     for reply, label in load("_llava_scorers")["mme_calculation"]["parse"].items():
         assert first_four(reply.rstrip("\n")) == label, reply
@@ -379,20 +380,20 @@ def test_mme_files_of_the_official_tool(tmp_path):
 
 def test_prompts():
     """The prompt layouts that lmms-eval and MMMU use, text for text."""
-    from mmpipe.benchmarks import mathvista, mmbench, mmmu, scienceqa, textvqa
+    from mmpipe.benchmarks import mathvista
+
+    def ask(name: str, protocol: str, record: dict[str, Any]) -> str:
+        task = get(name)
+        return task.text({"question_id": 1, "index": 1, **record}, task.protocol(protocol))
 
     layouts = {"format-prompt": "format"}
     makers = {
         ("mathvista", ""): lambda doc, v: mathvista.prompt(doc, layouts.get(v, v)),
-        ("mmmu", "mmmu_val"): lambda doc, v: mmmu._prompt(doc, "lmms")[0].replace("<image>", "<image 1>"),
-        ("mmmu", "official llava1.5 config"): lambda doc, v: mmmu._prompt(doc, "llava")[0].replace(
-            "<image>", "<image 1>"
-        ),
-        ("mmbench", ""): lambda doc, v: mmbench._prompt(
-            "lmms", doc["question"], doc["hint"].replace("nan", ""), mmbench._options(doc)
-        )[0],
-        ("scienceqa", ""): lambda doc, v: scienceqa._prompt(doc, "lmms"),
-        ("textvqa", ""): lambda doc, v: textvqa._prompt(doc, "lmms") if v == "ocr=False" else None,
+        ("mmmu", "mmmu_val"): lambda doc, v: ask("mmmu", "lmms", doc),
+        ("mmmu", "official llava1.5 config"): lambda doc, v: ask("mmmu", "mmmu_val", doc),
+        ("mmbench", ""): lambda doc, v: ask("mmbench", "lmms", doc),
+        ("scienceqa", ""): lambda doc, v: ask("scienceqa", "lmms", doc),
+        ("textvqa", ""): lambda doc, v: ask("textvqa", "lmms", doc) if v == "ocr=False" else None,
     }
     seen = 0
     for item in load("_prompts")["items"]:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from judge_server import Server, running
 
+from mmpipe.benchmarks.base import JudgeRequest
 from mmpipe.benchmarks.judge import BudgetError, JudgeSettings, judge_answers, messages
-from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.scoring import score_files
 from mmpipe.errors import ConfigError, DataError
 

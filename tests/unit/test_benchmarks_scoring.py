@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from mmpipe import registry
-from mmpipe.benchmarks.base import Document, Question, get, names
+from mmpipe.benchmarks.base import Question, get, names
 from mmpipe.benchmarks.compare import compare
+from mmpipe.benchmarks.jsonl import Document
 from mmpipe.benchmarks.prepare import prepare, read_questions, shuffle_images
 from mmpipe.benchmarks.scoring import convert_files, describe, score_files
 from mmpipe.benchmarks.spec import BenchmarkEntry
@@ -409,11 +410,11 @@ def test_gqa_leaves_out_what_the_files_do_not_tell(tmp_path):
     ],
 )
 def test_words_are_found_in_singular_and_plural(text, words):
-    from mmpipe.benchmarks.objhal import Words
+    from mmpipe.benchmarks.objhal import SynonymTable
 
     classes = dict.fromkeys(("man", "woman", "gentleman", "boy"), "person") | {"iPhone": "cell phone", "puppy": "dog"}
     names = ("dog", "bus", "knife", "wine glass", "toilet", "hot dog", "elephant", "sheep", "ski")
-    assert Words(classes | {name: name for name in names}).in_text(text) == words
+    assert SynonymTable(classes | {name: name for name in names}).in_text(text) == words
 
 
 def test_hallusionbench_tells_a_bias_to_yes():

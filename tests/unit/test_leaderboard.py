@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmpipe.benchmarks.leaderboard import as_table, leaderboard, ranks
-from mmpipe.benchmarks.paired import paired_difference
+from mmpipe.benchmarks.stats import paired_difference
 from mmpipe.cli.show import print_comparison
 from mmpipe.errors import DataError
 from mmpipe.report.tables import leaderboard_page

@@ -1,31 +1,41 @@
 """What every benchmark is: questions to ask, references to compare with, a submission file and a score.
 
-A benchmark is a module of this package with an instance of ``Benchmark`` named ``BENCHMARK``. Modules are
-found by looking (``names``, ``get``); there is no list to edit.
+A benchmark is a module of this package with an instance of ``Benchmark`` named ``BENCHMARK``; modules are found by
+looking (``names``, ``get``). Most of a benchmark is data: the names of its files and fields, its prompt templates and
+its protocols. ``MultipleChoice``, ``YesNo`` and ``ShortAnswer`` (in modules of these names) read replies by a table of
+rules.
 
-A benchmark names its **protocols**: prompt, generation settings and scoring rule. The first is the official
-one and the default. Two protocols of one benchmark are different measurements; their numbers do not belong
-into one column.
+A benchmark names its **protocols**: prompt, generation settings and scoring rule. The first is the official one and
+the default. Two protocols of one benchmark are different measurements; their numbers do not belong into one column.
 """
 
 from __future__ import annotations
 
-import abc
-import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from statistics import fmean
+from string import Formatter
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from mmpipe.benchmarks.jsonl import Document, read_documents, write_records
-from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.stats import Estimate, estimate_mean
+from mmpipe.benchmarks.jsonl import (
+    Document,
+    JsonDict,
+    iter_rows,
+    key,
+    numbered,
+    read_document,
+    records_of,
+    require,
+    write_document,
+    write_records,
+)
+from mmpipe.benchmarks.readers import BenchmarkFiles, image_bytes
+from mmpipe.benchmarks.stats import MetricEstimate, estimate_mean
 from mmpipe.errors import ConfigError, DataError, did_you_mean
 from mmpipe.inference.question import Question
 from mmpipe.registry import load_object, modules
-
-Record = dict[str, Any]
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -39,25 +49,44 @@ class Protocol:
     about: str
     """One line: whose rule this is and where it differs."""
     rule: str = "official"
-    """The scoring rule, as the benchmark's module calls it."""
+    """The scoring rule, an entry of the benchmark's ``rules``."""
     prompt: str = "llava"
-    """The prompt layout, as the benchmark's module calls it."""
+    """The prompt layout, an entry of the benchmark's ``prompts``."""
+    metric: str = "accuracy"
+    """Name of the headline metric."""
+    scale: float = 1.0
+    """The headline's value for a mean score of 1: 100 for percent."""
+    digits: int | None = None
+    """Decimals the official scorer prints; the headline itself is not rounded."""
     max_new_tokens: int = 128
     num_beams: int = 1
     judged: bool = False
     """Whether the rule needs the replies of a judge model."""
     aliases: tuple[str, ...] = ()
-    """Other names it may be asked for by."""
+    """Other names of the protocol."""
 
 
 @dataclass(frozen=True)
-class Pair:
+class JudgeRequest:
+    """One question to a judge. ``candidate`` is a model's reply and therefore data, never an instruction."""
+
+    key: str
+    """The question id that the judge's reply is filed under."""
+    instruction: str
+    candidate: str
+    context: Mapping[str, str] = field(default_factory=dict)
+    """Trusted facts by name: the question, the reference answer, what the image shows."""
+    max_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class AnswerPair:
     """A reference with the answer that was given to it; ``answer`` is None and ``text`` empty where there is
     none."""
 
-    reference: Record
-    answer: Record | None
-    judgement: Record | None = None
+    reference: JsonDict
+    answer: JsonDict | None
+    judgement: JsonDict | None = None
     """The judge model's record about this answer, for benchmarks that need one."""
 
     @property
@@ -90,7 +119,7 @@ class Item:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else explains the verdict."""
 
-    def as_json(self) -> Record:
+    def as_json(self) -> JsonDict:
         """The record of ``per_item.jsonl``."""
         return {
             "question_id": self.id,
@@ -110,12 +139,12 @@ class Score:
 
     benchmark: str
     protocol: str
-    metrics: Record
+    metrics: JsonDict
     items: Sequence[Item]
-    headline: Estimate
+    headline: MetricEstimate
     duplicates: int = 0
 
-    def as_json(self) -> Record:
+    def as_json(self) -> JsonDict:
         """The content of ``score.json``, without the items."""
         return {
             "benchmark": self.benchmark,
@@ -129,109 +158,201 @@ class Score:
         }
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the official files of a benchmark lie."""
+class Benchmark:
+    """One benchmark: where its files are, what is asked, and how replies become a score.
 
-    root: Path
-    files: Mapping[str, str] = field(default_factory=dict)
-
-    def path(self, role: str) -> Path:
-        """The file (or folder) that plays ``role``.
-
-        Raises DataError when it does not exist.
-        """
-        path = self.inside(self.files[role])
-        if not path.exists():
-            raise DataError(
-                f"{path}: the file with the '{role}' is not there; name it under 'files' in benchmarks.yaml"
-            )
-        return path
-
-    def has(self, role: str) -> bool:
-        """Whether the file that plays ``role`` exists."""
-        return role in self.files and self.inside(self.files[role]).exists()
-
-    def image(self, name: str, role: str = "images") -> Path:
-        """The image ``name`` below the folder that plays ``role``.
-
-        Raises DataError when the name leads outside or the file does not exist.
-        """
-        path = self.inside(f"{self.files[role]}/{name}")
-        if not path.is_file():
-            raise DataError(f"{path}: the image is not there; is the archive of the '{role}' unpacked?")
-        return path
-
-    def inside(self, name: str) -> Path:
-        """``root / name``, for names that come from data.
-
-        Raises DataError for absolute names and names with ``..``.
-        """
-        parts = PurePosixPath(name).parts
-        if PurePosixPath(name).is_absolute() or ".." in parts:
-            raise DataError(f"{self.root}: the name '{name}' leads outside of the data set")
-        return self.root.joinpath(*parts)
-
-
-class Benchmark(abc.ABC):
-    """One benchmark. Subclasses say where its files are, what is asked, and how replies become a score."""
+    A subclass sets the attributes and defines ``item``, the verdict on one question; whole steps (``questions``,
+    ``references``, ``rate``, ``convert``) can be overridden.
+    """
 
     name: ClassVar[str]
     protocols: ClassVar[tuple[Protocol, ...]]
     """The first is the official one."""
     files: ClassVar[Mapping[str, str]]
-    """Official file names by role; ``questions`` is the one that the references are read from unless said
-    otherwise."""
+    """Official file names by role: ``questions``, ``images``, ...; ``prompts`` is LLaVA's question file, ``parquet``
+    the hub's table."""
     VERSION: ClassVar[int] = 1
     """Raised when questions or references change, so that what was prepared before is prepared again."""
     submission: ClassVar[str] = "jsonl"
     """Extension of the file that the benchmark's server or official scorer accepts."""
+    indent: ClassVar[int | None] = None
+    """Indentation of a JSON submission."""
+    fields: ClassVar[Sequence[str]] = ()
+    """Fields of every record in the official files."""
+    hub_columns: ClassVar[Sequence[str]] = ()
+    """Columns of the hub's table, which must be there."""
+    hub_optional: ClassVar[Sequence[str]] = ()
+    image: ClassVar[str] = "{image}"
+    """Template of the file name of a record's image; empty where the table of the questions holds the images."""
+    image_column: ClassVar[str] = "image"
+    """The table's column with the image."""
+    prompts: ClassVar[Mapping[str, str]] = {"llava": "{question}"}
+    """Templates of the user's turn by layout, filled from ``variables``."""
+    recorded: ClassVar[Mapping[str, str]] = {}
+    """The same for the prompt in the answer's record, where that is not the text asked."""
+    carried: ClassVar[Sequence[str]] = ()
+    """Fields of the reference that the answer's record has too."""
+    id_field: ClassVar[str] = "question_id"
+    unit_field: ClassVar[str] = "question_id"
+    """Questions that share this field are one independent observation."""
 
-    # ---- what subclasses write
+    # ---- what is asked
 
-    @abc.abstractmethod
-    def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        """The questions in official order.
+    def questions(self, source: BenchmarkFiles, protocol: Protocol) -> Iterator[Question]:
+        """The questions in official order; LLaVA's where its question file is there.
 
         Raises DataError when a file lacks what the format promises.
         """
+        if protocol.prompt == "llava" and source.has("prompts"):
+            yield from self.llava_questions(source, protocol)
+        else:
+            records = self.references(source, protocol)
+            yield from self.ask(source, protocol, records, (self.text(record, protocol) for record in records))
 
-    @abc.abstractmethod
-    def references(self, source: Source, protocol: Protocol) -> list[Record]:
+    def llava_questions(self, source: BenchmarkFiles, protocol: Protocol, role: str = "prompts") -> Iterator[Question]:
+        """The questions of LLaVA's own file (``question_id, image, text, category`` a line), word for word.
+
+        Raises DataError for a line without these fields.
+        """
+        for record in records_of([read_document(source.path(role))], ("question_id", "image", "text")):
+            extra = {"category": record["category"]} if "category" in record else {}
+            image = source.image(str(record["image"]))
+            yield Question(id=record["question_id"], text=str(record["text"]), images=(image,), extra=extra)
+
+    def ask(
+        self, source: BenchmarkFiles, protocol: Protocol, records: Sequence[JsonDict], texts: Iterable[str]
+    ) -> Iterator[Question]:
+        """One question a reference, with its text and its image."""
+        recorded = self.recorded.get(protocol.prompt)
+        for record, text, image in zip(records, texts, self.images(source, records), strict=True):
+            yield Question(
+                id=self.id_of(record),
+                text=text,
+                images=() if image is None else (image,),
+                prompt=self.fill(recorded, record) if recorded else None,
+                extra={name: record[name] for name in self.carried},
+            )
+
+    def images(self, source: BenchmarkFiles, records: Sequence[JsonDict]) -> Iterator[bytes | Path | None]:
+        """The image of each record: the hub's, that of the row, or a file below ``images``; None for none."""
+        if source.on_hub:
+            yield from source.hub_images(self.image_column)
+        elif self.image:
+            yield from (source.image(self.fill(self.image, record)) for record in records)
+        else:
+            for place, row in enumerate(iter_rows(source.path("questions"))):
+                require(row, ("image",), f"{self.name}, row {place}")
+                yield image_bytes(row["image"], f"{self.name}, row {place}")
+
+    def text(self, record: JsonDict, protocol: Protocol) -> str:
+        """The user's turn of a question."""
+        return self.fill(self.prompts[protocol.prompt], record)
+
+    def variables(self, record: JsonDict) -> JsonDict:
+        """What the templates of ``prompts`` may name; by default the fields of the reference."""
+        return record
+
+    def fill(self, template: str, record: JsonDict) -> str:
+        """A template with the record's ``variables``. Raises DataError for a variable that is not there."""
+        values = self.variables(record)
+        names = [name for _, name, _, _ in Formatter().parse(template) if name]
+        require(values, names, f"{self.name}, question {self.id_of(record)}")
+        return template.format_map(values)
+
+    # ---- what it is compared with
+
+    def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
         """The reference records of the questions, in their order and without images."""
+        if source.on_hub:
+            rows = source.hub_rows(self.hub_columns, self.hub_optional)
+            return self.parse_references([Document(source.files["parquet"], rows)])
+        return self.read_references([source.path("questions")])
 
-    @abc.abstractmethod
-    def parse_references(self, documents: Sequence[Document]) -> list[Record]:
+    def read_references(self, paths: Sequence[Path]) -> list[JsonDict]:
+        """Reference records from official files, or from JSON lines of records."""
+        return self.parse_references([read_document(path) for path in paths])
+
+    def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """Reference records from official files already parsed (one document a file), or from records
         themselves."""
+        return numbered(records_of(documents, self.fields))
 
-    @abc.abstractmethod
-    def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
-        """The verdict on every pair, and the metrics under the official scorer's names."""
+    def id_of(self, reference: JsonDict) -> int | str:
+        """The question's id."""
+        return reference[self.id_field]
 
-    def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
-        """Write the submission file; returns what is worth reporting about it.
+    def unit_of(self, reference: JsonDict) -> str:
+        """What the question is an independent observation with; itself where it lacks the ``unit_field``."""
+        unit = reference.get(self.unit_field)
+        return key(self.id_of(reference) if unit in (None, "") else unit)
 
-        Benchmarks without a server get one line a question, ``{"question_id", "prediction"}``.
-        """
-        write_records(out, ({"question_id": pair.reference["question_id"], "prediction": pair.text} for pair in pairs))
-        return {}
-
-    def read_references(self, paths: Sequence[Path]) -> list[Record]:
-        """Reference records from official files, or from JSON lines of records."""
-        return self.parse_references(read_documents(paths))
-
-    def reference_keys(self, reference: Record) -> list[tuple[str, ...]]:
+    def reference_keys(self, reference: JsonDict) -> list[tuple[str, ...]]:
         """The keys an answer may be matched by; the first one is unique."""
-        return [(key(reference["question_id"]),)]
+        return [(key(self.id_of(reference)),)]
 
-    def answer_keys(self, answer: Record) -> list[tuple[str, ...]]:
+    def answer_keys(self, answer: JsonDict) -> list[tuple[str, ...]]:
         """The keys to look an answer up by, in order of preference."""
         return [(key(answer["question_id"]),)]
 
-    def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
+    # ---- what it scores
+
+    def rate(self, pairs: Sequence[AnswerPair], protocol: Protocol) -> tuple[list[Item], JsonDict]:
+        """The verdict on every pair, and the metrics under the official scorer's names."""
+        items = [self.item(pair, protocol) for pair in pairs]
+        return items, self.metrics(items, pairs, protocol)
+
+    def item(self, pair: AnswerPair, protocol: Protocol) -> Item:
+        """The verdict on one question."""
+        raise NotImplementedError(f"{self.name}: a benchmark defines 'item' or 'rate'")
+
+    def result(
+        self, pair: AnswerPair, score: float, parsed: str | None, unparsed: bool | None = None, /, **facts: Any
+    ) -> Item:
+        """The verdict with what was understood of the answer; a missing answer scores 0.
+
+        ``unparsed`` is by default that nothing was understood.
+        """
+        return Item(
+            id=self.id_of(pair.reference),
+            score=float(pair.answered and score),
+            unit=self.unit_of(pair.reference),
+            parsed=parsed if pair.answered else None,
+            answered=pair.answered,
+            unparsed=pair.answered and (parsed is None if unparsed is None else unparsed),
+            facts=facts,
+        )
+
+    def metrics(self, items: Sequence[Item], pairs: Sequence[AnswerPair], protocol: Protocol) -> JsonDict:
+        """The metrics under the official scorer's names; by default the headline alone."""
+        value = protocol.scale * mean_score(items)
+        return {protocol.metric: value if protocol.digits is None else round(value, protocol.digits)}
+
+    def estimate(self, items: Sequence[Item], metrics: JsonDict, protocol: Protocol) -> MetricEstimate:
         """The headline number with its 95 % interval; by default the mean of the items' scores."""
-        return estimate_mean("accuracy", [item.score for item in items], [item.unit for item in items])
+        return estimate_score(protocol.metric, items, protocol.scale)
+
+    def convert(self, pairs: Sequence[AnswerPair], out: Path) -> JsonDict:
+        """Write the submission file: ``submitted`` of each pair, as a JSON list or as JSON lines.
+
+        Returns what is worth reporting about it.
+        """
+        if self.submission == "json":
+            write_document(out, [self.submitted(pair) for pair in pairs], self.indent)
+        else:
+            write_records(out, map(self.submitted, pairs))
+        return {}
+
+    def submitted(self, pair: AnswerPair) -> JsonDict:
+        """The submission's record of a question."""
+        return {"question_id": pair.reference["question_id"], "prediction": pair.text}
+
+    def judge_request(self, pair: AnswerPair) -> JudgeRequest | None:
+        """What to ask the judge about an answer; None where the rule decides without one."""
+        return None
+
+    def judgement_key(self, reference: JsonDict) -> str:
+        """The question id that the judge's replies are filed under."""
+        return key(self.id_of(reference))
 
     # ---- what all share
 
@@ -247,7 +368,7 @@ class Benchmark(abc.ABC):
             return self.protocols[0]
         raise ConfigError(f"{self.name}: there is no protocol '{name}'{did_you_mean(name, known)}")
 
-    def source(self, root: Path, files: Mapping[str, str] = MappingProxyType({})) -> Source:
+    def source(self, root: Path, files: Mapping[str, str] = MappingProxyType({})) -> BenchmarkFiles:
         """The official files below ``root``, with other names where ``files`` gives them.
 
         Raises ConfigError for a role the benchmark does not know.
@@ -255,21 +376,20 @@ class Benchmark(abc.ABC):
         for role in files:
             if role not in self.files:
                 raise ConfigError(f"{self.name}: no file plays the role '{role}'{did_you_mean(role, self.files)}")
-        return Source(root, {**self.files, **files})
+        return BenchmarkFiles(root, {**self.files, **files})
 
     def score(
         self,
-        references: Sequence[Record],
-        answers: Sequence[Record],
+        references: Sequence[JsonDict],
+        answers: Sequence[JsonDict],
         protocol: str = "",
-        judgements: Sequence[Record] | None = None,
+        judgements: Sequence[JsonDict] | None = None,
     ) -> Score:
         """Score answers against references.
 
         A question without answer is wrong and counted. A judge's name is part of the protocol of its score
-        (``mmhal@gpt-4o``). Where no protocol is named and there are no judge's
-        replies, a protocol that needs none is taken; the score says which. Raises DataError for answers that
-        are given twice or belong to no question.
+        (``mmhal@gpt-4o``). Where no protocol is named and there are no judge's replies, a protocol that needs none is
+        taken; the score says which. Raises DataError for answers that are given twice or belong to no question.
         """
         chosen = self.protocol(protocol)
         if chosen.judged and judgements is None:
@@ -281,8 +401,7 @@ class Benchmark(abc.ABC):
         return Score(self.name, name, metrics, items, self.estimate(items, metrics, chosen))
 
     def _without_judge(self, wanted: Protocol, named: bool) -> Protocol:
-        """The protocol to use where there are no judge's replies and nobody asked for a judged one by
-        name."""
+        """The protocol to use without judge's replies. Raises DataError where the user named a judged one."""
         unjudged = [protocol for protocol in self.protocols if not protocol.judged]
         if unjudged and not named:
             return unjudged[0]
@@ -293,8 +412,8 @@ class Benchmark(abc.ABC):
         )
 
     def pair(
-        self, references: Sequence[Record], answers: Sequence[Record], judgements: Sequence[Record] | None = None
-    ) -> list[Pair]:
+        self, references: Sequence[JsonDict], answers: Sequence[JsonDict], judgements: Sequence[JsonDict] | None = None
+    ) -> list[AnswerPair]:
         """Every reference with its answer, in the order of the references.
 
         ``judgements`` are the judge's records; of several about one question the last one counts.
@@ -303,7 +422,7 @@ class Benchmark(abc.ABC):
         if not references:
             raise DataError(f"{self.name}: there are no references to score against")
         index = self.index(references)
-        found: dict[int, Record] = {}
+        found: dict[int, JsonDict] = {}
         unknown, twice = [], []
         for answer in answers:
             place = self.place(answer, index)
@@ -328,21 +447,15 @@ class Benchmark(abc.ABC):
             if place is None:
                 raise DataError(f"{self.name}: the judge's replies hold an unknown question: {record['question_id']}")
             judged[place] = record
-        return [Pair(reference, found.get(place), judged.get(place)) for place, reference in enumerate(references)]
+        return [
+            AnswerPair(reference, found.get(place), judged.get(place)) for place, reference in enumerate(references)
+        ]
 
-    def place(self, answer: Record, index: Mapping[tuple[str, ...], int]) -> int | None:
+    def place(self, answer: JsonDict, index: Mapping[tuple[str, ...], int]) -> int | None:
         """Where the reference of an answer stands; None where it has none. ``index`` is what ``index`` made."""
         return next((index[k] for k in self.answer_keys(answer) if index.get(k, -1) >= 0), None)
 
-    def judge_request(self, pair: Pair) -> JudgeRequest | None:
-        """What to ask the judge about an answer; None where the rule decides without one."""
-        return None
-
-    def judgement_key(self, reference: Record) -> str:
-        """The question id that the judge's replies are filed under."""
-        return key(reference["question_id"])
-
-    def index(self, references: Sequence[Record]) -> dict[tuple[str, ...], int]:
+    def index(self, references: Sequence[JsonDict]) -> dict[tuple[str, ...], int]:
         """Every key of the references with their places; -1 for a key that several of them share.
 
         Raises DataError for a reference that is there twice.
@@ -361,9 +474,14 @@ class Benchmark(abc.ABC):
         return index
 
 
+def _registered() -> dict[str, Benchmark]:
+    found = (getattr(module, "BENCHMARK", None) for module in modules("mmpipe.benchmarks").values())
+    return {benchmark.name: benchmark for benchmark in found if benchmark}
+
+
 def names() -> list[str]:
     """All benchmarks there are."""
-    return [name for name, module in modules("mmpipe.benchmarks").items() if hasattr(module, "BENCHMARK")]
+    return sorted(_registered())
 
 
 def get(name: str) -> Benchmark:
@@ -371,61 +489,37 @@ def get(name: str) -> Benchmark:
 
     Raises ConfigError when there is none.
     """
-    if name in names():
-        return importlib.import_module(f"mmpipe.benchmarks.{name}").BENCHMARK
-    if ":" in name:
-        found = load_object(name, "benchmark")
-        if not isinstance(found, Benchmark):
-            raise ConfigError(f"benchmark: '{name}' is no instance of mmpipe.benchmarks.base.Benchmark")
-        return found
-    raise ConfigError(f"there is no benchmark '{name}'{did_you_mean(name, names())}")
+    known = _registered()
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise ConfigError(f"there is no benchmark '{name}'{did_you_mean(name, known)}")
+    found = load_object(name, "benchmark")
+    if not isinstance(found, Benchmark):
+        raise ConfigError(f"benchmark: '{name}' is no instance of mmpipe.benchmarks.base.Benchmark")
+    return found
 
 
-def key(value: Any) -> str:
-    """One spelling for an id that files write as a number or as a string."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
+def mean_score(items: Sequence[Item]) -> float:
+    """The mean of the items' scores."""
+    return fmean(item.score for item in items)
 
 
-def numbered(records: Sequence[Record]) -> list[Record]:
-    """The records with their ``question_id``: their own, their ``id`` or ``index``, or else their place."""
-    return [
-        {
-            "question_id": next(
-                (r[n] for n in ("question_id", "questionId", "qid", "pid", "id", "index") if n in r), place
-            ),
-            **r,
-        }
-        for place, r in enumerate(records)
-    ]
+def estimate_score(metric: str, items: Sequence[Item], scale: float = 1.0) -> MetricEstimate:
+    """The mean of the items' scores times ``scale``, with its 95 % interval over units."""
+    return estimate_mean(metric, [item.score for item in items], [item.unit for item in items], scale)
 
 
-def require(record: Record, fields: Sequence[str], where: str) -> None:
-    """Raise DataError naming the fields that ``record`` lacks."""
-    lacking = [name for name in fields if name not in record]
-    if lacking:
-        has = ", ".join(map(str, record)) or "nothing"
-        raise DataError(f"{where}: a record lacks {', '.join(lacking)} (it has {has})")
+def grouped(items: Iterable[Item], fact: str) -> dict[str, list[Item]]:
+    """The items by one of their facts, in order of appearance; items without it are left out."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        if item.facts[fact] is not None:
+            groups.setdefault(str(item.facts[fact]), []).append(item)
+    return groups
 
 
-def records_of(documents: Sequence[Document], fields: Sequence[str] = ()) -> list[Record]:
-    """The records of documents that are lists of records, each with the given fields.
-
-    Raises DataError when something else is found.
-    """
-    records: list[Record] = []
-    for document in documents:
-        if not isinstance(document.content, list) or not all(isinstance(r, dict) for r in document.content):
-            found = type(document.content).__name__
-            raise DataError(f"{document.name}: expected a list of records, found {found}")
-        for record in document.content:
-            require(record, fields, document.name)
-        records += document.content
-    return records
-
-
-def _judge_of(judgements: Sequence[Record]) -> str:
+def _judge_of(judgements: Sequence[JsonDict]) -> str:
     """The judge model that all records name; empty where none does. Raises DataError for several."""
     found = sorted({str(record["judge_model"]) for record in judgements if record.get("judge_model")})
     if len(found) > 1:

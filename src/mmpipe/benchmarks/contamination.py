@@ -17,7 +17,7 @@ from mmpipe.data.report import EXAMPLES
 def overlap(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
     """How many images of each prepared benchmark are in the mixture, and how many questions they touch.
 
-    What is remembered are the images of the benchmarks; those of the mixture, which may be millions, pass by.
+    Only the images of the benchmarks are held in memory; a mixture may have millions.
     """
     from mmpipe.data.digests import IMAGES, read_digests  # reads Arrow, which planning does without
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from mmpipe.artifacts.files import atomic_open
 from mmpipe.errors import DataError
 
-Record = dict[str, Any]
+JsonDict = dict[str, Any]
+"""A JSON object: a question, a reference, an answer or a table row."""
 
 
 class Document(NamedTuple):
@@ -35,16 +36,14 @@ _NO_VALUE = frozenset(
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a table cell holds no value, by the spellings pandas takes for "not available" (and
-    ``none``)."""
+    """Whether a table cell holds no value, by the spellings pandas reads as "not available" (and ``none``)."""
     return value is None or (isinstance(value, float) and math.isnan(value)) or value in _NO_VALUE
 
 
 def read_document(path: Path) -> Document:
-    """Parse one file by its content: JSON, JSON lines, a table (``.tsv``, ``.csv``, ``.parquet``,
-    a folder of parquet files).
+    """Parse one file by its content: JSON, JSON lines, a table (``.tsv``, ``.csv``, ``.parquet``, a folder of parquet
+    files). JSON lines become a list, tables a list of records.
 
-    JSON lines become a list, tables a list of records.
     Raises DataError when the file is missing or is none of these.
     """
     if not path.exists():
@@ -52,12 +51,7 @@ def read_document(path: Path) -> Document:
     return Document(path.as_posix(), _content(path))
 
 
-def read_documents(paths: Sequence[Path]) -> list[Document]:
-    """Parse every file; see ``read_document``."""
-    return [read_document(path) for path in paths]
-
-
-def read_table(path: Path) -> Iterator[Record]:
+def read_table(path: Path) -> Iterator[JsonDict]:
     """Rows of a TSV or CSV file with a header, one at a time; every value is text.
 
     Raises DataError for an empty file, a row of another length than the header, or bytes that are not UTF-8.
@@ -81,16 +75,13 @@ def read_table(path: Path) -> Iterator[Record]:
             raise DataError(f"{path}, line {reader.line_num}: not a readable table ({error})") from error
 
 
-def iter_rows(path: Path) -> Iterator[Record]:
+def iter_rows(path: Path) -> Iterator[JsonDict]:
     """Rows of a table with images, one at a time: TSV, CSV, JSON (lines), parquet, or a folder of parquet
     files.
 
     Raises DataError for anything else.
     """
-    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not parts:
-        raise DataError(f"{path}: the folder holds no parquet files")
-    for part in parts:
+    for part in _parts(path):
         if part.suffix.lower() in (".tsv", ".csv"):
             yield from read_table(part)
         elif part.suffix.lower() == ".parquet":
@@ -102,15 +93,20 @@ def iter_rows(path: Path) -> Iterator[Record]:
             yield from content
 
 
-def parquet_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record]:
+def _parts(path: Path) -> list[Path]:
+    """The file itself, or the parquet files of a folder. Raises DataError for a folder without any."""
+    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not parts:
+        raise DataError(f"{path}: the folder holds no parquet files")
+    return parts
+
+
+def parquet_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[JsonDict]:
     """Rows of a parquet file or of a folder of them, with ``columns`` and those of ``optional`` that there are.
 
     Raises DataError, before any row is read, when a file lacks one of ``columns`` or is no parquet.
     """
-    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not parts:
-        raise DataError(f"{path}: the folder holds no parquet files")
-    for part in parts:
+    for part in _parts(path):
         found = _parquet_columns(part)
         lacking = [name for name in columns if name not in found]
         if lacking:
@@ -118,7 +114,7 @@ def parquet_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = (
         yield from _parquet_rows(part, [name for name in (*columns, *optional) if name in found])
 
 
-def without_images(record: Record) -> Record:
+def without_images(record: JsonDict) -> JsonDict:
     """The record without values that hold the bytes of an image."""
     return {
         name: value
@@ -127,7 +123,51 @@ def without_images(record: Record) -> Record:
     }
 
 
-def read_answers(paths: Sequence[Path]) -> list[Record]:
+def key(value: Any) -> str:
+    """One spelling for an id that files write as a number or as a string."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def numbered(records: Sequence[JsonDict]) -> list[JsonDict]:
+    """The records with their ``question_id``: their own, their ``id`` or ``index``, or else their place."""
+    names = ("question_id", "questionId", "qid", "pid", "id", "index")
+    return [{"question_id": next((r[n] for n in names if n in r), place), **r} for place, r in enumerate(records)]
+
+
+def listed(content: Any, id_field: str) -> Any:
+    """``{id: record}`` as a list of records with their ids; anything else as it is."""
+    if isinstance(content, dict) and all(isinstance(record, dict) for record in content.values()):
+        return [{id_field: number, **record} for number, record in content.items()]
+    return content
+
+
+def require(record: JsonDict, fields: Iterable[str], where: str) -> None:
+    """Raise DataError, opened by ``where``, naming the fields that ``record`` lacks."""
+    lacking = [name for name in fields if name not in record]
+    if lacking:
+        has = ", ".join(map(str, record)) or "nothing"
+        raise DataError(f"{where}: a record lacks {', '.join(lacking)} (it has {has})")
+
+
+def records_of(documents: Sequence[Document], fields: Sequence[str] = ()) -> list[JsonDict]:
+    """The records of documents that are lists of records, each with the given fields.
+
+    Raises DataError when something else is found.
+    """
+    records: list[JsonDict] = []
+    for document in documents:
+        if not isinstance(document.content, list) or not all(isinstance(r, dict) for r in document.content):
+            found = type(document.content).__name__
+            raise DataError(f"{document.name}: expected a list of records, found {found}")
+        for record in document.content:
+            require(record, fields, document.name)
+        records += document.content
+    return records
+
+
+def read_answers(paths: Sequence[Path]) -> list[JsonDict]:
     """The answers of one or more JSON-lines files, each with ``question_id`` and ``text``.
 
     Raises DataError for a line that is no such record.
@@ -147,7 +187,7 @@ def read_answers(paths: Sequence[Path]) -> list[Record]:
     return answers
 
 
-def write_records(path: Path, records: Iterable[Record]) -> None:
+def write_records(path: Path, records: Iterable[JsonDict]) -> None:
     """Write JSON lines atomically, in ASCII, so that any reply, also one of broken Unicode, can be stored."""
     with atomic_open(path) as file:
         for record in records:
@@ -209,7 +249,7 @@ def _parquet_columns(path: Path) -> list[str]:
         raise DataError(f"{path}: not a readable parquet file ({error})") from error
 
 
-def _parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
+def _parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[JsonDict]:
     import pyarrow
     import pyarrow.parquet
 

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import canonical_json
-from mmpipe.benchmarks.base import get
-from mmpipe.benchmarks.jsonl import Record, read_answers
-from mmpipe.benchmarks.judging import JudgeRequest
+from mmpipe.benchmarks.base import JudgeRequest, get
+from mmpipe.benchmarks.jsonl import JsonDict, read_answers
 from mmpipe.benchmarks.spec import JudgeSettings
 from mmpipe.errors import ConfigError, DataError, MmpipeError
 
@@ -94,14 +93,14 @@ def _wanted(
     return requests, [request for request in requests if _fingerprint(request, settings) not in done]
 
 
-def _input_tokens(payload: Record) -> int:
+def _input_tokens(payload: JsonDict) -> int:
     """Tokens of a request by a generous estimate: three bytes a token (English has about four), and ten for each
     message's frame."""
     texts = [message["content"].encode("utf-8", "replace") for message in payload["messages"]]
     return sum(len(text) // 3 + 11 for text in texts)
 
 
-def _most_usd(payload: Record, settings: JudgeSettings) -> float:
+def _most_usd(payload: JsonDict, settings: JudgeSettings) -> float:
     """What one request may cost."""
     incoming, outgoing = settings.usd_per_million_input, settings.usd_per_million_output
     return (_input_tokens(payload) * incoming + payload["max_tokens"] * outgoing) / 1e6
@@ -121,7 +120,7 @@ def messages(request: JudgeRequest) -> list[dict[str, str]]:
     ]
 
 
-def _ask_all(requests: Sequence[JudgeRequest], client: _Client, workers: int) -> Iterator[Record]:
+def _ask_all(requests: Sequence[JudgeRequest], client: _Client, workers: int) -> Iterator[JsonDict]:
     """Records in the order of the requests, ``workers`` under way at a time."""
     with ThreadPoolExecutor(max_workers=workers) as pool:
         for start in range(0, len(requests), workers):
@@ -132,7 +131,7 @@ def _fingerprint(request: JudgeRequest, settings: JudgeSettings) -> str:
     return hashlib.sha256(canonical_json(_payload(request, settings)).encode("utf-8", "replace")).hexdigest()
 
 
-def _payload(request: JudgeRequest, settings: JudgeSettings) -> Record:
+def _payload(request: JudgeRequest, settings: JudgeSettings) -> JsonDict:
     return {
         "model": settings.model,
         "messages": messages(request),
@@ -141,7 +140,7 @@ def _payload(request: JudgeRequest, settings: JudgeSettings) -> Record:
     }
 
 
-def _kept(path: Path) -> list[Record]:
+def _kept(path: Path) -> list[JsonDict]:
     """The records of an earlier call; a last line that was cut off is removed."""
     if not path.exists():
         return []
@@ -177,9 +176,9 @@ class _Client:
         self._open = urllib.request.build_opener(_NoRedirect).open
         self._url = self.settings.base_url.rstrip("/") + "/chat/completions"
 
-    def record(self, request: JudgeRequest) -> Record:
+    def record(self, request: JudgeRequest) -> JsonDict:
         """Ask until there is a reply or the tries are used up; the record to keep."""
-        record: Record = {
+        record: JsonDict = {
             "question_id": request.key,
             "judge_model": self.settings.model,
             "request_sha256": _fingerprint(request, self.settings),
@@ -229,7 +228,7 @@ class _Client:
         with self._lock:
             self.usd += (tokens[0] * incoming + tokens[1] * outgoing) / 1e6 - reserved
 
-    def _post(self, payload: Record) -> tuple[str, Any]:
+    def _post(self, payload: JsonDict) -> tuple[str, Any]:
         reserved = _most_usd(payload, self.settings)
         self._reserve(reserved)
         body = json.dumps(payload).encode("ascii")

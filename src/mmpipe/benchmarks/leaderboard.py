@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmpipe.benchmarks.paired import paired_difference
 from mmpipe.benchmarks.seed_stats import by_seed
+from mmpipe.benchmarks.stats import paired_difference
 
 Scores = Mapping[str, Mapping[str, Any]]
 """The contents of ``score.json`` by checkpoint."""

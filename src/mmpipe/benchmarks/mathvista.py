@@ -13,32 +13,15 @@ A float is rounded to the question's precision; lmms-eval passes that precision 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
-from mmpipe.benchmarks.base import (
-    OPTION_LETTER,
-    Benchmark,
-    Document,
-    Item,
-    Pair,
-    Protocol,
-    Question,
-    Record,
-    Source,
-    key,
-    records_of,
-)
-from mmpipe.benchmarks.choices import LETTERS, infer_option, options_block
-from mmpipe.benchmarks.jsonl import read_document, write_document
-from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.readers import hub_records, images_of, on_hub
-from mmpipe.benchmarks.stats import Estimate, estimate_mean
+from mmpipe.benchmarks.base import OPTION_LETTER, SHORT_ANSWER, AnswerPair, Benchmark, Item, JudgeRequest, Protocol
+from mmpipe.benchmarks.jsonl import Document, JsonDict, key, listed, numbered, records_of, write_document
+from mmpipe.benchmarks.multiple_choice import LETTERS, infer_option, options_block
 
 _FIELDS = ("pid", "question_type", "answer_type", "answer")
-_EXTRAS = ("unit", "precision", "metadata")
 _CHOICE = "multi_choice"
 _QUOTED = re.compile(r'The answer is "(.*)"\.')
 _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
@@ -50,72 +33,59 @@ class MathVista(Benchmark):
 
     name = "mathvista"
     submission = "json"
-    files: ClassVar[Mapping[str, str]] = {"questions": "testmini.json", "images": ".", "parquet": "data"}
+    files = {"questions": "testmini.json", "images": ".", "parquet": "data"}
+    fields = _FIELDS
+    hub_columns = (*_FIELDS, "question", "choices", "query")
+    hub_optional = ("unit", "precision", "metadata")
+    image_column = "decoded_image"
     protocols = (
         Protocol("mathvista", "the official scorer with a judge's extraction", prompt="query", max_new_tokens=1024,
                  judged=True),
         Protocol("lmms", "lmms-eval, short prompt, precision as it should be", rule="lmms", prompt="format",
-                 max_new_tokens=1024, judged=True),
+                 scale=100, digits=2, max_new_tokens=1024, judged=True),
         Protocol("lmms_cot", "the same, reasoning asked for first", rule="lmms", prompt="reason-first",
-                 max_new_tokens=16384, judged=True),
+                 scale=100, digits=2, max_new_tokens=16384, judged=True),
         Protocol("lmms_solution", "the same, solution asked for", rule="lmms", prompt="solution",
-                 max_new_tokens=16384, judged=True),
+                 scale=100, digits=2, max_new_tokens=16384, judged=True),
         Protocol("libmoe", "lmms-eval as LibMoE ran it: float questions are always wrong", rule="libmoe",
-                 prompt="format", max_new_tokens=1024, judged=True),
+                 prompt="format", scale=100, digits=2, max_new_tokens=1024, judged=True),
         Protocol("vlmevalkit", "VLMEvalKit's check before any judge", rule="prefetch", prompt="query",
                  max_new_tokens=1024),
     )  # fmt: skip
 
-    def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        records = self.references(source, protocol)
-        images = images_of(source, (str(record["image"]) for record in records), column="decoded_image")
-        for record, image in zip(records, images, strict=True):
-            yield Question(id=record["pid"], text=prompt(record, protocol.prompt), images=(image,))
-
-    def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        if on_hub(source):
-            rows = hub_records(source, (*_FIELDS, "question", "choices", "query"), _EXTRAS)
-            return self.parse_references([Document(source.files["parquet"], rows)])
-        return self.parse_references([read_document(source.path("questions"))])
-
-    def parse_references(self, documents: Sequence[Document]) -> list[Record]:
+    def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """Records, or the official ``{pid: record}``."""
-        lists = [
-            Document(d.name, [{"pid": pid, **r} for pid, r in d.content.items()]) if isinstance(d.content, dict) else d
-            for d in documents
-        ]
-        return [{"question_id": record["pid"], **record} for record in records_of(lists, _FIELDS)]
+        return numbered(records_of([Document(d.name, listed(d.content, "pid")) for d in documents], self.fields))
 
-    def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
+    def text(self, record: JsonDict, protocol: Protocol) -> str:
+        return prompt(record, protocol.prompt)
+
+    def item(self, pair: AnswerPair, protocol: Protocol) -> Item:
         if protocol.rule == "prefetch":
-            items = [_prefetched(pair) for pair in pairs]
-            return items, {"accuracy": fmean(item.score for item in items)}
-        items = [_rate(pair, protocol.rule) for pair in pairs]
+            return self._prefetched(pair)
+        extraction, from_judge = _extraction(pair)
+        prediction = normalise(extraction, pair.reference, precision_as_float=protocol.rule == "libmoe")
+        gold = str(pair.reference["answer"])
+        right = prediction == gold
+        if protocol.rule != "official" and prediction is not None:
+            right = prediction.strip() == gold.strip()
+        unread = prediction is None or (from_judge and pair.verdict is None)
+        return self.result(pair, right, prediction, unread, extraction=extraction, gold=gold)
+
+    def metrics(self, items: Sequence[Item], pairs: Sequence[AnswerPair], protocol: Protocol) -> JsonDict:
         if protocol.rule != "official":
-            return items, {"accuracy": round(100 * fmean(item.score for item in items), 2)}
-        return items, {**_tally(items), **_breakdown(pairs, items)}
+            return super().metrics(items, pairs, protocol)
+        return {**_tally(items), **_breakdown(pairs, items)}
 
-    def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
-        scale = 100.0 if protocol.rule in ("lmms", "libmoe") else 1.0
-        return estimate_mean("accuracy", [i.score for i in items], [i.unit for i in items], scale)
-
-    def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
-        """The official output file ``{pid: record}`` with the replies in ``response``, for its extraction and
-        scoring scripts."""
-        write_document(
-            out,
-            {
-                key(pair.reference["pid"]): {
-                    **{name: value for name, value in pair.reference.items() if name != "question_id"},
-                    "response": pair.text,
-                }
-                for pair in pairs
-            },
-            indent=2,
-        )
+    def convert(self, pairs: Sequence[AnswerPair], out: Path) -> JsonDict:
+        """The official output file ``{pid: record}`` with the replies in ``response``, for its extraction and scoring
+        scripts."""
+        records = [{**pair.reference, "response": pair.text} for pair in pairs]
+        entries = {key(r["pid"]): {k: v for k, v in r.items() if k != "question_id"} for r in records}
+        write_document(out, entries, indent=2)
         return {}
 
-    def judge_request(self, pair: Pair) -> JudgeRequest | None:
+    def judge_request(self, pair: AnswerPair) -> JudgeRequest | None:
         """Ask for the answer inside the reply, unless the type of the question settles it."""
         if not pair.answered or settled(pair.text, pair.reference) is not None:
             return None
@@ -132,8 +102,26 @@ class MathVista(Benchmark):
             max_tokens=64,
         )
 
+    def _prefetched(self, pair: AnswerPair) -> Item:
+        """VLMEvalKit's check of the raw reply; zero counts as nothing found, as there."""
+        question = pair.reference
+        found: Any = None
+        gold: Any = question["answer"]
+        if question["question_type"] == _CHOICE:
+            choices = [str(choice) for choice in question["choices"]]
+            found = infer_option(pair.text, dict(zip(LETTERS, choices, strict=False)))
+            gold = LETTERS[choices.index(str(gold))]
+        else:
+            try:
+                kind = {"integer": int, "float": float}[question["answer_type"]]
+                found, gold = kind(pair.text), kind(question["answer"])
+            except (KeyError, ValueError):
+                found = None
+        parsed = None if found is None else str(found)
+        return self.result(pair, bool(found) and found == gold, parsed, gold=str(question["answer"]))
 
-def settled(reply: str, question: Record) -> str | None:
+
+def settled(reply: str, question: JsonDict) -> str | None:
     """The extraction that needs no judge: nothing said, a choice word for word, a number of the right
     type."""
     if reply == "":
@@ -150,7 +138,7 @@ def settled(reply: str, question: Record) -> str | None:
     return None
 
 
-def normalise(extraction: str, question: Record, precision_as_float: bool = False) -> str | None:
+def normalise(extraction: str, question: JsonDict, precision_as_float: bool = False) -> str | None:
     """The extraction in the form of the question's answer; None where it has no such form."""
     if question["question_type"] == _CHOICE:
         choices = [str(choice) for choice in question["choices"]]
@@ -182,7 +170,7 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def prompt(question: Record, layout: str) -> str:
+def prompt(question: JsonDict, layout: str) -> str:
     """The text of a question: the official ``query``, or one of lmms-eval's layouts."""
     if layout == "query":
         return str(question["query"])
@@ -202,7 +190,12 @@ def prompt(question: Record, layout: str) -> str:
     return f"Question: {stem}{block}\nHint: Please {wanted}.{tail}"
 
 
-def _wanted(question: Record) -> str:
+def _decimals(question: JsonDict) -> str:
+    places = int(question["precision"])
+    return {1: "one decimal place", 2: "two decimal places"}.get(places, f"{places} decimal places")
+
+
+def _wanted(question: JsonDict) -> str:
     """What kind of answer is asked for, with the examples of the official hint."""
     kind, answer_type = question["question_type"], question["answer_type"]
     if kind == _CHOICE:
@@ -212,50 +205,24 @@ def _wanted(question: Record) -> str:
     elif answer_type == "list":
         what, name, examples = "a Python list as an answer", "list", "[1, 2, 3], [1.2, 1.3, 1.4]"
     else:
+        what, name = f"a floating-point number with {_decimals(question)}", "value"
         places = int(question["precision"])
-        word = {1: "one decimal place", 2: "two decimal places"}.get(places, f"{places} decimal places")
-        what, name = f"a floating-point number with {word}", "value"
-        examples = ", ".join(f"{value:.{places}f}" for value in _EXAMPLES.get(places, (1.2, 1.3, 1.4)))
+        values = (1.23, 1.34, 1.45) if places == 2 else (1.2, 1.3, 1.4)
+        examples = ", ".join(f"{value:.{places}f}" for value in values)
     return f"answer the question requiring {what} and provide the final {name}, e.g., {examples}, at the end"
 
 
-_EXAMPLES = {1: (1.2, 1.3, 1.4), 2: (1.23, 1.34, 1.45)}
-
-
-def _short_instruction(question: Record) -> str:
+def _short_instruction(question: JsonDict) -> str:
     if question["question_type"] == _CHOICE:
         return OPTION_LETTER
-    answer_type = question["answer_type"]
-    if answer_type == "integer":
-        return "\nAnswer the question using a single integer number."
-    if answer_type == "list":
-        return "\nAnswer the question using a Python list."
-    if answer_type == "float":
-        places = int(question["precision"])
-        word = {1: "one decimal place", 2: "two decimal places"}.get(places, f"{places} decimal places")
-        return f"\nAnswer the question using a single floating-point number with {word}."
-    return "\nAnswer the question using a single word or phrase."
+    if question["answer_type"] == "float":
+        return f"\nAnswer the question using a single floating-point number with {_decimals(question)}."
+    kinds = {"integer": "a single integer number", "list": "a Python list"}
+    kind = kinds.get(question["answer_type"])
+    return f"\nAnswer the question using {kind}." if kind else SHORT_ANSWER
 
 
-def _rate(pair: Pair, rule: str) -> Item:
-    question = pair.reference
-    extraction, from_judge = _extraction(pair)
-    prediction = normalise(extraction, question, precision_as_float=rule == "libmoe")
-    gold = str(question["answer"])
-    said = prediction if rule == "official" or prediction is None else prediction.strip()
-    right = said == (gold if rule == "official" else gold.strip())
-    return Item(
-        id=question["pid"],
-        score=float(pair.answered and right),
-        unit=key(question["pid"]),
-        parsed=prediction if pair.answered else None,
-        answered=pair.answered,
-        unparsed=pair.answered and (prediction is None or (from_judge and pair.verdict is None)),
-        facts={"extraction": extraction, "gold": gold},
-    )
-
-
-def _extraction(pair: Pair) -> tuple[str, bool]:
+def _extraction(pair: AnswerPair) -> tuple[str, bool]:
     """The answer inside the reply, and whether it was for the judge to find.
 
     Where the judge said nothing, a quoted answer phrase is taken, as the official quick extraction does.
@@ -269,40 +236,14 @@ def _extraction(pair: Pair) -> tuple[str, bool]:
     return (quoted.group(1), False) if quoted else ("", True)
 
 
-def _prefetched(pair: Pair) -> Item:
-    """VLMEvalKit's check of the raw reply; zero counts as nothing found, as there."""
-    question = pair.reference
-    found: Any = None
-    gold: Any = question["answer"]
-    if question["question_type"] == _CHOICE:
-        choices = [str(choice) for choice in question["choices"]]
-        found = infer_option(pair.text, dict(zip(LETTERS, choices, strict=False)))
-        gold = LETTERS[choices.index(str(gold))]
-    else:
-        try:
-            kind = {"integer": int, "float": float}[question["answer_type"]]
-            found, gold = kind(pair.text), kind(question["answer"])
-        except (KeyError, ValueError):
-            found = None
-    return Item(
-        id=question["pid"],
-        score=float(pair.answered and bool(found) and found == gold),
-        unit=key(question["pid"]),
-        parsed=None if found is None or not pair.answered else str(found),
-        answered=pair.answered,
-        unparsed=pair.answered and found is None,
-        facts={"gold": str(question["answer"])},
-    )
-
-
-def _tally(items: Sequence[Item]) -> Record:
+def _tally(items: Sequence[Item]) -> JsonDict:
     correct = int(sum(item.score for item in items))
     return {"accuracy": correct / len(items), "correct": correct, "total": len(items)}
 
 
-def _breakdown(pairs: Sequence[Pair], items: Sequence[Item]) -> Record:
+def _breakdown(pairs: Sequence[AnswerPair], items: Sequence[Item]) -> JsonDict:
     """Accuracy by the kinds of questions; a question with several skills counts for each."""
-    report: Record = {}
+    report: JsonDict = {}
     for name in _GROUPS:
         groups: dict[str, list[Item]] = {}
         for pair, item in zip(pairs, items, strict=True):

@@ -4,9 +4,9 @@ some open.
 Files are the parquet files of the validation split, one folder a subject (``id, question, options, answer,
 question_type, image_1 ... image_7``; options and lists of answers are written as Python lists).
 
-The official scorer draws a random option where it finds none in a reply, from one generator seeded with 42,
-in the order of the questions. So does the default here; how many were drawn, and the accuracy without them,
-stand beside it.
+The official scorer (``mmmu/utils/eval_utils.py``) draws a random option where it finds none in a reply, from one
+generator seeded with 42, in the order of the questions. So does the default here; how many were drawn, and the accuracy
+without them, stand beside it.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 from mmpipe.benchmarks.base import (
     OPTION_LETTER,
     SHORT_ANSWER,
-    Benchmark,
-    Document,
+    AnswerPair,
     Item,
-    Pair,
     Protocol,
     Question,
-    Record,
-    Source,
-    key,
+    grouped,
+    mean_score,
+)
+from mmpipe.benchmarks.jsonl import (
+    Document,
+    JsonDict,
+    iter_rows,
+    read_document,
     records_of,
     require,
+    without_images,
+    write_document,
 )
-from mmpipe.benchmarks.choices import LETTERS, options_block
-from mmpipe.benchmarks.image_bytes import hub_image
-from mmpipe.benchmarks.jsonl import iter_rows, read_document, without_images, write_document
-from mmpipe.benchmarks.stats import Estimate, estimate_mean
+from mmpipe.benchmarks.multiple_choice import LETTERS, MultipleChoice, options_block
+from mmpipe.benchmarks.readers import BenchmarkFiles, image_bytes
 from mmpipe.errors import DataError
 
 _FIELDS = ("id", "question", "options", "answer", "question_type")
@@ -48,6 +50,9 @@ _EDGE_MARKS = ",.!?;:'"
 _IMAGE = re.compile(r"<image (\d+)>")
 _SUBJECT = re.compile(r"[^_]+_(.+?)_\d+")
 _LEADS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+# what a named letter looks like, and what its last place is looked up by
+_FORMS = (("({})", "({})"), (" {} ", " {} "))
+_LOOSE_FORMS = (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} "))
 _NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
     re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
@@ -70,30 +75,43 @@ _DOMAINS = {
 }  # fmt: skip
 
 
-class Mmmu(Benchmark):
+class Mmmu(MultipleChoice):
     """MMMU's validation split."""
 
     name = "mmmu"
     submission = "json"
-    files: ClassVar[Mapping[str, str]] = {"questions": "."}
+    files = {"questions": "."}
+    prompts = {
+        "llava": "{question}\n{bracketed}{instruction}",
+        "llava_open": "{question}{instruction}",
+        "lmms": "{question}\n{options}\n{instruction}",
+        "lmms_open": "{question}\n{instruction}",
+    }
     protocols = (
-        Protocol("mmmu_val", "the official parser, random option included", aliases=("llava",)),
-        Protocol("norandom", "the official parser; a reply without option is wrong", rule="norandom"),
+        Protocol("mmmu_val", "the official parser, random option included", metric="overall", aliases=("llava",)),
+        Protocol("norandom", "the official parser; a reply without option is wrong", rule="norandom",
+                 metric="overall"),
         Protocol("lmms", "lmms-eval 0.7.3 and LibMoE: 'X ' and 'X.' count as options too", rule="lmms", prompt="lmms",
-                 aliases=("libmoe",)),
+                 metric="overall", aliases=("libmoe",)),
     )  # fmt: skip
 
-    def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
+    def questions(self, source: BenchmarkFiles, protocol: Protocol) -> Iterator[Question]:
         for row in _rows(source.path("questions")):
-            where = f"mmmu, {row['id']}"
-            text, numbers = _prompt(row, protocol.prompt)
-            images = tuple(hub_image(row.get(f"image_{n}"), where) for n in numbers)
-            yield Question(id=row["id"], text=text, images=images)
+            text = self.text(row, protocol)  # images in the order of their marks
+            images = tuple(image_bytes(row.get(f"image_{n}"), f"mmmu, {row['id']}") for n in _IMAGE.findall(text))
+            yield Question(id=row["id"], text=_IMAGE.sub("<image>", text), images=images)
 
-    def references(self, source: Source, protocol: Protocol) -> list[Record]:
-        return self.read_references([source.path("questions")])
+    def text(self, record: JsonDict, protocol: Protocol) -> str:
+        options, choice = _list_of(record["options"]), record["question_type"] == _CHOICE
+        with_options = options if protocol.prompt == "lmms" else choice
+        return self.prompts[protocol.prompt if with_options else f"{protocol.prompt}_open"].format(
+            question=record["question"],
+            options=options_block(options),
+            bracketed="".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options, strict=False)),
+            instruction=OPTION_LETTER if choice else SHORT_ANSWER,
+        )
 
-    def read_references(self, paths: Sequence[Path]) -> list[Record]:
+    def read_references(self, paths: Sequence[Path]) -> list[JsonDict]:
         """Besides files of records, the folder of the subjects."""
         documents = [
             Document(str(path), [without_images(row) for row in _rows(path)]) if path.is_dir() else read_document(path)
@@ -101,46 +119,56 @@ class Mmmu(Benchmark):
         ]
         return self.parse_references(documents)
 
-    def parse_references(self, documents: Sequence[Document]) -> list[Record]:
+    def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """Records, or the official ``answer_dict_val.json`` (``{id: {question_type, ground_truth}}``)."""
-        records: list[Record] = []
+        records: list[JsonDict] = []
         for document in documents:
             content = document.content
             if isinstance(content, dict):
-                content = [_from_answer_dict(number, entry) for number, entry in content.items()]
+                content = [
+                    {"id": number, "question_type": entry.get("question_type"), "answer": entry.get("ground_truth")}
+                    for number, entry in content.items()
+                ]
             records += [_reference(r) for r in records_of([Document(document.name, content)])]
         return records
 
-    def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
+    def item(self, pair: AnswerPair, protocol: Protocol, generator: random.Random | None = None) -> Item:
+        """The verdict; ``generator`` draws an option where the reply names none."""
+        reference, loose = pair.reference, protocol.rule == "lmms"
+        gold, fallback, chosen = reference["answer"], False, None
+        if reference["question_type"] == _CHOICE:
+            options = _options(reference)
+            chosen = find_option(pair.text, options, loose) if pair.answered else None
+            fallback = pair.answered and chosen is None
+            if fallback and generator:
+                chosen = generator.choice(list(options))
+            right = chosen in (gold if isinstance(gold, list) else [gold])
+        else:
+            # lmms-eval compares with the list as it is written
+            chosen, right = pair.text, open_match(pair.text, str(gold) if loose else gold)
+        facts = {"subject": reference["subject"], "gold": gold, "random_fallback": fallback}
+        return self.result(pair, right, chosen, fallback, **facts)
+
+    def rate(self, pairs: Sequence[AnswerPair], protocol: Protocol) -> tuple[list[Item], JsonDict]:
         generator = random.Random(_SEED) if protocol.rule != "norandom" else None
-        items = [_rate(pair, generator, loose=protocol.rule == "lmms") for pair in pairs]
-        subjects: dict[str, list[float]] = {}
-        for item in items:
-            subjects.setdefault(item.facts["subject"], []).append(item.score)
-        domains = {
-            domain: [score for name in names for score in subjects.get(name, [])] for domain, names in _DOMAINS.items()
-        }
-        parsed = [item.score for item in items if not item.facts["random_fallback"]]
+        items = [self.item(pair, protocol, generator) for pair in pairs]
+        subjects = grouped(items, "subject")
+        domains = {name: [i for subject in some for i in subjects.get(subject, [])] for name, some in _DOMAINS.items()}
+        parsed = [item for item in items if not item.facts["random_fallback"]]
         return items, {
-            "overall": fmean(item.score for item in items),
-            "per_subject": {name: fmean(scores) for name, scores in subjects.items()},
-            "per_domain": {name: fmean(scores) for name, scores in domains.items() if scores},
+            "overall": mean_score(items),
+            "per_subject": {name: mean_score(some) for name, some in subjects.items()},
+            "per_domain": {name: mean_score(some) for name, some in domains.items() if some},
             "random_fallbacks": len(items) - len(parsed),
-            "accuracy_without_random_fallback_items": fmean(parsed) if parsed else 0.0,
+            "accuracy_without_random_fallback_items": mean_score(parsed) if parsed else 0.0,
         }
 
-    def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
-        return estimate_mean("overall", [i.score for i in items], [i.unit for i in items])
-
-    def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
+    def convert(self, pairs: Sequence[AnswerPair], out: Path) -> JsonDict:
         """The official answer file ``{id: letter or text}``; letters by the parser without random option."""
         answers = {}
-        for pair in pairs:
-            reference = pair.reference
-            if reference["question_type"] == _CHOICE:
-                answers[reference["question_id"]] = find_option(pair.text, _options(reference)) or ""
-            else:
-                answers[reference["question_id"]] = pair.text
+        for reference, text in ((pair.reference, pair.text) for pair in pairs):
+            choice = reference["question_type"] == _CHOICE
+            answers[reference["question_id"]] = find_option(text, _options(reference)) or "" if choice else text
         write_document(out, answers)
         return {"without_option": sum(not answer for answer in answers.values())}
 
@@ -155,7 +183,7 @@ def find_option(reply: str, options: Mapping[str, str], loose: bool = False) -> 
     for mark in _EDGE_MARKS:
         reply = reply.strip(mark)
     reply = f" {reply} "
-    for form, places in _forms(loose):
+    for form, places in _LOOSE_FORMS if loose else _FORMS:
         named = [letter for letter in options if form.format(letter) in reply]
         if named:
             return max(named, key=lambda letter: reply.rfind(places.format(letter)))
@@ -164,13 +192,6 @@ def find_option(reply: str, options: Mapping[str, str], loose: bool = False) -> 
     lowered = reply.lower()
     named = [letter for letter, text in options.items() if text.lower() in lowered]
     return max(named, key=lambda letter: lowered.rfind(options[letter].lower()), default=None)
-
-
-def _forms(loose: bool) -> tuple[tuple[str, str], ...]:
-    """What a named letter looks like, and what its last place is looked up by."""
-    if loose:
-        return (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} "))
-    return (("({})", "({})"), (" {} ", " {} "))
 
 
 def open_candidates(reply: str) -> list[str | float]:
@@ -225,7 +246,7 @@ def _validation_files(root: Path) -> list[Path]:
     return sorted(path for folder in folders for path in folder.glob("*validation*.parquet"))
 
 
-def _rows(root: Path) -> Iterator[Record]:
+def _rows(root: Path) -> Iterator[JsonDict]:
     """Rows of all subjects; of a folder the parquet files of validation, at any depth."""
     files = _validation_files(root) if root.is_dir() else [root]
     if not files:
@@ -236,27 +257,7 @@ def _rows(root: Path) -> Iterator[Record]:
             yield row
 
 
-def _prompt(row: Record, layout: str) -> tuple[str, list[int]]:
-    """The text with a mark for every image, and the numbers of the images in the order of their marks."""
-    options = _list_of(row["options"])
-    instruction = OPTION_LETTER if row["question_type"] == _CHOICE else SHORT_ANSWER
-    if layout == "lmms":
-        text = f"{row['question']}\n{options_block(options)}" if options else str(row["question"])
-        text += "\n" + instruction
-    elif row["question_type"] == _CHOICE:
-        block = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options, strict=False))
-        text = f"{row['question']}\n{block}{instruction}"
-    else:
-        text = f"{row['question']}{instruction}"
-    numbers = [int(number) for number in _IMAGE.findall(text)]
-    return _IMAGE.sub("<image>", text), numbers
-
-
-def _from_answer_dict(number: str, entry: Record) -> Record:
-    return {"id": number, "question_type": entry.get("question_type"), "answer": entry.get("ground_truth")}
-
-
-def _reference(record: Record) -> Record:
+def _reference(record: JsonDict) -> JsonDict:
     number = record.get("id", record.get("question_id"))
     require(record, ("question_type", "answer"), f"mmmu, {number}")
     found = _SUBJECT.fullmatch(str(number))
@@ -285,38 +286,9 @@ def _list_of(value: Any) -> list[str]:
     return [str(entry) for entry in value] if isinstance(value, list | tuple) else [str(value)] if value else []
 
 
-def _options(reference: Record) -> dict[str, str]:
+def _options(reference: JsonDict) -> dict[str, str]:
     """Letters and texts; where the texts are unknown, one that no reply contains."""
     return {letter: text or "\x00" for letter, text in reference["index2ans"].items()}
-
-
-def _rate(pair: Pair, generator: random.Random | None, loose: bool) -> Item:
-    reference = pair.reference
-    fallback, parsed = False, None
-    if reference["question_type"] == _CHOICE:
-        options = _options(reference)
-        parsed = find_option(pair.text, options, loose) if pair.answered else None
-        fallback = pair.answered and parsed is None
-        chosen = generator.choice(list(options)) if fallback and generator else parsed
-        right = pair.answered and chosen in _golds(reference["answer"])
-    else:
-        gold = reference["answer"]
-        # lmms-eval compares with the list as it is written
-        right = pair.answered and open_match(pair.text, str(gold) if loose else gold)
-        chosen = pair.text
-    return Item(
-        id=reference["question_id"],
-        score=float(right),
-        unit=key(reference["question_id"]),
-        parsed=chosen if pair.answered else None,
-        answered=pair.answered,
-        unparsed=fallback,
-        facts={"subject": reference["subject"], "gold": reference["answer"], "random_fallback": fallback},
-    )
-
-
-def _golds(answer: str | list[str]) -> list[str]:
-    return answer if isinstance(answer, list) else [answer]
 
 
 BENCHMARK = Mmmu()

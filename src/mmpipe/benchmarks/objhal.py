@@ -23,25 +23,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from mmpipe.benchmarks.base import (
-    Benchmark,
-    Document,
-    Item,
-    Pair,
-    Protocol,
-    Question,
-    Record,
-    Source,
-    key,
-    records_of,
-    require,
-)
-from mmpipe.benchmarks.image_bytes import decode_base64
-from mmpipe.benchmarks.jsonl import iter_rows, read_document, read_documents, write_records
-from mmpipe.benchmarks.judging import JudgeRequest
-from mmpipe.benchmarks.stats import Estimate, bootstrap
+from mmpipe.benchmarks.base import AnswerPair, Benchmark, Item, JudgeRequest, Protocol, Question
+from mmpipe.benchmarks.jsonl import Document, JsonDict, iter_rows, key, read_document, records_of, require
+from mmpipe.benchmarks.readers import BenchmarkFiles, decode_base64
+from mmpipe.benchmarks.stats import MetricEstimate, bootstrap
 from mmpipe.errors import DataError
 
 _SHORT = 3
@@ -59,7 +46,7 @@ _IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "pe
               "policemen": "policeman", "firemen": "fireman", "fishermen": "fisherman", "oxen": "ox"}  # fmt: skip
 
 
-class Words:
+class SynonymTable:
     """The synonym table: every word's COCO class, and the pairs of words that count as one."""
 
     def __init__(self, classes: Mapping[str, str | None]) -> None:
@@ -129,7 +116,7 @@ class ObjHal(Benchmark):
     """Object HalBench."""
 
     name = "objhal"
-    files: ClassVar[Mapping[str, str]] = {
+    files = {
         "questions": "obj_halbench_300_with_image.jsonl",
         "synonyms": "synonyms_refine.txt",
         "annotations": "annotations",
@@ -143,7 +130,7 @@ class ObjHal(Benchmark):
         Protocol("chair", "objects read from the reply itself, no judge", rule="chair", max_new_tokens=1024),
     )  # fmt: skip
 
-    def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
+    def questions(self, source: BenchmarkFiles, protocol: Protocol) -> Iterator[Question]:
         for place, row in enumerate(iter_rows(source.path("questions"))):
             require(row, (*_FIELDS, "image"), f"objhal, row {place}")
             yield Question(
@@ -153,26 +140,26 @@ class ObjHal(Benchmark):
                 extra={"image_id": row["image_id"]},
             )
 
-    def references(self, source: Source, protocol: Protocol) -> list[Record]:
+    def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
         return self.read_references([source.path(role) for role in ("questions", "synonyms", "annotations")])
 
-    def read_references(self, paths: Sequence[Path]) -> list[Record]:
+    def read_references(self, paths: Sequence[Path]) -> list[JsonDict]:
         """Besides files of records, the synonym table (``.txt``) and the folder of COCO's annotations."""
         tables = [path for path in paths if path.suffix == ".txt"]
         folders = [path for path in paths if path.is_dir()]
         synonyms = {word: name for path in tables for word, name in _read_synonyms(path).items()}
-        documents = read_documents([path for path in paths if path not in tables and path not in folders])
+        documents = [read_document(path) for path in paths if path not in tables and path not in folders]
         for folder in folders:
-            documents = [_with_objects(document, folder, Words(synonyms)) for document in documents]
+            documents = [_with_objects(document, folder, SynonymTable(synonyms)) for document in documents]
         if synonyms:
             documents.append(Document("synonyms", {"synonyms": synonyms}))
         return self.parse_references(documents)
 
-    def parse_references(self, documents: Sequence[Document]) -> list[Record]:
+    def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """Records with ``gt_objects``; the synonym table in each, as a document ``{"synonyms"}``, or as its
         own."""
         synonyms: dict[str, str | None] = {}
-        records: list[Record] = []
+        records: list[JsonDict] = []
         for document in documents:
             content = document.content
             if isinstance(content, dict):
@@ -182,20 +169,20 @@ class ObjHal(Benchmark):
         table = {"synonyms": synonyms} if synonyms else {}
         return [{"question_id": place, **record, **table} for place, record in enumerate(records)]
 
-    def reference_keys(self, reference: Record) -> list[tuple[str, ...]]:
+    def reference_keys(self, reference: JsonDict) -> list[tuple[str, ...]]:
         return [(key(reference["question_id"]),), ("image", key(reference["image_id"]))]
 
-    def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
-        tables: dict[int, Words] = {}
+    def rate(self, pairs: Sequence[AnswerPair], protocol: Protocol) -> tuple[list[Item], JsonDict]:
+        tables: dict[int, SynonymTable] = {}
         items = []
         for pair in pairs:
             require(pair.reference, ("synonyms",), "objhal (give the synonym table with the references)")
             table = pair.reference["synonyms"]
-            words = tables.setdefault(id(table), Words(table))
+            words = tables.setdefault(id(table), SynonymTable(table))
             items.append(_rate(pair, words, protocol.rule))
         return items, _chair(items)
 
-    def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
+    def estimate(self, items: Sequence[Item], metrics: JsonDict, protocol: Protocol) -> MetricEstimate:
         totals = {
             item.unit: [float(item.facts["hallucinated_response"]), float(bool(item.facts["coco_mentions"]))]
             for item in items
@@ -203,23 +190,13 @@ class ObjHal(Benchmark):
         value = metrics["response_hallucination_rate_percent"]
         return bootstrap("response_hallucination_rate_percent", totals, lambda t: 100 * t[..., 0] / t[..., 1], value)
 
-    def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
-        """The answer file of the published scripts, in question order."""
-        write_records(
-            out,
-            (
-                {
-                    "question_id": pair.reference["question_id"],
-                    "image_id": pair.reference["image_id"],
-                    "question": pair.reference.get("question", ""),
-                    "answer": pair.text,
-                }
-                for pair in pairs
-            ),
-        )
-        return {}
+    def submitted(self, pair: AnswerPair) -> JsonDict:
+        """A line of the published scripts' answer file."""
+        reference = pair.reference
+        known = {"question_id": reference["question_id"], "image_id": reference["image_id"]}
+        return {**known, "question": reference.get("question", ""), "answer": pair.text}
 
-    def judge_request(self, pair: Pair) -> JudgeRequest | None:
+    def judge_request(self, pair: AnswerPair) -> JudgeRequest | None:
         """Ask for the objects of a reply of more than three words."""
         text = cleaned(pair.text)
         if len(text.split()) <= _SHORT:
@@ -252,7 +229,7 @@ def listed_objects(reply: str) -> list[str] | None:
     return None
 
 
-def _rate(pair: Pair, words: Words, rule: str) -> Item:
+def _rate(pair: AnswerPair, words: SynonymTable, rule: str) -> Item:
     reference = pair.reference
     text = cleaned(pair.text)
     lemmas: list[str] | None
@@ -284,7 +261,7 @@ def _rate(pair: Pair, words: Words, rule: str) -> Item:
     )
 
 
-def _judged(pair: Pair, words: Words) -> list[str] | None:
+def _judged(pair: AnswerPair, words: SynonymTable) -> list[str] | None:
     given = (pair.judgement or {}).get("extracted_objects")
     if given is not None:
         return list(given)
@@ -292,13 +269,13 @@ def _judged(pair: Pair, words: Words) -> list[str] | None:
     return None if objects is None else words.of_objects(objects)
 
 
-def _mentions(lemmas: Sequence[str], words: Words) -> list[tuple[str, str]]:
-    """Words with their COCO classes; the seat of a toilet is no chair."""
+def _mentions(lemmas: Sequence[str], words: SynonymTable) -> list[tuple[str, str]]:
+    """SynonymTable with their COCO classes; the seat of a toilet is no chair."""
     kept = [word for word in lemmas if not (word == "seat" and "toilet" in lemmas)]
     return [(word, words.classes[word]) for word in kept if word in words.classes]
 
 
-def _chair(items: Sequence[Item]) -> Record:
+def _chair(items: Sequence[Item]) -> JsonDict:
     responses = sum(item.facts["hallucinated_response"] for item in items)
     naming = sum(bool(item.facts["coco_mentions"]) for item in items)
     mentions = sum(len(item.facts["coco_mentions"]) for item in items)
@@ -338,14 +315,14 @@ def _read_synonyms(path: Path) -> dict[str, str]:
     return table
 
 
-def _with_objects(document: Document, annotations: Path, words: Words) -> Document:
+def _with_objects(document: Document, annotations: Path, words: SynonymTable) -> Document:
     """The questions without images, with the objects that COCO knows in them."""
     rows = [{name: row[name] for name in _FIELDS} for row in records_of([document], _FIELDS)]
     objects = _coco_objects(annotations, {key(row["image_id"]) for row in rows}, words)
     return Document(document.name, [{**row, "gt_objects": objects[key(row["image_id"])]} for row in rows])
 
 
-def _coco_objects(folder: Path, wanted: set[str], words: Words) -> dict[str, list[str]]:
+def _coco_objects(folder: Path, wanted: set[str], words: SynonymTable) -> dict[str, list[str]]:
     """The classes in each wanted image: those annotated and those its captions mention.
 
     Raises DataError for an image that has no annotation.
@@ -370,7 +347,7 @@ def _coco_objects(folder: Path, wanted: set[str], words: Words) -> dict[str, lis
     return {image: sorted(objects) for image, objects in found.items()}
 
 
-def _annotations(content: Any, wanted: set[str]) -> Iterator[Record]:
+def _annotations(content: Any, wanted: set[str]) -> Iterator[JsonDict]:
     return (entry for entry in content["annotations"] if key(entry["image_id"]) in wanted)
 
 

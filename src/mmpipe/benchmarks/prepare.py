@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmpipe.artifacts.files import link_or_copy, read_jsonl
-from mmpipe.benchmarks.base import Benchmark, Question, Record, get
-from mmpipe.benchmarks.image_bytes import extension
-from mmpipe.benchmarks.jsonl import write_records
+from mmpipe.benchmarks.base import Benchmark, Question, get
+from mmpipe.benchmarks.jsonl import JsonDict, write_records
+from mmpipe.benchmarks.readers import extension
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.errors import DataError
 
@@ -66,8 +66,8 @@ def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
 
 
 def _in_order(
-    benchmark: Benchmark, questions: Sequence[Question], references: Sequence[Record], source: Path
-) -> list[Record]:
+    benchmark: Benchmark, questions: Sequence[Question], references: Sequence[JsonDict], source: Path
+) -> list[JsonDict]:
     """The references of the questions, in the order of the questions.
 
     Raises DataError for a question without reference, and for a reference that is asked twice or not at all, unless
@@ -87,7 +87,7 @@ def _in_order(
     return asked
 
 
-def _as_asked(question: Question) -> Record:
+def _as_asked(question: Question) -> JsonDict:
     """What of an answer record tells which question it belongs to."""
     prompt = question.recorded_prompt
     return {**question.extra, "question_id": question.id, "prompt": prompt}
@@ -154,8 +154,8 @@ def _stored(question: Question, images: _Images) -> Question:
     return replace(question, images=tuple(images.store(image, question.id) for image in question.images))
 
 
-def _as_json(question: Question) -> Record:
-    record: Record = {
+def _as_json(question: Question) -> JsonDict:
+    record: JsonDict = {
         "question_id": question.id,
         "images": [str(path) for path in question.images],
         "text": question.text,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import sha256, write_json
-from mmpipe.benchmarks.base import Benchmark, Record, Score, get, names, records_of
-from mmpipe.benchmarks.jsonl import read_answers, read_document, write_records
+from mmpipe.benchmarks.base import Benchmark, Score, get, names
+from mmpipe.benchmarks.jsonl import JsonDict, read_answers, read_document, records_of, write_records
 
 
 def score_files(
@@ -21,7 +21,7 @@ def score_files(
     per_item: Path | None = None,
     out: Path | None = None,
     lineage: Mapping[str, Any] | None = None,
-) -> Record:
+) -> JsonDict:
     """Score answer files of ``benchmark`` and return ``{benchmark, protocol, n, metrics, missing, unparsed,
     ...}``.
 
@@ -48,7 +48,7 @@ def score_files(
     return result
 
 
-def convert_files(benchmark: str, references: Sequence[Path], answers: Sequence[Path], out: Path) -> Record:
+def convert_files(benchmark: str, references: Sequence[Path], answers: Sequence[Path], out: Path) -> JsonDict:
     """Write the submission file of ``benchmark`` and return what is worth reporting about it.
 
     Raises DataError as ``score_files`` does.
@@ -60,7 +60,7 @@ def convert_files(benchmark: str, references: Sequence[Path], answers: Sequence[
     return {"benchmark": benchmark, "out": str(out), "n": len(pairs), "missing": missing, **report}
 
 
-def describe() -> list[Record]:
+def describe() -> list[JsonDict]:
     """Every benchmark with its protocols, for lists and documentation."""
     return [
         {
@@ -83,7 +83,7 @@ def describe() -> list[Record]:
     ]
 
 
-def read_judgements(path: Path) -> list[Record]:
+def read_judgements(path: Path) -> list[JsonDict]:
     """The judge's records from JSON lines with ``question_id`` and ``reply``.
 
     Raises DataError for a record without these fields.
@@ -100,6 +100,6 @@ def _score(
     return task.score(task.read_references(references), replies, protocol, judgements)
 
 
-def _card(path: Path) -> Record:
+def _card(path: Path) -> JsonDict:
     card = {"path": path.as_posix()}
     return card | {"sha256": sha256(path)} if path.is_file() else card

@@ -7,9 +7,11 @@ unit, and units are what is counted or resampled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from mmpipe.errors import DataError
 
 _Z = 1.959963984540054
 _REPLICATES = 2000
@@ -17,7 +19,7 @@ _MANY = 5000
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MetricEstimate:
     """A headline number with its 95 % interval."""
 
     metric: str
@@ -49,14 +51,14 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def estimate_mean(metric: str, values: Sequence[float], units: Sequence[str], scale: float = 1.0) -> Estimate:
+def estimate_mean(metric: str, values: Sequence[float], units: Sequence[str], scale: float = 1.0) -> MetricEstimate:
     """The mean of ``values`` times ``scale``.
 
     Wilson's interval where every unit has one value of 0 or 1; otherwise a bootstrap over units; with more
     than 5000 units the normal interval of the ratio estimator (sum over units / number of values).
     """
     if not values:
-        return Estimate(metric, 0.0, 0.0, scale, 0, "none")
+        return MetricEstimate(metric, 0.0, 0.0, scale, 0, "none")
     totals: dict[str, list[float]] = {}
     for value, unit in zip(values, units, strict=True):
         entry = totals.setdefault(unit, [0.0, 0.0])
@@ -65,17 +67,19 @@ def estimate_mean(metric: str, values: Sequence[float], units: Sequence[str], sc
     mean = math.fsum(values) / len(values)
     if len(totals) == len(values) and all(value in (0, 1) for value in values):
         low, high = wilson(sum(value == 1 for value in values), len(values))
-        return Estimate(metric, scale * mean, scale * low, scale * high, len(totals), "wilson")
+        return MetricEstimate(metric, scale * mean, scale * low, scale * high, len(totals), "wilson")
     if len(totals) > _MANY:
         residual = math.fsum((total - mean * count) ** 2 for total, count in totals.values())
         spread = _Z * math.sqrt(residual * len(totals) / (len(totals) - 1)) / len(values)
-        return Estimate(metric, scale * mean, scale * (mean - spread), scale * (mean + spread), len(totals), "normal")
+        return MetricEstimate(
+            metric, scale * mean, scale * (mean - spread), scale * (mean + spread), len(totals), "normal"
+        )
     return bootstrap(metric, totals, lambda t: scale * t[..., 0] / t[..., 1], scale * mean)
 
 
 def bootstrap(
     metric: str, totals: Mapping[str, Sequence[float]], statistic: Callable[[Any], Any], value: float
-) -> Estimate:
+) -> MetricEstimate:
     """Percentile bootstrap over units of a statistic of sums.
 
     ``totals`` holds each unit's contribution to K sums; ``statistic`` maps an array (..., K) of sums to
@@ -91,4 +95,72 @@ def bootstrap(
         draws = statistic(weights @ table)
     draws = draws[np.isfinite(draws)]  # a draw without any unit of some category has no score
     low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (value, value)
-    return Estimate(metric, value, float(low), float(high), n, f"bootstrap of {_REPLICATES}")
+    return MetricEstimate(metric, value, float(low), float(high), n, f"bootstrap of {_REPLICATES}")
+
+
+def bootstrap_groups(
+    metric: str,
+    groups: Sequence[str],
+    counts: Iterable[tuple[str, str, Sequence[float]]],
+    statistic: Callable[[Any], Any],
+    value: float,
+) -> MetricEstimate:
+    """The same for sums that are kept apart by group.
+
+    ``counts`` are (unit, group, contribution to K sums) and are added up; ``statistic`` maps an array (..., G, K) of
+    sums, the groups in their order, to (...).
+    """
+    totals: dict[str, list[float]] = {}
+    for unit, group, contribution in counts:
+        row = totals.setdefault(unit, [0.0] * (len(contribution) * len(groups)))
+        first = len(contribution) * groups.index(group)
+        for offset, count in enumerate(contribution):
+            row[first + offset] += count
+    return bootstrap(metric, totals, lambda t: statistic(t.reshape(*t.shape[:-1], len(groups), -1)), value)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two mean verdicts with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    units: int
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the interval holds zero: these answers do not tell the two apart."""
+        return self.low <= 0 <= self.high
+
+    def as_json(self) -> dict[str, Any]:
+        """As stored in a comparison."""
+        return {
+            "difference": self.value,
+            "ci95": [self.low, self.high],
+            "units": self.units,
+            "within_noise": self.within_noise,
+        }
+
+
+def paired_difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Difference:
+    """Mean of the verdicts ``ours`` minus that of ``theirs``, records of two ``per_item.jsonl``.
+
+    Units (a circular question, an image) are drawn with replacement, each with the verdicts of both: what
+    makes a question hard for both cancels. Verdicts are the items' ``score``; where a headline is no mean of
+    them (an F1), this is the difference of the means all the same. Raises DataError when the two are not
+    about the same questions.
+    """
+    names = [[(str(record["question_id"]), record["unit"]) for record in records] for records in (ours, theirs)]
+    if names[0] != names[1]:
+        raise DataError("two checkpoints can be paired only on the same questions; score both again")
+    totals: dict[str, list[float]] = {}
+    for mine, other in zip(ours, theirs, strict=True):
+        entry = totals.setdefault(mine["unit"], [0.0, 0.0])
+        entry[0] += mine["score"] - other["score"]
+        entry[1] += 1
+    if not totals:
+        return Difference(0.0, 0.0, 0.0, 0)
+    value = sum(entry[0] for entry in totals.values()) / len(ours)
+    drawn = bootstrap("difference", totals, lambda sums: sums[..., 0] / sums[..., 1], value)
+    return Difference(value, drawn.low, drawn.high, drawn.units)

@@ -1,86 +1,70 @@
 """VQA v2 (Goyal et al. 2017, arXiv 1612.00837): questions about COCO images, ten human answers each.
 
-Files are the official question and annotation files of a split and the folder of its images; the questions
-may also be LLaVA's (``question_id, image, text`` a line), and the hub has all in one table (role
-``parquet``). Annotations of the test splits are not public: their submission goes to EvalAI and must hold
-every question of test2015 (role ``submitted``), asked or not.
+Files are the official question and annotation files of a split and the folder of its images; the questions may also be
+LLaVA's (``question_id, image, text`` a line), and the hub has all in one table (role ``parquet``). Annotations of the
+test splits are not public: their submission goes to EvalAI and must hold every question of test2015 (role
+``submitted``), asked or not.
 
-The published pipeline normalises the replies for upload (EvalAI's answer processor) and scores the upload
-with the VQA evaluation, which normalises again only where the ten humans do not all agree.
+The published pipeline normalises the replies for upload (EvalAI's answer processor) and scores the upload with the VQA
+evaluation (GT-Vision-Lab/VQA, ``vqaEval.py``), which normalises again only where the ten humans do not all agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import ClassVar
 
-from mmpipe.benchmarks.base import (
-    SHORT_ANSWER,
-    Benchmark,
-    Document,
-    Item,
-    Pair,
-    Protocol,
-    Question,
-    Record,
-    Source,
-    key,
-    records_of,
-    require,
-)
-from mmpipe.benchmarks.jsonl import read_document, write_document
-from mmpipe.benchmarks.readers import as_llava_asks, hub_images, hub_records, on_hub
-from mmpipe.benchmarks.stats import Estimate, estimate_mean
-from mmpipe.benchmarks.text import evalai_normal, one_line, soft_accuracy, vqa_normal, vqa_normal_lmms
+from mmpipe.benchmarks.base import AnswerPair, Item, Protocol, Question, grouped, mean_score
+from mmpipe.benchmarks.jsonl import Document, JsonDict, key, read_document, records_of, require
+from mmpipe.benchmarks.readers import BenchmarkFiles
+from mmpipe.benchmarks.short_answer import HumanAnswers, one_line
 from mmpipe.errors import DataError
 
-_EXTRAS = ("image_id", "question_type", "answer_type")
 
-
-class VqaV2(Benchmark):
+class VqaV2(HumanAnswers):
     """VQA v2, by default the validation split."""
 
     name = "vqav2"
-    submission = "json"
-    files: ClassVar[Mapping[str, str]] = {
+    files = {
         "questions": "v2_OpenEnded_mscoco_val2014_questions.json",
         "annotations": "v2_mscoco_val2014_annotations.json",
         "images": "val2014",
         "submitted": "v2_OpenEnded_mscoco_test2015_questions.json",
         "parquet": "data",
     }
+    hub_columns = ("question_id", "question", "answers")
+    hub_optional = ("image_id", "question_type", "answer_type")
+    unit_field = "image_id"
     protocols = (
-        Protocol("vqav2_val", "the VQA evaluation on answers normalised for upload", aliases=("llava",)),
-        Protocol("raw", "the VQA evaluation on the replies as they are", rule="raw"),
-        Protocol("lmms", "lmms-eval: both sides always normalised", rule="lmms", max_new_tokens=16),
-    )
+        Protocol("vqav2_val", "the VQA evaluation on answers normalised for upload", rule="vqa_uploaded",
+                 metric="overall", scale=100, aliases=("llava",)),
+        Protocol("raw", "the VQA evaluation on the replies as they are", rule="vqa", metric="overall", scale=100),
+        Protocol("lmms", "lmms-eval: both sides always normalised", rule="lmms", metric="exact_match",
+                 max_new_tokens=16),
+    )  # fmt: skip
 
-    def questions(self, source: Source, protocol: Protocol) -> Iterator[Question]:
-        if on_hub(source):
-            rows = hub_records(source, ("question_id", "question"))
-            for row, image in zip(rows, hub_images(source), strict=True):
-                yield Question(id=row["question_id"], text=row["question"] + SHORT_ANSWER, images=(image,))
-            return
-        records = _questions(read_document(source.path("questions")))
-        if any("text" in record for record in records):
-            yield from as_llava_asks(source, "questions")
-            return
+    def questions(self, source: BenchmarkFiles, protocol: Protocol) -> Iterator[Question]:
+        if source.on_hub:
+            records = source.hub_rows(("question_id", "question"))
+        else:
+            records = _questions(read_document(source.path("questions")))
+            if any("text" in record for record in records):
+                yield from self.llava_questions(source, protocol, "questions")
+                return
+            for record in records:
+                require(record, ("image_id", "question"), str(source.path("questions")))
+        yield from self.ask(source, protocol, records, (self.text(record, protocol) for record in records))
+
+    def images(self, source: BenchmarkFiles, records: Sequence[JsonDict]) -> Iterator[bytes | Path | None]:
+        if source.on_hub:
+            return source.hub_images()
         split = Path(source.files["images"]).name
-        for record in records:
-            require(record, ("image_id", "question"), str(source.path("questions")))
-            yield Question(
-                id=record["question_id"],
-                text=record["question"] + SHORT_ANSWER,
-                images=(source.image(f"COCO_{split}_{int(record['image_id']):012d}.jpg"),),
-            )
+        return (source.image(f"COCO_{split}_{int(record['image_id']):012d}.jpg") for record in records)
 
-    def references(self, source: Source, protocol: Protocol) -> list[Record]:
+    def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
         """A test split has no annotations; there the questions of all of test2015 are submitted, asked or not."""
-        if on_hub(source):
-            rows = hub_records(source, ("question_id", "question", "answers"), _EXTRAS)
-            return [_reference(row, row) for row in rows]
+        if source.on_hub:
+            return super().references(source, protocol)
         if source.has("annotations"):
             return self.read_references([source.path("questions"), source.path("annotations")])
         references = self.read_references([source.path("questions")])
@@ -90,13 +74,13 @@ class VqaV2(Benchmark):
         everything = self.read_references([source.path("submitted")])
         return [r if key(r["question_id"]) in asked else {**r, "asked": False} for r in everything]
 
-    def parse_references(self, documents: Sequence[Document]) -> list[Record]:
+    def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """Question file, annotation file, both, ``{"questions", "annotations"}``, or records.
 
         With a question file its order and its questions count; an annotation must exist for each or for none.
         """
-        questions: list[Record] = []
-        annotations: dict[str, Record] = {}
+        questions: list[JsonDict] = []
+        annotations: dict[str, JsonDict] = {}
         for document in documents:
             both = document.content if isinstance(document.content, dict) else {}
             if "questions" in both or not both:
@@ -104,7 +88,7 @@ class VqaV2(Benchmark):
                 questions += [record for record in found if "answers" not in record]
                 annotations |= {key(r["question_id"]): r for r in found if "answers" in r}
             if "annotations" in both:
-                found = records_of([_list(document, "annotations")], ("question_id", "answers"))
+                found = records_of([Document(document.name, both["annotations"])], ("question_id", "answers"))
                 annotations |= {key(record["question_id"]): record for record in found}
         if not questions:
             return [_reference(record, record) for record in annotations.values()]
@@ -113,43 +97,30 @@ class VqaV2(Benchmark):
             raise DataError(f"vqav2: {len(lacking)} questions have no annotation, e.g. {lacking[:5]}; another split?")
         return [_reference(question, annotations.get(key(question["question_id"]), {})) for question in questions]
 
-    def rate(self, pairs: Sequence[Pair], protocol: Protocol) -> tuple[list[Item], Record]:
-        items = [_rate(pair, _RULES[protocol.rule]) for pair in pairs]
-        if protocol.rule == "lmms":
-            return items, {"exact_match": fmean(item.score for item in items)}
-        return items, {
-            "overall": _percent([item.score for item in items]),
-            "perAnswerType": _by(items, "answer_type"),
-            "perQuestionType": _by(items, "question_type"),
+    def facts(self, reference: JsonDict) -> JsonDict:
+        return {name: reference[name] for name in ("answer_type", "question_type")}
+
+    def metrics(self, items: Sequence[Item], pairs: Sequence[AnswerPair], protocol: Protocol) -> JsonDict:
+        if protocol.metric != "overall":
+            return super().metrics(items, pairs, protocol)
+        kinds = {"perAnswerType": "answer_type", "perQuestionType": "question_type"}
+        return {
+            "overall": _percent(items),
+            **{
+                name: {kind: _percent(some) for kind, some in sorted(grouped(items, fact).items())}
+                for name, fact in kinds.items()
+            },
         }
 
-    def estimate(self, items: Sequence[Item], metrics: Record, protocol: Protocol) -> Estimate:
-        scores, units = [item.score for item in items], [item.unit for item in items]
-        if protocol.rule == "lmms":
-            return estimate_mean("exact_match", scores, units)
-        return estimate_mean("overall", scores, units, 100)
 
-    def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
-        """The list EvalAI accepts: every question, normalised; a question without answer has the empty
-        one."""
-        write_document(
-            out, [{"question_id": p.reference["question_id"], "answer": evalai_normal(p.text)} for p in pairs]
-        )
-        return {}
-
-
-def _questions(document: Document) -> list[Record]:
-    return records_of([_list(document, "questions")], ("question_id",))
-
-
-def _list(document: Document, name: str) -> Document:
+def _questions(document: Document) -> list[JsonDict]:
     content = document.content
-    return Document(document.name, content.get(name)) if isinstance(content, dict) else document
+    questions = content.get("questions") if isinstance(content, dict) else content
+    return records_of([Document(document.name, questions)], ("question_id",))
 
 
-def _reference(question: Record, annotation: Record) -> Record:
-    """A flat record: what was asked, and the human answers as plain strings (None where they are not
-    public)."""
+def _reference(question: JsonDict, annotation: JsonDict) -> JsonDict:
+    """A flat record: what was asked, and the human answers as plain strings (None where they are not public)."""
     answers = annotation.get("answers")
     return {
         **({"asked": False} if question.get("asked") is False else {}),
@@ -161,56 +132,8 @@ def _reference(question: Record, annotation: Record) -> Record:
     }
 
 
-def _official(reply: str, humans: Sequence[str]) -> tuple[str, Sequence[str]]:
-    reply = one_line(reply)
-    if len(set(humans)) > 1:
-        return vqa_normal(reply), [vqa_normal(human) for human in humans]
-    return reply, humans
-
-
-def _uploaded(reply: str, humans: Sequence[str]) -> tuple[str, Sequence[str]]:
-    return _official(evalai_normal(reply), humans)
-
-
-def _lmms(reply: str, humans: Sequence[str]) -> tuple[str, Sequence[str]]:
-    return vqa_normal_lmms(one_line(reply)), [vqa_normal_lmms(human) for human in humans]
-
-
-_RULES: Mapping[str, Callable[[str, Sequence[str]], tuple[str, Sequence[str]]]] = {
-    "official": _uploaded,
-    "raw": _official,
-    "lmms": _lmms,
-}
-
-
-def _rate(pair: Pair, rule: Callable[[str, Sequence[str]], tuple[str, Sequence[str]]]) -> Item:
-    reference = pair.reference
-    if not reference["answers"]:
-        raise DataError(
-            f"vqav2: question {reference['question_id']} has no human answers; the test splits are scored by EvalAI: "
-            "write the submission file with 'convert'"
-        )
-    parsed, humans = rule(pair.text, reference["answers"])
-    return Item(
-        id=reference["question_id"],
-        score=soft_accuracy(parsed, humans) if pair.answered else 0.0,
-        unit=key(reference["image_id"] if reference["image_id"] is not None else reference["question_id"]),
-        parsed=parsed if pair.answered else None,
-        answered=pair.answered,
-        facts={"answer_type": reference["answer_type"], "question_type": reference["question_type"]},
-    )
-
-
-def _by(items: Sequence[Item], label: str) -> dict[str, float]:
-    groups: dict[str, list[float]] = {}
-    for item in items:
-        if item.facts[label] is not None:
-            groups.setdefault(str(item.facts[label]), []).append(item.score)
-    return {name: _percent(groups[name]) for name in sorted(groups)}
-
-
-def _percent(scores: Sequence[float]) -> float:
-    return round(100 * fmean(scores), 2)
+def _percent(items: Sequence[Item]) -> float:
+    return round(100 * mean_score(items), 2)
 
 
 BENCHMARK = VqaV2()

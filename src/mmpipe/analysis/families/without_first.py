@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmpipe.analysis.base import Family, Row, Source, axes
 from mmpipe.artifacts.files import read_json, read_jsonl
-from mmpipe.benchmarks.paired import paired_difference
+from mmpipe.benchmarks.stats import paired_difference
 from mmpipe.plan.experts import WITHOUT_FIRST, ExpertLogs
 
 

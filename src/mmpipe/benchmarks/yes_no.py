@@ -1,8 +1,13 @@
-"""What a free reply to a yes/no question means, by the rules in use."""
+"""Yes/no questions: what a free reply means, by the rules in use."""
 
 from __future__ import annotations
 
-from mmpipe.benchmarks.text import LONE_PERIOD, drop_punctuation
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+from mmpipe.benchmarks.base import SHORT_ANSWER, AnswerPair, Benchmark, Item, Protocol
+from mmpipe.benchmarks.jsonl import JsonDict
+from mmpipe.benchmarks.short_answer import LONE_PERIOD, drop_punctuation
 
 YES, NO, OTHER = "yes", "no", "other"
 
@@ -51,3 +56,25 @@ def yes_or_no_word(reply: str) -> str:
     """VLMEvalKit's rule: one of the words "yes" and "no", but not both."""
     words = {YES, NO}.intersection(drop_punctuation(reply.lower(), period=LONE_PERIOD).split())
     return words.pop() if len(words) == 1 else OTHER
+
+
+class YesNo(Benchmark):
+    """Questions answered by yes or no: the protocol's rule reads ``yes``, ``no`` or ``other`` from the reply."""
+
+    rules: ClassVar[Mapping[str, Callable[[str], str]]]
+    prompts = {"llava": "{question}" + SHORT_ANSWER}
+    carried: ClassVar[Sequence[str]] = ("category",)
+
+    def gold(self, reference: JsonDict) -> str:
+        """The right answer, ``yes`` or ``no``."""
+        return str(reference["answer"]).strip().lower()
+
+    def facts(self, reference: JsonDict) -> JsonDict:
+        """What else the item holds."""
+        return {"category": reference["category"], "gold": self.gold(reference)}
+
+    def item(self, pair: AnswerPair, protocol: Protocol) -> Item:
+        parsed = self.rules[protocol.rule](pair.text)
+        return self.result(
+            pair, parsed == self.gold(pair.reference), parsed, parsed == OTHER, **self.facts(pair.reference)
+        )

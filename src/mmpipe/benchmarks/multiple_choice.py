@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import ClassVar
+
+from mmpipe.benchmarks.base import OPTION_LETTER, AnswerPair, Benchmark, Item, Protocol
+from mmpipe.benchmarks.jsonl import JsonDict
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 REFUSED = "Z"
@@ -33,7 +37,7 @@ _ANSWER_PHRASES = (
 _ANSWER_IS = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)  # no word end asked: "answer is a cat" is A
 
 
-def options_block(options: Sequence[str]) -> str:
+def options_block(options: Iterable[str]) -> str:
     """``A. first`` and so on, one line an option."""
     return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
 
@@ -59,7 +63,12 @@ def infer_option(reply: str, options: Mapping[str, str]) -> str | None:
         return named[0]
     if not named and REFUSED in words:
         return REFUSED
-    return _phrase(reply, options) or _only_text(reply, options)
+    found = _ANSWER_IS.search(reply)
+    if found and found.group(1).upper() in options:
+        return found.group(1).upper()
+    if len(reply.lower()) > 2 * sum(len(str(text).lower()) for text in options.values()):
+        return None
+    return _only_text(reply, options)
 
 
 def infer_option_lmms(reply: str, options: Mapping[str, str]) -> str | None:
@@ -81,22 +90,12 @@ def infer_option_lmms(reply: str, options: Mapping[str, str]) -> str | None:
         marked = [letter for letter in "ABCDE" if f"{before}{letter}{after}" in words]
         if len(marked) == 1:
             return marked[0]
-    contained = [letter for letter, text in options.items() if str(text).lower() in reply.lower()]
-    return contained[0] if len(contained) == 1 else None
-
-
-def _phrase(reply: str, options: Mapping[str, str]) -> str | None:
-    found = _ANSWER_IS.search(reply)
-    letter = found.group(1).upper() if found else None
-    return letter if letter in options else None
+    return _only_text(reply, options)
 
 
 def _only_text(reply: str, options: Mapping[str, str]) -> str | None:
-    texts = {letter: str(text).lower() for letter, text in options.items()}
-    reply = reply.lower()
-    if len(reply) > 2 * sum(map(len, texts.values())):
-        return None
-    contained = [letter for letter, text in texts.items() if text in reply]
+    """The option whose text the reply contains, if it is one alone."""
+    contained = [letter for letter, text in options.items() if str(text).lower() in reply.lower()]
     return contained[0] if len(contained) == 1 else None
 
 
@@ -142,3 +141,33 @@ def _after_phrases(text: str, letters: str) -> Iterator[tuple[int, str]]:
                 place = text.find(letter, start + len(phrase))
                 if place >= 0:
                     yield place, letter
+
+
+LetterRule = Callable[[str, Mapping[str, str]], str | None]
+"""(reply, options by letter) -> the letter that the reply means, None where it names none"""
+
+
+class MultipleChoice(Benchmark):
+    """Questions with lettered options: the protocol's rule reads a letter from the reply, right or wrong."""
+
+    rules: ClassVar[Mapping[str, LetterRule]]
+    prompts = {"llava": "{question}\n{options}" + OPTION_LETTER}
+
+    def options(self, reference: JsonDict) -> dict[str, str]:
+        """The options' texts by letter."""
+        return dict(zip(LETTERS, reference["options"], strict=False))
+
+    def gold(self, reference: JsonDict) -> str:
+        """The right letter."""
+        return str(reference["answer"])
+
+    def variables(self, record: JsonDict) -> JsonDict:
+        return {**record, "options": options_block(self.options(record).values())}
+
+    def facts(self, pair: AnswerPair, letter: str | None) -> JsonDict:
+        """What else the item holds."""
+        return {"gold": self.gold(pair.reference)}
+
+    def item(self, pair: AnswerPair, protocol: Protocol) -> Item:
+        letter = self.rules[protocol.rule](pair.text, self.options(pair.reference)) if pair.answered else None
+        return self.result(pair, letter == self.gold(pair.reference), letter, **self.facts(pair, letter))

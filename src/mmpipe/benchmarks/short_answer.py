@@ -1,4 +1,4 @@
-"""The text normalisation of the VQA challenges, and accuracy against ten human answers.
+"""Short answers: the text normalisation of the VQA challenges, and accuracy against ten human answers.
 
 The rules are those of the VQA evaluation (GT-Vision-Lab/VQA, ``vqaEval.py``) and of the answer processor of
 EvalAI that Pythia/MMF and LLaVA use (``m4c_evaluator.py``). Two oddities are part of the measure and kept:
@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any, ClassVar
+
+from mmpipe.benchmarks.base import SHORT_ANSWER, AnswerPair, Benchmark, Item, Protocol
+from mmpipe.benchmarks.jsonl import JsonDict
+from mmpipe.errors import DataError
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -37,15 +42,12 @@ y'all'll you'd've 'ow's'at y'all'd've
 """
 
 
-def _contractions() -> dict[str, str]:
-    table: dict[str, str] = {}
-    for full in _FULL.split():
-        places = [i for i, character in enumerate(full) if character == "'"]
-        table |= {full[:i] + full[i + 1 :]: full for i in places}
-    return table | {"somebody'd": "somebodyd"}
-
-
-CONTRACTIONS = _contractions()
+CONTRACTIONS = {
+    full[:place] + full[place + 1 :]: full
+    for full in _FULL.split()
+    for place, character in enumerate(full)
+    if character == "'"
+} | {"somebody'd": "somebodyd"}
 
 
 def drop_punctuation(
@@ -112,3 +114,75 @@ def soft_accuracy(answer: str, humans: Sequence[str]) -> float:
     matches = Counter(humans)[answer]
     agreeing = matches * min(1.0, (matches - 1) / 3) if matches else 0.0
     return (agreeing + (len(humans) - matches) * min(1.0, matches / 3)) / len(humans)
+
+
+def both_sides(normal: Callable[[str], str]) -> AnswerRule:
+    """The rule that normalises the reply and every human answer alike."""
+
+    def rule(reply: str, humans: Sequence[str]) -> tuple[str, float]:
+        prediction = normal(reply)
+        return prediction, soft_accuracy(prediction, [normal(human) for human in humans])
+
+    return rule
+
+
+def vqa(reply: str, humans: Sequence[str]) -> tuple[str, float]:
+    """The VQA evaluation, which normalises only where the humans do not all agree."""
+    reply, humans = one_line(reply), [one_line(human) for human in humans]
+    return both_sides(vqa_normal)(reply, humans) if len(set(humans)) > 1 else (reply, soft_accuracy(reply, humans))
+
+
+AnswerRule = Callable[[str, Any], tuple[str, float]]
+"""(reply, right answer or answers) -> (the prediction as it is compared, its score from 0 to 1)"""
+
+
+class ShortAnswer(Benchmark):
+    """Questions answered in a few words: the protocol's rule makes a prediction of the reply and compares it."""
+
+    rules: ClassVar[Mapping[str, AnswerRule]]
+    prompts = {"llava": "{question}" + SHORT_ANSWER}
+
+    def gold(self, reference: JsonDict) -> Any:
+        """The right answer, or all of them."""
+        return str(reference["answer"])
+
+    def facts(self, reference: JsonDict) -> JsonDict:
+        """What else the item holds."""
+        return {"gold": self.gold(reference)}
+
+    def variables(self, record: JsonDict) -> JsonDict:
+        return {**record, "capitalised": str(record.get("question", "")).capitalize()}
+
+    def item(self, pair: AnswerPair, protocol: Protocol) -> Item:
+        prediction, score = self.rules[protocol.rule](pair.text, self.gold(pair.reference))
+        return self.result(pair, score, prediction, **self.facts(pair.reference))
+
+
+class HumanAnswers(ShortAnswer):
+    """Short answers compared with those of about ten humans (``answers``); EvalAI accepts normalised ones."""
+
+    submission = "json"
+    rules = {
+        "evalai": both_sides(evalai_normal),
+        "vqa": vqa,
+        "vqa_uploaded": lambda reply, humans: vqa(evalai_normal(reply), humans),
+        "lmms": both_sides(lambda text: vqa_normal_lmms(one_line(text))),
+        "vlmevalkit": both_sides(lambda text: vqa_normal_vlmevalkit(one_line(text))),
+    }
+    humans: ClassVar[int | None] = None
+    """How many answers each question has; any number where this is None."""
+
+    def gold(self, reference: JsonDict) -> list[str]:
+        """The human answers. Raises DataError where there are none, or another number than ``humans``."""
+        answers = reference.get("answers") or []
+        if not answers or self.humans not in (None, len(answers)):
+            raise DataError(
+                f"{self.name}: question {self.id_of(reference)} has {len(answers)} human answers, not "
+                f"{self.humans or 'one or more'}; a test split is scored by EvalAI only: write its submission file with "
+                "'convert'"
+            )
+        return [str(answer["answer"] if isinstance(answer, dict) else answer) for answer in answers]
+
+    def submitted(self, pair: AnswerPair) -> JsonDict:
+        """An entry of EvalAI's list; a question without answer has the empty one."""
+        return {"question_id": pair.reference["question_id"], "answer": evalai_normal(pair.text)}
