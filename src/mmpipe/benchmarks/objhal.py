@@ -23,7 +23,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from mmpipe.benchmarks.base import AnswerPair, Benchmark, Item, JudgeRequest, Protocol, Question
 from mmpipe.benchmarks.jsonl import Document, JsonDict, iter_rows, key, read_document, records_of, require
@@ -46,6 +45,13 @@ _IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "pe
               "policemen": "policeman", "firemen": "fireman", "fishermen": "fisherman", "oxen": "ox"}  # fmt: skip
 
 
+_INSTRUCTION = (
+    "You list objects. From the description of an image, list the visible physical objects that it says are there. Leave "
+    "out abstract things, colours, places, and objects said to be absent. Reply with a JSON list of nouns and nothing "
+    'else, e.g. ["dog", "traffic light"]; if there are none, with [].'
+)
+
+
 class SynonymTable:
     """The synonym table: every word's COCO class, and the pairs of words that count as one."""
 
@@ -65,51 +71,39 @@ class SynonymTable:
         """The words of the table and the parts of its pairs."""
         return frozenset(self.classes) | {part for pair in self.pairs for part in pair.split()}
 
-    def singular(self, word: str) -> str:
-        """The word's singular, if that is a word of the table; otherwise the word."""
-        candidates = (word, _IRREGULAR.get(word), word.removesuffix("s"), word.removesuffix("es"))
-        more = (
-            word.removesuffix("ies") + "y",
-            word.removesuffix("ves") + "fe",
-            word.removesuffix("ves") + "f",
-            word.removesuffix("men") + "man",
-        )
-        return next((c for c in (*candidates, *more) if c in self._single), word)
+    def tokens(self, text: str) -> list[str]:
+        """The words of a text in lower case, without the mark of possession, in singular where the table has that."""
+        return [self._singular(word) for word in _WORD.findall(_POSSESSIVE.sub(" ", text.lower()))]
+
+    def _singular(self, word: str) -> str:
+        endings = (("s", ""), ("es", ""), ("ies", "y"), ("ves", "fe"), ("ves", "f"), ("men", "man"))
+        candidates = (word, _IRREGULAR.get(word), *(word.removesuffix(plural) + one for plural, one in endings))
+        return next((candidate for candidate in candidates if candidate in self._single), word)
 
     def in_text(self, text: str) -> list[str]:
         """The words of the table in a text, pairs first, in order and each once."""
-        tokens = [self.singular(word) for word in _tokens(text)]
-        found, place = [], 0
-        while place < len(tokens):
-            pair = self.pairs.get(" ".join(tokens[place : place + 2]))
-            found.append(pair or tokens[place])
-            place += 2 if pair else 1
-        return [word for word in dict.fromkeys(found) if word in self.classes]
+        found = dict.fromkeys(word for word, _ in _joined(self.tokens(text), self.pairs))
+        return [word for word in found if word in self.classes]
 
     def of_objects(self, objects: Iterable[str]) -> list[str]:
-        """The lemmas of the objects that a judge listed, each once; two-word hits stand for the whole
-        phrase."""
-        lemmas: list[str] = []
-        for name in objects:
-            tokens = [self.singular(word) for word in _tokens(name)]
-            lemmas += double_words(tokens, self.pairs) or [" ".join(tokens)]
-        return list(dict.fromkeys(lemmas))
+        """The lemmas of the objects that a judge listed, each once; two-word hits stand for the whole phrase."""
+        phrases = map(self.tokens, objects)
+        lemmas = [double_words(tokens, self.pairs) or [" ".join(tokens)] for tokens in phrases]
+        return list(dict.fromkeys(word for words in lemmas for word in words))
 
 
-def _tokens(text: str) -> list[str]:
-    """The words of a text in lower case, without the mark of possession."""
-    return _WORD.findall(_POSSESSIVE.sub(" ", text.lower()))
+def _joined(tokens: Sequence[str], pairs: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
+    """The tokens, two where they are a pair as the word they count as; and whether they are."""
+    place = 0
+    while place < len(tokens):
+        pair = pairs.get(" ".join(tokens[place : place + 2]))
+        yield pair or tokens[place], pair is not None
+        place += 2 if pair else 1
 
 
 def double_words(tokens: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
     """What the pairs of neighbouring tokens count as."""
-    hits, place = [], 0
-    while place < len(tokens) - 1:
-        hit = pairs.get(f"{tokens[place]} {tokens[place + 1]}")
-        if hit:
-            hits.append(hit)
-        place += 2 if hit else 1
-    return hits
+    return [word for word, pair in _joined(tokens, pairs) if pair]
 
 
 class ObjHal(Benchmark):
@@ -122,10 +116,8 @@ class ObjHal(Benchmark):
         "annotations": "annotations",
     }
     protocols = (
-        Protocol(
-            "objhal", "a judge lists the objects; three beams, as RLAIF-V", rule="judge", max_new_tokens=1024,
-            num_beams=3, judged=True, aliases=("rlaifv", "llava_mod"),
-        ),
+        Protocol("objhal", "a judge lists the objects; three beams, as RLAIF-V", rule="judge", max_new_tokens=1024,
+                 num_beams=3, judged=True, aliases=("rlaifv", "llava_mod")),
         Protocol("greedy", "the same with greedy decoding", rule="judge", max_new_tokens=1024, judged=True),
         Protocol("chair", "objects read from the reply itself, no judge", rule="chair", max_new_tokens=1024),
     )  # fmt: skip
@@ -156,8 +148,7 @@ class ObjHal(Benchmark):
         return self.parse_references(documents)
 
     def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
-        """Records with ``gt_objects``; the synonym table in each, as a document ``{"synonyms"}``, or as its
-        own."""
+        """Records with ``gt_objects``; the synonym table in each, as a document ``{"synonyms"}``, or as its own."""
         synonyms: dict[str, str | None] = {}
         records: list[JsonDict] = []
         for document in documents:
@@ -183,10 +174,7 @@ class ObjHal(Benchmark):
         return items, _chair(items)
 
     def estimate(self, items: Sequence[Item], metrics: JsonDict, protocol: Protocol) -> MetricEstimate:
-        totals = {
-            item.unit: [float(item.facts["hallucinated_response"]), float(bool(item.facts["coco_mentions"]))]
-            for item in items
-        }
+        totals = {i.unit: [i.facts["hallucinated_response"], bool(i.facts["coco_mentions"])] for i in items}
         value = metrics["response_hallucination_rate_percent"]
         return bootstrap("response_hallucination_rate_percent", totals, lambda t: 100 * t[..., 0] / t[..., 1], value)
 
@@ -201,15 +189,7 @@ class ObjHal(Benchmark):
         text = cleaned(pair.text)
         if len(text.split()) <= _SHORT:
             return None
-        return JudgeRequest(
-            key=self.judgement_key(pair.reference),
-            instruction=(
-                "You list objects. From the description of an image, list the visible physical objects that it says "
-                "are there. Leave out abstract things, colours, places, and objects said to be absent. Reply with a "
-                'JSON list of nouns and nothing else, e.g. ["dog", "traffic light"]; if there are none, with [].'
-            ),
-            candidate=text,
-        )
+        return JudgeRequest(self.judgement_key(pair.reference), _INSTRUCTION, text)
 
 
 def cleaned(reply: str) -> str:
@@ -218,8 +198,7 @@ def cleaned(reply: str) -> str:
 
 
 def listed_objects(reply: str) -> list[str] | None:
-    """The objects in a judge's reply: the reply, or its last line, as a JSON list of texts; None if it is
-    none."""
+    """The objects in a judge's reply: the reply, or its last line, as a JSON list of texts; None if it is none."""
     for text in (reply, reply.split("\n")[-1] if '["' in reply else reply):
         try:
             found = json.loads(text)
@@ -230,16 +209,13 @@ def listed_objects(reply: str) -> list[str] | None:
 
 
 def _rate(pair: AnswerPair, words: SynonymTable, rule: str) -> Item:
-    reference = pair.reference
-    text = cleaned(pair.text)
-    lemmas: list[str] | None
-    if not pair.answered or len(text.split()) <= _SHORT:
-        lemmas = []
-    elif rule == "chair":
-        lemmas = words.in_text(text)
-    else:
-        lemmas = _judged(pair, words)
-    mentions = _mentions(lemmas or [], words)
+    reference, text = pair.reference, cleaned(pair.text)
+    lemmas: list[str] | None = []
+    if len(text.split()) > _SHORT:
+        lemmas = words.in_text(text) if rule == "chair" else _judged(pair, words)
+    # the seat of a toilet is no chair
+    kept = [word for word in lemmas or [] if not (word == "seat" and "toilet" in (lemmas or []))]
+    mentions = [(word, words.classes[word]) for word in kept if word in words.classes]
     gold = set(reference["gt_objects"])
     hallucinated = [word for word, name in mentions if name not in gold]
     return Item(
@@ -269,19 +245,13 @@ def _judged(pair: AnswerPair, words: SynonymTable) -> list[str] | None:
     return None if objects is None else words.of_objects(objects)
 
 
-def _mentions(lemmas: Sequence[str], words: SynonymTable) -> list[tuple[str, str]]:
-    """SynonymTable with their COCO classes; the seat of a toilet is no chair."""
-    kept = [word for word in lemmas if not (word == "seat" and "toilet" in lemmas)]
-    return [(word, words.classes[word]) for word in kept if word in words.classes]
-
-
 def _chair(items: Sequence[Item]) -> JsonDict:
-    responses = sum(item.facts["hallucinated_response"] for item in items)
-    naming = sum(bool(item.facts["coco_mentions"]) for item in items)
-    mentions = sum(len(item.facts["coco_mentions"]) for item in items)
-    wrong = sum(len(item.facts["hallucinated"]) for item in items)
-    gold = sum(item.facts["gt_objects"] for item in items)
-    recalled = sum(item.facts["recalled"] for item in items)
+    """The published rates, with the counts they come from."""
+    facts = [item.facts for item in items]
+    names = ("hallucinated_response", "gt_objects", "recalled", "words")
+    responses, gold, recalled, length = (sum(fact[name] for fact in facts) for name in names)
+    mentions, wrong = (sum(len(fact[name]) for fact in facts) for name in ("coco_mentions", "hallucinated"))
+    naming = sum(bool(fact["coco_mentions"]) for fact in facts)
     refine, share = _ratio(responses, naming), _ratio(wrong, mentions)
     return {
         "CHAIRs_all_responses": _ratio(responses, len(items)),
@@ -296,7 +266,7 @@ def _chair(items: Sequence[Item]) -> JsonDict:
         "n_responses_with_coco_mention": naming,
         "coco_word_count": recalled,
         "gt_word_count": gold,
-        "avg_word_len": _ratio(sum(item.facts["words"] for item in items), len(items)),
+        "avg_word_len": _ratio(length, len(items)),
     }
 
 
@@ -327,28 +297,22 @@ def _coco_objects(folder: Path, wanted: set[str], words: SynonymTable) -> dict[s
 
     Raises DataError for an image that has no annotation.
     """
-    found: dict[str, set[str]] = {image: set() for image in wanted}
-    seen: set[str] = set()
-    for path in sorted(folder.glob("instances_*.json")):
+    found: dict[str, set[str]] = {}
+    for path in sorted([*folder.glob("instances_*.json"), *folder.glob("captions_*.json")]):
         content = read_document(path).content
-        names = {category["id"]: category["name"] for category in content["categories"]}
-        for entry in _annotations(content, wanted):
-            found[key(entry["image_id"])].add(
-                words.classes.get(names[entry["category_id"]], names[entry["category_id"]])
-            )
-            seen.add(key(entry["image_id"]))
-    for path in sorted(folder.glob("captions_*.json")):
-        for entry in _annotations(read_document(path).content, wanted):
-            found[key(entry["image_id"])].update(words.classes[word] for word in words.in_text(entry["caption"]))
-            seen.add(key(entry["image_id"]))
-    if wanted - seen:
-        some = ", ".join(sorted(wanted - seen)[:5])
-        raise DataError(f"{folder}: {len(wanted - seen)} images have no COCO annotation, e.g. {some}")
+        names = {category["id"]: category["name"] for category in content.get("categories", ())}
+        for entry in content["annotations"]:
+            if key(entry["image_id"]) in wanted:
+                seen = found.setdefault(key(entry["image_id"]), set())
+                if "caption" in entry:
+                    seen.update(words.classes[word] for word in words.in_text(entry["caption"]))
+                else:
+                    name = names[entry["category_id"]]
+                    seen.add(words.classes.get(name, name))
+    lost = sorted(wanted - set(found))
+    if lost:
+        raise DataError(f"{folder}: {len(lost)} images have no COCO annotation, e.g. {', '.join(lost[:5])}")
     return {image: sorted(objects) for image, objects in found.items()}
-
-
-def _annotations(content: Any, wanted: set[str]) -> Iterator[JsonDict]:
-    return (entry for entry in content["annotations"] if key(entry["image_id"]) in wanted)
 
 
 BENCHMARK = ObjHal()
