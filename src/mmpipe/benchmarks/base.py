@@ -81,8 +81,7 @@ class JudgeRequest:
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """A reference with the answer that was given to it; ``answer`` is None and ``text`` empty where there is
-    none."""
+    """A reference with the answer that was given to it; ``answer`` is None and ``text`` empty where there is none."""
 
     reference: JsonDict
     answer: JsonDict | None
@@ -273,8 +272,7 @@ class Benchmark:
         return self.parse_references([read_document(path) for path in paths])
 
     def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
-        """Reference records from official files already parsed (one document a file), or from records
-        themselves."""
+        """Reference records from official files already parsed (one document a file), or from records themselves."""
         return numbered(records_of(documents, self.fields))
 
     def id_of(self, reference: JsonDict) -> int | str:

@@ -76,8 +76,7 @@ def read_table(path: Path) -> Iterator[JsonDict]:
 
 
 def iter_rows(path: Path) -> Iterator[JsonDict]:
-    """Rows of a table with images, one at a time: TSV, CSV, JSON (lines), parquet, or a folder of parquet
-    files.
+    """Rows of a table with images, one at a time: TSV, CSV, JSON (lines), parquet, or a folder of parquet files.
 
     Raises DataError for anything else.
     """

@@ -1,9 +1,8 @@
 """Asking a judge model over any OpenAI-compatible endpoint, resumable, within a budget.
 
-Every reply is kept raw in ``judge.jsonl`` with the name of the judge and a hash of the request. Scoring reads
-only that file, so it can be repeated and does not depend on the network. A model's reply is handed to the
-judge as data between fences that the reply itself cannot contain. The key comes from the environment and is
-written nowhere.
+Every reply is kept raw in ``judge.jsonl`` with the name of the judge and a hash of the request. Scoring reads only that
+file, so it can be repeated and does not depend on the network. A model's reply is handed to the judge as data between
+fences that the reply itself cannot contain. The key comes from the environment and is written nowhere.
 """
 
 from __future__ import annotations

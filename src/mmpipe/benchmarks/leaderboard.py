@@ -20,11 +20,10 @@ Cell = dict[str, Any]
 def leaderboard(scores: Mapping[str, Scores], items: Mapping[str, Items], family: Mapping[str, str]) -> dict[str, Any]:
     """One row a family of checkpoints that differ in their seed alone, one cell a benchmark.
 
-    ``scores`` and ``items`` are by benchmark, then by checkpoint; a checkpoint that a benchmark lacks has an
-    empty cell there and moves no other. A cell holds the mean headline score, its deviation over seeds, the
-    rank on that benchmark (equal scores share the mean of their ranks), and how it compares with the best
-    (:func:`against`). A row's ``mean_rank`` is over its own cells, its ``mean`` over the benchmarks that all
-    rows have.
+    ``scores`` and ``items`` are by benchmark, then by checkpoint; a checkpoint that a benchmark lacks has an empty cell
+    there and moves no other. A cell holds the mean headline score, its deviation over seeds, the rank on that benchmark
+    (equal scores share the mean of their ranks), and how it compares with the best (:func:`against`). A row's
+    ``mean_rank`` is over its own cells, its ``mean`` over the benchmarks that all rows have.
     """
     columns = {name: _column(scores[name], items[name], family) for name in scores}
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
@@ -75,12 +74,11 @@ def ranks(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def against(cell: Cell, best: Cell, items: Items) -> dict[str, Any]:
-    """The difference of the mean verdicts to the best's, with a paired bootstrap over the benchmark's units,
-    the verdicts of several seeds averaged question by question.
+    """The difference of the mean verdicts to the best's, with a paired bootstrap over the benchmark's units, the
+    verdicts of several seeds averaged question by question.
 
-    ``within_noise`` when that interval holds zero, or when the headlines differ by less than two standard
-    errors of the means over seeds (where both have several): another draw of questions, or of seeds, might
-    turn the two round.
+    ``within_noise`` when that interval holds zero, or when the headlines differ by less than two standard errors of the
+    means over seeds (where both have several): another draw of questions, or of seeds, might turn the two round.
     """
     found = paired_difference(_averaged(cell, items), _averaged(best, items))
     noise = found.within_noise

@@ -1,13 +1,12 @@
 """MathVista (Lu et al. 2023, arXiv 2310.02255): mathematics in images, multiple choice and free form.
 
 Files are the official ``testmini.json`` (``{pid: record}``) with its images, or the parquet file of the hub
-(``decoded_image`` holds the image). An answer is extracted from the reply, normalised by the question's
-type and compared as text. Where the type alone does not settle it, a judge extracts; the published numbers
-need that judge.
+(``decoded_image`` holds the image). An answer is extracted from the reply, normalised by the question's type and
+compared as text. Where the type alone does not settle it, a judge extracts; the published numbers need that judge.
 
-A multiple-choice extraction that is no option becomes the nearest option by edit distance, even an empty one.
-A float is rounded to the question's precision; lmms-eval passes that precision as a float, which Python's
-``round`` refuses, so that by its rule every float question is wrong (protocol ``libmoe``).
+A multiple-choice extraction that is no option becomes the nearest option by edit distance, even an empty one. A float
+is rounded to the question's precision; lmms-eval passes that precision as a float, which Python's ``round`` refuses, so
+that by its rule every float question is wrong (protocol ``libmoe``).
 """
 
 from __future__ import annotations
@@ -122,8 +121,7 @@ class MathVista(Benchmark):
 
 
 def settled(reply: str, question: JsonDict) -> str | None:
-    """The extraction that needs no judge: nothing said, a choice word for word, a number of the right
-    type."""
+    """The extraction that needs no judge: nothing said, a choice word for word, a number of the right type."""
     if reply == "":
         return ""
     if question["question_type"] == _CHOICE and reply in (question.get("choices") or ()):

@@ -1,5 +1,4 @@
-"""MMMU (Yue et al. 2023, arXiv 2311.16502): college-level questions in 30 subjects, most multiple choice,
-some open.
+"""MMMU (Yue et al. 2023, arXiv 2311.16502): college-level questions in 30 subjects, most multiple choice, some open.
 
 Files are the parquet files of the validation split, one folder a subject (``id, question, options, answer,
 question_type, image_1 ... image_7``; options and lists of answers are written as Python lists).
@@ -195,11 +194,9 @@ def find_option(reply: str, options: Mapping[str, str], loose: bool = False) -> 
 
 
 def open_candidates(reply: str) -> list[str | float]:
-    """What an open reply may mean: the ends of its lines after words such as "is" and "answer", and their
-    numbers.
+    """What an open reply may mean: the ends of its lines after words such as "is" and "answer", and their numbers.
 
-    Numbers are rounded to two decimals, other texts lower-cased; a text of one character gets a blank on
-    either side.
+    Numbers are rounded to two decimals, other texts lower-cased; a text of one character gets a blank on either side.
     """
     whole = reply.strip().strip(".").lower()
     lines = whole.split("\n")

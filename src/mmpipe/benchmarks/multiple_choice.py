@@ -72,12 +72,11 @@ def infer_option(reply: str, options: Mapping[str, str]) -> str | None:
 
 
 def infer_option_lmms(reply: str, options: Mapping[str, str]) -> str | None:
-    """The letter by lmms-eval's copy of that rule (``tasks/mmbench/mmbench_evals.py``, the part without a
-    judge).
+    """The letter by lmms-eval's copy of that rule (``tasks/mmbench/mmbench_evals.py``, the part without a judge).
 
-    A letter from A to E (``E`` stands for "none of them") that is the only one among the words of the reply,
-    written bare (not when ``A`` may be an article in more than three words) or with the punctuation of an
-    option; otherwise the text of exactly one option, however long the reply is.
+    A letter from A to E (``E`` stands for "none of them") that is the only one among the words of the reply, written
+    bare (not when ``A`` may be an article in more than three words) or with the punctuation of an option; otherwise the
+    text of exactly one option, however long the reply is.
     """
     if _API_FAILURE in reply:
         return None
@@ -100,12 +99,11 @@ def _only_text(reply: str, options: Mapping[str, str]) -> str | None:
 
 
 def extract_letter_lmms(reply: str, letters: str) -> str | None:
-    """The letter that lmms-eval's general extractor finds (``tasks/_task_utils/mcq_extract.py``), None if
-    there is none.
+    """The letter that lmms-eval's general extractor finds (``tasks/_task_utils/mcq_extract.py``), None if there is
+    none.
 
-    Forms have a rank: at the beginning, at the end, after an answer phrase, ``(A)``, ``A.``, ``A:``, ``A)``,
-    followed by a blank. The highest rank wins, in it the last place, in one place the first letter of the
-    alphabet.
+    Forms have a rank: at the beginning, at the end, after an answer phrase, ``(A)``, ``A.``, ``A:``, ``A)``, followed
+    by a blank. The highest rank wins, in it the last place, in one place the first letter of the alphabet.
     """
     if not reply.strip():
         return None

@@ -1,19 +1,17 @@
-"""Object HalBench (RLHF-V, Yu et al. 2023, arXiv 2312.00849): which objects of a description are not in the
-image.
+"""Object HalBench (RLHF-V, Yu et al. 2023, arXiv 2312.00849): which objects of a description are not in the image.
 
-Files are RLHF-V's ``obj_halbench_300_with_image.jsonl`` (images in base64), its ``synonyms_refine.txt`` (a
-line a COCO class: the class and its synonyms, comma-separated), and the annotations of COCO 2014
-(``instances_*.json`` and ``captions_*.json`` in one folder), from which the objects of an image are taken:
-those annotated, and those its five captions mention.
+Files are RLHF-V's ``obj_halbench_300_with_image.jsonl`` (images in base64), its ``synonyms_refine.txt`` (a line a COCO
+class: the class and its synonyms, comma-separated), and the annotations of COCO 2014 (``instances_*.json`` and
+``captions_*.json`` in one folder), from which the objects of an image are taken: those annotated, and those its five
+captions mention.
 
-A judge lists the objects of a reply; replies of at most three words have none. Mentions are mapped to COCO
-classes (CHAIR, Rohrbach et al. 2018, arXiv 1809.02156). The published rates are ``CHAIRs_refine`` (responses
-with a hallucinated object among those that mention any) and ``CHAIRi`` (hallucinated mentions among all). The
-published scripts lemmatise with spaCy's transformer model; where the judge's record brings its lemmas
-(``extracted_objects``) they are used, otherwise nouns are singularised by rules against the synonym table,
-which finds every word of the published table in singular and plural, so that spaCy would add nothing but its
-sense of what is a noun. The protocol ``chair`` reads the reply itself in that way and needs no
-judge.
+A judge lists the objects of a reply; replies of at most three words have none. Mentions are mapped to COCO classes
+(CHAIR, Rohrbach et al. 2018, arXiv 1809.02156). The published rates are ``CHAIRs_refine`` (responses with a
+hallucinated object among those that mention any) and ``CHAIRi`` (hallucinated mentions among all). The published
+scripts lemmatise with spaCy's transformer model; where the judge's record brings its lemmas (``extracted_objects``)
+they are used, otherwise nouns are singularised by rules against the synonym table, which finds every word of the
+published table in singular and plural, so that spaCy would add nothing but its sense of what is a noun. The protocol
+``chair`` reads the reply itself in that way and needs no judge.
 """
 
 from __future__ import annotations

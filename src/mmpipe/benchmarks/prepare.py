@@ -1,5 +1,4 @@
-"""Turning a benchmark's official files into one plain form: ``questions.jsonl``, ``references.jsonl``,
-``images/``."""
+"""Turning a benchmark's official files into one plain form: ``questions.jsonl``, ``references.jsonl``, ``images/``."""
 
 from __future__ import annotations
 
@@ -25,12 +24,11 @@ REFERENCES = "references.jsonl"
 
 
 def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
-    """Write the questions, references and images of ``entry`` from the official files below ``source`` into
-    ``out``.
+    """Write the questions, references and images of ``entry`` from the official files below ``source`` into ``out``.
 
-    Equal images are stored once, named by their content. Returns counts for the manifest, which the caller
-    writes. Raises DataError for files that are missing or not in the official form, ConfigError for an
-    unknown benchmark, protocol or file role.
+    Equal images are stored once, named by their content. Returns counts for the manifest, which the caller writes.
+    Raises DataError for files that are missing or not in the official form, ConfigError for an unknown benchmark,
+    protocol or file role.
     """
     benchmark = get(entry.task)
     protocol = benchmark.protocol(entry.protocol)

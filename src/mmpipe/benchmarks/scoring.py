@@ -22,14 +22,13 @@ def score_files(
     out: Path | None = None,
     lineage: Mapping[str, Any] | None = None,
 ) -> JsonDict:
-    """Score answer files of ``benchmark`` and return ``{benchmark, protocol, n, metrics, missing, unparsed,
-    ...}``.
+    """Score answer files of ``benchmark`` and return ``{benchmark, protocol, n, metrics, missing, unparsed, ...}``.
 
-    ``references`` are the official files (several where the official form is several), or JSON lines of the
-    same records. ``answers`` are JSON lines with ``question_id`` and ``text``. ``judge`` holds a judge
-    model's replies (``question_id``, ``reply``) for the benchmarks that need one; answers may also carry them
-    as ``judge_reply``. ``per_item`` and ``out`` are written if given; ``lineage`` is added to the hashes of
-    the files. Raises DataError for unreadable files, duplicate answers and answers of another split.
+    ``references`` are the official files (several where the official form is several), or JSON lines of the same
+    records. ``answers`` are JSON lines with ``question_id`` and ``text``. ``judge`` holds a judge model's replies
+    (``question_id``, ``reply``) for the benchmarks that need one; answers may also carry them as ``judge_reply``.
+    ``per_item`` and ``out`` are written if given; ``lineage`` is added to the hashes of the files. Raises DataError for
+    unreadable files, duplicate answers and answers of another split.
     """
     task = get(benchmark)
     score = _score(task, references, answers, protocol, judge)

@@ -68,8 +68,7 @@ class BenchmarkEntry(Settings):
     ``files`` and no number drops it."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Ask only the first so many question groups (a circular question counts once); for trials, never for
-    reports."""
+    """Ask only the first so many question groups (a circular question counts once); for trials, never for reports."""
 
     control: Literal["shuffle_images", "without_first_expert"] | None = None
     """``shuffle_images`` asks every question with the image of another one: what a model scores without

@@ -146,10 +146,9 @@ class Difference:
 def paired_difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Difference:
     """Mean of the verdicts ``ours`` minus that of ``theirs``, records of two ``per_item.jsonl``.
 
-    Units (a circular question, an image) are drawn with replacement, each with the verdicts of both: what
-    makes a question hard for both cancels. Verdicts are the items' ``score``; where a headline is no mean of
-    them (an F1), this is the difference of the means all the same. Raises DataError when the two are not
-    about the same questions.
+    Units (a circular question, an image) are drawn with replacement, each with the verdicts of both: what makes a
+    question hard for both cancels. Verdicts are the items' ``score``; where a headline is no mean of them (an F1), this
+    is the difference of the means all the same. Raises DataError when the two are not about the same questions.
     """
     names = [[(str(record["question_id"]), record["unit"]) for record in records] for records in (ours, theirs)]
     if names[0] != names[1]:

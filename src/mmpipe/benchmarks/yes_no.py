@@ -20,8 +20,7 @@ def llava_pope(reply: str) -> str:
 
 
 def first_four(reply: str) -> str:
-    """MME's rule (``calculation.py``): the lower-cased reply itself, or "yes" or "no" within its first four
-    characters.
+    """MME's rule (``calculation.py``): the lower-cased reply itself, or "yes" or "no" within its first four characters.
 
     >>> first_four("Not sure")
     'no'
@@ -47,8 +46,7 @@ def equal_lmms(reply: str) -> str:
 
 
 def yes_in_it(reply: str) -> str:
-    """lmms-eval's rule for HallusionBench without judge: "yes" if the reply has these letters anywhere, else
-    "no"."""
+    """lmms-eval's rule for HallusionBench without judge: "yes" if the reply has these letters anywhere, else "no"."""
     return YES if YES in reply.lower() else NO
 
 
