@@ -330,15 +330,16 @@ class Benchmark:
         return estimate_score(protocol.metric, items, protocol.scale)
 
     def convert(self, pairs: Sequence[AnswerPair], out: Path) -> JsonDict:
-        """Write the submission file: ``submitted`` of each pair, as a JSON list or as JSON lines.
-
-        Returns what is worth reporting about it.
-        """
+        """Write the submission file, JSON or JSON lines; returns what is worth reporting about it."""
         if self.submission == "json":
-            write_document(out, [self.submitted(pair) for pair in pairs], self.indent)
+            write_document(out, self.document(pairs), self.indent)
         else:
             write_records(out, map(self.submitted, pairs))
         return {}
+
+    def document(self, pairs: Sequence[AnswerPair]) -> Any:
+        """The content of a JSON submission; by default a list."""
+        return [self.submitted(pair) for pair in pairs]
 
     def submitted(self, pair: AnswerPair) -> JsonDict:
         """The submission's record of a question."""
@@ -404,10 +405,8 @@ class Benchmark:
         if unjudged and not named:
             return unjudged[0]
         names = " or ".join(protocol.name for protocol in unjudged)
-        raise DataError(
-            f"{self.name}: the protocol '{wanted.name}' needs the replies of a judge model"
-            + (f"; without judge: protocol {names}" if unjudged else "")
-        )
+        way_out = f"; without judge: protocol {names}" if unjudged else ""
+        raise DataError(f"{self.name}: the protocol '{wanted.name}' needs the replies of a judge model{way_out}")
 
     def pair(
         self, references: Sequence[JsonDict], answers: Sequence[JsonDict], judgements: Sequence[JsonDict] | None = None
@@ -426,10 +425,8 @@ class Benchmark:
             place = self.place(answer, index)
             if place is None:
                 unknown.append(answer["question_id"])
-            elif place in found:
+            elif found.setdefault(place, answer) is not answer:
                 twice.append(answer["question_id"])
-            else:
-                found[place] = answer
         if unknown and len(unknown) == len(answers):
             raise DataError(
                 f"{self.name}: none of the {len(answers)} answers belongs to a question of the references "
@@ -445,9 +442,7 @@ class Benchmark:
             if place is None:
                 raise DataError(f"{self.name}: the judge's replies hold an unknown question: {record['question_id']}")
             judged[place] = record
-        return [
-            AnswerPair(reference, found.get(place), judged.get(place)) for place, reference in enumerate(references)
-        ]
+        return [AnswerPair(asked, found.get(place), judged.get(place)) for place, asked in enumerate(references)]
 
     def place(self, answer: JsonDict, index: Mapping[tuple[str, ...], int]) -> int | None:
         """Where the reference of an answer stands; None where it has none. ``index`` is what ``index`` made."""

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mmpipe.benchmarks.base import OPTION_LETTER, SHORT_ANSWER, AnswerPair, Benchmark, Item, JudgeRequest, Protocol
-from mmpipe.benchmarks.jsonl import Document, JsonDict, key, listed, numbered, records_of, write_document
+from mmpipe.benchmarks.jsonl import Document, JsonDict, key, listed, numbered, records_of
 from mmpipe.benchmarks.multiple_choice import LETTERS, infer_option, options_block
 
 _FIELDS = ("pid", "question_type", "answer_type", "answer")
@@ -32,6 +31,7 @@ class MathVista(Benchmark):
 
     name = "mathvista"
     submission = "json"
+    indent = 2
     files = {"questions": "testmini.json", "images": ".", "parquet": "data"}
     fields = _FIELDS
     hub_columns = (*_FIELDS, "question", "choices", "query")
@@ -76,13 +76,11 @@ class MathVista(Benchmark):
             return super().metrics(items, pairs, protocol)
         return {**_tally(items), **_breakdown(pairs, items)}
 
-    def convert(self, pairs: Sequence[AnswerPair], out: Path) -> JsonDict:
+    def document(self, pairs: Sequence[AnswerPair]) -> JsonDict:
         """The official output file ``{pid: record}`` with the replies in ``response``, for its extraction and scoring
         scripts."""
         records = [{**pair.reference, "response": pair.text} for pair in pairs]
-        entries = {key(r["pid"]): {k: v for k, v in r.items() if k != "question_id"} for r in records}
-        write_document(out, entries, indent=2)
-        return {}
+        return {key(r["pid"]): {k: v for k, v in r.items() if k != "question_id"} for r in records}
 
     def judge_request(self, pair: AnswerPair) -> JudgeRequest | None:
         """Ask for the answer inside the reply, unless the type of the question settles it."""

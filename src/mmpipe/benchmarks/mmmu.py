@@ -32,11 +32,11 @@ from mmpipe.benchmarks.jsonl import (
     Document,
     JsonDict,
     iter_rows,
+    listed,
     read_document,
     records_of,
     require,
     without_images,
-    write_document,
 )
 from mmpipe.benchmarks.multiple_choice import LETTERS, MultipleChoice, options_block
 from mmpipe.benchmarks.readers import BenchmarkFiles, image_bytes
@@ -110,6 +110,10 @@ class Mmmu(MultipleChoice):
             instruction=OPTION_LETTER if choice else SHORT_ANSWER,
         )
 
+    def options(self, reference: JsonDict) -> dict[str, str]:
+        """Letters and texts; where the texts are unknown, one that no reply contains."""
+        return {letter: text or "\x00" for letter, text in reference["index2ans"].items()}
+
     def read_references(self, paths: Sequence[Path]) -> list[JsonDict]:
         """Besides files of records, the folder of the subjects."""
         documents = [
@@ -120,23 +124,15 @@ class Mmmu(MultipleChoice):
 
     def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """Records, or the official ``answer_dict_val.json`` (``{id: {question_type, ground_truth}}``)."""
-        records: list[JsonDict] = []
-        for document in documents:
-            content = document.content
-            if isinstance(content, dict):
-                content = [
-                    {"id": number, "question_type": entry.get("question_type"), "answer": entry.get("ground_truth")}
-                    for number, entry in content.items()
-                ]
-            records += [_reference(r) for r in records_of([Document(document.name, content)])]
-        return records
+        lists = [Document(document.name, listed(document.content, "id")) for document in documents]
+        return [_reference(record) for record in records_of(lists)]
 
     def item(self, pair: AnswerPair, protocol: Protocol, generator: random.Random | None = None) -> Item:
         """The verdict; ``generator`` draws an option where the reply names none."""
         reference, loose = pair.reference, protocol.rule == "lmms"
         gold, fallback, chosen = reference["answer"], False, None
         if reference["question_type"] == _CHOICE:
-            options = _options(reference)
+            options = self.options(reference)
             chosen = find_option(pair.text, options, loose) if pair.answered else None
             fallback = pair.answered and chosen is None
             if fallback and generator:
@@ -162,14 +158,18 @@ class Mmmu(MultipleChoice):
             "accuracy_without_random_fallback_items": mean_score(parsed) if parsed else 0.0,
         }
 
-    def convert(self, pairs: Sequence[AnswerPair], out: Path) -> JsonDict:
+    def document(self, pairs: Sequence[AnswerPair]) -> JsonDict:
         """The official answer file ``{id: letter or text}``; letters by the parser without random option."""
-        answers = {}
-        for reference, text in ((pair.reference, pair.text) for pair in pairs):
-            choice = reference["question_type"] == _CHOICE
-            answers[reference["question_id"]] = find_option(text, _options(reference)) or "" if choice else text
-        write_document(out, answers)
-        return {"without_option": sum(not answer for answer in answers.values())}
+        return {
+            pair.reference["question_id"]: (find_option(pair.text, self.options(pair.reference)) or "")
+            if pair.reference["question_type"] == _CHOICE
+            else pair.text
+            for pair in pairs
+        }
+
+    def convert(self, pairs: Sequence[AnswerPair], out: Path) -> JsonDict:
+        without = sum(not answer for answer in self.document(pairs).values())
+        return super().convert(pairs, out) | {"without_option": without}
 
 
 def find_option(reply: str, options: Mapping[str, str], loose: bool = False) -> str | None:
@@ -237,15 +237,11 @@ def open_match(reply: str, gold: str | Sequence[str]) -> bool:
     )
 
 
-def _validation_files(root: Path) -> list[Path]:
-    """The parquet files of validation below ``root``, also through links: an adopted folder's subjects are links."""
-    folders = (Path(folder) for folder, _, _ in os.walk(root, followlinks=True))
-    return sorted(path for folder in folders for path in folder.glob("*validation*.parquet"))
-
-
 def _rows(root: Path) -> Iterator[JsonDict]:
-    """Rows of all subjects; of a folder the parquet files of validation, at any depth."""
-    files = _validation_files(root) if root.is_dir() else [root]
+    """Rows of all subjects; of a folder the parquet files of validation, at any depth and also through links."""
+    folders = [Path(folder) for folder, _, _ in os.walk(root, followlinks=True)]
+    files = sorted(path for folder in folders for path in folder.glob("*validation*.parquet"))
+    files = files if root.is_dir() else [root]
     if not files:
         raise DataError(f"{root}: there are no parquet files of the validation split")
     for path in files:
@@ -255,6 +251,7 @@ def _rows(root: Path) -> Iterator[JsonDict]:
 
 
 def _reference(record: JsonDict) -> JsonDict:
+    record = {"answer": record["ground_truth"], **record} if "ground_truth" in record else record
     number = record.get("id", record.get("question_id"))
     require(record, ("question_type", "answer"), f"mmmu, {number}")
     found = _SUBJECT.fullmatch(str(number))
@@ -281,11 +278,6 @@ def _list_of(value: Any) -> list[str]:
         except (ValueError, SyntaxError) as error:
             raise DataError(f"mmmu: {value[:80]!r} is not a list ({error})") from error
     return [str(entry) for entry in value] if isinstance(value, list | tuple) else [str(value)] if value else []
-
-
-def _options(reference: JsonDict) -> dict[str, str]:
-    """Letters and texts; where the texts are unknown, one that no reply contains."""
-    return {letter: text or "\x00" for letter, text in reference["index2ans"].items()}
 
 
 BENCHMARK = Mmmu()

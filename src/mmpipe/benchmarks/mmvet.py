@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmpipe.benchmarks.base import AnswerPair, Benchmark, Item, Protocol
-from mmpipe.benchmarks.jsonl import Document, JsonDict, key, listed, records_of, write_document
+from mmpipe.benchmarks.jsonl import Document, JsonDict, key, listed, records_of
 from mmpipe.errors import DataError
 
 _PREFIX = "v1_"
@@ -22,6 +22,7 @@ class MmVet(Benchmark):
 
     name = "mmvet"
     submission = "json"
+    indent = 2
     files = {"questions": "mm-vet.json", "images": "images", "parquet": "data"}
     hub_columns = ("question_id", "question", "answer")
     image = "{imagename}"
@@ -41,11 +42,12 @@ class MmVet(Benchmark):
     def rate(self, pairs: Sequence[AnswerPair], protocol: Protocol) -> tuple[list[Item], JsonDict]:
         raise DataError("mmvet: the score comes from the authors' online grader; write its file with 'convert'")
 
+    def document(self, pairs: Sequence[AnswerPair]) -> JsonDict:
+        """The grader's file ``{"v1_<number>": reply}``; questions without answer are left out."""
+        return {_PREFIX + _number(p.reference["question_id"]): p.text for p in pairs if p.answered}
+
     def convert(self, pairs: Sequence[AnswerPair], out: Path) -> JsonDict:
-        """The grader's file ``{"v1_<number>": reply}``; questions without answer are left out and counted."""
-        answered = {_PREFIX + _number(p.reference["question_id"]): p.text for p in pairs if p.answered}
-        write_document(out, answered, indent=2)
-        return {"answers": len(answered)}
+        return super().convert(pairs, out) | {"answers": sum(pair.answered for pair in pairs)}
 
 
 def _number(value: int | str) -> str:

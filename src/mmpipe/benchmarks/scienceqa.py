@@ -17,16 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.benchmarks.base import OPTION_LETTER, AnswerPair, Item, Protocol, Question, estimate_score, mean_score
-from mmpipe.benchmarks.jsonl import (
-    Document,
-    JsonDict,
-    key,
-    numbered,
-    read_document,
-    records_of,
-    require,
-    write_document,
-)
+from mmpipe.benchmarks.jsonl import Document, JsonDict, key, numbered, read_document, records_of, require
 from mmpipe.benchmarks.multiple_choice import LETTERS, MultipleChoice
 from mmpipe.benchmarks.readers import BenchmarkFiles
 from mmpipe.benchmarks.stats import MetricEstimate
@@ -67,6 +58,7 @@ class ScienceQa(MultipleChoice):
 
     name = "scienceqa"
     submission = "json"
+    indent = 2
     files = {
         "questions": "problems.json",
         "splits": "pid_splits.json",
@@ -179,19 +171,17 @@ class ScienceQa(MultipleChoice):
         imaged = [item for item in items if item.facts["is_multimodal"]]
         return estimate_score("img_accuracy" if imaged else "accuracy", imaged or items, 100)
 
-    def convert(self, pairs: Sequence[AnswerPair], out: Path) -> JsonDict:
+    def document(self, pairs: Sequence[AnswerPair]) -> JsonDict:
         """LLaVA's result file: ``acc``, ``correct``, ``count``, ``results`` (option numbers) and ``outputs``."""
         items, metrics = self.rate(pairs, self.protocol())
         keys = [key(item.id) for item in items]
-        document = {
+        return {
             "acc": metrics["accuracy"],
             "correct": metrics["correct"],
             "count": len(items),
             "results": {k: item.facts["predicted_index"] for k, item in zip(keys, items, strict=True)},
             "outputs": {k: pair.text if pair.answered else "FAILED" for k, pair in zip(keys, pairs, strict=True)},
         }
-        write_document(out, document, indent=2)
-        return {}
 
 
 BENCHMARK = ScienceQa()
