@@ -22,6 +22,11 @@ from mmpipe.benchmarks.yes_no import OTHER, YesNo, yes_in_it, yes_or_no_word
 from mmpipe.errors import DataError
 
 _FIELDS = ("category", "subcategory", "set_id", "figure_id", "question_id", "question")
+_INSTRUCTION = (
+    "You grade answers. Compare the prediction with the reference answer to the question. Say 'correct' if they do not "
+    "contradict each other, 'incorrect' if they do, 'unclear' if the prediction does not settle the question. Reply with "
+    "that one word."
+)
 _WRONG, _RIGHT, _UNCLEAR = "incorrect", "correct", "unclear"
 
 
@@ -133,17 +138,8 @@ class HallusionBench(YesNo):
     def judge_request(self, pair: AnswerPair) -> JudgeRequest | None:
         """Ask whether the reply agrees with the reference answer."""
         reference = pair.reference
-        return JudgeRequest(
-            key=self.judgement_key(reference),
-            instruction=(
-                "You grade answers. Compare the prediction with the reference answer to the question. Say 'correct' "
-                "if they do not contradict each other, 'incorrect' if they do, 'unclear' if the prediction does not "
-                "settle the question. Reply with that one word."
-            ),
-            context={"question": str(reference["question"]), "reference": str(reference["gt_answer_details"])},
-            candidate=pair.text,
-            max_tokens=16,
-        )
+        context = {"question": str(reference["question"]), "reference": str(reference["gt_answer_details"])}
+        return JudgeRequest(self.judgement_key(reference), _INSTRUCTION, pair.text, context, max_tokens=16)
 
 
 def verdict(reply: str) -> str:

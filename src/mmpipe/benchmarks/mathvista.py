@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from mmpipe.benchmarks.base import OPTION_LETTER, SHORT_ANSWER, AnswerPair, Benchmark, Item, JudgeRequest, Protocol
@@ -23,6 +24,12 @@ _FIELDS = ("pid", "question_type", "answer_type", "answer")
 _CHOICE = "multi_choice"
 _QUOTED = re.compile(r'The answer is "(.*)"\.')
 _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
+_KINDS: dict[str, type] = {"integer": int, "float": float}
+# by type of the answer: what the official hint asks for, how it calls it, its examples; what the short prompt asks for
+_ASKED = {
+    "integer": ("an integer answer", "value", "1, 2, 3", "a single integer number"),
+    "list": ("a Python list as an answer", "list", "[1, 2, 3], [1.2, 1.3, 1.4]", "a Python list"),
+}
 _GROUPS = ("question_type", "answer_type", "category", "task", "context", "grade", "language", "source", "skills")
 
 
@@ -88,50 +95,36 @@ class MathVista(Benchmark):
             return None
         reference = pair.reference
         wanted = "the option's letter" if reference["question_type"] == _CHOICE else f"the {reference['answer_type']}"
-        return JudgeRequest(
-            key=self.judgement_key(reference),
-            instruction=(
-                f"You extract answers. Give {wanted} that the response arrives at, and nothing else: no words, no "
-                "unit, no explanation. A list is written as [1, 2]. If there is no answer, reply with an empty line."
-            ),
-            context={"question": prompt(reference, "query")},
-            candidate=pair.text,
-            max_tokens=64,
+        instruction = (
+            f"You extract answers. Give {wanted} that the response arrives at, and nothing else: no words, no unit, no "
+            "explanation. A list is written as [1, 2]. If there is no answer, reply with an empty line."
         )
+        context = {"question": prompt(reference, "query")}
+        return JudgeRequest(self.judgement_key(reference), instruction, pair.text, context, max_tokens=64)
 
     def _prefetched(self, pair: AnswerPair) -> Item:
         """VLMEvalKit's check of the raw reply; zero counts as nothing found, as there."""
-        question = pair.reference
+        question, gold = pair.reference, pair.reference["answer"]
         found: Any = None
-        gold: Any = question["answer"]
         if question["question_type"] == _CHOICE:
             choices = [str(choice) for choice in question["choices"]]
             found = infer_option(pair.text, dict(zip(LETTERS, choices, strict=False)))
             gold = LETTERS[choices.index(str(gold))]
-        else:
-            try:
-                kind = {"integer": int, "float": float}[question["answer_type"]]
-                found, gold = kind(pair.text), kind(question["answer"])
-            except (KeyError, ValueError):
-                found = None
+        elif question["answer_type"] in _KINDS:
+            with suppress(ValueError):
+                found, gold = (_KINDS[question["answer_type"]](text) for text in (pair.text, gold))
         parsed = None if found is None else str(found)
         return self.result(pair, bool(found) and found == gold, parsed, gold=str(question["answer"]))
 
 
 def settled(reply: str, question: JsonDict) -> str | None:
     """The extraction that needs no judge: nothing said, a choice word for word, a number of the right type."""
-    if reply == "":
-        return ""
-    if question["question_type"] == _CHOICE and reply in (question.get("choices") or ()):
+    if reply == "" or (question["question_type"] == _CHOICE and reply in (question.get("choices") or ())):
         return reply
     try:
-        if question["answer_type"] == "integer":
-            return str(int(reply))
-        if question["answer_type"] == "float":
-            return str(float(reply))
-    except ValueError:
+        return str(_KINDS[question["answer_type"]](reply))
+    except (KeyError, ValueError):
         return None
-    return None
 
 
 def normalise(extraction: str, question: JsonDict, precision_as_float: bool = False) -> str | None:
@@ -172,50 +165,35 @@ def prompt(question: JsonDict, layout: str) -> str:
         return str(question["query"])
     unit = f" (Unit: {question['unit']})" if question.get("unit") else ""
     stem = f"{question['question']}{unit}"
-    choices = question.get("choices") or ()
+    choices, kind = question.get("choices") or (), question["answer_type"]
     if layout == "format":
         block = f"\n{options_block(choices)}" if choices else ""
-        return f"{stem}{block}{_short_instruction(question)}"
+        if question["question_type"] == _CHOICE:
+            return stem + block + OPTION_LETTER
+        short = f"\nAnswer the question using {_asked(question)[3]}." if kind in (*_ASKED, "float") else SHORT_ANSWER
+        return stem + block + short
     listed = "".join(f"\n({letter}) {c}" for letter, c in zip(LETTERS, choices, strict=False))
     block = f"\nChoices:{listed}" if choices else ""
-    wanted = _wanted(question)
+    if question["question_type"] == _CHOICE:
+        wanted = "answer the question and provide the correct option letter, e.g., A, B, C, D, at the end"
+    else:
+        what, name, examples, _ = _asked(question)
+        wanted = f"answer the question requiring {what} and provide the final {name}, e.g., {examples}, at the end"
     if layout == "reason-first":
         act = "select the question from the choices" if choices else wanted
         return f"First perform reasoning, then finally {act} in the following format: Answer: xxx.\nQuestion: {stem}{block}"
-    tail = "\nSolution:" if layout == "solution" else ""
-    return f"Question: {stem}{block}\nHint: Please {wanted}.{tail}"
+    return f"Question: {stem}{block}\nHint: Please {wanted}." + ("\nSolution:" if layout == "solution" else "")
 
 
-def _decimals(question: JsonDict) -> str:
+def _asked(question: JsonDict) -> tuple[str, str, str, str]:
+    """The entry of ``_ASKED``; a number with the question's decimals where there is none."""
+    if question["answer_type"] in _ASKED:
+        return _ASKED[question["answer_type"]]
     places = int(question["precision"])
-    return {1: "one decimal place", 2: "two decimal places"}.get(places, f"{places} decimal places")
-
-
-def _wanted(question: JsonDict) -> str:
-    """What kind of answer is asked for, with the examples of the official hint."""
-    kind, answer_type = question["question_type"], question["answer_type"]
-    if kind == _CHOICE:
-        return "answer the question and provide the correct option letter, e.g., A, B, C, D, at the end"
-    if answer_type == "integer":
-        what, name, examples = "an integer answer", "value", "1, 2, 3"
-    elif answer_type == "list":
-        what, name, examples = "a Python list as an answer", "list", "[1, 2, 3], [1.2, 1.3, 1.4]"
-    else:
-        what, name = f"a floating-point number with {_decimals(question)}", "value"
-        places = int(question["precision"])
-        values = (1.23, 1.34, 1.45) if places == 2 else (1.2, 1.3, 1.4)
-        examples = ", ".join(f"{value:.{places}f}" for value in values)
-    return f"answer the question requiring {what} and provide the final {name}, e.g., {examples}, at the end"
-
-
-def _short_instruction(question: JsonDict) -> str:
-    if question["question_type"] == _CHOICE:
-        return OPTION_LETTER
-    if question["answer_type"] == "float":
-        return f"\nAnswer the question using a single floating-point number with {_decimals(question)}."
-    kinds = {"integer": "a single integer number", "list": "a Python list"}
-    kind = kinds.get(question["answer_type"])
-    return f"\nAnswer the question using {kind}." if kind else SHORT_ANSWER
+    decimals = {1: "one decimal place", 2: "two decimal places"}.get(places, f"{places} decimal places")
+    values = (1.23, 1.34, 1.45) if places == 2 else (1.2, 1.3, 1.4)
+    number = f"floating-point number with {decimals}"
+    return f"a {number}", "value", ", ".join(f"{value:.{places}f}" for value in values), f"a single {number}"
 
 
 def _extraction(pair: AnswerPair) -> tuple[str, bool]:

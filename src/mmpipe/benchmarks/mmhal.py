@@ -99,16 +99,12 @@ class MmHal(Benchmark):
         if not pair.answered:
             return None
         reference = pair.reference
-        return JudgeRequest(
-            key=self.judgement_key(reference),
-            instruction=_RUBRIC,
-            context={
-                "image contents": ", ".join(map(str, reference["image_content"])),
-                "question": str(reference["question"]),
-                "human answer": str(reference["gt_answer"]),
-            },
-            candidate=pair.text,
-        )
+        context = {
+            "image contents": ", ".join(map(str, reference["image_content"])),
+            "question": str(reference["question"]),
+            "human answer": str(reference["gt_answer"]),
+        }
+        return JudgeRequest(self.judgement_key(reference), _RUBRIC, pair.text, context)
 
 
 def rating(reply: str) -> int | None:
