@@ -30,12 +30,11 @@ def compare(
         if len(found) > 1:
             raise DataError(f"{benchmark}: scores of different {name} cannot stand in one table: {', '.join(found)}")
     best = max((row for row in rows if not row["control"]), key=lambda row: row["score"], default=None)
+    first = rows[0] if rows else {}
     return {
         "benchmark": benchmark,
-        "task": rows[0]["task"] if rows else None,
-        "protocol": rows[0]["protocol"] if rows else None,
-        "metric": rows[0]["metric"] if rows else None,
-        "n": rows[0]["n"] if rows else 0,
+        **{name: first.get(name) for name in ("task", "protocol", "metric")},
+        "n": first.get("n", 0),
         "chance": chance,
         "best": best["checkpoint"] if best else None,
         "seeds": by_seed(rows, family or {}),
@@ -51,11 +50,8 @@ def _row(checkpoint: str, score: Mapping[str, Any]) -> dict[str, Any]:
         "protocol": score["protocol"],
         "metric": headline["metric"],
         "score": headline["value"],
-        "ci95": headline["ci95"],
-        "units": headline["units"],
-        "n": score["n"],
-        "missing": score["missing"],
-        "unparsed": score["unparsed"],
+        **{name: headline[name] for name in ("ci95", "units")},
+        **{name: score[name] for name in ("n", "missing", "unparsed")},
         "control": False,
         "lineage": score.get("lineage", {}),
     }

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +45,15 @@ def judge_answers(
     endpoint refuses the request, DataError for answers of another split.
     """
     requests, left = _wanted(benchmark, references, answers, out, settings)
-    client = _Client(settings)
+    client, workers = _Client(settings), settings.workers
     failed = 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("ab") as file:
-        for record in _ask_all(left, client, settings.workers):
-            failed += record["reply"] is None
-            file.write(json.dumps(record).encode("ascii") + b"\n")
-            file.flush()
+    with out.open("ab") as file, ThreadPoolExecutor(max_workers=workers) as pool:
+        for start in range(0, len(left), workers):  # so many under way at a time, records in the order of requests
+            for record in pool.map(client.record, left[start : start + workers]):
+                failed += record["reply"] is None
+                file.write(json.dumps(record).encode("ascii") + b"\n")
+                file.flush()
     return {"wanted": len(requests), "asked": len(left), "kept": len(requests) - len(left), "failed": failed}
 
 
@@ -65,19 +66,17 @@ def price(
     ``judge_answers`` does.
     """
     requests, left = _wanted(benchmark, references, answers, out, settings)
+    payloads = [_payload(request, settings) for request in left]
+    usd = sum(_most_usd(payload, settings) for payload in payloads)
     return {
         "judge_model": settings.model,
         "wanted": len(requests),
         "kept": len(requests) - len(left),
         "to_ask": len(left),
-        "input_tokens_about": sum(_input_tokens(_payload(request, settings)) for request in left),
+        "input_tokens_about": sum(map(_input_tokens, payloads)),
         "output_tokens_at_most": sum(request.max_tokens for request in left),
-        "usd_about": round(sum(_most_usd(_payload(request, settings), settings) for request in left), 4),
-        "within_budget": len(left) <= settings.max_requests
-        and (
-            settings.max_usd is None
-            or sum(_most_usd(_payload(request, settings), settings) for request in left) <= settings.max_usd
-        ),
+        "usd_about": round(usd, 4),
+        "within_budget": len(left) <= settings.max_requests and (settings.max_usd is None or usd <= settings.max_usd),
     }
 
 
@@ -99,10 +98,13 @@ def _input_tokens(payload: JsonDict) -> int:
     return sum(len(text) // 3 + 11 for text in texts)
 
 
+def _usd(tokens_in: float, tokens_out: float, settings: JudgeSettings) -> float:
+    return (tokens_in * settings.usd_per_million_input + tokens_out * settings.usd_per_million_output) / 1e6
+
+
 def _most_usd(payload: JsonDict, settings: JudgeSettings) -> float:
-    """What one request may cost."""
-    incoming, outgoing = settings.usd_per_million_input, settings.usd_per_million_output
-    return (_input_tokens(payload) * incoming + payload["max_tokens"] * outgoing) / 1e6
+    """The most that one request may cost."""
+    return _usd(_input_tokens(payload), payload["max_tokens"], settings)
 
 
 def messages(request: JudgeRequest) -> list[dict[str, str]]:
@@ -117,13 +119,6 @@ def messages(request: JudgeRequest) -> list[dict[str, str]]:
         {"role": "system", "content": system},
         {"role": "user", "content": f"{facts}{fence}\n{request.candidate}\n{fence}"},
     ]
-
-
-def _ask_all(requests: Sequence[JudgeRequest], client: _Client, workers: int) -> Iterator[JsonDict]:
-    """Records in the order of the requests, ``workers`` under way at a time."""
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        for start in range(0, len(requests), workers):
-            yield from pool.map(client.record, requests[start : start + workers])
 
 
 def _fingerprint(request: JudgeRequest, settings: JudgeSettings) -> str:
@@ -223,18 +218,15 @@ class _Client:
             tokens = float(usage["prompt_tokens"]), float(usage["completion_tokens"])
         except (KeyError, TypeError, ValueError):
             return
-        incoming, outgoing = self.settings.usd_per_million_input, self.settings.usd_per_million_output
         with self._lock:
-            self.usd += (tokens[0] * incoming + tokens[1] * outgoing) / 1e6 - reserved
+            self.usd += _usd(*tokens, self.settings) - reserved
 
     def _post(self, payload: JsonDict) -> tuple[str, Any]:
         reserved = _most_usd(payload, self.settings)
         self._reserve(reserved)
         body = json.dumps(payload).encode("ascii")
-        headers = {"Content-Type": "application/json"}
         secret = os.environ.get(self.settings.key_variable)
-        if secret:
-            headers["Authorization"] = f"Bearer {secret}"
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {secret}"} if secret else {})}
         request = urllib.request.Request(self._url, data=body, headers=headers, method="POST")
         with self._open(request, timeout=self.settings.timeout) as response:
             content = response.read(_LARGEST_REPLY + 1)

@@ -33,15 +33,8 @@ def leaderboard(scores: Mapping[str, Scores], items: Mapping[str, Items], family
         cells = {benchmark: column.get(name) for benchmark, column in columns.items()}
         ranks = [cell["rank"] for cell in cells.values() if cell]
         mean = statistics.fmean(columns[benchmark][name]["score"] for benchmark in shared) if shared else None
-        rows.append(
-            {
-                "checkpoint": name,
-                "cells": cells,
-                "mean": mean,
-                "mean_rank": statistics.fmean(ranks),
-                "benchmarks": len(ranks),
-            }
-        )
+        summary = {"mean": mean, "mean_rank": statistics.fmean(ranks), "benchmarks": len(ranks)}
+        rows.append({"checkpoint": name, "cells": cells, **summary})
     return {"benchmarks": list(columns), "mean_over": shared, "rows": rows}
 
 

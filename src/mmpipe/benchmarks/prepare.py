@@ -34,7 +34,10 @@ def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
     protocol = benchmark.protocol(entry.protocol)
     files = benchmark.source(source, entry.files)
     images = _Images(out)
-    questions = [_stored(question, images) for question in benchmark.questions(files, protocol)]
+    questions = [
+        replace(question, images=tuple(images.store(image, question.id) for image in question.images))
+        for question in benchmark.questions(files, protocol)
+    ]
     if entry.questions is not None and len(questions) != entry.questions:
         raise DataError(
             f"{source}: {len(questions)} questions where '{benchmark.name}' has {entry.questions}: a file is cut off "
@@ -148,23 +151,12 @@ def _first_groups(questions: Sequence[Question], limit: int | None) -> list[int]
     return [place for place, question in enumerate(questions) if _group(question) in groups]
 
 
-def _stored(question: Question, images: _Images) -> Question:
-    return replace(question, images=tuple(images.store(image, question.id) for image in question.images))
-
-
 def _as_json(question: Question) -> JsonDict:
-    record: JsonDict = {
-        "question_id": question.id,
-        "images": [str(path) for path in question.images],
-        "text": question.text,
-    }
+    record: JsonDict = {"question_id": question.id, "images": list(map(str, question.images)), "text": question.text}
     if question.prompt is not None:
         record["prompt"] = question.prompt
-    if question.group:
-        record["group"] = question.group
-    if question.extra:
-        record["extra"] = dict(question.extra)
-    return record
+    optional = {"group": question.group, "extra": dict(question.extra)}
+    return record | {name: value for name, value in optional.items() if value}
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import sha256, write_json
-from mmpipe.benchmarks.base import Benchmark, Score, get, names
+from mmpipe.benchmarks.base import get, names
 from mmpipe.benchmarks.jsonl import JsonDict, read_answers, read_document, records_of, write_records
 
 
@@ -31,7 +31,10 @@ def score_files(
     unreadable files, duplicate answers and answers of another split.
     """
     task = get(benchmark)
-    score = _score(task, references, answers, protocol, judge)
+    replies = read_answers(answers)
+    judged = [{**reply, "reply": reply["judge_reply"]} for reply in replies if "judge_reply" in reply]
+    judgements = read_judgements(judge) if judge else judged or None
+    score = task.score(task.read_references(references), replies, protocol, judgements)
     result = score.as_json() | {
         "lineage": {
             "answers": [_card(path) for path in answers],
@@ -61,24 +64,16 @@ def convert_files(benchmark: str, references: Sequence[Path], answers: Sequence[
 
 def describe() -> list[JsonDict]:
     """Every benchmark with its protocols, for lists and documentation."""
+    shown = ("name", "aliases", "about", "judged", "max_new_tokens")
     return [
         {
-            "benchmark": name,
-            "about": (type(get(name)).__doc__ or "").strip(),
-            "files": dict(get(name).files),
-            "submission": get(name).submission,
-            "protocols": [
-                {
-                    "name": p.name,
-                    "aliases": list(p.aliases),
-                    "about": p.about,
-                    "judged": p.judged,
-                    "max_new_tokens": p.max_new_tokens,
-                }
-                for p in get(name).protocols
-            ],
+            "benchmark": task.name,
+            "about": (type(task).__doc__ or "").strip(),
+            "files": dict(task.files),
+            "submission": task.submission,
+            "protocols": [{name: getattr(protocol, name) for name in shown} for protocol in task.protocols],
         }
-        for name in names()
+        for task in map(get, names())
     ]
 
 
@@ -88,15 +83,6 @@ def read_judgements(path: Path) -> list[JsonDict]:
     Raises DataError for a record without these fields.
     """
     return records_of([read_document(path)], ("question_id", "reply"))
-
-
-def _score(
-    task: Benchmark, references: Sequence[Path], answers: Sequence[Path], protocol: str, judge: Path | None
-) -> Score:
-    replies = read_answers(answers)
-    judged = [{**reply, "reply": reply["judge_reply"]} for reply in replies if "judge_reply" in reply]
-    judgements = read_judgements(judge) if judge else judged or None
-    return task.score(task.read_references(references), replies, protocol, judgements)
 
 
 def _card(path: Path) -> JsonDict:

@@ -31,13 +31,8 @@ class MetricEstimate:
 
     def as_json(self) -> dict[str, Any]:
         """As stored in ``score.json``."""
-        return {
-            "metric": self.metric,
-            "value": self.value,
-            "ci95": [self.low, self.high],
-            "units": self.units,
-            "method": self.method,
-        }
+        ci95 = [self.low, self.high]
+        return {"metric": self.metric, "value": self.value, "ci95": ci95, "units": self.units, "method": self.method}
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -135,12 +130,8 @@ class Difference:
 
     def as_json(self) -> dict[str, Any]:
         """As stored in a comparison."""
-        return {
-            "difference": self.value,
-            "ci95": [self.low, self.high],
-            "units": self.units,
-            "within_noise": self.within_noise,
-        }
+        ci95 = [self.low, self.high]
+        return {"difference": self.value, "ci95": ci95, "units": self.units, "within_noise": self.within_noise}
 
 
 def paired_difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Difference:
