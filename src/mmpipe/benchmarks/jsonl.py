@@ -64,13 +64,11 @@ def read_table(path: Path) -> Iterator[JsonDict]:
             if not header:
                 raise DataError(f"{path}: the file is empty; a header line was expected")
             for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: {len(row)} cells where the header has {len(header)}"
-                    )
-                yield dict(zip(header, row, strict=True))
+                if row and len(row) != len(header):
+                    where = f"{path}, line {reader.line_num}"
+                    raise DataError(f"{where}: {len(row)} cells where the header has {len(header)}")
+                if row:
+                    yield dict(zip(header, row, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}, line {reader.line_num}: not a readable table ({error})") from error
 
@@ -84,12 +82,9 @@ def iter_rows(path: Path) -> Iterator[JsonDict]:
         if part.suffix.lower() in (".tsv", ".csv"):
             yield from read_table(part)
         elif part.suffix.lower() == ".parquet":
-            yield from _parquet_rows(part)
+            yield from parquet_rows(part)
         else:
-            content = read_document(part).content
-            if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-                raise DataError(f"{part}: expected a list of records")
-            yield from content
+            yield from records_of([read_document(part)])
 
 
 def _parts(path: Path) -> list[Path]:
@@ -100,17 +95,27 @@ def _parts(path: Path) -> list[Path]:
     return parts
 
 
-def parquet_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[JsonDict]:
-    """Rows of a parquet file or of a folder of them, with ``columns`` and those of ``optional`` that there are.
+def parquet_rows(path: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> Iterator[JsonDict]:
+    """Rows of a parquet file or of a folder of them, with ``columns`` and those of ``optional`` that there are, or whole.
 
     Raises DataError, before any row is read, when a file lacks one of ``columns`` or is no parquet.
     """
+    import pyarrow
+    import pyarrow.parquet
+
     for part in _parts(path):
-        found = _parquet_columns(part)
-        lacking = [name for name in columns if name not in found]
-        if lacking:
-            raise DataError(f"{part}: the table lacks {', '.join(lacking)} (it has {', '.join(found)})")
-        yield from _parquet_rows(part, [name for name in (*columns, *optional) if name in found])
+        try:
+            with pyarrow.parquet.ParquetFile(part) as file:
+                found = file.schema_arrow.names
+                lacking = [name for name in columns or () if name not in found]
+                if lacking:
+                    raise DataError(f"{part}: the table lacks {', '.join(lacking)} (it has {', '.join(found)})")
+                wanted = None if columns is None else [name for name in (*columns, *optional) if name in found]
+                for batch in file.iter_batches(batch_size=64, columns=wanted):
+                    # a batch without columns still has rows
+                    yield from batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows))
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise DataError(f"{part}: not a readable parquet file ({error})") from error
 
 
 def without_images(record: JsonDict) -> JsonDict:
@@ -176,12 +181,11 @@ def read_answers(paths: Sequence[Path]) -> list[JsonDict]:
         if not path.is_file():
             raise DataError(f"{path}: there is no such file")
         for number, answer in enumerate(_json_lines(_text(path), path), start=1):
+            where = f"{path}, record {number}"
             if not isinstance(answer, dict) or "question_id" not in answer:
-                raise DataError(f"{path}, record {number}: an answer needs 'question_id' and 'text'")
+                raise DataError(f"{where}: an answer needs 'question_id' and 'text'")
             if not isinstance(answer.get("text"), str):
-                raise DataError(
-                    f"{path}, record {number} (question {answer['question_id']!r}): 'text' must be a string"
-                )
+                raise DataError(f"{where} (question {answer['question_id']!r}): 'text' must be a string")
             answers.append(answer)
     return answers
 
@@ -236,26 +240,3 @@ def _json_lines(text: str, path: Path) -> Iterator[Any]:
             yield json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not a JSON record ({error})") from error
-
-
-def _parquet_columns(path: Path) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return list(pyarrow.parquet.read_schema(path).names)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from error
-
-
-def _parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[JsonDict]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64, columns=columns):
-                # a batch without columns still has rows
-                yield from batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from error

@@ -104,15 +104,17 @@ class Pope(YesNo):
         if protocol.rule == "lmms":
             return super().estimate(items, metrics, protocol)
         if protocol.rule == "vlmevalkit":
-            halves = ((item.unit, "", (_both_yes(item), (_says_yes(item) + _is_yes(item)))) for item in items)
+            counts = [(item.unit, "", _counts([item])) for item in items]
             value = metrics["Overall"]["Overall"]
-            return bootstrap_groups("Overall", [""], halves, lambda t: 200 * t[..., 0, 0] / t[..., 0, 1], value)
+            return bootstrap_groups(
+                "Overall", [""], counts, lambda t: 200 * t[..., 0, 0] / (t[..., 0, 1] + t[..., 0, 2]), value
+            )
 
         def mean_f1(sums: Any) -> Any:
             tp, fp, fn = (sums[..., place] for place in range(3))
             return (2 * tp / (2 * tp + fp + fn)).mean(axis=-1)
 
-        counts = ((item.unit, item.facts["category"], _confusion([item])[:3]) for item in items)
+        counts = [(item.unit, item.facts["category"], _confusion([item])[:3]) for item in items]
         return bootstrap_groups("mean_f1", sorted(grouped(items, "category")), counts, mean_f1, metrics["mean_f1"])
 
     def submitted(self, pair: AnswerPair) -> JsonDict:
@@ -199,21 +201,15 @@ def _reference(record: JsonDict, category: str, number: Any) -> JsonDict:
     }
 
 
-def _is_yes(item: Item) -> bool:
-    return item.facts["gold"] == YES
-
-
-def _says_yes(item: Item) -> bool:
-    return item.parsed == YES
-
-
-def _both_yes(item: Item) -> bool:
-    return _is_yes(item) and _says_yes(item)
+def _counts(items: Sequence[Item]) -> tuple[int, int, int]:
+    """Of these items: read as yes and rightly so, read as yes, labelled yes."""
+    yes = [(item.parsed == YES, item.facts["gold"] == YES) for item in items]
+    return yes.count((True, True)), sum(said for said, _ in yes), sum(true for _, true in yes)
 
 
 def _confusion(items: Sequence[Item]) -> tuple[int, int, int, int]:
     """True positives, false positives, false negatives, true negatives; a missing answer is the wrong one."""
-    outcomes = [(_is_yes(item), item.score == 1) for item in items]
+    outcomes = [(item.facts["gold"] == YES, item.score == 1) for item in items]
     tp, fp, fn, tn = map(outcomes.count, ((True, True), (False, False), (True, False), (False, True)))
     return tp, fp, fn, tn
 
@@ -233,20 +229,20 @@ def _ratios(items: Sequence[Item]) -> JsonDict:
 def _lmms(items: Sequence[Item]) -> JsonDict:
     """lmms-eval's figures; only replies of a plain yes or no enter precision and recall, and its "yes ratio" is the
     one of the labels."""
-    tp, said = sum(map(_both_yes, items)), sum(map(_says_yes, items))
-    fn = sum(item.parsed == NO and _is_yes(item) for item in items)
+    plain = [item for item in items if item.parsed in (YES, NO)]
+    tp, said, true = _counts(plain)
     return {
         "pope_accuracy": mean_score(items),
         "pope_precision": _ratio(tp, said),
-        "pope_recall": _ratio(tp, tp + fn),
-        "pope_f1_score": _ratio(2 * tp, tp + said + fn),
-        "pope_yes_ratio": fmean(map(_is_yes, items)),
+        "pope_recall": _ratio(tp, true),
+        "pope_f1_score": _ratio(2 * tp, said + true),
+        "pope_yes_ratio": fmean(item.facts["gold"] == YES for item in items),
     }
 
 
 def _vlmevalkit(items: Sequence[Item]) -> JsonDict:
     """VLMEvalKit's row in percent; ``Overall`` is F1, and a reply that is neither yes nor no counts as no there."""
-    tp, said, true = (sum(map(count, items)) for count in (_both_yes, _says_yes, _is_yes))
+    tp, said, true = _counts(items)
     return {
         "Overall": 100 * _ratio(2 * tp, said + true),
         "acc": 100 * mean_score(items),
