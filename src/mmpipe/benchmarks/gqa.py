@@ -38,16 +38,8 @@ def predicted(reply: str) -> str:
     return reply.rstrip(".").lower()
 
 
-def _exact(normal: Callable[[str], str], gold_normal: Callable[[str], str]) -> AnswerRule:
-    return lambda reply, gold: (normal(reply), normal(reply) == gold_normal(gold))
-
-
-def _lmms(text: str) -> str:
-    return text.lower().translate(_NO_PUNCTUATION)
-
-
-def _vlmevalkit(text: str) -> str:
-    return text.strip().lower()
+def _exact(normal: Callable[[str], str], gold_normal: Callable[[str], str] | None = None) -> AnswerRule:
+    return lambda reply, gold: (normal(reply), normal(reply) == (gold_normal or normal)(gold))
 
 
 class Gqa(ShortAnswer):
@@ -69,8 +61,8 @@ class Gqa(ShortAnswer):
     unit_field = "imageId"
     rules = {
         "official": _exact(predicted, str),
-        "lmms": _exact(_lmms, _lmms),
-        "vlmevalkit": _exact(_vlmevalkit, _vlmevalkit),
+        "lmms": _exact(lambda text: text.lower().translate(_NO_PUNCTUATION)),
+        "vlmevalkit": _exact(lambda text: text.strip().lower()),
     }
     protocols = (
         Protocol("gqa", "the official eval.py on LLaVA's converted answers", scale=100, aliases=("llava",)),
@@ -135,29 +127,25 @@ def _report(pairs: Sequence[AnswerPair], items: Sequence[Item]) -> JsonDict:
 
     def means(label: Callable[[JsonDict], Any]) -> dict[str, float]:
         """Mean score by the label of the question; questions without label are left out."""
-        groups: dict[Any, list[float]] = {}
-        for pair, item in zip(pairs, items, strict=True):
-            name = label(pair.reference)
+        labels = [label(pair.reference) for pair in pairs]
+        groups: dict[Any, list[float]] = {name: [] for name in sorted(set(labels) - {None})}
+        for name, item in zip(labels, items, strict=True):
             if name is not None:
-                groups.setdefault(name, []).append(item.score)
-        return {str(name): 100 * fmean(groups[name]) for name in sorted(groups)}
+                groups[name].append(item.score)
+        return {str(name): 100 * fmean(scores) for name, scores in groups.items()}
 
-    kinds = means(_kind)
+    structural = means(lambda q: q.get("types", {}).get("structural"))
+    kinds = means(lambda q: (s := q.get("types", {}).get("structural")) and ("open" if s == "query" else "binary"))
     return {
         "accuracy": 100 * mean_score(items),
         "binary": kinds.get("binary", 0.0),
         "open": kinds.get("open", 0.0),
         "distribution": _distribution(pairs, items),
-        "accuracyPerStructuralType": means(lambda q: q.get("types", {}).get("structural")),
+        "accuracyPerStructuralType": structural,
         "accuracyPerSemanticType": means(lambda q: q.get("types", {}).get("semantic")),
         "accuracyPerSteps": means(_steps),
         "accuracyPerLength": means(lambda q: len(q.get("question", "").split()) or None),
     }
-
-
-def _kind(question: JsonDict) -> str | None:
-    structural = question.get("types", {}).get("structural")
-    return None if structural is None else "open" if structural == "query" else "binary"
 
 
 def _steps(question: JsonDict) -> int | None:
@@ -219,11 +207,10 @@ def _distribution(pairs: Sequence[AnswerPair], items: Sequence[Item]) -> float:
         if group is not None:
             gold.setdefault(group, Counter())[str(pair.reference["answer"])] += 1
             said.setdefault(group, Counter())[item.parsed or ""] += 1
-    weighted = sum(
-        counts.total() * sum((said[group][answer] - n) ** 2 / n for answer, n in counts.items())
-        for group, counts in gold.items()
-    )
-    size = sum(counts.total() for counts in gold.values())
+    weighted = size = 0.0
+    for group, counts in gold.items():
+        weighted += counts.total() * sum((said[group][answer] - n) ** 2 / n for answer, n in counts.items())
+        size += counts.total()
     return weighted / size / 100 if size else 0.0
 
 

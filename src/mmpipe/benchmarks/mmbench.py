@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mmpipe.benchmarks.base import OPTION_LETTER, AnswerPair, Item, Protocol, Question
+from mmpipe.benchmarks.base import OPTION_LETTER, AnswerPair, Item, Protocol, Question, grouped, mean_score
 from mmpipe.benchmarks.jsonl import Document, JsonDict, is_missing, iter_rows, key, records_of, require
 from mmpipe.benchmarks.multiple_choice import MultipleChoice, infer_option, infer_option_lmms, options_block
 from mmpipe.benchmarks.readers import BenchmarkFiles, decode_base64, image_bytes
@@ -198,23 +198,21 @@ def _report(pairs: Sequence[AnswerPair], groups: Mapping[str, list[Item]], first
     rows: dict[str, JsonDict] = {}
     for pair in sorted(pairs, key=lambda pair: pair.reference["index"]):
         rows.setdefault(_group(pair.reference), pair.reference)
-    hits = {
-        unit: float(group[0].score if first_only else all(item.score for item in group))
+    verdicts = [
+        Item(
+            unit, float(group[0].score if first_only else all(item.score for item in group)), unit,
+            facts={column: rows[unit].get(column) for column in ("category", "l2-category")},
+        )
         for unit, group in groups.items()
-    }
-    category, ability = (_means(rows, hits, column) for column in ("category", "l2-category"))
-    splits = sorted({str(row.get("split") or "none") for row in rows.values()})
-    report: JsonDict = {"split": splits[0] if len(splits) == 1 else splits, "Overall": fmean(hits.values())}
+    ]  # fmt: skip
+    category, ability = (
+        {name: mean_score(some) for name, some in sorted(grouped(verdicts, column).items())}
+        for column in ("category", "l2-category")
+    )
+    overall, splits = mean_score(verdicts), sorted({str(row.get("split") or "none") for row in rows.values()})
+    report: JsonDict = {"split": splits[0] if len(splits) == 1 else splits, "Overall": overall}
     report |= {_ABILITIES.get(name, name): mean for name, mean in ability.items()} | category
-    return {"overall": fmean(hits.values()), "category": category, "l2_category": ability, "report_acc": report}
-
-
-def _means(rows: Mapping[str, JsonDict], hits: Mapping[str, float], column: str) -> dict[str, float]:
-    values: dict[str, list[float]] = {}
-    for unit, row in rows.items():
-        if row.get(column) is not None:
-            values.setdefault(str(row[column]), []).append(hits[unit])
-    return {name: fmean(values[name]) for name in sorted(values)}
+    return {"overall": overall, "category": category, "l2_category": ability, "report_acc": report}
 
 
 BENCHMARK = MMBench()

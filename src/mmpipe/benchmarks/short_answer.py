@@ -76,21 +76,9 @@ def one_line(text: str) -> str:
 
 
 @lru_cache(maxsize=65536)
-def vqa_normal(text: str) -> str:
+def vqa_normal(text: str, digit_comma: re.Pattern[str] = _DIGIT_COMMA_DIGIT, period: re.Pattern[str] = _PERIOD) -> str:
     """The normal form of the VQA evaluation for a text that ``one_line`` has cleaned."""
-    return drop_articles(drop_punctuation(text))
-
-
-@lru_cache(maxsize=65536)
-def vqa_normal_lmms(text: str) -> str:
-    """The same in lmms-eval, whose comma rule is EvalAI's."""
-    return drop_articles(drop_punctuation(text, _DIGIT_COMMAS_DIGIT))
-
-
-@lru_cache(maxsize=65536)
-def vqa_normal_vlmevalkit(text: str) -> str:
-    """The same in VLMEvalKit, which deletes only the periods that stand between no digits."""
-    return drop_articles(drop_punctuation(text, period=LONE_PERIOD))
+    return drop_articles(drop_punctuation(text, digit_comma, period))
 
 
 @lru_cache(maxsize=65536)
@@ -166,8 +154,9 @@ class HumanAnswers(ShortAnswer):
         "evalai": both_sides(evalai_normal),
         "vqa": vqa,
         "vqa_uploaded": lambda reply, humans: vqa(evalai_normal(reply), humans),
-        "lmms": both_sides(lambda text: vqa_normal_lmms(one_line(text))),
-        "vlmevalkit": both_sides(lambda text: vqa_normal_vlmevalkit(one_line(text))),
+        # lmms-eval has EvalAI's comma rule; VLMEvalKit deletes only the periods that stand between no digits
+        "lmms": both_sides(lambda text: vqa_normal(one_line(text), _DIGIT_COMMAS_DIGIT)),
+        "vlmevalkit": both_sides(lambda text: vqa_normal(one_line(text), period=LONE_PERIOD)),
     }
     humans: ClassVar[int | None] = None
     """How many answers each question has; any number where this is None."""
