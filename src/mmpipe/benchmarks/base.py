@@ -24,6 +24,7 @@ from mmpipe.benchmarks.jsonl import (
     JsonDict,
     iter_rows,
     key,
+    listed,
     numbered,
     read_document,
     records_of,
@@ -176,13 +177,22 @@ class Benchmark:
     """Extension of the file that the benchmark's server or official scorer accepts."""
     indent: ClassVar[int | None] = None
     """Indentation of a JSON submission."""
+    reference_roles: ClassVar[Sequence[str]] = ("questions",)
+    """The files that references are read from, by role."""
+    optional_roles: ClassVar[Sequence[str]] = ()
+    """The same for files that need not be there."""
     fields: ClassVar[Sequence[str]] = ()
     """Fields of every record in the official files."""
+    listed_by: ClassVar[str] = ""
+    """The field that ids become where the official file is ``{id: record}``."""
     hub_columns: ClassVar[Sequence[str]] = ()
     """Columns of the hub's table, which must be there."""
     hub_optional: ClassVar[Sequence[str]] = ()
     image: ClassVar[str] = "{image}"
     """Template of the file name of a record's image; empty where the table of the questions holds the images."""
+    image_role: ClassVar[str] = "images"
+    images_optional: ClassVar[bool] = False
+    """Whether there are questions without image."""
     image_column: ClassVar[str] = "image"
     """The table's column with the image."""
     prompts: ClassVar[Mapping[str, str]] = {"llava": "{question}"}
@@ -194,6 +204,8 @@ class Benchmark:
     id_field: ClassVar[str] = "question_id"
     unit_field: ClassVar[str] = "question_id"
     """Questions that share this field are one independent observation."""
+    shown: ClassVar[Sequence[str]] = ()
+    """Fields of the reference that the item has too."""
 
     # ---- what is asked
 
@@ -235,13 +247,18 @@ class Benchmark:
     def images(self, source: BenchmarkFiles, records: Sequence[JsonDict]) -> Iterator[bytes | Path | None]:
         """The image of each record: the hub's, that of the row, or a file below ``images``; None for none."""
         if source.on_hub:
-            yield from source.hub_images(self.image_column)
+            yield from source.hub_images(self.image_column, optional=self.images_optional)
         elif self.image:
-            yield from (source.image(self.fill(self.image, record)) for record in records)
+            for name in map(self.image_name, records):
+                yield None if name is None else source.image(name, self.image_role)
         else:
             for place, row in enumerate(iter_rows(source.path("questions"))):
                 require(row, ("image",), f"{self.name}, row {place}")
                 yield image_bytes(row["image"], f"{self.name}, row {place}")
+
+    def image_name(self, record: JsonDict) -> str | None:
+        """The file name of a record's image; None where it has none."""
+        return self.fill(self.image, record)
 
     def text(self, record: JsonDict, protocol: Protocol) -> str:
         """The user's turn of a question."""
@@ -265,7 +282,8 @@ class Benchmark:
         if source.on_hub:
             rows = source.hub_rows(self.hub_columns, self.hub_optional)
             return self.parse_references([Document(source.files["parquet"], rows)])
-        return self.read_references([source.path("questions")])
+        roles = (*self.reference_roles, *filter(source.has, self.optional_roles))
+        return self.read_references([source.path(role) for role in roles])
 
     def read_references(self, paths: Sequence[Path]) -> list[JsonDict]:
         """Reference records from official files, or from JSON lines of records."""
@@ -273,6 +291,8 @@ class Benchmark:
 
     def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """Reference records from official files already parsed (one document a file), or from records themselves."""
+        if self.listed_by:
+            documents = [Document(d.name, listed(d.content, self.listed_by)) for d in documents]
         return numbered(records_of(documents, self.fields))
 
     def id_of(self, reference: JsonDict) -> int | str:

@@ -15,7 +15,6 @@ from pathlib import PurePosixPath
 
 from mmpipe.benchmarks.base import SHORT_ANSWER, AnswerPair, Item, Protocol, grouped, mean_score
 from mmpipe.benchmarks.jsonl import Document, JsonDict, numbered, records_of
-from mmpipe.benchmarks.readers import BenchmarkFiles
 from mmpipe.benchmarks.short_answer import ShortAnswer
 from mmpipe.errors import DataError
 
@@ -47,6 +46,7 @@ class ChartQa(ShortAnswer):
 
     name = "chartqa"
     files = {"human": "test_human.json", "augmented": "test_augmented.json", "images": "png", "parquet": "data"}
+    reference_roles = ("human", "augmented")
     hub_columns = ("type", "question", "answer")
     image = "{imgname}"
     unit_field = "imgname"
@@ -66,11 +66,6 @@ class ChartQa(ShortAnswer):
         Protocol("vlmevalkit", "VLMEvalKit: the same rule; the prompt asks for a word or phrase", prompt="vlmevalkit",
                  metric="relaxed_overall", max_new_tokens=2048),
     )  # fmt: skip
-
-    def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
-        if source.on_hub:
-            return super().references(source, protocol)
-        return self.read_references([source.path("human"), source.path("augmented")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         found = [_reference(record, document.name) for document in documents for record in records_of([document])]

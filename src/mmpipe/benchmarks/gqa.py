@@ -55,6 +55,7 @@ class Gqa(ShortAnswer):
         "parquet": "testdev_balanced_instructions",
         "parquet_images": "testdev_balanced_images",
     }
+    optional_roles = ("choices",)
     hub_columns = ("id", "imageId", "question", "answer")
     hub_optional = ("isBalanced", "types", "groups", "semantic", "entailed")
     image = "{imageId}.jpg"
@@ -84,11 +85,6 @@ class Gqa(ShortAnswer):
             if name not in images:
                 raise DataError(f"{table}: the image '{name}' is not in the table")
             yield images[name]
-
-    def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
-        if source.on_hub or not source.has("choices"):
-            return super().references(source, protocol)
-        return self.read_references([source.path("questions"), source.path("choices")])
 
     def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """``{id: question}`` or a list of questions with their ``question_id`` or ``id``; besides, the choices of a

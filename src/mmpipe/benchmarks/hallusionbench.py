@@ -12,7 +12,6 @@ VS without its figure (``figure_id`` 0) unclear is right too. ``aAcc`` counts ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from statistics import fmean
 
 from mmpipe.benchmarks.base import AnswerPair, Item, JudgeRequest, Protocol, Question, grouped, mean_score
@@ -39,6 +38,7 @@ class HallusionBench(YesNo):
     fields = _FIELDS
     hub_columns = (*_FIELDS, "gt_answer_details", "gt_answer")
     hub_optional = ("visual_input",)
+    images_optional = True
     id_field = "key"
     carried = ()
     prompts = {"llava": "{question}", "yesno": "{question} Please answer yes or no."}
@@ -58,12 +58,8 @@ class HallusionBench(YesNo):
         asked = self.ask(source, protocol, records, (self.text(record, protocol) for record in records))
         yield from (question for question, record in zip(asked, records, strict=True) if _asked(record, protocol))
 
-    def images(self, source: BenchmarkFiles, records: Sequence[JsonDict]) -> Iterator[bytes | Path | None]:
-        if source.on_hub:
-            yield from source.hub_images(optional=True)
-            return
-        for name in (record.get("filename") for record in records):
-            yield source.image(str(name).removeprefix("./")) if name else None
+    def image_name(self, record: JsonDict) -> str | None:
+        return str(record["filename"]).removeprefix("./") if record.get("filename") else None
 
     def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
         return [record for record in super().references(source, protocol) if _asked(record, protocol)]

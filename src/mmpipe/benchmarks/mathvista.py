@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from mmpipe.benchmarks.base import OPTION_LETTER, SHORT_ANSWER, AnswerPair, Benchmark, Item, JudgeRequest, Protocol
-from mmpipe.benchmarks.jsonl import Document, JsonDict, key, listed, numbered, records_of
+from mmpipe.benchmarks.jsonl import JsonDict, key
 from mmpipe.benchmarks.multiple_choice import LETTERS, infer_option, options_block
 
 _FIELDS = ("pid", "question_type", "answer_type", "answer")
@@ -41,6 +41,7 @@ class MathVista(Benchmark):
     indent = 2
     files = {"questions": "testmini.json", "images": ".", "parquet": "data"}
     fields = _FIELDS
+    listed_by = "pid"
     hub_columns = (*_FIELDS, "question", "choices", "query")
     hub_optional = ("unit", "precision", "metadata")
     image_column = "decoded_image"
@@ -58,10 +59,6 @@ class MathVista(Benchmark):
         Protocol("vlmevalkit", "VLMEvalKit's check before any judge", rule="prefetch", prompt="query",
                  max_new_tokens=1024),
     )  # fmt: skip
-
-    def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
-        """Records, or the official ``{pid: record}``."""
-        return numbered(records_of([Document(d.name, listed(d.content, "pid")) for d in documents], self.fields))
 
     def text(self, record: JsonDict, protocol: Protocol) -> str:
         return prompt(record, protocol.prompt)

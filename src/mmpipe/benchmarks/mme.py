@@ -21,7 +21,6 @@ from typing import Any
 from mmpipe.artifacts.files import atomic_open
 from mmpipe.benchmarks.base import SHORT_ANSWER, AnswerPair, Item, Protocol, grouped, mean_score
 from mmpipe.benchmarks.jsonl import Document, JsonDict, key, records_of
-from mmpipe.benchmarks.readers import BenchmarkFiles
 from mmpipe.benchmarks.stats import MetricEstimate, bootstrap_groups
 from mmpipe.benchmarks.yes_no import YesNo, first_four, first_four_lmms, yes_or_no_word
 from mmpipe.errors import DataError
@@ -42,6 +41,7 @@ class Mme(YesNo):
     name = "mme"
     submission = "zip"
     files = {"questions": "MME_Benchmark_release_version", "parquet": "data"}
+    image_role = "questions"
     fields = hub_columns = ("question_id", "category", "question", "answer")
     prompts = {"llava": "{core}" + SHORT_ANSWER}
     rules = {"official": first_four, "lmms": first_four_lmms, "vlmevalkit": yes_or_no_word}
@@ -52,12 +52,6 @@ class Mme(YesNo):
                  metric="mme_perception_score", max_new_tokens=16, aliases=("libmoe",)),
         Protocol("vlmevalkit", "VLMEvalKit: the word yes or no, not both", rule="vlmevalkit", metric="perception"),
     )  # fmt: skip
-
-    def images(self, source: BenchmarkFiles, records: Sequence[JsonDict]) -> Iterator[bytes | Path | None]:
-        if source.on_hub:
-            return source.hub_images()
-        release = BenchmarkFiles(source.path("questions"))
-        return (release.inside(record["image"]) for record in records)
 
     def read_references(self, paths: Sequence[Path]) -> list[JsonDict]:
         """Besides files of records, the folder of the official release."""

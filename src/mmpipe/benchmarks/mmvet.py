@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmpipe.benchmarks.base import AnswerPair, Benchmark, Item, Protocol
-from mmpipe.benchmarks.jsonl import Document, JsonDict, key, listed, records_of
+from mmpipe.benchmarks.jsonl import JsonDict, key
 from mmpipe.errors import DataError
 
 _PREFIX = "v1_"
@@ -24,14 +24,11 @@ class MmVet(Benchmark):
     submission = "json"
     indent = 2
     files = {"questions": "mm-vet.json", "images": "images", "parquet": "data"}
+    fields = ("question_id",)
+    listed_by = "question_id"
     hub_columns = ("question_id", "question", "answer")
     image = "{imagename}"
     protocols = (Protocol("mmvet", "the bare question; graded online", max_new_tokens=1024, aliases=("llava",)),)
-
-    def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
-        """The official file, or records; ids with or without ``v1_``."""
-        lists = [Document(d.name, listed(d.content, "question_id")) for d in documents]
-        return records_of(lists, ("question_id",))
 
     def reference_keys(self, reference: JsonDict) -> list[tuple[str, ...]]:
         return [(_number(reference["question_id"]),)]

@@ -113,6 +113,7 @@ class ObjHal(Benchmark):
         "synonyms": "synonyms_refine.txt",
         "annotations": "annotations",
     }
+    reference_roles = ("questions", "synonyms", "annotations")
     protocols = (
         Protocol("objhal", "a judge lists the objects; three beams, as RLAIF-V", rule="judge", max_new_tokens=1024,
                  num_beams=3, judged=True, aliases=("rlaifv", "llava_mod")),
@@ -129,9 +130,6 @@ class ObjHal(Benchmark):
                 images=(decode_base64(str(row["image"]), f"objhal, row {place}"),),
                 extra={"image_id": row["image_id"]},
             )
-
-    def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
-        return self.read_references([source.path(role) for role in ("questions", "synonyms", "annotations")])
 
     def read_references(self, paths: Sequence[Path]) -> list[JsonDict]:
         """Besides files of records, the synonym table (``.txt``) and the folder of COCO's annotations."""

@@ -38,6 +38,8 @@ class Pope(YesNo):
         "prompts": "llava_pope_test.jsonl",
         "parquet": "data",
     }
+    reference_roles = tuple(_FIRST_ID)
+    optional_roles = ("prompts",)
     hub_columns = ("question_id", "question", "answer", "category")
     hub_optional = ("image_source",)
     unit_field = "image"
@@ -54,8 +56,7 @@ class Pope(YesNo):
     def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
         if source.on_hub:
             return _as_in_table(source.hub_rows(self.hub_columns, self.hub_optional))
-        roles = [*_FIRST_ID, *(["prompts"] if source.has("prompts") else [])]
-        return self.read_references([source.path(role) for role in roles])
+        return super().references(source, protocol)
 
     def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """Label files by name, records with a category, ``{category: [...]}``, or ``{"questions", "labels"}``; a list

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mmpipe.benchmarks.base import OPTION_LETTER, AnswerPair, Item, Protocol, Question, estimate_score, mean_score
@@ -66,6 +65,8 @@ class ScienceQa(MultipleChoice):
         "prompts": "llava_test_CQM-A.json",
         "parquet": "ScienceQA-FULL",
     }
+    reference_roles = ("questions", "splits")
+    images_optional = True
     hub_columns = ("question", "choices", "answer")
     hub_optional = ("hint", "subject", "grade")
     prompts = {"llava": _PROMPT, "lmms": _PROMPT}
@@ -96,18 +97,8 @@ class ScienceQa(MultipleChoice):
         for question in super().ask(source, protocol, records, texts):
             yield replace(question, text=f"{_MARK}\n{question.text}") if question.images else question
 
-    def images(self, source: BenchmarkFiles, records: Sequence[JsonDict]) -> Iterator[bytes | Path | None]:
-        if source.on_hub:
-            yield from source.hub_images(optional=True)
-            return
-        for record in records:
-            name = record.get("image")
-            yield source.image(f"{key(record['question_id'])}/{name}") if name else None
-
-    def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
-        if source.on_hub:
-            return super().references(source, protocol)
-        return self.read_references([source.path("questions"), source.path("splits")])
+    def image_name(self, record: JsonDict) -> str | None:
+        return f"{key(record['question_id'])}/{record['image']}" if record.get("image") else None
 
     def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """``problems.json`` with ``pid_splits.json`` (or ``{"problems", "test" or "test_ids"}``), or records."""

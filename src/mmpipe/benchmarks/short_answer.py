@@ -135,8 +135,8 @@ class ShortAnswer(Benchmark):
         return str(reference["answer"])
 
     def facts(self, reference: JsonDict) -> JsonDict:
-        """What else the item holds."""
-        return {"gold": self.gold(reference)}
+        """What else the item holds: ``shown``, by default the right answer."""
+        return {name: reference[name] for name in self.shown} or {"gold": self.gold(reference)}
 
     def variables(self, record: JsonDict) -> JsonDict:
         return {**record, "capitalised": str(record.get("question", "")).capitalize()}

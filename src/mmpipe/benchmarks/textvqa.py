@@ -38,6 +38,7 @@ class TextVqa(HumanAnswers):
     fields = ("image_id", "question")
     hub_columns = ("question_id", "image_id", "question", "answers", "ocr_tokens")
     image = "{image_id}.jpg"
+    shown = ("question",)
     unit_field = "image_id"
     carried = ("image_id",)
     humans = 10
@@ -95,9 +96,6 @@ class TextVqa(HumanAnswers):
         number = key(answer["question_id"])
         question = question_of_prompt(str(answer.get("prompt", "")))
         return [(number,)] if question is None else [(number, question), (number,)]
-
-    def facts(self, reference: JsonDict) -> JsonDict:
-        return {"question": reference["question"]}
 
     def metrics(self, items: Sequence[Item], pairs: Sequence[AnswerPair], protocol: Protocol) -> JsonDict:
         if protocol.metric != "accuracy_exact":

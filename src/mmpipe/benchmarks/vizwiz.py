@@ -56,6 +56,7 @@ class VizWiz(HumanAnswers):
     fields = ("image", "question")
     hub_columns = ("question_id", "question", "answers")
     hub_optional = ("category",)
+    shown = ("image",)
     unit_field = "image"
     prompts = {"llava": "{question}" + _INSTRUCTION, "lmms": "{capitalised}" + _INSTRUCTION}
     rules = {
@@ -80,9 +81,6 @@ class VizWiz(HumanAnswers):
     def reference_keys(self, reference: JsonDict) -> list[tuple[str, ...]]:
         name = str(reference["image"])
         return [(key(reference["question_id"]),), (name,), (PurePosixPath(name).stem,)]
-
-    def facts(self, reference: JsonDict) -> JsonDict:
-        return {"image": reference["image"]}
 
     def metrics(self, items: Sequence[Item], pairs: Sequence[AnswerPair], protocol: Protocol) -> JsonDict:
         metrics = super().metrics(items, pairs, protocol)

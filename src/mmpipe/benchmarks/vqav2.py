@@ -34,6 +34,7 @@ class VqaV2(HumanAnswers):
     }
     hub_columns = ("question_id", "question", "answers")
     hub_optional = ("image_id", "question_type", "answer_type")
+    shown = ("answer_type", "question_type")
     unit_field = "image_id"
     protocols = (
         Protocol("vqav2_val", "the VQA evaluation on answers normalised for upload", rule="vqa_uploaded",
@@ -96,9 +97,6 @@ class VqaV2(HumanAnswers):
         if annotations and lacking:
             raise DataError(f"vqav2: {len(lacking)} questions have no annotation, e.g. {lacking[:5]}; another split?")
         return [_reference(question, annotations.get(key(question["question_id"]), {})) for question in questions]
-
-    def facts(self, reference: JsonDict) -> JsonDict:
-        return {name: reference[name] for name in ("answer_type", "question_type")}
 
     def metrics(self, items: Sequence[Item], pairs: Sequence[AnswerPair], protocol: Protocol) -> JsonDict:
         if protocol.metric != "overall":
