@@ -193,6 +193,8 @@ class Benchmark:
     image_role: ClassVar[str] = "images"
     images_optional: ClassVar[bool] = False
     """Whether there are questions without image."""
+    image_mark: ClassVar[str] = ""
+    """What stands before the text of a question with an image."""
     image_column: ClassVar[str] = "image"
     """The table's column with the image."""
     prompts: ClassVar[Mapping[str, str]] = {"llava": "{question}"}
@@ -238,7 +240,7 @@ class Benchmark:
         for record, text, image in zip(records, texts, self.images(source, records), strict=True):
             yield Question(
                 id=self.id_of(record),
-                text=text,
+                text=text if image is None else self.image_mark + text,
                 images=() if image is None else (image,),
                 prompt=self.fill(recorded, record) if recorded else None,
                 extra={name: record[name] for name in self.carried},

@@ -75,9 +75,6 @@ class HallusionBench(YesNo):
         own = key(reference.get("id", reference["index"]))
         return [(reference["key"],), (own,), (with_input,)]
 
-    def judgement_key(self, reference: JsonDict) -> str:
-        return str(reference["key"])
-
     def unit_of(self, reference: JsonDict) -> str:
         return "_".join(_names(reference)[:4])  # the figure
 

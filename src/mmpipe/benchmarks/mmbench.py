@@ -13,6 +13,7 @@ reads as "not available" (``None``, ``NA``, ...) are no options, because the off
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -23,13 +24,13 @@ from mmpipe.benchmarks.jsonl import Document, JsonDict, is_missing, iter_rows, k
 from mmpipe.benchmarks.multiple_choice import MultipleChoice, infer_option, infer_option_lmms, options_block
 from mmpipe.benchmarks.readers import BenchmarkFiles, decode_base64, image_bytes
 from mmpipe.benchmarks.stats import MetricEstimate, estimate_mean
-from mmpipe.benchmarks.xlsx import write_sheet
 from mmpipe.errors import DataError
 
 _LLAVA = "{hint_line}{question}\n{options}"
 _LMMS = "{hint_words}{stripped} There are several options:\n{options}\n" + OPTION_LETTER
 _NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
 _PREDICTION_PLACE = 6
+_LONGEST_CELL = 32_767  # Excel's limit
 
 # Abbreviations that the official report prints for the six abilities.
 _ABILITIES = {
@@ -213,6 +214,46 @@ def _report(pairs: Sequence[AnswerPair], groups: Mapping[str, list[Item]], first
     report: JsonDict = {"split": splits[0] if len(splits) == 1 else splits, "Overall": overall}
     report |= {_ABILITIES.get(name, name): mean for name, mean in ability.items()} | category
     return {"overall": overall, "category": category, "l2_category": ability, "report_acc": report}
+
+
+def write_sheet(out: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write rows to ``Sheet1`` of an xlsx file, atomically.
+
+    Text is stored as text, also where it starts like a formula (``=``, ``+``, ``-``, ``@``): a model's reply
+    must not be run by who opens the file. Characters that xlsx cannot hold are left out and longer texts than
+    Excel allows are cut; the returned counts tell how many cells that met.
+    """
+    from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+    counts = {"rows": len(rows), "cells_cut": 0, "cells_cleaned": 0}
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    sheet.append(list(columns))
+    for row in rows:
+        cells = []
+        for column in columns:
+            value = row.get(column)
+            if not isinstance(value, str):
+                cells.append(value)
+                continue
+            clean = ILLEGAL_CHARACTERS_RE.sub("", value).encode("utf-8", "ignore").decode("utf-8")
+            counts["cells_cleaned"] += clean != value
+            counts["cells_cut"] += len(clean) > _LONGEST_CELL
+            cell = WriteOnlyCell(sheet, value=clean[:_LONGEST_CELL])
+            cell.data_type = "s"
+            cell.quotePrefix = clean.startswith(("=", "+", "-", "@"))
+            cells.append(cell)
+        sheet.append(cells)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp.xlsx")
+    try:
+        book.save(temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return counts
 
 
 BENCHMARK = MMBench()

@@ -28,16 +28,7 @@ from mmpipe.benchmarks.base import (
     grouped,
     mean_score,
 )
-from mmpipe.benchmarks.jsonl import (
-    Document,
-    JsonDict,
-    iter_rows,
-    listed,
-    read_document,
-    records_of,
-    require,
-    without_images,
-)
+from mmpipe.benchmarks.jsonl import Document, JsonDict, iter_rows, read_document, require, without_images
 from mmpipe.benchmarks.multiple_choice import LETTERS, MultipleChoice, options_block
 from mmpipe.benchmarks.readers import BenchmarkFiles, image_bytes
 from mmpipe.errors import DataError
@@ -80,6 +71,7 @@ class Mmmu(MultipleChoice):
     name = "mmmu"
     submission = "json"
     files = {"questions": "."}
+    listed_by = "id"
     prompts = {
         "llava": "{question}\n{bracketed}{instruction}",
         "llava_open": "{question}{instruction}",
@@ -88,8 +80,7 @@ class Mmmu(MultipleChoice):
     }
     protocols = (
         Protocol("mmmu_val", "the official parser, random option included", metric="overall", aliases=("llava",)),
-        Protocol("norandom", "the official parser; a reply without option is wrong", rule="norandom",
-                 metric="overall"),
+        Protocol("norandom", "the official parser; a reply without option is wrong", rule="norandom", metric="overall"),
         Protocol("lmms", "lmms-eval 0.7.3 and LibMoE: 'X ' and 'X.' count as options too", rule="lmms", prompt="lmms",
                  metric="overall", aliases=("libmoe",)),
     )  # fmt: skip
@@ -124,8 +115,7 @@ class Mmmu(MultipleChoice):
 
     def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
         """Records, or the official ``answer_dict_val.json`` (``{id: {question_type, ground_truth}}``)."""
-        lists = [Document(document.name, listed(document.content, "id")) for document in documents]
-        return [_reference(record) for record in records_of(lists)]
+        return [_reference(record) for record in super().parse_references(documents)]
 
     def item(self, pair: AnswerPair, protocol: Protocol, generator: random.Random | None = None) -> Item:
         """The verdict; ``generator`` draws an option where the reply names none."""
@@ -194,10 +184,7 @@ def find_option(reply: str, options: Mapping[str, str], loose: bool = False) -> 
 
 
 def open_candidates(reply: str) -> list[str | float]:
-    """What an open reply may mean: the ends of its lines after words such as "is" and "answer", and their numbers.
-
-    Numbers are rounded to two decimals, other texts lower-cased; a text of one character gets a blank on either side.
-    """
+    """What an open reply may mean: the ends of its lines after words such as "is" and "answer", and their numbers."""
     whole = reply.strip().strip(".").lower()
     lines = whole.split("\n")
     ends = []
@@ -218,7 +205,8 @@ def open_candidates(reply: str) -> list[str | float]:
 
 
 def normal_forms(text: str) -> list[str | float]:
-    """The forms in which an open answer is compared."""
+    """An open answer as it is compared: numbers rounded to two decimals, other texts in lower case, one character with a
+    blank on either side."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -230,11 +218,9 @@ def normal_forms(text: str) -> list[str | float]:
 def open_match(reply: str, gold: str | Sequence[str]) -> bool:
     """Whether one of the candidates is a right number or contains a right text."""
     golds = [form for text in ([gold] if isinstance(gold, str) else gold) for form in normal_forms(str(text))]
-    texts = [form for form in golds if isinstance(form, str)]
-    return any(
-        any(text in candidate for text in texts) if isinstance(candidate, str) else candidate in golds
-        for candidate in open_candidates(reply)
-    )
+    said = open_candidates(reply)
+    contained = any(a in b for a in golds if isinstance(a, str) for b in said if isinstance(b, str))
+    return contained or any(number in golds for number in said if not isinstance(number, str))
 
 
 def _rows(root: Path) -> Iterator[JsonDict]:
@@ -257,13 +243,11 @@ def _reference(record: JsonDict) -> JsonDict:
     found = _SUBJECT.fullmatch(str(number))
     texts = record.get("index2ans") or dict(zip(LETTERS, _list_of(record.get("options", [])), strict=False))
     letters = record.get("all_choices") or list(texts) or list("ABCD")
-    answer = record["answer"]
-    if record["question_type"] != _CHOICE:
-        answer = _list_of(answer) if str(answer).startswith("[") else answer
+    answer, kind = record["answer"], record["question_type"]
     return {
         "question_id": number,
-        "question_type": record["question_type"],
-        "answer": answer,
+        "question_type": kind,
+        "answer": _list_of(answer) if kind != _CHOICE and str(answer).startswith("[") else answer,
         "subject": record.get("subject") or (found.group(1) if found else "unknown"),
         "all_choices": letters,
         "index2ans": {letter: str(texts.get(letter, "")) for letter in letters},

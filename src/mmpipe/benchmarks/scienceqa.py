@@ -11,8 +11,7 @@ stands in the *answer's* prompt; so a question without answer is wrong, and not 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmpipe.benchmarks.base import OPTION_LETTER, AnswerPair, Item, Protocol, Question, estimate_score, mean_score
@@ -67,6 +66,7 @@ class ScienceQa(MultipleChoice):
     }
     reference_roles = ("questions", "splits")
     images_optional = True
+    image_mark = f"{_MARK}\n"
     hub_columns = ("question", "choices", "answer")
     hub_optional = ("hint", "subject", "grade")
     prompts = {"llava": _PROMPT, "lmms": _PROMPT}
@@ -83,19 +83,10 @@ class ScienceQa(MultipleChoice):
         """The texts of LLaVA's question file, without its image mark, by question id."""
         prompts = records_of([read_document(source.path(role))], ("id", "conversations"))
         given = {key(r["id"]): str(r["conversations"][0]["value"]).replace(_MARK, "").strip() for r in prompts}
+        given = {number: text + OPTION_LETTER for number, text in given.items()}
         records = self.references(source, protocol)
-        keys = [key(record["question_id"]) for record in records]
-        texts = [
-            given[k] + OPTION_LETTER if k in given else self.text(record, protocol)
-            for k, record in zip(keys, records, strict=True)
-        ]
+        texts = (given.get(key(record["question_id"])) or self.text(record, protocol) for record in records)
         yield from self.ask(source, protocol, records, texts)
-
-    def ask(
-        self, source: BenchmarkFiles, protocol: Protocol, records: Sequence[JsonDict], texts: Iterable[str]
-    ) -> Iterator[Question]:
-        for question in super().ask(source, protocol, records, texts):
-            yield replace(question, text=f"{_MARK}\n{question.text}") if question.images else question
 
     def image_name(self, record: JsonDict) -> str | None:
         return f"{key(record['question_id'])}/{record['image']}" if record.get("image") else None
@@ -135,9 +126,9 @@ class ScienceQa(MultipleChoice):
         return super().variables(record) | {"context": f"Context: {record['hint']}\n" if record.get("hint") else ""}
 
     def facts(self, pair: AnswerPair, letter: str | None) -> JsonDict:
-        chosen = letter in self.options(pair.reference)
+        chosen = letter if letter in self.options(pair.reference) else None
         return {
-            "predicted_index": _OPTIONS.index(letter) if letter and chosen else -1,
+            "predicted_index": _OPTIONS.index(chosen) if chosen else -1,
             "gold": self.gold(pair.reference),
             "is_multimodal": pair.answer is not None and _MARK in str(pair.answer.get("prompt", "")),
         }

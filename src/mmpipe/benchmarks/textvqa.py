@@ -133,8 +133,7 @@ def _add_ocr_tokens(records: Sequence[JsonDict], source: BenchmarkFiles) -> None
     if all("ocr_tokens" in record for record in records):
         return
     document = _data(read_document(source.path("ocr")))
-    found = records_of([document], ("image_id", "ocr_tokens"))
-    tokens = {key(record["image_id"]): record["ocr_tokens"] for record in found}
+    tokens = {key(r["image_id"]): r["ocr_tokens"] for r in records_of([document], ("image_id", "ocr_tokens"))}
     for record in records:
         if key(record["image_id"]) not in tokens:
             raise DataError(f"{document.name}: no OCR tokens for the image {record['image_id']}")
