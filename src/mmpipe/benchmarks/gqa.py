@@ -26,6 +26,7 @@ from mmpipe.errors import DataError
 
 # Operations of a question's program that are no reasoning step of their own.
 _NO_STEP = ("exist", "query: name", "choose name")
+_CHOICES = {"valid", "plausible"}
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -96,7 +97,8 @@ class Gqa(ShortAnswer):
             if isinstance(content, dict):
                 choices |= content.get("choices", {})
                 content = content.get("questions", content)
-                if isinstance(content, dict) and all(map(_is_choices, content.values())):
+                given = list(content.values()) if isinstance(content, dict) else [None]
+                if all(isinstance(q, dict) and "answer" not in q and _CHOICES & set(q) for q in given):
                     choices |= content
                     continue
             records += numbered(records_of([Document(document.name, listed(content, "question_id"))]))
@@ -151,10 +153,6 @@ def _steps(question: JsonDict) -> int | None:
         return None
     texts = [f"{step['operation']}: {step['argument']}" for step in program]
     return sum(not any(pattern in text for pattern in _NO_STEP) for text in texts)
-
-
-def _is_choices(value: Any) -> bool:
-    return isinstance(value, dict) and "answer" not in value and not {"valid", "plausible"}.isdisjoint(value)
 
 
 def _with_choices(record: JsonDict, choices: Mapping[str, JsonDict]) -> JsonDict:

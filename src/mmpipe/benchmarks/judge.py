@@ -189,7 +189,8 @@ class _Client:
                     error = f"HTTP {failure.code}"
                     if failure.code not in _WORTH_RETRYING:
                         raise ConfigError(f"{self._url}: the judge refuses the request ({error})") from None
-                    wait = max(wait, _seconds(failure.headers.get("Retry-After")))
+                    after = failure.headers.get("Retry-After", "").strip()  # seconds, followed up to a minute
+                    wait = max(wait, min(60.0, float(after)) if after.isdecimal() else 0.0)
             except (OSError, ValueError, KeyError, IndexError, TypeError) as failure:
                 error = f"{type(failure).__name__}: {failure}"[:200]
             if attempt + 1 < self.settings.attempts:
@@ -238,8 +239,3 @@ class _Client:
         if not isinstance(text, str):
             raise ValueError("the reply holds no text")
         return text, answer.get("usage")
-
-
-def _seconds(header: str | None) -> float:
-    """A Retry-After header in seconds, at most a minute."""
-    return min(60.0, float(header)) if header and header.strip().isdecimal() else 0.0

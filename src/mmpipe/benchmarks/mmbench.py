@@ -13,12 +13,12 @@ reads as "not available" (``None``, ``NA``, ...) are no options, because the off
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mmpipe.artifacts.files import atomic_open
 from mmpipe.benchmarks.base import OPTION_LETTER, AnswerPair, Item, Protocol, Question, grouped, mean_score
 from mmpipe.benchmarks.jsonl import Document, JsonDict, is_missing, iter_rows, key, records_of, require
 from mmpipe.benchmarks.multiple_choice import MultipleChoice, infer_option, infer_option_lmms, options_block
@@ -246,13 +246,8 @@ def write_sheet(out: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
             cell.quotePrefix = clean.startswith(("=", "+", "-", "@"))
             cells.append(cell)
         sheet.append(cells)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp.xlsx")
-    try:
-        book.save(temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_open(out) as file:
+        book.save(file)
     return counts
 
 

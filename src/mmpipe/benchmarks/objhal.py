@@ -207,8 +207,12 @@ def listed_objects(reply: str) -> list[str] | None:
 def _rate(pair: AnswerPair, words: SynonymTable, rule: str) -> Item:
     reference, text = pair.reference, cleaned(pair.text)
     lemmas: list[str] | None = []
-    if len(text.split()) > _SHORT:
-        lemmas = words.in_text(text) if rule == "chair" else _judged(pair, words)
+    if len(text.split()) > _SHORT and rule == "chair":
+        lemmas = words.in_text(text)
+    elif len(text.split()) > _SHORT:
+        objects = listed_objects(pair.verdict) if pair.verdict is not None else None
+        lemmas = (pair.judgement or {}).get("extracted_objects")
+        lemmas = words.of_objects(objects) if lemmas is None and objects is not None else lemmas
     # the seat of a toilet is no chair
     kept = [word for word in lemmas or [] if not (word == "seat" and "toilet" in (lemmas or []))]
     mentions = [(word, words.classes[word]) for word in kept if word in words.classes]
@@ -231,14 +235,6 @@ def _rate(pair: AnswerPair, words: SynonymTable, rule: str) -> Item:
             "words": len(text.split()),
         },
     )
-
-
-def _judged(pair: AnswerPair, words: SynonymTable) -> list[str] | None:
-    given = (pair.judgement or {}).get("extracted_objects")
-    if given is not None:
-        return list(given)
-    objects = listed_objects(pair.verdict) if pair.verdict is not None else None
-    return None if objects is None else words.of_objects(objects)
 
 
 def _chair(items: Sequence[Item]) -> JsonDict:

@@ -68,7 +68,7 @@ class Pope(YesNo):
             if isinstance(content, dict) and "questions" in content:
                 questions += records_of([Document(document.name, content["questions"])])
                 content = content.get("labels", content.get("annotations"))
-            elif isinstance(content, list) and content and not any(map(_has_label, content)):
+            elif content and isinstance(content, list) and not any({"label", "answer"} & set(r) for r in content):
                 questions += records_of([document], ("question_id", "category"))
                 continue
             for category, records in _categories(Document(document.name, content)).items():
@@ -121,10 +121,6 @@ class Pope(YesNo):
     def submitted(self, pair: AnswerPair) -> JsonDict:
         """A line for the official ``evaluate.py``."""
         return {"question": pair.reference.get("text", ""), "answer": pair.text}
-
-
-def _has_label(record: Any) -> bool:
-    return isinstance(record, dict) and not {"label", "answer"}.isdisjoint(record)
 
 
 def _as_in_table(rows: Sequence[JsonDict]) -> list[JsonDict]:

@@ -45,7 +45,8 @@ def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
         )
     references = benchmark.references(files, protocol)
     asked = _in_order(benchmark, questions, references, source)
-    kept = _first_groups(questions, entry.limit)
+    groups = set(islice(dict.fromkeys(map(_group, questions)), entry.limit))
+    kept = [place for place, question in enumerate(questions) if _group(question) in groups]
     # what is submitted without being asked keeps its place in the official order
     if entry.limit is not None or len(asked) == len(references):
         references = [asked[i] for i in kept]
@@ -60,7 +61,7 @@ def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
         "benchmark": benchmark.name,
         "protocol": protocol.name,
         "questions": len(questions),
-        "groups": len({_group(question) for question in questions}),
+        "groups": len(groups),
         "images": len(shown),
         "max_new_tokens": entry.max_new_tokens or protocol.max_new_tokens,
     }
@@ -75,7 +76,8 @@ def _in_order(
     it says so itself (``asked: false``: a question that is part of the submission only).
     """
     index = benchmark.index(references)
-    places = [benchmark.place(_as_asked(question), index) for question in questions]
+    asked_as = [{**q.extra, "question_id": q.id, "prompt": q.recorded_prompt} for q in questions]
+    places = [benchmark.place(answer, index) for answer in asked_as]
     lost = [question.id for question, place in zip(questions, places, strict=True) if place is None]
     if lost:
         raise DataError(
@@ -86,12 +88,6 @@ def _in_order(
     if len(set(places)) < len(places) or len(asked) != wanted:
         raise DataError(f"{source}: {len(asked)} questions but {wanted} references; is a file cut off?")
     return asked
-
-
-def _as_asked(question: Question) -> JsonDict:
-    """What of an answer record tells which question it belongs to."""
-    prompt = question.recorded_prompt
-    return {**question.extra, "question_id": question.id, "prompt": prompt}
 
 
 def read_questions(directory: Path) -> list[Question]:
@@ -128,27 +124,16 @@ def shuffle_images(questions: Sequence[Question], seed: str) -> list[Question]:
     pool = sorted(set(own.values()), key=str)
     if own and len(pool) < 2:
         raise DataError("shuffle_images needs at least two different images")
-    given = dict(zip(pool, _one_cycle(pool, random.Random(f"shuffle_images:{seed}")), strict=True))
-    return [replace(q, images=given[own[_group(q)]]) if q.images else q for q in questions]
-
-
-def _one_cycle(items: Sequence[Any], generator: random.Random) -> list[Any]:
-    """A permutation that is a single cycle, so that nothing stays in its place (Sattolo 1986)."""
-    shuffled = list(items)
-    for last in range(len(shuffled) - 1, 0, -1):
+    generator, shuffled = random.Random(f"shuffle_images:{seed}"), list(pool)
+    for last in range(len(pool) - 1, 0, -1):  # a single cycle, so that nothing stays in its place (Sattolo 1986)
         other = generator.randrange(last)
         shuffled[last], shuffled[other] = shuffled[other], shuffled[last]
-    return shuffled
+    given = dict(zip(pool, shuffled, strict=True))
+    return [replace(q, images=given[own[_group(q)]]) if q.images else q for q in questions]
 
 
 def _group(question: Question) -> str:
     return question.group or f"question {question.id}"
-
-
-def _first_groups(questions: Sequence[Question], limit: int | None) -> list[int]:
-    """Positions of the questions of the first ``limit`` groups."""
-    groups = set(islice(dict.fromkeys(map(_group, questions)), limit))
-    return [place for place, question in enumerate(questions) if _group(question) in groups]
 
 
 def _as_json(question: Question) -> JsonDict:

@@ -74,9 +74,16 @@ class VizWiz(HumanAnswers):
     )  # fmt: skip
 
     def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
-        if source.on_hub:
-            return [_named_as_official(row) for row in source.hub_rows(self.hub_columns, self.hub_optional)]
-        return super().references(source, protocol)
+        """The hub's ids are the images' names, with or without extension."""
+        if not source.on_hub:
+            return super().references(source, protocol)
+        records = []
+        for row in source.hub_rows(self.hub_columns, self.hub_optional):
+            stem = PurePosixPath(str(row["question_id"])).stem
+            kind = {"answer_type": row["category"]} if "category" in row else {}
+            asked = {name: row[name] for name in ("question", "answers")}
+            records.append({**kind, "question_id": stem, "image": f"{stem}.jpg", **asked})
+        return records
 
     def reference_keys(self, reference: JsonDict) -> list[tuple[str, ...]]:
         name = str(reference["image"])
@@ -97,13 +104,6 @@ class VizWiz(HumanAnswers):
 
     def submitted(self, pair: AnswerPair) -> JsonDict:
         return {"image": pair.reference["image"], "answer": evalai_normal(pair.text)}
-
-
-def _named_as_official(row: JsonDict) -> JsonDict:
-    """A row of the hub's table, whose id is the image's name, with or without extension."""
-    stem = PurePosixPath(str(row["question_id"])).stem
-    kind = {"answer_type": row["category"]} if "category" in row else {}
-    return {**kind, "question_id": stem, "image": f"{stem}.jpg", "question": row["question"], "answers": row["answers"]}
 
 
 def _unanswerability(pairs: Sequence[AnswerPair], items: Sequence[Item]) -> JsonDict:
