@@ -74,6 +74,54 @@ def test_it_asks_scores_and_submits(project, capsys, monkeypatch):
     assert result["headline"]["method"] == "wilson"
 
 
+WHOLE_STEPS = '''
+from statistics import fmean
+
+from mmpipe.benchmarks.base import SHORT_ANSWER, Benchmark, Item, Protocol, Question, key, records_of
+from mmpipe.benchmarks.jsonl import read_document
+
+
+class Colours(Benchmark):
+    """Colours of shapes; the reply must name the right one."""
+
+    name = "colours"
+    files = {"questions": "colours.json", "images": "images"}
+    protocols = (Protocol("colours", "the colour's name in the reply", max_new_tokens=8),)
+
+    def questions(self, source, protocol):
+        for record in self.references(source, protocol):
+            text = record["question"] + SHORT_ANSWER
+            yield Question(id=record["question_id"], text=text, images=(source.image(record["image"]),))
+
+    def references(self, source, protocol):
+        return self.parse_references([read_document(source.path("questions"))])
+
+    def parse_references(self, documents):
+        return records_of(documents, ("question_id", "question", "image", "colour"))
+
+    def rate(self, pairs, protocol):
+        items = [
+            Item(
+                id=pair.reference["question_id"],
+                score=float(pair.reference["colour"] in pair.text.lower()),
+                unit=key(pair.reference["image"]),
+                answered=pair.answered,
+            )
+            for pair in pairs
+        ]
+        return items, {"accuracy": fmean(item.score for item in items)}
+
+
+BENCHMARK = Colours()
+'''
+
+
+def test_a_benchmark_that_overrides_whole_steps_scores_the_same(project, capsys, monkeypatch):
+    """As benchmarks were written before there were bases for their shapes."""
+    (project / "colours.py").write_text(WHOLE_STEPS, encoding="utf-8")
+    test_it_asks_scores_and_submits(project, capsys, monkeypatch)
+
+
 def test_an_installed_command_line_finds_it_too(project):
     code = "from mmpipe.benchmarks.base import get; print(get('colours:BENCHMARK').name)"
     command = [sys.executable, "-P", "-c", code]

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from string import Formatter
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mmpipe.benchmarks.jsonl import (
@@ -142,7 +141,6 @@ class Score:
     metrics: JsonDict
     items: Sequence[Item]
     headline: MetricEstimate
-    duplicates: int = 0
 
     def as_json(self) -> JsonDict:
         """The content of ``score.json``, without the items."""
@@ -153,7 +151,7 @@ class Score:
             "metrics": self.metrics,
             "missing": sum(not item.answered for item in self.items),
             "unparsed": sum(item.unparsed for item in self.items),
-            "duplicates": self.duplicates,
+            "duplicates": 0,  # an error
             "headline": self.headline.as_json(),
         }
 
@@ -383,21 +381,18 @@ class Benchmark:
         Raises ConfigError for an unknown name.
         """
         known = {name: p for p in self.protocols for name in (p.name, *p.aliases)}
-        if name in known:
-            return known[name]
-        if name in ("", "official"):
-            return self.protocols[0]
+        if name in known or name in ("", "official"):
+            return known.get(name, self.protocols[0])
         raise ConfigError(f"{self.name}: there is no protocol '{name}'{did_you_mean(name, known)}")
 
-    def source(self, root: Path, files: Mapping[str, str] = MappingProxyType({})) -> BenchmarkFiles:
+    def source(self, root: Path, files: Mapping[str, str] | None = None) -> BenchmarkFiles:
         """The official files below ``root``, with other names where ``files`` gives them.
 
         Raises ConfigError for a role the benchmark does not know.
         """
-        for role in files:
-            if role not in self.files:
-                raise ConfigError(f"{self.name}: no file plays the role '{role}'{did_you_mean(role, self.files)}")
-        return BenchmarkFiles(root, {**self.files, **files})
+        for role in sorted(set(files or ()) - set(self.files)):
+            raise ConfigError(f"{self.name}: no file plays the role '{role}'{did_you_mean(role, self.files)}")
+        return BenchmarkFiles(root, {**self.files, **(files or {})})
 
     def score(
         self,
@@ -458,12 +453,10 @@ class Benchmark:
             raise DataError(f"{self.name}: answers to questions that do not exist: {_some(unknown)}")
         if twice:
             raise DataError(f"{self.name}: more than one answer to: {_some(twice)}; keep one of each")
-        judged = {}
-        for record in judgements or ():
-            place = self.place(record, index)
-            if place is None:
-                raise DataError(f"{self.name}: the judge's replies hold an unknown question: {record['question_id']}")
-            judged[place] = record
+        judged = {self.place(record, index): record for record in judgements or ()}
+        if None in judged:
+            unknown_id = judged[None]["question_id"]
+            raise DataError(f"{self.name}: the judge's replies hold an unknown question: {unknown_id}")
         return [AnswerPair(asked, found.get(place), judged.get(place)) for place, asked in enumerate(references)]
 
     def place(self, answer: JsonDict, index: Mapping[tuple[str, ...], int]) -> int | None:

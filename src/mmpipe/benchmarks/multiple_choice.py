@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 from mmpipe.benchmarks.base import OPTION_LETTER, AnswerPair, Benchmark, Item, Protocol
@@ -117,7 +117,10 @@ def extract_letter_lmms(reply: str, letters: str) -> str | None:
         for letter in letters
         if form.format(letter) in text
     ]
-    found += [(_PHRASE_RANK, place, letter) for place, letter in _after_phrases(text, letters)]
+    for phrase in _ANSWER_PHRASES:  # the first place of every letter after the first place of the phrase
+        start = text.lower().find(phrase)
+        places = [(text.find(letter, start + len(phrase)), letter) for letter in letters if start >= 0]
+        found += [(_PHRASE_RANK, place, letter) for place, letter in places if place >= 0]
     bare = text.strip()
     for letter in letters:
         if bare.startswith(letter) and not bare[1:2].isalpha():
@@ -127,18 +130,6 @@ def extract_letter_lmms(reply: str, letters: str) -> str | None:
     if not found:
         found = [(0, text.rfind(letter), letter) for letter in letters if letter in text]
     return max(found, key=lambda entry: entry[:2])[2] if found else None
-
-
-def _after_phrases(text: str, letters: str) -> Iterator[tuple[int, str]]:
-    """The first place of every letter after the first place of every answer phrase."""
-    lowered = text.lower()
-    for phrase in _ANSWER_PHRASES:
-        start = lowered.find(phrase)
-        if start >= 0:
-            for letter in letters:
-                place = text.find(letter, start + len(phrase))
-                if place >= 0:
-                    yield place, letter
 
 
 LetterRule = Callable[[str, Mapping[str, str]], str | None]

@@ -138,7 +138,9 @@ class ObjHal(Benchmark):
         synonyms = {word: name for path in tables for word, name in _read_synonyms(path).items()}
         documents = [read_document(path) for path in paths if path not in tables and path not in folders]
         for folder in folders:
-            documents = [_with_objects(document, folder, SynonymTable(synonyms)) for document in documents]
+            rows = [{name: row[name] for name in _FIELDS} for row in records_of(documents, _FIELDS)]
+            objects = _coco_objects(folder, {key(row["image_id"]) for row in rows}, SynonymTable(synonyms))
+            documents = [Document("questions", [{**row, "gt_objects": objects[key(row["image_id"])]} for row in rows])]
         if synonyms:
             documents.append(Document("synonyms", {"synonyms": synonyms}))
         return self.parse_references(documents)
@@ -275,13 +277,6 @@ def _read_synonyms(path: Path) -> dict[str, str]:
     if not table:
         raise DataError(f"{path}: the synonym table is empty")
     return table
-
-
-def _with_objects(document: Document, annotations: Path, words: SynonymTable) -> Document:
-    """The questions without images, with the objects that COCO knows in them."""
-    rows = [{name: row[name] for name in _FIELDS} for row in records_of([document], _FIELDS)]
-    objects = _coco_objects(annotations, {key(row["image_id"]) for row in rows}, words)
-    return Document(document.name, [{**row, "gt_objects": objects[key(row["image_id"])]} for row in rows])
 
 
 def _coco_objects(folder: Path, wanted: set[str], words: SynonymTable) -> dict[str, list[str]]:

@@ -68,7 +68,7 @@ class Pope(YesNo):
             if isinstance(content, dict) and "questions" in content:
                 questions += records_of([Document(document.name, content["questions"])])
                 content = content.get("labels", content.get("annotations"))
-            elif content and isinstance(content, list) and not any({"label", "answer"} & set(r) for r in content):
+            elif content and isinstance(content, list) and all(set(r).isdisjoint(("label", "answer")) for r in content):
                 questions += records_of([document], ("question_id", "category"))
                 continue
             for category, records in _categories(Document(document.name, content)).items():
