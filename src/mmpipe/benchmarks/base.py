@@ -518,12 +518,13 @@ def estimate_score(metric: str, items: Sequence[Item], scale: float = 1.0) -> Me
     return estimate_mean(metric, [item.score for item in items], [item.unit for item in items], scale)
 
 
-def grouped(items: Iterable[Item], fact: str) -> dict[str, list[Item]]:
-    """The items by one of their facts, in order of appearance; items without it are left out."""
+def grouped(items: Iterable[Item], fact: str = "") -> dict[str, list[Item]]:
+    """The items by one of their facts, or by unit, in order of appearance; items without the fact are left out."""
     groups: dict[str, list[Item]] = {}
     for item in items:
-        if item.facts[fact] is not None:
-            groups.setdefault(str(item.facts[fact]), []).append(item)
+        value = item.facts[fact] if fact else item.unit
+        if value is not None:
+            groups.setdefault(str(value), []).append(item)
     return groups
 
 

@@ -80,9 +80,7 @@ class HallusionBench(YesNo):
 
     def gold(self, reference: JsonDict) -> str:
         if "gt_answer" not in reference:
-            raise DataError(
-                f"hallusionbench: {reference['key']} has no 'gt_answer', which protocols without judge need"
-            )
+            raise DataError(f"{self.name}: {reference['key']} has no 'gt_answer', which protocols without judge need")
         return "yes" if str(reference["gt_answer"]) == "1" else "no"
 
     def facts(self, reference: JsonDict) -> JsonDict:

@@ -122,9 +122,7 @@ class MMBench(MultipleChoice):
 
     def rate(self, pairs: Sequence[AnswerPair], protocol: Protocol) -> tuple[list[Item], JsonDict]:
         items = [self.item(pair, protocol) for pair in pairs]
-        groups: dict[str, list[Item]] = {}  # rotations in the order of their index
-        for item in sorted(items, key=lambda item: int(item.id)):
-            groups.setdefault(item.unit, []).append(item)
+        groups = grouped(sorted(items, key=lambda item: int(item.id)))  # rotations in the order of their index
         first_only = protocol.rule == "vanilla"
         if first_only:
             items = [group[0] for group in groups.values()]

@@ -42,6 +42,7 @@ class Mme(YesNo):
     submission = "zip"
     files = {"questions": "MME_Benchmark_release_version", "parquet": "data"}
     image_role = "questions"
+    shown = ("category", "question")
     fields = hub_columns = ("question_id", "category", "question", "answer")
     prompts = {"llava": "{core}" + SHORT_ANSWER}
     rules = {"official": first_four, "lmms": first_four_lmms, "vlmevalkit": yes_or_no_word}
@@ -68,16 +69,13 @@ class Mme(YesNo):
     def answer_keys(self, answer: JsonDict) -> list[tuple[str, ...]]:
         if "prompt" not in answer:
             raise DataError(
-                f"mme: the answer to {answer['question_id']} has no 'prompt'; both questions of an image have "
-                "one id, the prompt tells them apart"
+                f"mme: the answer to {answer['question_id']} has no 'prompt'; both questions of an image have one id, the "
+                "prompt tells them apart"
             )
         return [(key(answer["question_id"]), _core(str(answer["prompt"])))]
 
     def variables(self, record: JsonDict) -> JsonDict:
         return {**record, "core": _core(record["question"])}
-
-    def facts(self, reference: JsonDict) -> JsonDict:
-        return {"category": reference["category"], "question": reference["question"], "gold": self.gold(reference)}
 
     def metrics(self, items: Sequence[Item], pairs: Sequence[AnswerPair], protocol: Protocol) -> JsonDict:
         scores = _category_scores(items)
@@ -92,7 +90,7 @@ class Mme(YesNo):
         images = [
             (members[0].unit, category, (sum(item.score for item in members), len(members), _all_right(members), 1))
             for category, some in grouped(kept, "category").items()
-            for members in _by_image(some)
+            for members in grouped(some).values()
         ]
 
         def score(sums: Any) -> Any:
@@ -175,21 +173,13 @@ def _questions_of(path: Path, category: str, image: str) -> Iterator[JsonDict]:
             yield {**names, "question": question, "answer": answer.strip()}
 
 
-def _by_image(items: Sequence[Item]) -> list[list[Item]]:
-    """The items of one category, image by image."""
-    images: dict[str, list[Item]] = {}
-    for item in items:
-        images.setdefault(item.unit, []).append(item)
-    return list(images.values())
-
-
 def _all_right(items: Sequence[Item]) -> bool:
     return all(item.score for item in items)
 
 
 def _category_scores(items: Sequence[Item]) -> dict[str, float]:
     return {
-        category: 100 * mean_score(members) + 100 * fmean(map(_all_right, _by_image(members)))
+        category: 100 * mean_score(members) + 100 * fmean(map(_all_right, grouped(members).values()))
         for category, members in grouped(items, "category").items()
     }
 

@@ -101,14 +101,10 @@ class VqaV2(HumanAnswers):
     def metrics(self, items: Sequence[Item], pairs: Sequence[AnswerPair], protocol: Protocol) -> JsonDict:
         if protocol.metric != "overall":
             return super().metrics(items, pairs, protocol)
-        kinds = {"perAnswerType": "answer_type", "perQuestionType": "question_type"}
-        return {
-            "overall": _percent(items),
-            **{
-                name: {kind: _percent(some) for kind, some in sorted(grouped(items, fact).items())}
-                for name, fact in kinds.items()
-            },
-        }
+        metrics: JsonDict = {"overall": _percent(items)}
+        for name, fact in (("perAnswerType", "answer_type"), ("perQuestionType", "question_type")):
+            metrics[name] = {kind: _percent(some) for kind, some in sorted(grouped(items, fact).items())}
+        return metrics
 
 
 def _questions(document: Document) -> list[JsonDict]:

@@ -62,14 +62,15 @@ class YesNo(Benchmark):
     rules: ClassVar[Mapping[str, Callable[[str], str]]]
     prompts = {"llava": "{question}" + SHORT_ANSWER}
     carried: ClassVar[Sequence[str]] = ("category",)
+    shown: ClassVar[Sequence[str]] = ("category",)
 
     def gold(self, reference: JsonDict) -> str:
         """The right answer, ``yes`` or ``no``."""
         return str(reference["answer"]).strip().lower()
 
     def facts(self, reference: JsonDict) -> JsonDict:
-        """What else the item holds."""
-        return {"category": reference["category"], "gold": self.gold(reference)}
+        """What else the item holds: ``shown`` and the right answer."""
+        return {**{name: reference[name] for name in self.shown}, "gold": self.gold(reference)}
 
     def item(self, pair: AnswerPair, protocol: Protocol) -> Item:
         parsed = self.rules[protocol.rule](pair.text)
