@@ -12,7 +12,6 @@ The official number is the mean F1 of the three categories, "yes" being positive
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from statistics import fmean
@@ -128,10 +127,9 @@ def _as_in_table(rows: Sequence[JsonDict]) -> list[JsonDict]:
     by_category: dict[str, list[JsonDict]] = {}
     for row in rows:
         by_category.setdefault(str(row["category"]), []).append(row)
-    waiting: dict[str, deque[JsonDict]] = {}
-    for reference in _numbered(by_category):
-        waiting.setdefault(reference["category"], deque()).append(reference)
-    return [waiting[str(row["category"])].popleft() for row in rows]
+    in_order = [id(row) for members in by_category.values() for row in members]
+    references = dict(zip(in_order, _numbered(by_category), strict=True))
+    return [references[id(row)] for row in rows]
 
 
 def _categories(document: Document) -> dict[str, list[JsonDict]]:
@@ -145,9 +143,8 @@ def _categories(document: Document) -> dict[str, list[JsonDict]]:
     for record in records_of([document], ("question_id",)):
         category = record.get("category") or next((name for name in _FIRST_ID if stem.endswith(name)), None)
         if category is None:
-            raise DataError(
-                f"{document.name}: a label has no 'category', nor does the file's name (coco_pope_<category>.json)"
-            )
+            names = "nor does the file's name (coco_pope_<category>.json)"
+            raise DataError(f"{document.name}: a label has no 'category', {names}")
         found.setdefault(str(category), []).append(record)
     return found
 

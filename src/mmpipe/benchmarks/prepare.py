@@ -80,9 +80,8 @@ def _in_order(
     places = [benchmark.place(answer, index) for answer in asked_as]
     lost = [question.id for question, place in zip(questions, places, strict=True) if place is None]
     if lost:
-        raise DataError(
-            f"{source}: {len(lost)} questions have no reference, e.g. {lost[:5]}; are the files of one split?"
-        )
+        some = f"{len(lost)} questions have no reference, e.g. {lost[:5]}"
+        raise DataError(f"{source}: {some}; are the files of one split?")
     asked = [references[place] for place in places if place is not None]
     wanted = sum(reference.get("asked", True) for reference in references)
     if len(set(places)) < len(places) or len(asked) != wanted:

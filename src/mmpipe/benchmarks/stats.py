@@ -114,14 +114,8 @@ def bootstrap_groups(
     return bootstrap(metric, totals, lambda t: statistic(t.reshape(*t.shape[:-1], len(groups), -1)), value)
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(MetricEstimate):
     """The difference of two mean verdicts with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    units: int
 
     @property
     def within_noise(self) -> bool:
@@ -150,7 +144,6 @@ def paired_difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mappin
         entry[0] += mine["score"] - other["score"]
         entry[1] += 1
     if not totals:
-        return Difference(0.0, 0.0, 0.0, 0)
+        return Difference("difference", 0.0, 0.0, 0.0, 0, "none")
     value = sum(entry[0] for entry in totals.values()) / len(ours)
-    drawn = bootstrap("difference", totals, lambda sums: sums[..., 0] / sums[..., 1], value)
-    return Difference(value, drawn.low, drawn.high, drawn.units)
+    return Difference(**vars(bootstrap("difference", totals, lambda sums: sums[..., 0] / sums[..., 1], value)))
