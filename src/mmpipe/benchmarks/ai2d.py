@@ -1,8 +1,9 @@
 """AI2D (Kembhavi et al. 2016, arXiv 1603.07396): multiple choice about textbook diagrams.
 
-Files are the parquet files of the test split in the copy that everyone evaluates (``question, options, answer,
-image``; the answer is the number of the option). There is no official scorer; the default is the rule of lmms-eval
-(``tasks/ai2d``): a letter with a period at the beginning stands for the reply, and case and punctuation are ignored.
+Files are the parquet files of the test split in the copy that everyone evaluates (``question, options, answer, image``;
+the answer is the number of the option). There is no official scorer; the default is the rule of lmms-eval
+(``tasks/ai2d/utils.py``): a letter with a period at the beginning stands for the reply, and case and punctuation are
+ignored.
 """
 
 from __future__ import annotations

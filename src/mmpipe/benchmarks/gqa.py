@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -103,8 +103,12 @@ class Gqa(ShortAnswer):
                     continue
             records += numbered(records_of([Document(document.name, listed(content, "question_id"))]))
         for record in records:
-            require(record, ("answer",), f"gqa, question {record['question_id']}")
-        return [_with_choices(record, choices) for record in records] if choices else records
+            number = key(record["question_id"])
+            require(record, ("answer",), f"gqa, question {number}")
+            if choices and number not in choices:
+                raise DataError(f"gqa: the choices lack the question {number}; are they of another split?")
+        names = sorted(_CHOICES, reverse=True) if choices else []
+        return [{**r, **{name: choices[key(r["question_id"])].get(name, []) for name in names}} for r in records]
 
     def rate(self, pairs: Sequence[AnswerPair], protocol: Protocol) -> tuple[list[Item], JsonDict]:
         if protocol.rule != "official":
@@ -153,14 +157,6 @@ def _steps(question: JsonDict) -> int | None:
         return None
     texts = [f"{step['operation']}: {step['argument']}" for step in program]
     return sum(not any(pattern in text for pattern in _NO_STEP) for text in texts)
-
-
-def _with_choices(record: JsonDict, choices: Mapping[str, JsonDict]) -> JsonDict:
-    """The question with its valid and plausible answers. Raises DataError where the choices lack it."""
-    number = key(record["question_id"])
-    if number not in choices:
-        raise DataError(f"gqa: the choices lack the question {number}; are they of another split?")
-    return {**record, **{name: choices[number].get(name, []) for name in ("valid", "plausible")}}
 
 
 def _sense(pairs: Sequence[AnswerPair]) -> dict[str, float]:

@@ -4,9 +4,10 @@ Files are the official ``HallusionBench.json`` (1129 rows) and the folder of its
 ``parquet``: with and without images in one folder); lmms-eval asks the 951 rows with an image only. A row is identified
 by ``category_subcategory_set_figure_question``.
 
-The official verdict (``evaluation.py``) is a judge's: "incorrect", "correct" or else unclear. For a question of category
-VS without its figure (``figure_id`` 0) unclear is right too. ``aAcc`` counts rows, ``fAcc`` figures with all rows right
-(VS without figure left out), ``qAcc`` questions right for all their figures. Two protocols need no judge.
+The official verdict (``utils.py`` of tianyi-lab/HallusionBench) is a judge's: "incorrect", "correct" or else unclear.
+For a question of category VS without its figure (``figure_id`` 0) unclear is right too. ``aAcc`` counts rows, ``fAcc``
+figures with all rows right (VS without figure left out), ``qAcc`` questions right for all their figures. Two protocols
+need no judge.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from mmpipe.errors import DataError
 _FIELDS = ("category", "subcategory", "set_id", "figure_id", "question_id", "question")
 _INSTRUCTION = (
     "You grade answers. Compare the prediction with the reference answer to the question. Say 'correct' if they do not "
-    "contradict each other, 'incorrect' if they do, 'unclear' if the prediction does not settle the question. Reply with "
-    "that one word."
+    "contradict each other, 'incorrect' if they do, 'unclear' if the prediction does not settle the question. Reply "
+    "with that one word."
 )
 _WRONG, _RIGHT, _UNCLEAR = "incorrect", "correct", "unclear"
 
@@ -155,9 +156,9 @@ def _all_right(items: Sequence[Item], label: str) -> float:
 
 
 def _bias(items: Sequence[Item]) -> JsonDict:
-    """How much more often yes is said than right (``yes_pct_diff``), and the share of wrong yeses among the wrong answers
-    (``fp_ratio``; 0 where none is wrong, where the official script stops). A wrong answer counts as the opposite one.
-    """
+    """How much more often yes is said than right (``yes_pct_diff``), and the share of wrong yeses among the wrong
+    answers (``fp_ratio``; 0 where none is wrong, where the official script stops). A wrong answer counts as the
+    opposite one."""
     if any(item.facts["gold"] is None for item in items):
         return {}
     gold = [item.facts["gold"] == "1" for item in items]

@@ -96,7 +96,8 @@ def _parts(path: Path) -> list[Path]:
 
 
 def parquet_rows(path: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> Iterator[JsonDict]:
-    """Rows of a parquet file or of a folder of them, with ``columns`` and those of ``optional`` that there are, or whole.
+    """Rows of a parquet file or of a folder of them, with ``columns`` and those of ``optional`` that there are, or
+    whole.
 
     Raises DataError, before any row is read, when a file lacks one of ``columns`` or is no parquet.
     """

@@ -2,7 +2,8 @@
 
 Files are the official ``testmini.json`` (``{pid: record}``) with its images, or the parquet file of the hub
 (``decoded_image`` holds the image). An answer is extracted from the reply, normalised by the question's type and
-compared as text. Where the type alone does not settle it, a judge extracts; the published numbers need that judge.
+compared as text (lupantech/MathVista, ``evaluation/extract_answer.py`` and ``calculate_score.py``). Where the type
+alone does not settle it, a judge extracts; the published numbers need that judge.
 
 A multiple-choice extraction that is no option becomes the nearest option by edit distance, even an empty one. A float
 is rounded to the question's precision; lmms-eval passes that precision as a float, which Python's ``round`` refuses, so
@@ -178,7 +179,8 @@ def prompt(question: JsonDict, layout: str) -> str:
         wanted = f"answer the question requiring {what} and provide the final {name}, e.g., {examples}, at the end"
     if layout == "reason-first":
         act = "select the question from the choices" if choices else wanted
-        return f"First perform reasoning, then finally {act} in the following format: Answer: xxx.\nQuestion: {stem}{block}"
+        lead = f"First perform reasoning, then finally {act} in the following format: Answer: xxx."
+        return f"{lead}\nQuestion: {stem}{block}"
     return f"Question: {stem}{block}\nHint: Please {wanted}." + ("\nSolution:" if layout == "solution" else "")
 
 

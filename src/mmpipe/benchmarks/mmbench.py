@@ -6,9 +6,9 @@ Files are the official TSVs (``mmbench_dev_20230712.tsv``, ``mmbench_dev_en_2023
 comment, split``) or the parquet files of the copies on the hub. A row whose index is 1e6 or more is a rotation of the
 question ``index % 1e6``.
 
-A question is right when all its rotations are (circular evaluation; VLMEvalKit, ``vlmeval/dataset/utils/multiple_choice.py``).
-The dev splits of 2023-07-12 and 2023-10-03 hold different questions; their scores are not comparable. Cells that pandas
-reads as "not available" (``None``, ``NA``, ...) are no options, because the official scripts read the table with pandas.
+A question is right when all its rotations are (circular evaluation, ``mcq_circular_eval`` of VLMEvalKit). The dev
+splits of 2023-07-12 and 2023-10-03 hold different questions; their scores are not comparable. Cells that pandas reads
+as "not available" (``None``, ``NA``, ...) are no options, because the official scripts read the table with pandas.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ class Mme(YesNo):
     def answer_keys(self, answer: JsonDict) -> list[tuple[str, ...]]:
         if "prompt" not in answer:
             raise DataError(
-                f"mme: the answer to {answer['question_id']} has no 'prompt'; both questions of an image have one id, the "
-                "prompt tells them apart"
+                f"mme: the answer to {answer['question_id']} has no 'prompt'; both questions of an image have one id, "
+                "the prompt tells them apart"
             )
         return [(key(answer["question_id"]), _core(str(answer["prompt"])))]
 

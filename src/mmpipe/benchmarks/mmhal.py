@@ -2,7 +2,8 @@
 
 Files are RLAIF-V's ``mmhal-bench_with_image.jsonl`` (images in base64) or the official ``response_template.json`` with
 the folder of the images. A rating of 3 or more means no hallucination. The rating is read as in the published script
-(``eval_gpt4.py``): exactly one of "rating: 0" to "rating: 6" must occur in the judge's reply, otherwise it is 0.
+(LLaVA-RLHF, ``summarize_gpt_mmhal.py``): exactly one of "rating: 0" to "rating: 6" must occur in the judge's reply,
+otherwise it is 0.
 
 The instruction given to the judge here is this project's own; scores compare with each other for one judge model only.
 """

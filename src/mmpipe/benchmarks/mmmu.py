@@ -205,8 +205,8 @@ def open_candidates(reply: str) -> list[str | float]:
 
 
 def normal_forms(text: str) -> list[str | float]:
-    """An open answer as it is compared: numbers rounded to two decimals, other texts in lower case, one character with a
-    blank on either side."""
+    """An open answer as it is compared: numbers rounded to two decimals, other texts in lower case, one character with
+    a blank on either side."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

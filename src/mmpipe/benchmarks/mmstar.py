@@ -1,9 +1,9 @@
 """MMStar (Chen et al. 2024, arXiv 2403.20330): 1500 multiple-choice questions that need the image, in 6 x 3 abilities.
 
 Files are the official ``mmstar.parquet`` (``index, question, image, answer, category, l2_category, meta_info``); the
-question text holds its options. The official rule (``MMStar/eval``) reads fixed places of the lower-cased reply: the
-letter first, in a bracket, after "option " or after "the answer is ". It divides by 250 a category and by 1500 in all,
-so an incomplete run scores less; shares of what was really asked stand beside it.
+question text holds its options. The official rule (``eval/vlmeval/evaluate/mmstar.py``) reads fixed places of the
+lower-cased reply: the letter first, in a bracket, after "option " or after "the answer is ". It divides by 250 a
+category and by 1500 in all, so an incomplete run scores less; shares of what was really asked stand beside it.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ captions mention.
 A judge lists the objects of a reply; replies of at most three words have none. Mentions are mapped to COCO classes
 (CHAIR, Rohrbach et al. 2018, arXiv 1809.02156). The published rates are ``CHAIRs_refine`` (responses with a
 hallucinated object among those that mention any) and ``CHAIRi`` (hallucinated mentions among all). The published
-scripts lemmatise with spaCy's transformer model; where the judge's record brings its lemmas (``extracted_objects``)
-they are used, otherwise nouns are singularised by rules against the synonym table, which finds every word of the
-published table in singular and plural, so that spaCy would add nothing but its sense of what is a noun. The protocol
-``chair`` reads the reply itself in that way and needs no judge.
+scripts (RLAIF-V, ``eval/eval_gpt_obj_halbench.py``) lemmatise with spaCy's transformer model; where the judge's record
+brings its lemmas (``extracted_objects``) they are used, otherwise nouns are singularised by rules against the synonym
+table, which finds every word of the published table in singular and plural, so that spaCy would add nothing but its
+sense of what is a noun. The protocol ``chair`` reads the reply itself in that way and needs no judge.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "pe
 
 
 _INSTRUCTION = (
-    "You list objects. From the description of an image, list the visible physical objects that it says are there. Leave "
-    "out abstract things, colours, places, and objects said to be absent. Reply with a JSON list of nouns and nothing "
+    "You list objects. From the description of an image, list the visible physical objects that it says are there. "
+    "Leave out abstract things, colours, places, and objects said to be absent. Reply with a JSON list of nouns and nothing "
     'else, e.g. ["dog", "traffic light"]; if there are none, with [].'
 )
 

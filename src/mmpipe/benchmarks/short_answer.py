@@ -167,8 +167,8 @@ class HumanAnswers(ShortAnswer):
         if not answers or self.humans not in (None, len(answers)):
             raise DataError(
                 f"{self.name}: question {self.id_of(reference)} has {len(answers)} human answers, not "
-                f"{self.humans or 'one or more'}; a test split is scored by EvalAI only: write its submission file with "
-                "'convert'"
+                f"{self.humans or 'one or more'}; a test split is scored by EvalAI only: write its submission file "
+                "with 'convert'"
             )
         return [str(answer["answer"] if isinstance(answer, dict) else answer) for answer in answers]
 

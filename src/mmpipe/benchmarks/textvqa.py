@@ -73,8 +73,14 @@ class TextVqa(HumanAnswers):
 
     def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
         records = super().references(source, protocol)
-        if protocol.prompt == "llava" and not source.has("prompts") and not source.on_hub:
-            _add_ocr_tokens(records, source)
+        lacking = [record for record in records if "ocr_tokens" not in record]
+        if lacking and protocol.prompt == "llava" and not source.has("prompts") and not source.on_hub:
+            document = _data(read_document(source.path("ocr")))
+            tokens = {key(r["image_id"]): r["ocr_tokens"] for r in records_of([document], ("image_id", "ocr_tokens"))}
+            for record in records:
+                if key(record["image_id"]) not in tokens:
+                    raise DataError(f"{document.name}: no OCR tokens for the image {record['image_id']}")
+                record["ocr_tokens"] = tokens[key(record["image_id"])]
         return records
 
     def parse_references(self, documents: Sequence[Document]) -> list[JsonDict]:
@@ -126,18 +132,6 @@ def _data(document: Document) -> Document:
 
 def _question_key(record: JsonDict) -> tuple[str, str]:
     return key(record["image_id"]), str(record["question"]).lower()
-
-
-def _add_ocr_tokens(records: Sequence[JsonDict], source: BenchmarkFiles) -> None:
-    """Give each record its OCR tokens from the Rosetta file, unless it has them."""
-    if all("ocr_tokens" in record for record in records):
-        return
-    document = _data(read_document(source.path("ocr")))
-    tokens = {key(r["image_id"]): r["ocr_tokens"] for r in records_of([document], ("image_id", "ocr_tokens"))}
-    for record in records:
-        if key(record["image_id"]) not in tokens:
-            raise DataError(f"{document.name}: no OCR tokens for the image {record['image_id']}")
-        record["ocr_tokens"] = tokens[key(record["image_id"])]
 
 
 BENCHMARK = TextVqa()
