@@ -9,9 +9,9 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 
@@ -58,14 +58,29 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def copy_file(origin: Path, target: Path) -> None:
+    """Copy a file's content; ``target`` appears whole or not at all."""
+    with atomic_open(target) as file, origin.open("rb") as whole:
+        shutil.copyfileobj(whole, file)
+
+
 def link_or_copy(origin: Path, target: Path) -> None:
-    """Make ``target`` the same file: a hard link takes no room; across file systems it has to be a copy."""
+    """Make ``target`` the same file: a hard link takes no space; across file systems it has to be a copy."""
     target.unlink(missing_ok=True)
     try:
         os.link(origin.resolve(), target)
     except OSError:
-        with atomic_open(target) as file, origin.open("rb") as whole:
-            shutil.copyfileobj(whole, file)
+        copy_file(origin, target)
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a name that others chose leads out of the folder it is relative to; backslashes count as slashes.
+
+    >>> [leaves_folder(name) for name in ("a/b.png", "..b", "/etc", "a/../../b", "C\\\\..\\\\b")]
+    [False, False, True, True, True]
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or "\x00" in name
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,9 +89,9 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON atomically, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
+    """Write readable JSON atomically, keys in the order given unless ``sort_keys``."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys) + "\n")
 
 
 _FORMER_KEYS = {
@@ -102,16 +117,35 @@ def _with_todays_keys(mapping: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file that this project wrote itself."""
+    """Read a JSON Lines file that this project wrote itself."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
 
 
-def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
-    """Write JSON lines atomically."""
+def json_line(row: Any) -> bytes:
+    """A row of JSON Lines in ASCII, so that broken Unicode can be stored too."""
+    return json.dumps(row).encode("ascii") + b"\n"
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write JSON Lines atomically."""
     with atomic_open(path) as file:
-        for row in rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+        file.writelines(map(json_line, rows))
+
+
+def recover_lines(path: Path, is_row: Callable[[bytes], bool] = bool) -> list[bytes]:
+    """The lines of a file that a process may have been killed while appending to; none without the file.
+
+    A line without its end, and lines before it that are no rows, are cut off the end of the file.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.split(b"\n")[:-1]
+    while lines and not is_row(lines[-1]):
+        lines.pop()
+    whole = sum(len(line) + 1 for line in lines)
+    if whole < len(content):
+        os.truncate(path, whole)
+    return lines
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

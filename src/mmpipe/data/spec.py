@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from mmpipe.artifacts.files import leaves_folder
 from mmpipe.settings import Settings
 
 
 def _inside(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    if path.startswith("/") or ".." in parts:
+    if leaves_folder(path):
         raise ValueError(f"'{path}' must lie inside the directory of the data set")
     return path
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
+    """A list of one text for a text; other values as they are."""
     return [value] if isinstance(value, str) else value
 
 
@@ -29,11 +29,11 @@ def _matches_something(pattern: str) -> str:
 
 InnerPath = Annotated[str, AfterValidator(_inside)]
 InnerPaths = Annotated[
-    tuple[InnerPath, ...], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...])
+    tuple[InnerPath, ...], Field(min_length=1), BeforeValidator(listed, json_schema_input_type=str | tuple[str, ...])
 ]
 Patterns = Annotated[
     tuple[Annotated[str, AfterValidator(_matches_something)], ...],
-    BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
+    BeforeValidator(listed, json_schema_input_type=str | tuple[str, ...]),
 ]
 
 

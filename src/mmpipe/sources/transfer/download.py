@@ -20,15 +20,19 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
-from mmpipe.artifacts.files import read_json, sha256, sync, write_json
+from mmpipe.artifacts.files import read_json, sync, write_json
 from mmpipe.errors import DataError
-from mmpipe.sources.transfer.space import check_space
+from mmpipe.sources.transfer.progress import check_space
+from mmpipe.sources.transfer.staging import Expected
 
 log = logging.getLogger(__name__)
 _CHUNK = 1 << 16
 """Bytes between writes: what an interruption costs at most."""
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Answers that may be another a moment later."""
+
+
+_ANY_FILE = Expected()
 
 
 @dataclass(frozen=True)
@@ -42,29 +46,6 @@ class Patience:
     pause: float = 1
     """Before the second attempt; doubled each time."""
     longest_pause: float = 300
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What is known about a file beforehand."""
-
-    size: int | None = None
-    sha256: str | None = None
-    says: str = "the catalogue"
-    """Who says so, for messages."""
-
-    def check(self, path: Path, where: str) -> dict[str, Any]:
-        """The file's ``size`` and ``sha256``. Raises DataError when they are not the expected ones."""
-        size = path.stat().st_size
-        if self.size not in (None, size):
-            raise DataError(f"{where}: {size} bytes, but {self.says} says {self.size}")
-        digest = sha256(path)
-        if self.sha256 not in (None, digest):
-            raise DataError(
-                f"{where}: the content has the sha256 {digest}, but {self.says} says {self.sha256}; "
-                "the publisher changed the file, or the copy is damaged"
-            )
-        return {"size": size, "sha256": digest}
 
 
 class _Interrupted(Exception):
@@ -85,7 +66,7 @@ class _Exhausted(Exception):
 
 
 def download(
-    urls: Sequence[str], target: Path, expected: Expected = Expected(), patience: Patience | None = None
+    urls: Sequence[str], target: Path, expected: Expected = _ANY_FILE, patience: Patience | None = None
 ) -> dict[str, Any]:
     """Download ``target`` from the first of ``urls`` that gives it; returns its ``size`` and ``sha256``.
 
