@@ -1,11 +1,15 @@
-"""Opening images, and the image processor that belongs to a vision tower."""
+"""Images: opened, inspected, stored by content, as data URLs; and the image processor of a vision tower."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
+import json
+import mimetypes
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,20 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mmpipe.errors import ArtifactError, DataError
+from mmpipe.artifacts.files import link_or_copy
+from mmpipe.errors import ArtifactError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import LlavaImageProcessorPil
 
 Aspect = Literal["pad", "square"]
 """``pad``: to a square with the mean colour, then resized. ``square``: the tower's own resizing, cropping."""
-
 MAX_PIXELS = 80_000_000
-"""A larger image is taken for a decompression bomb (an A3 page scanned at 600 dpi has 70 million)."""
-
+"""A larger image counts as a decompression bomb (an A3 page scanned at 600 dpi has 70 million)."""
 MAX_SIDE = 12_000
 """In pixels. Padding makes a square of the longer side before anything is shrunk: this one takes 430 MB."""
-
 MAX_ASPECT = 200
 """Longer to shorter side. A tower's own resizing brings the shorter side to its size: 336 pixels make the longer 67,200."""
 
@@ -34,6 +36,11 @@ MAX_ASPECT = 200
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 # The JPEG of many cameras holds a second image, a preview.
 _SAME_FORMAT = {"MPO": "JPEG"}
+_PIXEL_SETTINGS = ("size", "crop_size", "do_pad", "image_mean", "image_std", "resample", "do_center_crop")
+_PROCESSOR_SETTINGS = {"do_resize", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb"}
+_PROCESSOR_SETTINGS |= {*_PIXEL_SETTINGS} - {"do_pad"}
+    {*_PIXEL_SETTINGS} - {"do_pad"}
+)
 _DEEP_GREY = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 
 
@@ -208,21 +215,60 @@ def image_processor(vision_dir: Path, aspect: Aspect) -> LlavaImageProcessorPil:
     return LlavaImageProcessorPil(**settings, do_pad=aspect == "pad")
 
 
-_PROCESSOR_SETTINGS = {
-    "size",
-    "crop_size",
-    "resample",
-    "do_resize",
-    "do_center_crop",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_convert_rgb",
-}
+def pixel_settings(processor: Any) -> dict[str, Any]:
+    """The settings by which an image processor changes pixels, as read back from JSON."""
+    settings = processor.to_dict()
+    kept: dict[str, Any] = json.loads(json.dumps({key: settings.get(key) for key in _PIXEL_SETTINGS}))
+    return kept
 
 
-def image_size(processor: LlavaImageProcessorPil) -> tuple[int, int]:
-    """Height and width of what the processor returns, in pixels."""
-    return processor.crop_size["height"], processor.crop_size["width"]
+def require_same_pixels(
+    where: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: str = "teacher"
+) -> None:
+    """Raise ConfigError, naming ``where``, when two models do not get the same pixels of an image.
+
+    Arguments are results of :func:`pixel_settings`; ``whose`` is the role of the other model.
+    """
+    different = [key for key in _PIXEL_SETTINGS if ours.get(key) != theirs.get(key)]
+    if different:
+        shown = "; ".join(f"{key}: stage {ours.get(key)}, {whose} {theirs.get(key)}" for key in different)
+        raise ConfigError(
+            f"{where}: the {whose} was trained on other images than the stage shows ({shown}); "
+            f"give the stage the {whose}'s image_aspect, or take a {whose} of the same image size"
+        )
+
+
+def store_by_content(
+    content: bytes, folder: Path, suffix: str, *, digits: int = 32, nested: bool = False, origin: Path | None = None
+) -> str:
+    """Store an image as ``<sha256><suffix>`` in ``folder``, equal ones once; returns its name relative to the folder.
+
+    ``digits`` of the hash are taken; ``nested`` puts the file into a folder of its first two. ``origin`` is a file of this
+    content, to be linked.
+    """
+    digest = hashlib.sha256(content).hexdigest()[:digits]
+    name = f"{digest[:2]}/{digest}{suffix}" if nested else f"{digest}{suffix}"
+    path = folder / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if origin is None:
+            path.write_bytes(content)
+        else:
+            link_or_copy(origin, path)
+    return name
+
+
+def data_url(image: Image.Image | Path, kind: str = "PNG", **options: Any) -> str:
+    """An image as a ``data:`` URL: a file as it is, pixels encoded as ``kind`` with Pillow's ``options``."""
+    if isinstance(image, Path):
+        media, content = mimetypes.guess_type(image.name)[0] or "image/jpeg", image.read_bytes()
+    else:
+        media, content = f"image/{kind.lower()}", encode_image(image, kind, **options)
+    return f"data:{media};base64,{base64.b64encode(content).decode()}"
+
+
+def encode_image(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The content of an image file of Pillow's format ``kind``."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

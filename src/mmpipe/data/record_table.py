@@ -1,8 +1,9 @@
-"""Records on disk: one Arrow stream, written in a fixed layout so that equal records are equal bytes."""
+"""A mixture on disk: Arrow streams of its records and of its images' digests; equal content gives equal bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,11 @@ SCHEMA = pa.schema(
     ]
 )
 _ROWS_PER_BATCH = 1024
+
+IMAGES = "images.arrow"
+_FORMER_IMAGES = "pictures.arrow"
+_DIGESTS = pa.schema([pa.field("name", pa.string()), pa.field("digest", pa.binary(16))])
+_DIGESTS_PER_BATCH = 4096
 
 
 def write_records(path: Path, records: Iterable[AnyRecord]) -> int:
@@ -82,3 +88,41 @@ class RecordTable:
 
     def __iter__(self) -> Iterator[AnyRecord]:
         return (self[index] for index in range(len(self)))
+
+
+class DigestWriter(AbstractContextManager["DigestWriter"]):
+    """Writes name and digest of images, a row an image, in the order they are added."""
+
+    def __init__(self, path: Path) -> None:
+        self._rows: list[tuple[str, bytes]] = []
+        with ExitStack() as opened:
+            sink = opened.enter_context(pa.OSFile(str(path), "wb"))
+            self._writer: Any = opened.enter_context(pa.ipc.new_stream(sink, _DIGESTS))
+            self._opened = opened.pop_all()
+
+    def add(self, name: str, digest: bytes) -> None:
+        """Write one image; earlier ones are not compared."""
+        self._rows.append((name, digest))
+        if len(self._rows) == _DIGESTS_PER_BATCH:
+            self._flush()
+
+    def __exit__(self, *error: object) -> None:
+        with self._opened:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            names, digests = zip(*self._rows, strict=True)
+            columns = [pa.array(names), pa.array(digests, pa.binary(16))]
+            self._writer.write_batch(pa.record_batch(columns, schema=_DIGESTS))
+            self._rows = []
+
+
+def read_digests(mixture: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and digest of every image of a mixture; memory does not grow with their number."""
+    path = mixture / IMAGES
+    if not path.exists():
+        path = mixture / _FORMER_IMAGES
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+        for batch in stream:
+            yield from zip(batch.column("name").to_pylist(), batch.column("digest").to_pylist(), strict=True)

@@ -1,4 +1,4 @@
-"""Counting what happens to records, with a few names for each kind of thing."""
+"""Counting records by what happened to them, with a few examples of each."""
 
 from __future__ import annotations
 
@@ -18,41 +18,45 @@ EXAMPLES = 10
 
 
 @dataclass
-class Tally:
-    """How often each of several things happened, and to whom first."""
+class ReasonCounts:
+    """How often each reason occurred, with the first examples."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, what: str, example: str) -> None:
-        """Count ``what``, which happened to ``example``."""
+        """Count ``what``, of which ``example`` is one."""
         self.counts[what] += 1
         examples = self.examples.setdefault(what, [])
         if len(examples) < EXAMPLES:
             examples.append(example)
 
-    def update(self, later: Tally) -> None:
+    def update(self, later: ReasonCounts) -> None:
         """Add what was counted after this."""
         self.counts += later.counts
         for what, examples in later.examples.items():
             own = self.examples.setdefault(what, [])
             own += examples[: EXAMPLES - len(own)]
 
+    def lines(self) -> Iterator[str]:
+        """Each reason with its count and one example, the most frequent first."""
+        for what, facts in self.report().items():
+            yield f"{what}: {facts['count']}, e.g. {facts['examples'][0]}"
+
     def total(self) -> int:
-        """All things together."""
+        """The sum of all counts."""
         return self.counts.total()
 
     def report(self) -> dict[str, Any]:
-        """What is published: the most frequent first."""
+        """Counts and examples by reason, the most frequent first."""
         return {
             what: {"count": count, "examples": self.examples[what]}
             for what, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         }
 
 
-class Pace:
-    """How many records one core does in a second, for logs: processor time of this process and of those that it waited
-    for, which other work on the machine changes least."""
+class Throughput:
+    """Records per second of processor time, for logs: of this process and of those that it waited for."""
 
     def __init__(self) -> None:
         self._start = _processor_seconds()

@@ -37,7 +37,7 @@ Patterns = Annotated[
 ]
 
 
-class PartSpec(Settings):
+class MixtureSourceSpec(Settings):
     """Records taken from one data set."""
 
     dataset: str
@@ -77,7 +77,7 @@ class MixtureSpec(Settings):
 
     description: str = ""
     """What it is, in one line."""
-    parts: Annotated[tuple[PartSpec, ...], Field(min_length=1)]
+    parts: Annotated[tuple[MixtureSourceSpec, ...], Field(min_length=1)]
     seed: int = 0
     """Decides which records ``take`` chooses."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01

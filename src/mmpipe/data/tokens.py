@@ -24,7 +24,7 @@ from mmpipe.artifacts.files import canonical_json, read_json, write_json
 from mmpipe.data.labels import IGNORE, Encoded, encode
 from mmpipe.data.record_table import RecordTable
 from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
-from mmpipe.data.report import Pace, Tally, histogram, keeping, up_to
+from mmpipe.data.report import ReasonCounts, Throughput, histogram, keeping, up_to
 from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError, DataError
 
@@ -143,7 +143,7 @@ class _Counts:
     supervised_tokens: int = 0
     image_tokens: int = 0
     cut: int = 0
-    dropped: Tally = field(default_factory=Tally)
+    dropped: ReasonCounts = field(default_factory=ReasonCounts)
     lengths: Counter[int] = field(default_factory=Counter)
 
     def update(self, later: _Counts) -> None:
@@ -184,7 +184,7 @@ def tokenise(
     ``max_bad`` of the records are dropped, or when everything is supervised although the template has questions; the report
     is written to ``failed_report`` then.
     """
-    pace = Pace()
+    throughput = Throughput()
     encoder.template.check(encoder.tokenizer)
     table = RecordTable(records)
     if not len(table):
@@ -211,7 +211,7 @@ def tokenise(
     }
     with keeping(report, failed_report):
         _check(records, encoder, counts, max_bad)
-    log(f"kept {counts.kept} of {counts.records} records, {pace(counts.records)}")
+    log(f"kept {counts.kept} of {counts.records} records, {throughput(counts.records)}")
     write_json(out / REPORT, report)
     return report
 
@@ -274,10 +274,7 @@ def _check(records: Path, encoder: TextEncoder, counts: _Counts, max_bad: float)
     """Raise DataError when too much was dropped, or when the template does not fit what was found."""
     dropped = counts.dropped.total()
     if not counts.kept or dropped > max_bad * counts.records:
-        lines = [
-            f"  {reason}: {facts['count']}, e.g. {facts['examples'][0]}"
-            for reason, facts in counts.dropped.report().items()
-        ]
+        lines = [f"  {line}" for line in counts.dropped.lines()]
         raise DataError(
             f"{records}: with {encoder}, {dropped} of {counts.records} records cannot be trained on "
             f"(max_bad is {max_bad:.1%}):\n"

@@ -1,4 +1,4 @@
-"""What all formats share: the rows of a file, and the pieces records are made of."""
+"""Common to all formats: rows of a file, images and turns of a row."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ROLE_NAMES: Mapping[str, Role] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """A record as it was found, or why none could be made of it."""
+class ParsedRecord:
+    """A record as it stands in its file, or the fault that prevents one."""
 
     id: str
     record: AnyRecord | None = None
     fault: BadRecord | None = None
     notes: tuple[str, ...] = ()
-    """What was put right in reading."""
+    """What was corrected in reading."""
     embedded: tuple[bytes, ...] = ()
     """The images themselves, where the annotations contain them; else ``record.images`` names files."""
 
@@ -41,12 +41,12 @@ class Draft:
 class Format(Protocol):
     """A module of this package."""
 
-    def read(self, path: Path, source: str) -> Iterator[Draft]:
+    def read(self, path: Path, source: str) -> Iterator[ParsedRecord]:
         """The records of one file, in its order. Raises DataError when the file itself is damaged."""
         ...
 
 
-def drafts(path: Path, make: Callable[[str, Row], Draft]) -> Iterator[Draft]:
+def parse_rows(path: Path, make: Callable[[str, Row], ParsedRecord]) -> Iterator[ParsedRecord]:
     """What ``make(id, row)`` makes of each row of a JSON, JSON-lines or Parquet file.
 
     ``make`` may raise BadRecord. A row without an id is called after the file and its number in it.
@@ -61,12 +61,12 @@ def drafts(path: Path, make: Callable[[str, Row], Draft]) -> Iterator[Draft]:
                 if not is_unicode(given):
                     raise BadRecord("text that is not Unicode", f"half of a surrogate pair in the id {given!a}")
                 record_id = given
-            draft = make(record_id, row)
-            if draft.record:
-                check_unicode(draft.record)
-            yield draft
+            parsed = make(record_id, row)
+            if parsed.record:
+                check_unicode(parsed.record)
+            yield parsed
         except BadRecord as fault:
-            yield Draft(record_id, fault=BadRecord(fault.reason, f"{fault.detail} ({path}, {place})"))
+            yield ParsedRecord(record_id, fault=BadRecord(fault.reason, f"{fault.detail} ({path}, {place})"))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmpipe.data.formats.base import Draft, Row, drafts, images_before_text, is_chat, read_images, read_turns
+from mmpipe.data.formats.base import ParsedRecord, Row, images_before_text, is_chat, parse_rows, read_images, read_turns
 from mmpipe.data.records import BadRecord, PreferenceRecord
 
 
-def read(path: Path, source: str) -> Iterator[Draft]:
+def read(path: Path, source: str) -> Iterator[ParsedRecord]:
     """The records of one file, in its order."""
 
-    def make(record_id: str, row: Row) -> Draft:
+    def make(record_id: str, row: Row) -> ParsedRecord:
         images = read_images(row)
         prompt = _messages(row.get("prompt"), "user") or _messages(row.get("conversations"), "user")
         both = [[*prompt, *_messages(row.get(key), "assistant")] for key in ("chosen", "rejected")]
@@ -33,9 +33,9 @@ def read(path: Path, source: str) -> Iterator[Draft]:
             question, moved = images_before_text(question, images)
             notes = (*notes, *moved)
         record = PreferenceRecord(record_id, source, images.names, question, chosen[-1].text, rejected[-1].text)
-        return Draft(record_id, record, notes=notes, embedded=images.embedded)
+        return ParsedRecord(record_id, record, notes=notes, embedded=images.embedded)
 
-    return drafts(path, make)
+    return parse_rows(path, make)
 
 
 def _messages(value: Any, role: str) -> list[Any]:
