@@ -39,8 +39,6 @@ _SAME_FORMAT = {"MPO": "JPEG"}
 _PIXEL_SETTINGS = ("size", "crop_size", "do_pad", "image_mean", "image_std", "resample", "do_center_crop")
 _PROCESSOR_SETTINGS = {"do_resize", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb"}
 _PROCESSOR_SETTINGS |= {*_PIXEL_SETTINGS} - {"do_pad"}
-    {*_PIXEL_SETTINGS} - {"do_pad"}
-)
 _DEEP_GREY = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 
 
