@@ -47,3 +47,5 @@ def test_digests_come_back_in_order(tmp_path: Path) -> None:
         for row in rows:
             writer.add(*row)
     assert list(read_digests(tmp_path)) == rows
+    (tmp_path / "images.arrow").rename(tmp_path / "pictures.arrow")  # as earlier versions named it
+    assert list(read_digests(tmp_path)) == rows

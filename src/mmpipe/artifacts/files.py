@@ -73,6 +73,26 @@ def link_or_copy(origin: Path, target: Path) -> None:
         copy_file(origin, target)
 
 
+def store_by_content(
+    content: bytes, folder: Path, suffix: str, *, digits: int = 32, nested: bool = False, origin: Path | None = None
+) -> str:
+    """Store content as ``<sha256><suffix>`` in ``folder``, equal ones once; returns its name relative to the folder.
+
+    ``digits`` of the hash are taken; ``nested`` puts the file into a folder of its first two. ``origin`` is a file of this
+    content, to be linked.
+    """
+    digest = hashlib.sha256(content).hexdigest()[:digits]
+    name = f"{digest[:2]}/{digest}{suffix}" if nested else f"{digest}{suffix}"
+    path = folder / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if origin is None:
+            path.write_bytes(content)
+        else:
+            link_or_copy(origin, path)
+    return name
+
+
 def leaves_folder(name: str) -> bool:
     """Whether a name that others chose leads out of the folder it is relative to; backslashes count as slashes.
 
@@ -94,8 +114,9 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys) + "\n")
 
 
-_FORMER_KEYS = {
+_FORMER_WORDS = {
     "equal_pictures": "equal_images",
+    "picture": "image",
     "picture_flops": "image_flops",
     "picture_seconds": "image_seconds",
     "picture_tokens": "image_tokens",
@@ -104,16 +125,19 @@ _FORMER_KEYS = {
     "tokens_per_picture": "tokens_per_image",
     "without_picture_by_folder": "without_image_by_folder",
 }
-"""Keys of artifacts made by earlier versions, and their names today."""
+"""Keys (and measures of efficiency) in artifacts of earlier versions, and their names today."""
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; keys of artifacts of earlier versions get their names of today."""
-    return json.loads(path.read_text(encoding="utf-8"), object_hook=_with_todays_keys)
+    return json.loads(path.read_text(encoding="utf-8"), object_hook=_in_todays_words)
 
 
-def _with_todays_keys(mapping: dict[str, Any]) -> dict[str, Any]:
-    return {_FORMER_KEYS.get(key, key): value for key, value in mapping.items()}
+def _in_todays_words(mapping: dict[str, Any]) -> dict[str, Any]:
+    renamed = {_FORMER_WORDS.get(key, key): value for key, value in mapping.items()}
+    if isinstance(measure := renamed.get("measure"), str):
+        renamed["measure"] = _FORMER_WORDS.get(measure, measure)
+    return renamed
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from mmpipe.artifacts.files import leaves_folder
+from mmpipe.artifacts.files import leaves_folder, store_by_content
 from mmpipe.data.formats.base import ParsedRecord
-from mmpipe.data.images import Inspection, inspect_image, store_by_content
+from mmpipe.data.images import Inspection, inspect_image
 from mmpipe.data.records import BadRecord
 from mmpipe.errors import DataError
 

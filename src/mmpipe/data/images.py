@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mmpipe.artifacts.files import link_or_copy
 from mmpipe.errors import ArtifactError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -234,26 +233,6 @@ def require_same_pixels(
             f"{where}: the {whose} was trained on other images than the stage shows ({shown}); "
             f"give the stage the {whose}'s image_aspect, or take a {whose} of the same image size"
         )
-
-
-def store_by_content(
-    content: bytes, folder: Path, suffix: str, *, digits: int = 32, nested: bool = False, origin: Path | None = None
-) -> str:
-    """Store an image as ``<sha256><suffix>`` in ``folder``, equal ones once; returns its name relative to the folder.
-
-    ``digits`` of the hash are taken; ``nested`` puts the file into a folder of its first two. ``origin`` is a file of this
-    content, to be linked.
-    """
-    digest = hashlib.sha256(content).hexdigest()[:digits]
-    name = f"{digest[:2]}/{digest}{suffix}" if nested else f"{digest}{suffix}"
-    path = folder / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if origin is None:
-            path.write_bytes(content)
-        else:
-            link_or_copy(origin, path)
-    return name
 
 
 def data_url(image: Image.Image | Path, kind: str = "PNG", **options: Any) -> str:

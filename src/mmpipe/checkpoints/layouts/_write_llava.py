@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import apply_umask
+from mmpipe.artifacts.files import apply_umask, write_json
 from mmpipe.checkpoints.layouts import _names, _tensors, get
 from mmpipe.checkpoints.layouts.base import PackedLanguage
 from mmpipe.errors import ArtifactError, ConfigError
@@ -67,7 +67,7 @@ def write(checkpoint: Path, out: Path, *, language: str | None, tower: str, bina
         "mm_vision_select_layer": config.get("vision_feature_layer", -2),
         "mm_vision_tower": tower,
     }
-    _write_json(out / "config.json", written)
+    write_json(out / "config.json", written)
     _write_tokenizer(checkpoint, out, keeps_image_token=config["image_token_index"] < rows)
     _save(tensors, out / ("pytorch_model.bin" if binary else "model.safetensors"), binary=binary)
 
@@ -129,7 +129,7 @@ def _write_tokenizer(checkpoint: Path, out: Path, *, keeps_image_token: bool) ->
         if keeps_image_token:
             shutil.copyfile(source, out / name)
             continue
-        _write_json(out / name, _without(json.loads(source.read_text(encoding="utf-8")), IMAGE_TOKEN))
+        write_json(out / name, _without(json.loads(source.read_text(encoding="utf-8")), IMAGE_TOKEN))
     if not (out / "tokenizer.json").is_file():
         raise ArtifactError(f"{checkpoint}: tokenizer.json is missing")
 
@@ -155,7 +155,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path, *, binary: bool) -> None:
     else:
         save_file(ordered, path, metadata={"format": "pt"})
     apply_umask(path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

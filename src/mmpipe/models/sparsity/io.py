@@ -6,7 +6,6 @@ released checkpoints (``image_score_predictor.down_mlp.0.weight``); their leadin
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmpipe.artifacts.files import read_json, write_json
 from mmpipe.errors import ArtifactError
 from mmpipe.models.sparsity.hooks import attach, of_model
 from mmpipe.models.sparsity.spec import SparsitySettings
@@ -37,7 +37,7 @@ def save(model: Any, out: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sparsifier.state_dict().items()}
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     config = sparsifier.settings.model_dump(mode="json") | {"image_tokens": sparsifier.image_tokens}
-    (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(out / CONFIG, config, sort_keys=True)
 
 
 def load(model: Any, directory: Path) -> None:
@@ -52,7 +52,7 @@ def load(model: Any, directory: Path) -> None:
         missing = directory / (WEIGHTS if there[0] else CONFIG)
         raise ArtifactError(f"{missing} is missing; without it the checkpoint's predictors cannot be used")
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(directory / CONFIG)
         image_tokens = config.pop("image_tokens")
         settings = SparsitySettings(**config)
         tensors = load_file(directory / WEIGHTS)
