@@ -1,4 +1,4 @@
-"""Maker of the demo's MOSS2: a tiny language model in the packed layout of fnlp/moss2-2_5b-chat."""
+"""Maker of the demo's MOSS2: a tiny language model in the packed layout of ``fnlp/moss2-2_5b-chat``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TEMPLATE = (
 
 
 def moss2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3) -> None:
-    """Random weights under MOSS2's names, queries, keys and values packed; a Llama tokenizer for the world's own text.
+    """Random weights under MOSS2's names, queries, keys and values packed; a Llama tokenizer for the demo's text.
 
     There is no row to spare for ``<image>``, as in the real model: its vocabulary has to grow.
     """
