@@ -1,8 +1,7 @@
 """Which records make up which batch: a pure function of seed, epoch and step; resuming restores nothing.
 
-The grouping is that of LLaVA's trainer (``group_by_length``, ``group_by_modality_length``): records are
-shuffled, cut into global batches, sorted by length inside each and dealt out so that all micro batches are
-about equally long.
+The grouping is that of LLaVA's trainer (``group_by_length``, ``group_by_modality_length``): records are shuffled, cut
+into global batches, sorted by length inside each and dealt out so that all micro batches are about equally long.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Conversation templates: turns -> one text with the spans to supervise.
 
-A template says the same thing three times from one description: ``render`` the training text, ``prompt`` the
-text to generate from, and ``jinja`` the chat template stored with a checkpoint, which renders the same
-characters anywhere.
+A template says the same thing three times from one description: ``render`` the training text, ``prompt`` the text to
+generate from, and ``jinja`` the chat template stored with a checkpoint, which renders the same characters anywhere.
 """
 
 from __future__ import annotations
