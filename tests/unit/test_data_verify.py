@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmpipe.data import verify
-from mmpipe.data.record_table import DigestWriter, read_digests
+from mmpipe.data.record_table import digest_writer, read_digests
 from mmpipe.data.verify import HashSet
 
 
@@ -43,9 +43,9 @@ def test_a_thing_takes_a_few_bytes() -> None:
 
 def test_digests_come_back_in_order(tmp_path: Path) -> None:
     rows = [(f"{number}.png", number.to_bytes(16)) for number in range(10_000)]
-    with DigestWriter(tmp_path / "images.arrow") as writer:
-        for row in rows:
-            writer.add(*row)
+    with digest_writer(tmp_path / "images.arrow") as writer:
+        for name, digest in rows:
+            writer.add({"name": name, "digest": digest})
     assert list(read_digests(tmp_path)) == rows
     (tmp_path / "images.arrow").rename(tmp_path / "pictures.arrow")  # as earlier versions named it
     assert list(read_digests(tmp_path)) == rows

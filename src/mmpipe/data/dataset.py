@@ -26,11 +26,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 S = TypeVar("S")
-
 _KINDS = {False: "conversations", True: "preferences"}
-
 MAX_REPLACEMENTS = 32
-"""So many records in a row that cannot be read mean that something else is wrong."""
+"""So many unreadable records in a row are an error."""
 
 
 class Tokens(TypedDict):
@@ -43,7 +41,7 @@ class Tokens(TypedDict):
 
 
 class Facts(TypedDict):
-    """What is known of a record beside its text."""
+    """A record but for its text."""
 
     id: str
     index: int
@@ -51,7 +49,7 @@ class Facts(TypedDict):
     pixel_values: list[torch.Tensor]
     """Each [3, H, W] float32, in the order of the marks."""
     replaced: tuple[str, ...]
-    """Why this record stands in for others: one line for each that could not be read."""
+    """Messages of the unreadable records that this one replaces."""
 
 
 class Sample(Tokens, Facts):
@@ -137,7 +135,6 @@ class SupervisedDataset(RecordDataset[Sample]):
     preferences = False
 
     def sample(self, encoded: Sequence[Encoded], facts: Facts) -> Sample:
-        """See RecordDataset."""
         (one,) = encoded
         return Sample(**as_tensors(one), **facts)
 
@@ -148,13 +145,12 @@ class PreferenceDataset(RecordDataset[Pair]):
     preferences = True
 
     def sample(self, encoded: Sequence[Encoded], facts: Facts) -> Pair:
-        """See RecordDataset."""
         chosen, rejected = map(as_tensors, encoded)
         return Pair(chosen=chosen, rejected=rejected, **facts)
 
 
 class Batch(TypedDict):
-    """What a model is fed."""
+    """The inputs of a model."""
 
     ids: list[str]
     indices: list[int]
@@ -168,7 +164,7 @@ class Batch(TypedDict):
     pixel_values: torch.Tensor
     """[N, 3, H, W] float32, in the order of the samples; one of zeros if no sample has an image."""
     dummy_image: bool
-    """The image is of zeros and belongs to no token; every rank runs the tower, or ranks would hang."""
+    """The image is of zeros and belongs to no token: every rank has to run the tower."""
     replaced: list[str]
     """Why records were replaced, for the trainer to count."""
 

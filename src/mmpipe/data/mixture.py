@@ -10,7 +10,7 @@ from typing import Any
 
 from mmpipe.artifacts.files import write_json
 from mmpipe.data.image_files import EmbeddedImages
-from mmpipe.data.record_table import IMAGES, DigestWriter, write_records
+from mmpipe.data.record_table import IMAGES, digest_writer, write_records
 from mmpipe.data.report import Throughput, histogram, keeping
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.data.verify import EQUAL_IMAGE, Deduplicator, Log, MixtureSource
@@ -44,7 +44,7 @@ def build_mixture(
     out.mkdir(parents=True, exist_ok=True)
     throughput = Throughput()
     embedded = EmbeddedImages(out / "images", (published or out) / "images")
-    with DigestWriter(out / IMAGES) as digests, ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+    with digest_writer(out / IMAGES) as digests, ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         shared = spec.seed, Deduplicator(digests), embedded, log
         sources = [MixtureSource(source, datasets[source.dataset], *shared) for source in spec.parts]
         write_records(out / RECORDS, (record for source in sources for record in source.records(pool)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,18 +34,43 @@ _DIGESTS = pa.schema([pa.field("name", pa.string()), pa.field("digest", pa.binar
 _DIGESTS_PER_BATCH = 4096
 
 
+class ArrowWriter(AbstractContextManager["ArrowWriter"]):
+    """Writes rows of one schema as an Arrow stream; ``size`` of them are held at once."""
+
+    def __init__(self, path: Path, schema: pa.Schema, size: int) -> None:
+        self.schema, self.size, self.count = schema, size, 0
+        self._rows: list[dict[str, Any]] = []
+        with ExitStack() as opened:
+            sink = opened.enter_context(pa.OSFile(str(path), "wb"))
+            self._writer: Any = opened.enter_context(pa.ipc.new_stream(sink, schema))
+            self._opened = opened.pop_all()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one row."""
+        self._rows.append(row)
+        self.count += 1
+        if len(self._rows) == self.size:
+            self._flush()
+
+    def __exit__(self, *error: object) -> None:
+        with self._opened:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=self.schema))
+            self._rows = []
+
+
 def write_records(path: Path, records: Iterable[AnyRecord]) -> int:
     """Write records in their order; returns how many.
 
     Of a preference record ``turns`` holds the prompt; of others ``chosen`` and ``rejected`` are null.
     """
-    count = 0
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        rows = map(_row, records)
-        while batch := list(islice(rows, _ROWS_PER_BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
-            count += len(batch)
-    return count
+    with ArrowWriter(path, SCHEMA, _ROWS_PER_BATCH) as writer:
+        for record in records:
+            writer.add(_row(record))
+    return writer.count
 
 
 def _row(record: AnyRecord) -> dict[str, Any]:
@@ -90,32 +114,9 @@ class RecordTable:
         return (self[index] for index in range(len(self)))
 
 
-class DigestWriter(AbstractContextManager["DigestWriter"]):
-    """Writes name and digest of images, a row an image, in the order they are added."""
-
-    def __init__(self, path: Path) -> None:
-        self._rows: list[tuple[str, bytes]] = []
-        with ExitStack() as opened:
-            sink = opened.enter_context(pa.OSFile(str(path), "wb"))
-            self._writer: Any = opened.enter_context(pa.ipc.new_stream(sink, _DIGESTS))
-            self._opened = opened.pop_all()
-
-    def add(self, name: str, digest: bytes) -> None:
-        """Write one image; earlier ones are not compared."""
-        self._rows.append((name, digest))
-        if len(self._rows) == _DIGESTS_PER_BATCH:
-            self._flush()
-
-    def __exit__(self, *error: object) -> None:
-        with self._opened:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            names, digests = zip(*self._rows, strict=True)
-            columns = [pa.array(names), pa.array(digests, pa.binary(16))]
-            self._writer.write_batch(pa.record_batch(columns, schema=_DIGESTS))
-            self._rows = []
+def digest_writer(path: Path) -> ArrowWriter:
+    """Writes ``name`` and ``digest`` of images, in the order they are added."""
+    return ArrowWriter(path, _DIGESTS, _DIGESTS_PER_BATCH)
 
 
 def read_digests(mixture: Path) -> Iterator[tuple[str, bytes]]:

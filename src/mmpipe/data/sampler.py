@@ -84,17 +84,15 @@ class BatchPlan:
         """The permutation of all records in an epoch."""
         if epoch not in self._orders:
             self._orders.clear()
-            self._orders[epoch] = self._permutation(epoch)
+            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
+            sizes = self.micro_batch, self.accumulation * self.world_size, generator
+            if self.grouping == "length":
+                self._orders[epoch] = length_order(self.lengths, *sizes)
+            elif self.grouping == "modality_length":
+                self._orders[epoch] = modality_length_order(self.lengths, self.has_image, *sizes)
+            else:
+                self._orders[epoch] = torch.randperm(len(self.lengths), generator=generator).tolist()
         return self._orders[epoch]
-
-    def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
-        chunks = self.accumulation * self.world_size
-        if self.grouping == "length":
-            return length_order(self.lengths, self.micro_batch, chunks, generator)
-        if self.grouping == "modality_length":
-            return modality_length_order(self.lengths, self.has_image, self.micro_batch, chunks, generator)
-        return torch.randperm(len(self.lengths), generator=generator).tolist()
 
 
 @dataclass(frozen=True)

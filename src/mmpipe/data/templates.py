@@ -236,8 +236,8 @@ def _flattening(*, captions: bool) -> str:
     return _FLATTEN.replace("USER_TEXT", _CAPTION_TEXT if captions else _BREAK_AFTER_IMAGES)
 
 
-_JINJA_STRINGS = ("system_before", "system_after", "default_system", "first_user_before", "user_before")
-_JINJA_STRINGS += ("user_after", "answer_before", "answer_lead", "answer_end", "answer_after")
+_JINJA_STRINGS: tuple[str, ...] = ("system_before", "system_after", "default_system", "first_user_before")
+_JINJA_STRINGS += ("user_before", "user_after", "answer_before", "answer_lead", "answer_end", "answer_after")
 
 # `set` inside a loop is seen outside of it only through a namespace.
 _FLATTEN = """\

@@ -16,9 +16,9 @@ from typing import Any, cast
 
 from mmpipe import registry
 from mmpipe.data import formats
-from mmpipe.data.formats.base import Format, ParsedRecord
+from mmpipe.data.formats.base import ParsedRecord, Reader
 from mmpipe.data.image_files import EmbeddedImages, ImageFinder, ImageInfo
-from mmpipe.data.record_table import DigestWriter
+from mmpipe.data.record_table import ArrowWriter
 from mmpipe.data.records import IMAGE_MARK, AnyRecord, BadRecord, check_record, length_in_words
 from mmpipe.data.report import ReasonCounts, histogram, up_to
 from mmpipe.data.spec import MixtureSourceSpec
@@ -77,7 +77,7 @@ class HashSet:
 class Deduplicator:
     """Finds repeated ids, records and images over all sources of a mixture."""
 
-    def __init__(self, digests: DigestWriter) -> None:
+    def __init__(self, digests: ArrowWriter) -> None:
         self._hashes = HashSet()
         self._last_numbers: dict[tuple[str, str], int] = {}
         self._digests = digests
@@ -109,7 +109,7 @@ class Deduplicator:
         """Write the digest of an image of a new name; a note if an image of another name has the same content."""
         if not self._hashes.add("image", image.name):
             return None
-        self._digests.add(image.name, image.inspection.digest)
+        self._digests.add({"name": image.name, "digest": image.inspection.digest})
         return None if self._hashes.add("content", image.inspection.digest) else EQUAL_IMAGE
 
 
@@ -138,7 +138,7 @@ class MixtureSource:
         self._embedded = embedded
         self._log = log
         self._files = [path for name in spec.annotations for path in _files(directory, name)]
-        self._format = _format(spec.format)
+        self._read = _format(spec.format)
         self._folders = [directory / name for name in spec.images]
 
     @property
@@ -177,7 +177,7 @@ class MixtureSource:
         """Every record that the source does not leave out."""
         self.left_out = 0
         for path in self._files:
-            for parsed in self._format.read(path, self.spec.dataset):
+            for parsed in self._read(path, self.spec.dataset):
                 if parsed.record is None or self._is_wanted(parsed.record):
                     yield parsed
                 else:
@@ -314,11 +314,11 @@ def _first_folder(name: str) -> str:
     return parts[0] if len(parts) > 1 else "."
 
 
-def _format(name: str) -> Format:
+def _format(name: str) -> Reader:
     found = registry.modules(formats.__name__)
     if name not in found:
         raise ConfigError(f"there is no data format '{name}'{did_you_mean(name, found)}")
-    return cast(Format, found[name])
+    return cast(Reader, vars(found[name])["read"])
 
 
 def _files(directory: Path, name: str) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +71,8 @@ def _tokenizer() -> LlamaTokenizer:
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     # more than the text can fill: merging goes on until every word is one piece
     trainer = BpeTrainer(vocab_size=4096, show_progress=False, special_tokens=[*SPECIAL, *BYTES])
-    backend.train_from_iterator(_texts(), trainer)
+    # a line's end is a byte, as for sentencepiece, and no part of a word
+    backend.train_from_iterator((line for text in (_TEMPLATE, *texts()) for line in text.splitlines()), trainer)
     learned = json.loads(backend.to_str())["model"]
     return LlamaTokenizer(
         vocab=learned["vocab"],
@@ -80,9 +80,3 @@ def _tokenizer() -> LlamaTokenizer:
         pad_token=SPECIAL[2],
         model_max_length=MAX_POSITIONS,
     )
-
-
-def _texts() -> Iterator[str]:
-    for text in (_TEMPLATE, *texts()):
-        # a line's end is a byte, as for sentencepiece, and no part of a word
-        yield from text.splitlines()

@@ -17,6 +17,7 @@ from mmpipe.errors import DataError
 from mmpipe.sources.base import Downloaded, check_online
 from mmpipe.sources.transfer.staging import Expected, Staging, WantedFile
 
+_OPTIONS: dict[str, Any] = {"resume": True, "use_cookies": False, "timeout": 60, "retries": 5}
 DriveId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{10,}$")]
 
 
@@ -59,15 +60,7 @@ class Drive(Downloaded):
 def _download(file_id: str, staging: Staging, target: Path, expected: Expected) -> None:
     address = f"https://drive.google.com/file/d/{file_id}/view"
     with _gdown(address, staging) as gdown:
-        gdown.download(
-            id=file_id,
-            output=str(target),
-            resume=True,
-            use_cookies=False,
-            timeout=60,
-            retries=5,
-            quiet=not sys.stderr.isatty(),
-        )
+        gdown.download(id=file_id, output=str(target), quiet=not sys.stderr.isatty(), **_OPTIONS)
     for abandoned in target.parent.glob(f"{target.name}*.part"):
         abandoned.unlink()
 
@@ -75,15 +68,7 @@ def _download(file_id: str, staging: Staging, target: Path, expected: Expected) 
 def _download_folder(folder_id: str, staging: Staging) -> None:
     address = f"https://drive.google.com/drive/folders/{folder_id}"
     with _gdown(address, staging) as gdown:
-        gdown.download_folder(
-            id=folder_id,
-            output=str(staging.files),
-            resume=True,
-            use_cookies=False,
-            timeout=60,
-            retries=5,
-            quiet=not sys.stderr.isatty(),
-        )
+        gdown.download_folder(id=folder_id, output=str(staging.files), quiet=not sys.stderr.isatty(), **_OPTIONS)
     found = sorted(path for path in staging.files.rglob("*") if path.is_file() and path.suffix != ".part")
     if not found:
         raise DataError(f"{address}: the folder is empty")

@@ -142,7 +142,8 @@ def _prove(staging: Staging, files: list[Any]) -> None:
         if file.path in staging.downloads:
             continue
         path = staging.files / file.path
-        if path.is_file() and path.stat().st_size == file.size and _hash(path, file) == _listed_hash(file):
+        listed = file.lfs.sha256 if file.lfs else file.blob_id
+        if path.is_file() and path.stat().st_size == file.size and _hash(path, file) == listed:
             digest = file.lfs.sha256 if file.lfs else sha256(path)
             staging.downloads[file.path] = {"size": file.size, "sha256": digest}
         else:
@@ -151,10 +152,6 @@ def _prove(staging: Staging, files: list[Any]) -> None:
     staging.save()
     if wrong:
         raise _Interrupted(f"{', '.join(wrong[:5])}: not what the hub lists")
-
-
-def _listed_hash(file: Any) -> str:
-    return str(file.lfs.sha256 if file.lfs else file.blob_id)
 
 
 def _hash(path: Path, file: Any) -> str:

@@ -1,1 +1,1 @@
-"""The formats of annotations, one module each; its ``read(path, source)`` yields parsed records."""
+"""The formats of annotations, one module each; its ``read`` is a :data:`mmpipe.data.formats.base.Reader`."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,19 +39,19 @@ class ParsedRecord:
     """The images themselves, where the annotations contain them; else ``record.images`` names files."""
 
 
-class Format(Protocol):
-    """A module of this package."""
-
-    def read(self, path: Path, source: str) -> Iterator[ParsedRecord]:
-        """The records of one file, in its order. Raises DataError when the file itself is damaged."""
-        ...
+Reader = Callable[[Path, str], Iterator[ParsedRecord]]
+"""Reads the records of a file, in its order, as those of a data set; DataError when the file itself is damaged."""
 
 
-def parse_rows(path: Path, make: Callable[[str, Row], ParsedRecord]) -> Iterator[ParsedRecord]:
-    """What ``make(id, row)`` makes of each row of a JSON, JSON-lines or Parquet file.
+def row_format(parse: Callable[[str, Row, str], ParsedRecord]) -> Reader:
+    """A reader of JSON, JSON Lines and Parquet from ``parse(id, row, source)``, which may raise BadRecord.
 
-    ``make`` may raise BadRecord. A row without an id is called after the file and its number in it.
+    A row without an id is named by the file and its number in it.
     """
+    return partial(_parsed_rows, parse)
+
+
+def _parsed_rows(parse: Callable[[str, Row, str], ParsedRecord], path: Path, source: str) -> Iterator[ParsedRecord]:
     for number, (place, row) in enumerate(_rows(path)):
         record_id = f"{path.stem}-{number}"
         try:
@@ -61,7 +62,7 @@ def parse_rows(path: Path, make: Callable[[str, Row], ParsedRecord]) -> Iterator
                 if not is_unicode(given):
                     raise BadRecord("text that is not Unicode", f"half of a surrogate pair in the id {given!a}")
                 record_id = given
-            parsed = make(record_id, row)
+            parsed = parse(record_id, row, source)
             if parsed.record:
                 check_unicode(parsed.record)
             yield parsed
@@ -71,18 +72,15 @@ def parse_rows(path: Path, make: Callable[[str, Row], ParsedRecord]) -> Iterator
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with its place; the content decides how it is read, not the name."""
-    if _is_parquet(path):
+    try:
+        with path.open("rb") as file:
+            is_parquet = file.read(4) == b"PAR1"
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if is_parquet:
         yield from ((f"row {number}", row) for number, row in enumerate(_parquet_rows(path), start=1))
     else:
         yield from ((f"line {line}", value) for line, value in read_values(path))
-
-
-def _is_parquet(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"PAR1"
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:

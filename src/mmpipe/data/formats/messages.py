@@ -6,21 +6,14 @@ says where images go, they go before the first question.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-from mmpipe.data.formats.base import ParsedRecord, Row, images_before_text, parse_rows, read_images, read_turns
+from mmpipe.data.formats.base import ParsedRecord, Row, images_before_text, read_images, read_turns, row_format
 from mmpipe.data.records import Record
 
 
-def read(path: Path, source: str) -> Iterator[ParsedRecord]:
-    """The records of one file, in its order."""
-
-    def make(record_id: str, row: Row) -> ParsedRecord:
-        images = read_images(row)
-        turns, notes = read_turns(row.get("messages"), row.get("system"))
-        turns, moved = images_before_text(turns, images)
-        record = Record(record_id, source, images.names, turns)
-        return ParsedRecord(record_id, record, notes=(*notes, *moved), embedded=images.embedded)
-
-    return parse_rows(path, make)
+@row_format
+def read(record_id: str, row: Row, source: str) -> ParsedRecord:
+    images = read_images(row)
+    turns, notes = read_turns(row.get("messages"), row.get("system"))
+    turns, moved = images_before_text(turns, images)
+    record = Record(record_id, source, images.names, turns)
+    return ParsedRecord(record_id, record, notes=(*notes, *moved), embedded=images.embedded)

@@ -5,26 +5,19 @@ The columns are those of the Hugging Face data set ``openbmb/RLAIF-V-Dataset``, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-from mmpipe.data.formats.base import ParsedRecord, Row, parse_rows, read_images
+from mmpipe.data.formats.base import ParsedRecord, Row, read_images, row_format
 from mmpipe.data.records import IMAGE_MARK, BadRecord, PreferenceRecord, Turn
 
 
-def read(path: Path, source: str) -> Iterator[ParsedRecord]:
-    """The records of one file, in its order."""
-
-    def make(record_id: str, row: Row) -> ParsedRecord:
-        question, chosen, rejected = (_text(row, name) for name in ("question", "chosen", "rejected"))
-        if not question.strip():
-            raise BadRecord("empty question", "'question' has no text")
-        images = read_images(row)
-        prompt = Turn("user", f"{IMAGE_MARK}\n{question}")
-        record = PreferenceRecord(record_id, source, images.names, (prompt,), chosen, rejected)
-        return ParsedRecord(record_id, record, embedded=images.embedded)
-
-    return parse_rows(path, make)
+@row_format
+def read(record_id: str, row: Row, source: str) -> ParsedRecord:
+    question, chosen, rejected = (_text(row, name) for name in ("question", "chosen", "rejected"))
+    if not question.strip():
+        raise BadRecord("empty question", "'question' has no text")
+    images = read_images(row)
+    prompt = Turn("user", f"{IMAGE_MARK}\n{question}")
+    record = PreferenceRecord(record_id, source, images.names, (prompt,), chosen, rejected)
+    return ParsedRecord(record_id, record, embedded=images.embedded)
 
 
 def _text(row: Row, name: str) -> str:

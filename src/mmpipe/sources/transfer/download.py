@@ -125,19 +125,16 @@ def _transfer(url: str, part: Path, expected: Expected, patience: Patience) -> N
             if response.status_code == 416 and have:
                 _forget(part)
                 raise _Interrupted("the server has less of the file than is here already")
-            _check_status(response, url)
+            answer = f"the server answered {response.status_code} {response.reason}"
+            if response.status_code in _PASSING:
+                raise _Interrupted(answer, _asked_wait(response))
+            if response.status_code >= 400:
+                raise _Refused(f"{url}: {answer}")
             _receive(response, url, part, have, expected)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         raise _Interrupted(f"the connection failed ({_reason(error)})") from error
     except requests.RequestException as error:
         raise _Refused(f"{url}: {error}") from error
-
-
-def _check_status(response: requests.Response, url: str) -> None:
-    if response.status_code in _PASSING:
-        raise _Interrupted(f"the server answered {response.status_code} {response.reason}", _asked_wait(response))
-    if response.status_code >= 400:
-        raise _Refused(f"{url}: the server answered {response.status_code} {response.reason}")
 
 
 def _receive(response: requests.Response, url: str, part: Path, have: int, expected: Expected) -> None:
@@ -146,7 +143,9 @@ def _receive(response: requests.Response, url: str, part: Path, have: int, expec
     if resumed and _start(response) != have:
         _forget(part)
         raise _Interrupted("the server sent another part of the file than it was asked for")
-    if resumed and _changed(response, url, part):
+    note = read_json(_note(part)) if resumed else {}
+    # some servers do not know ``If-Range``
+    if resumed and note["url"] == url and _validator(response) not in (None, note["validator"]):
         _forget(part)
         raise _Interrupted("the file changed since the first part of it came")
     done = have if resumed else 0
@@ -175,12 +174,6 @@ def _resumable(url: str, part: Path, expected: Expected) -> int:
         return 0
     same = note["url"] == url and note["validator"]
     return _size(part) if same or expected.sha256 else 0
-
-
-def _changed(response: requests.Response, url: str, part: Path) -> bool:
-    """Whether a partial answer is of another version than the part: some servers do not know ``If-Range``."""
-    note = read_json(_note(part))
-    return note["url"] == url and _validator(response) not in (None, note["validator"])
 
 
 def _validator(response: requests.Response) -> str | None:

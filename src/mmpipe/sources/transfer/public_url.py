@@ -71,7 +71,8 @@ def fetch(url: str, limits: Limits = Limits()) -> tuple[bytes, str]:
                 continue
             if response.status != 200:
                 raise DataError(f"{url}: the server answered {response.status}")
-            return _body(response, url, limits), _media_type(response)
+            media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+            return _body(response, url, limits), media_type
     raise DataError(f"{url}: more than {limits.redirects} redirects")
 
 
@@ -85,10 +86,6 @@ def _body(response: urllib3.BaseHTTPResponse, url: str, limits: Limits) -> bytes
         if len(body) > limits.size:
             raise DataError(f"{url}: more than the {limits.size} bytes allowed; shrink it")
     return bytes(body)
-
-
-def _media_type(response: urllib3.BaseHTTPResponse) -> str:
-    return response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 
 @contextmanager
