@@ -78,8 +78,8 @@ def store_by_content(
 ) -> str:
     """Store content as ``<sha256><suffix>`` in ``folder``, equal ones once; returns its name relative to the folder.
 
-    ``digits`` of the hash are taken; ``nested`` puts the file into a folder of its first two. ``origin`` is a file of this
-    content, to be linked.
+    ``digits`` of the hash are taken; ``nested`` puts the file into a folder of its first two. ``origin`` is a file of
+    this content, to be linked.
     """
     digest = hashlib.sha256(content).hexdigest()[:digits]
     name = f"{digest[:2]}/{digest}{suffix}" if nested else f"{digest}{suffix}"

@@ -1,7 +1,7 @@
 """The identity card of an artifact: what it is, what it was made from, and the hash of every file.
 
-A manifest is deterministic: making the same thing again from the same inputs writes the same bytes, so that steps further
-down see no change. Anything that varies from run to run (times, host) belongs into ``perf.json``.
+A manifest is deterministic: making the same thing again from the same inputs writes the same bytes, so that steps
+further down see no change. Anything that varies from run to run (times, host) belongs into ``perf.json``.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def write(
 ) -> dict[str, Any]:
     """Write ``manifest.json`` for all files below ``directory`` and return it.
 
-    ``facts`` are further deterministic statements (seed, steps, tokens seen, counts). ``hash_files=False`` records sizes
-    alone, for trees that are not ours to read in full. ``files`` is the list itself, where the caller knows it.
+    ``facts`` are further deterministic statements (seed, steps, tokens seen, counts). ``hash_files=False`` records
+    sizes alone, for trees that are not ours to read in full. ``files`` is the list itself, where the caller knows it.
     """
     listed = (
         files

@@ -31,7 +31,7 @@ MAX_REPLACEMENTS = 32
 """So many unreadable records in a row are an error."""
 
 
-class Tokens(TypedDict):
+class TokenTensors(TypedDict):
     """A conversation in tokens."""
 
     input_ids: torch.Tensor
@@ -52,20 +52,20 @@ class Facts(TypedDict):
     """Messages of the unreadable records that this one replaces."""
 
 
-class Sample(Tokens, Facts):
+class Sample(TokenTensors, Facts):
     """One record, ready to be put into a batch."""
 
 
-class Pair(Facts):
+class PreferenceSample(Facts):
     """One preference record: two conversations about the same images, which are given once."""
 
-    chosen: Tokens
-    rejected: Tokens
+    chosen: TokenTensors
+    rejected: TokenTensors
 
 
-def as_tensors(encoded: Encoded) -> Tokens:
+def as_tensors(encoded: Encoded) -> TokenTensors:
     """The same as tensors."""
-    return Tokens(input_ids=torch.tensor(encoded.input_ids), labels=torch.tensor(encoded.labels))
+    return TokenTensors(input_ids=torch.tensor(encoded.input_ids), labels=torch.tensor(encoded.labels))
 
 
 def pixels(paths: Sequence[str], processor: LlavaImageProcessorPil) -> list[torch.Tensor]:
@@ -78,8 +78,8 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
     """The records of a mixture as samples.
 
     A record whose images cannot be read although the mixture was verified is replaced by the next one, so that the same
-    run gives the same batches; the sample says so in ``replaced`` and a warning is logged. Nothing is replaced silently or
-    at random.
+    run gives the same batches; the sample says so in ``replaced`` and a warning is logged. Nothing is replaced silently
+    or at random.
     """
 
     preferences: bool
@@ -139,14 +139,14 @@ class SupervisedDataset(RecordDataset[Sample]):
         return Sample(**as_tensors(one), **facts)
 
 
-class PreferenceDataset(RecordDataset[Pair]):
+class PreferenceDataset(RecordDataset[PreferenceSample]):
     """Conversations with a chosen and a rejected last answer."""
 
     preferences = True
 
-    def sample(self, encoded: Sequence[Encoded], facts: Facts) -> Pair:
+    def sample(self, encoded: Sequence[Encoded], facts: Facts) -> PreferenceSample:
         chosen, rejected = map(as_tensors, encoded)
-        return Pair(chosen=chosen, rejected=rejected, **facts)
+        return PreferenceSample(chosen=chosen, rejected=rejected, **facts)
 
 
 class Batch(TypedDict):
@@ -179,7 +179,7 @@ class Padding:
     multiple_of: int = 1
     """The padded length is a multiple of this."""
 
-    def batch(self, rows: Sequence[Tokens], samples: Sequence[Sample | Pair]) -> Batch:
+    def batch(self, rows: Sequence[TokenTensors], samples: Sequence[Sample | PreferenceSample]) -> Batch:
         """A batch of ``rows`` with the images of ``samples``."""
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), -(-longest // self.multiple_of) * self.multiple_of)
@@ -218,6 +218,6 @@ class PreferenceCollator(Padding):
     whole, are those of the 2 B rows.
     """
 
-    def __call__(self, samples: Sequence[Pair]) -> Batch:
+    def __call__(self, samples: Sequence[PreferenceSample]) -> Batch:
         rows = [pair["chosen"] for pair in samples] + [pair["rejected"] for pair in samples]
         return self.batch(rows, samples)

@@ -1,7 +1,7 @@
 """Mixtures as other programs read them: LLaVA's JSON, chat messages in Parquet, LLaVA-MoD's preference pairs.
 
-Records are written as they are read: memory does not grow with their number. The file appears whole or not at all, after the
-images that it names.
+Records are written as they are read: memory does not grow with their number. The file appears whole or not at all,
+after the images that it names.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def place_in_folder(folder: Path, copy: bool = False) -> ImageNames:
 def export_mixture(mixture: Path, out: Path, layout: str, names: ImageNames, *, embed: bool = False) -> int:
     """Write the records of a published mixture into the file ``out``; returns how many.
 
-    ``layout`` is a name of :data:`LAYOUTS`; ``embed`` puts the images themselves into the file, where the layout can hold them.
-    Raises ArtifactError for a mixture that is not there, ConfigError for an unknown or unfit layout, DataError for an image
-    that is not where it should be.
+    ``layout`` is a name of :data:`LAYOUTS`; ``embed`` puts the images themselves into the file, where the layout can
+    hold them. Raises ArtifactError for a mixture that is not there, ConfigError for an unknown or unfit layout,
+    DataError for an image that is not where it should be.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"there is no layout '{layout}'{did_you_mean(layout, LAYOUTS)}")
@@ -137,9 +137,9 @@ LAYOUTS: dict[str, Callable[[RecordTable, BinaryIO, ImageNames, bool], None]] = 
     "messages": _messages,
     "preference": _preference,
 }
-"""``llava``: an array of ``{"id", "image", "conversations"}``. ``messages``: Parquet of chat messages and images as TRL and
-``datasets`` read it, of preferences with ``prompt``, ``chosen`` and ``rejected``. ``preference``: LLaVA-MoD's array of
-``{"id", "image", "chosen", "rejected"}``."""
+"""``llava``: an array of ``{"id", "image", "conversations"}``. ``messages``: Parquet of chat messages and images as TRL
+and ``datasets`` read it, of preferences with ``prompt``, ``chosen`` and ``rejected``. ``preference``: LLaVA-MoD's array
+of ``{"id", "image", "chosen", "rejected"}``."""
 
 
 def _of_kind(record: AnyRecord, kind: type[R], others: str) -> R:

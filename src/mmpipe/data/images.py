@@ -29,7 +29,7 @@ MAX_PIXELS = 80_000_000
 MAX_SIDE = 12_000
 """In pixels. Padding makes a square of the longer side before anything is shrunk: this one takes 430 MB."""
 MAX_ASPECT = 200
-"""Longer to shorter side. A tower's own resizing brings the shorter side to its size: 336 pixels make the longer 67,200."""
+"""Longer to shorter side. A tower resizes the shorter side to its size: 336 pixels make the longer one 67,200."""
 
 # What Pillow's decoders are known to raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
@@ -183,8 +183,8 @@ def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> I
         )
     if longer > MAX_ASPECT * shorter:
         raise DataError(
-            f"{where}: {image.width}x{image.height} is more than {MAX_ASPECT} times as long as it is wide, and resizing its "
-            "shorter side to what a vision tower sees would take too much memory; cut it"
+            f"{where}: {image.width}x{image.height} is more than {MAX_ASPECT} times as long as it is wide, and resizing "
+            "its shorter side to what a vision tower sees would take too much memory; cut it"
         )
     if image.mode == "F":
         raise DataError(f"{where}: an image of floating-point numbers has no defined brightness; convert it")

@@ -11,9 +11,9 @@ from typing import Any
 from mmpipe.artifacts.files import write_json
 from mmpipe.data.image_files import EmbeddedImages
 from mmpipe.data.record_table import IMAGES, digest_writer, write_records
-from mmpipe.data.report import Throughput, histogram, keeping
+from mmpipe.data.report import Log, Throughput, histogram, keeping
 from mmpipe.data.spec import MixtureSpec
-from mmpipe.data.verify import EQUAL_IMAGE, Deduplicator, Log, MixtureSource
+from mmpipe.data.verify import EQUAL_IMAGE, Deduplicator, MixtureSource
 from mmpipe.errors import DataError
 
 RECORDS = "records.arrow"

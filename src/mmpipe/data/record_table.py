@@ -86,7 +86,7 @@ def _row(record: AnyRecord) -> dict[str, Any]:
 
 
 class RecordTable:
-    """The records of a file, memory mapped: quick to open however many there are, shared by all workers."""
+    """The records of a file, memory mapped: quick to open, shared by all workers."""
 
     def __init__(self, path: Path) -> None:
         import datasets

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from mmpipe.artifacts.files import write_json
 from mmpipe.errors import DataError
 
+Log = Callable[[str], None]
 EXAMPLES = 10
 """So many records are named for each reason; all of them are in the log."""
 
@@ -59,21 +60,16 @@ class Throughput:
     """Records per second of processor time, for logs: of this process and of those that it waited for."""
 
     def __init__(self) -> None:
-        self._start = _processor_seconds()
+        self._start = sum(os.times()[:4])
 
     def __call__(self, records: int) -> str:
-        seconds = _processor_seconds() - self._start
+        seconds = sum(os.times()[:4]) - self._start
         return f"{records / max(seconds, 1e-9):,.0f} records per core-second"
-
-
-def _processor_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 @contextmanager
 def keeping(report: dict[str, Any], failed: Path | None) -> Iterator[None]:
-    """Write the report to ``failed`` when the block finds too many faults (DataError), and say so; an older one goes."""
+    """Write the report to ``failed`` and name it when the block raises DataError; an older one is removed."""
     if failed is None:
         yield
         return

@@ -53,8 +53,8 @@ class MixtureSourceSpec(Settings):
     with_images: bool | None = None
     """True keeps only records with images, False only those without."""
     only: Patterns = ()
-    """Keeps only records whose images all have a name that matches one of these: ``coco/*`` is everything below ``coco/``.
-    Names are matched as the annotations write them, before ``take`` chooses."""
+    """Keeps only records whose images all have a name that matches one of these: ``coco/*`` is everything below
+    ``coco/``. Names are matched as the annotations write them, before ``take`` chooses."""
     without: Patterns = ()
     """Leaves out records with an image whose name matches one of these."""
     prefix: str = ""
@@ -64,7 +64,7 @@ class MixtureSourceSpec(Settings):
     expected: Annotated[int, Field(gt=0)] | None = None
     """How many records the publishers or a paper name; the report sets it beside what was found."""
     known: str = ""
-    """Why records are known to be dropped, and from where one knows; the report and the failure show it beside the drops."""
+    """Why records are known to be dropped, with the source; shown beside the drops in report and failure."""
     image_position: Literal["keep", "first"] = "keep"
     """``first`` moves the images of a question to its head, as LLaVA does; ``keep`` leaves them."""
 

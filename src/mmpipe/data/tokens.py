@@ -1,8 +1,8 @@
 """A mixture in tokens: every record encoded once, in shards that training reads memory mapped.
 
-On disk an image is one token, however many positions it takes in the model, and labels are the ranges that are supervised:
-a record costs a few bytes a word. Images stay files, by reference. Equal records and settings give equal bytes, however
-many processes worked.
+On disk an image is one token, however many positions it takes in the model, and labels are the ranges that are
+supervised: a record costs a few bytes a word. Images stay files, by reference. Equal records and settings give equal
+bytes, however many processes worked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import hashlib
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from mmpipe.artifacts.files import canonical_json, read_json, write_json
 from mmpipe.data.labels import IGNORE, Encoded, encode
 from mmpipe.data.record_table import ArrowWriter, RecordTable
 from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
-from mmpipe.data.report import ReasonCounts, Throughput, histogram, keeping, up_to
+from mmpipe.data.report import Log, ReasonCounts, Throughput, histogram, keeping, up_to
 from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError, DataError
 
@@ -49,8 +49,6 @@ SCHEMA = pa.schema(
         pa.field("has_image", pa.bool_()),
     ]
 )
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +163,12 @@ def tokenise(
 ) -> dict[str, Any]:
     """Write ``shards/*.arrow`` and ``report.json`` into ``out`` and return the report.
 
-    A record without a single supervised token, or whose images do not fit into ``max_length``, is dropped and counted. One
-    process a core encodes shard after shard; memory does not grow with the number of records.
+    A record without a single supervised token, or whose images do not fit into ``max_length``, is dropped and counted.
+    One process a core encodes shard after shard; memory does not grow with the number of records.
 
-    Raises DataError, naming template, tokenizer and records, when the template does not belong to the tokenizer, when more than
-    ``max_bad`` of the records are dropped, or when everything is supervised although the template has questions; the report
-    is written to ``failed_report`` then.
+    Raises DataError, naming template, tokenizer and records, when the template does not belong to the tokenizer, when
+    more than ``max_bad`` of the records are dropped, or when everything is supervised although the template has
+    questions; the report is written to ``failed_report`` then.
     """
     throughput = Throughput()
     encoder.template.check(encoder.tokenizer)
@@ -290,7 +288,7 @@ class TokenRow(NamedTuple):
 
 
 class TokenTable:
-    """The records of a mixture in tokens, memory mapped: quick to open however many there are, shared by all workers."""
+    """The records of a mixture in tokens, memory mapped: quick to open, shared by all workers."""
 
     def __init__(self, directory: Path) -> None:
         import datasets
@@ -331,8 +329,8 @@ class TokenTable:
     def require(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int, minimum: float = 0.0) -> float:
         """Check that a model can train on these tokens; returns the supervised share of the text tokens.
 
-        Raises ArtifactError when they were made for another tokenizer or image size, DataError when a smaller share than
-        ``minimum`` is supervised.
+        Raises ArtifactError when they were made for another tokenizer or image size, DataError when a smaller share
+        than ``minimum`` is supervised.
         """
         made_for = self.report["tokenizer"], self.report["tokens_per_image"]
         if made_for != (tokenizer_hash(tokenizer), image_tokens):
@@ -356,13 +354,10 @@ class TokenTable:
 
     @property
     def words(self) -> list[int]:
-        """Length of each record in words, images counted: what batches are grouped by."""
-        return self._column("words")
+        """Length of each record in words, images counted, by which batches are grouped."""
+        return list(self._table["words"])
 
     @property
     def has_image(self) -> list[bool]:
         """Whether each record has images."""
-        return self._column("has_image")
-
-    def _column(self, name: str) -> list[Any]:
-        return list(self._table[name])
+        return list(self._table["has_image"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -16,11 +16,11 @@ from typing import Any, cast
 
 from mmpipe import registry
 from mmpipe.data import formats
-from mmpipe.data.formats.base import ParsedRecord, Reader
+from mmpipe.data.formats.base import FormatReader, ParsedRecord
 from mmpipe.data.image_files import EmbeddedImages, ImageFinder, ImageInfo
 from mmpipe.data.record_table import ArrowWriter
 from mmpipe.data.records import IMAGE_MARK, AnyRecord, BadRecord, check_record, length_in_words
-from mmpipe.data.report import ReasonCounts, histogram, up_to
+from mmpipe.data.report import Log, ReasonCounts, histogram, up_to
 from mmpipe.data.spec import MixtureSourceSpec
 from mmpipe.errors import ConfigError, DataError, did_you_mean
 
@@ -39,8 +39,6 @@ _REST = 6
 """Bytes of a hash that are stored: the last ones, which with the bucket's number are all of it."""
 EQUAL_IMAGE = "image equal to one of another name"
 
-Log = Callable[[str], None]
-
 
 def digest_of(*what: object) -> bytes:
     """Eight bytes that identify things by their ``repr``."""
@@ -50,8 +48,8 @@ def digest_of(*what: object) -> bytes:
 class HashSet:
     """A set of 64-bit hashes: seven bytes each, where a ``set`` takes a hundred.
 
-    Two of n things collide with a probability of about n² / 2⁶⁵: one in 400,000 for the ten million lookups of a mixture of
-    two million records.
+    Two of n things collide with a probability of about n² / 2⁶⁵: one in 400,000 for the ten million lookups of a
+    mixture of two million records.
 
     >>> hashes = HashSet()
     >>> hashes.add("a", "b"), hashes.add("ab"), hashes.add("a", "b")
@@ -314,11 +312,11 @@ def _first_folder(name: str) -> str:
     return parts[0] if len(parts) > 1 else "."
 
 
-def _format(name: str) -> Reader:
+def _format(name: str) -> FormatReader:
     found = registry.modules(formats.__name__)
     if name not in found:
         raise ConfigError(f"there is no data format '{name}'{did_you_mean(name, found)}")
-    return cast(Reader, vars(found[name])["read"])
+    return cast(FormatReader, vars(found[name])["read"])
 
 
 def _files(directory: Path, name: str) -> list[Path]:

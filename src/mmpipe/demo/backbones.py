@@ -63,8 +63,8 @@ def clip_tiny(
 ) -> None:
     """A CLIP vision tower for the synthetic images, with its preprocessor.
 
-    It is first trained for ``training_steps`` (0 for none) to classify the attributes of scenes, in place of contrastive
-    pretraining: ten seconds on one core.
+    It is first trained for ``training_steps`` (0 for none) to classify the attributes of scenes, in place of
+    contrastive pretraining: ten seconds on one core.
     """
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
@@ -91,8 +91,8 @@ def clip_tiny(
 def qwen2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3, training_steps: int = 0) -> None:
     """A Qwen2 language model and a byte-level BPE tokenizer for the demo's text.
 
-    Its weights are random, or trained for ``training_steps`` to answer questions about captions, in place of pretraining on
-    text; 600 steps take a minute and a half on one core.
+    Its weights are random, or trained for ``training_steps`` to answer questions about captions, in place of
+    pretraining on text; 600 steps take a minute and a half on one core.
     """
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -127,8 +127,8 @@ def qwen2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int =
 def _pretrain_vision(
     tower: CLIPVisionModel, processor: CLIPImageProcessorPil, *, seed: int, steps: int, batch_size: int = 64
 ) -> None:
-    """Train the tower to classify every attribute of a scene, from its pooled output and from its mean patch in the last
-    layer but one, which LLaVA uses."""
+    """Train the tower to classify every attribute of a scene, from its pooled output and from its mean patch in the
+    last layer but one, which LLaVA uses."""
     sizes = [len(values) for values in ATTRIBUTES.values()]
     heads = torch.nn.ModuleList(torch.nn.Linear(tower.config.hidden_size, sum(sizes)) for _ in range(2))
     stream = scenes(seed)

@@ -1,7 +1,7 @@
 """Synthetic data about the presence of objects: conversations, preference pairs, and a benchmark like POPE.
 
-Instruction data mostly asks about objects that are present (so models learn to agree); preference pairs ask about present and
-absent objects equally often, and the chosen answer is the true one.
+Instruction data mostly asks about objects that are present (so models learn to agree); preference pairs ask about
+present and absent objects equally often, and the chosen answer is the true one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ POPE_CATEGORIES = ("random", "popular", "adversarial")
 
 
 def presence(out: Path, *, seed: int, records: int = 800, present: float = 0.75) -> None:
-    """Conversations about whether an object is present, laid out as LLaVA's instruction data; in a share ``present`` of the
-    questions it is."""
+    """Conversations about whether an object is present, laid out as LLaVA's instruction data; in a share ``present`` of
+    the questions it is."""
     rng = random.Random(seed)
     (out / "images").mkdir(parents=True)
     entries = []
@@ -47,8 +47,8 @@ def preferences(out: Path, *, seed: int, pairs: int = 600, shards: int = 2) -> N
 
 
 def pope(out: Path, *, seed: int, questions: int = 100) -> None:
-    """Yes-or-no questions about objects in held-out images, laid out as POPE on COCO: ``questions`` for each of the three
-    kinds (another color, another shape, another color of the same shape)."""
+    """Yes-or-no questions about objects in held-out images, laid out as POPE on COCO: ``questions`` for each of the
+    three kinds (another color, another shape, another color of the same shape)."""
     rng = random.Random(seed)
     drawn = list(islice(scenes(rng.getrandbits(32), held_out=True), questions // 2))
     (out / "val2014").mkdir(parents=True)

@@ -55,8 +55,8 @@ class Source(Settings):
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Put the entry's files into ``out`` and return facts for the manifest.
 
-        Called again after an interruption; a source that can resume does. ``locked`` is the entry's part of the lock, with
-        which the files must agree.
+        Called again after an interruption; a source that can resume does. ``locked`` is the entry's part of the lock,
+        with which the files must agree.
         """
         raise NotImplementedError
 
@@ -82,8 +82,8 @@ class Source(Settings):
 class Downloaded(Source):
     """A source whose files are copied to this machine.
 
-    They are staged beside the entry's directory and moved there when they are whole. An interrupted fetch resumes: nothing is
-    downloaded or unpacked twice.
+    They are staged beside the entry's directory and moved there when they are whole. An interrupted fetch resumes:
+    nothing is downloaded or unpacked twice.
     """
 
     unpack: dict[InnerPath, InnerPath] = {}

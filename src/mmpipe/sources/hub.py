@@ -34,16 +34,16 @@ class _Interrupted(Exception):
 class Hub(Downloaded):
     """Download a repository of the hub, or some of its files, at one commit.
 
-    ``HF_TOKEN`` (or a login), ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` come from the environment, never from a file of the
-    project. Every file is compared with the hash that the hub names for it.
+    ``HF_TOKEN`` (or a login), ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` come from the environment, never from a file of
+    the project. Every file is compared with the hash that the hub names for it.
     """
 
     source: Literal["hub"] = "hub"
     repo: str
     """``owner/name``."""
     revision: str = "main"
-    """A commit hash. A branch is allowed: the commit it stood at is kept in the manifest and, by ``mmpipe data --lock``,
-    in the lock, from which later fetches take it."""
+    """A commit hash. A branch is allowed: the commit it stood at is kept in the manifest and, by ``mmpipe data
+    --lock``, in the lock, from which later fetches take it."""
     repo_type: Literal["model", "dataset"] = "model"
     include: tuple[str, ...] = ()
     """File patterns to download; empty for all."""
@@ -99,8 +99,8 @@ class Hub(Downloaded):
         endpoint = os.environ.get("HF_ENDPOINT")
         api = HfApi(endpoint=endpoint)
         where: dict[str, Any] = {"repo_id": self.repo, "repo_type": self.repo_type}
-        # Resolved here once: the branch may move before the next attempt, and snapshot_download, when the hub fails it, takes a
-        # half-filled folder for the snapshot of a branch.
+        # Resolved once: the branch may move before the next attempt, and snapshot_download, when the hub fails it, takes
+        # a half-filled folder for the snapshot of a branch.
         info = api.repo_info(**where, revision=self._revision(staging))
         if info.id != self.repo:
             log.warning("%s is called %s now; name that in the catalogue", self.repo, info.id)
@@ -116,8 +116,8 @@ class Hub(Downloaded):
         names = list(filter_repo_objects(listed, **patterns))
         if not names and not staging.consumed:
             raise DataError(
-                f"{staging.offered.name}: no file of {self.repo} matches include {list(self.include)}; it has, among others, "
-                f"{', '.join(sorted(listed)[:10]) or 'none'}"
+                f"{staging.offered.name}: no file of {self.repo} matches include {list(self.include)}; it has, among "
+                f"others, {', '.join(sorted(listed)[:10]) or 'none'}"
             )
         missing = [name for name in names if not (staging.files / name).is_file()]
         for part in (staging.files / ".cache").rglob("*.incomplete"):

@@ -22,8 +22,8 @@ class Joined(Source):
 
     source: Literal["joined"] = "joined"
     parts: dict[InnerPath, Annotated[tuple[InnerPath, ...], Field(min_length=1), _listed]] = Field(min_length=1)
-    """Folder here -> data set (``gqa: gqa-images``) or something inside one (``coco/train2017: coco-train2017/train2017``).
-    Several data sets for one folder are laid over each other."""
+    """Folder here -> data set (``gqa: gqa-images``) or something inside one (``coco/train2017:
+    coco-train2017/train2017``). Several data sets for one folder are laid over each other."""
 
     def needs(self) -> tuple[str, ...]:
         return tuple(sorted({PurePosixPath(path).parts[0] for paths in self.parts.values() for path in paths}))

@@ -15,7 +15,7 @@ from mmpipe.data.json_stream import read_values
 from mmpipe.data.records import IMAGE_MARK, AnyRecord, BadRecord, Role, Turn, check_unicode, is_unicode
 from mmpipe.errors import DataError
 
-Row = Mapping[str, Any]
+AnnotationRow = Mapping[str, Any]
 
 ROLE_NAMES: Mapping[str, Role] = {
     "human": "user",
@@ -39,11 +39,11 @@ class ParsedRecord:
     """The images themselves, where the annotations contain them; else ``record.images`` names files."""
 
 
-Reader = Callable[[Path, str], Iterator[ParsedRecord]]
+FormatReader = Callable[[Path, str], Iterator[ParsedRecord]]
 """Reads the records of a file, in its order, as those of a data set; DataError when the file itself is damaged."""
 
 
-def row_format(parse: Callable[[str, Row, str], ParsedRecord]) -> Reader:
+def row_format(parse: Callable[[str, AnnotationRow, str], ParsedRecord]) -> FormatReader:
     """A reader of JSON, JSON Lines and Parquet from ``parse(id, row, source)``, which may raise BadRecord.
 
     A row without an id is named by the file and its number in it.
@@ -51,7 +51,9 @@ def row_format(parse: Callable[[str, Row, str], ParsedRecord]) -> Reader:
     return partial(_parsed_rows, parse)
 
 
-def _parsed_rows(parse: Callable[[str, Row, str], ParsedRecord], path: Path, source: str) -> Iterator[ParsedRecord]:
+def _parsed_rows(
+    parse: Callable[[str, AnnotationRow, str], ParsedRecord], path: Path, source: str
+) -> Iterator[ParsedRecord]:
     for number, (place, row) in enumerate(_rows(path)):
         record_id = f"{path.stem}-{number}"
         try:
@@ -100,7 +102,7 @@ class Images:
     embedded: tuple[bytes, ...] = ()
 
 
-def read_images(row: Row) -> Images:
+def read_images(row: AnnotationRow) -> Images:
     """What stands under ``image`` or ``images``: nothing, one image or a list of them.
 
     An image is a file name or, as ``datasets`` writes it, ``{"bytes", "path"}``.

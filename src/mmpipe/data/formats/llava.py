@@ -6,12 +6,12 @@ stand beside the conversation.
 
 from __future__ import annotations
 
-from mmpipe.data.formats.base import ParsedRecord, Row, read_images, read_turns, row_format
+from mmpipe.data.formats.base import AnnotationRow, ParsedRecord, read_images, read_turns, row_format
 from mmpipe.data.records import BadRecord, Record
 
 
 @row_format
-def read(record_id: str, row: Row, source: str) -> ParsedRecord:
+def read(record_id: str, row: AnnotationRow, source: str) -> ParsedRecord:
     if row.get("video") or row.get("videos"):
         raise BadRecord("video", "the record is about a video; only images are supported")
     images = read_images(row)

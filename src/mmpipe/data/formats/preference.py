@@ -2,20 +2,28 @@
 
 * LLaVA-MoD's: ``chosen`` and ``rejected`` are whole conversations of LLaVA's turns, the same up to the last answer.
 * LLaMA-Factory's: ``conversations`` is the prompt, ``chosen`` and ``rejected`` are one turn each.
-* TRL's: ``prompt``, ``chosen`` and ``rejected`` are lists of chat messages, or texts. The prompt may be left out where the
-  other two begin with it.
+* TRL's: ``prompt``, ``chosen`` and ``rejected`` are lists of chat messages, or texts. The prompt may be left out where
+  the other two begin with it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from mmpipe.data.formats.base import ParsedRecord, Row, images_before_text, is_chat, read_images, read_turns, row_format
+from mmpipe.data.formats.base import (
+    AnnotationRow,
+    ParsedRecord,
+    images_before_text,
+    is_chat,
+    read_images,
+    read_turns,
+    row_format,
+)
 from mmpipe.data.records import BadRecord, PreferenceRecord
 
 
 @row_format
-def read(record_id: str, row: Row, source: str) -> ParsedRecord:
+def read(record_id: str, row: AnnotationRow, source: str) -> ParsedRecord:
     images = read_images(row)
     prompt = _messages(row.get("prompt"), "user") or _messages(row.get("conversations"), "user")
     both = [[*prompt, *_messages(row.get(key), "assistant")] for key in ("chosen", "rejected")]

@@ -5,12 +5,12 @@ The columns are those of the Hugging Face data set ``openbmb/RLAIF-V-Dataset``, 
 
 from __future__ import annotations
 
-from mmpipe.data.formats.base import ParsedRecord, Row, read_images, row_format
+from mmpipe.data.formats.base import AnnotationRow, ParsedRecord, read_images, row_format
 from mmpipe.data.records import IMAGE_MARK, BadRecord, PreferenceRecord, Turn
 
 
 @row_format
-def read(record_id: str, row: Row, source: str) -> ParsedRecord:
+def read(record_id: str, row: AnnotationRow, source: str) -> ParsedRecord:
     question, chosen, rejected = (_text(row, name) for name in ("question", "chosen", "rejected"))
     if not question.strip():
         raise BadRecord("empty question", "'question' has no text")
@@ -20,7 +20,7 @@ def read(record_id: str, row: Row, source: str) -> ParsedRecord:
     return ParsedRecord(record_id, record, embedded=images.embedded)
 
 
-def _text(row: Row, name: str) -> str:
+def _text(row: AnnotationRow, name: str) -> str:
     if not isinstance(row.get(name), str):
         raise BadRecord("malformed turn", f"there is no text under '{name}'")
     return row[name]

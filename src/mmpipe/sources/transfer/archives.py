@@ -1,7 +1,7 @@
 """Unpacking archives that may be broken, split, or hostile.
 
-Refused with a DataError before anything leaves the folder: absolute names, ``..``, links, devices, encrypted members, and
-contents out of proportion to the archive. Every zip member's checksum is verified by reading it to its end.
+Refused with a DataError before anything leaves the folder: absolute names, ``..``, links, devices, encrypted members,
+and contents out of proportion to the archive. Every zip member's checksum is verified by reading it to its end.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Contents:
 def unpack(pieces: Sequence[Path], target: Path, flat: bool = False) -> Contents:
     """Unpack a zip or tar archive, whole or in ``pieces`` that follow each other, into ``target``.
 
-    Members appear in ``target`` only after all of them were read; what is there already stays, files of the same name are
-    replaced. ``flat`` drops the folders inside the archive (``unzip -j``).
+    Members appear in ``target`` only after all of them were read; what is there already stays, files of the same name
+    are replaced. ``flat`` drops the folders inside the archive (``unzip -j``).
 
     Raises DamagedArchive or, for an archive that is not safe, DataError.
     """

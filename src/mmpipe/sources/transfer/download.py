@@ -1,8 +1,9 @@
 """Downloading one file over HTTP(S), so that it is there whole or not at all.
 
-``requests`` carries the bytes. What it lacks, and what pooch, fsspec and the downloader inside huggingface_hub lack or keep
-to themselves, is below: going on where an interrupted download stopped (only while the server says that the file is still
-the same one), patience with refusals and stalls, several addresses, and a proof before the file takes its name.
+``requests`` carries the bytes. What it lacks, and what pooch, fsspec and the downloader inside huggingface_hub lack or
+keep to themselves, is below: going on where an interrupted download stopped (only while the server says that the file
+is still the same one), patience with refusals and stalls, several addresses, and a proof before the file takes its
+name.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def download(
 ) -> dict[str, Any]:
     """Download ``target`` from the first of ``urls`` that gives it; returns its ``size`` and ``sha256``.
 
-    Bytes go to ``target.part``, from which a later call goes on, also after this one lost its patience. Raises DataError,
-    naming every address and what was wrong with it, when none gives the expected file.
+    Bytes go to ``target.part``, from which a later call goes on, also after this one lost its patience. Raises
+    DataError, naming every address and what was wrong with it, when none gives the expected file.
     """
     patience = patience or Patience()
     part = target.with_name(f"{target.name}.part")

@@ -1,9 +1,10 @@
 """Fetching a small file from an address that a stranger may have chosen.
 
-A server that downloads what it is told to must not be led into its own network (server-side request forgery), nor be kept
-busy for ever. So: HTTP(S) only; every address a name resolves to is checked, and the checked address itself is connected to (a
-name that answers otherwise the second time gains nothing); redirects are followed by hand, each checked again; size and time
-are bounded. Proxies of the environment are not used: behind one, nobody here would see the real address.
+A server that downloads what it is told to must not be led into its own network (server-side request forgery), nor be
+kept busy for ever. So: HTTP(S) only; every address a name resolves to is checked, and the checked address itself is
+connected to (a name that answers otherwise the second time gains nothing); redirects are followed by hand, each checked
+again; size and time are bounded. Proxies of the environment are not used: behind one, nobody here would see the real
+address.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def _checked_address(url: str, host: str, port: int, limits: Limits) -> tuple[An
 
 
 class _Checked:
-    """A connection that goes to a checked address, and remembers its socket: http.client forgets it with the last header."""
+    """A connection to a checked address that keeps its socket: http.client forgets it with the last header."""
 
     address: tuple[Any, ...]
     """Family, type, protocol, name and address, as ``getaddrinfo`` gives them."""

@@ -1,7 +1,7 @@
 """A fetch in progress: its files and its notes, so that it can be interrupted at any moment.
 
-An entry is staged beside its directory, in ``.fetching/<entry>/``: ``files`` is what will be published, ``done.json`` is what
-need not be done again. When it is whole, ``files`` takes the place of the entry's directory in one step.
+An entry is staged beside its directory, in ``.fetching/<entry>/``: ``files`` is what will be published, ``done.json``
+is what need not be done again. When it is whole, ``files`` takes the place of the entry's directory in one step.
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ def claim_output(out: Path) -> None:
         foreign = next((entry.name for entry in out.iterdir() if entry.name != NAME), None)
         if foreign:
             raise DataError(
-                f"{out}: holds files that no fetch put there ({foreign}, ...). If they are the data set, move them elsewhere "
-                f"and adopt them by '{out.name}: {{source: path, path: /where/they/are}}'; if not, remove them"
+                f"{out}: holds files that no fetch put there ({foreign}, ...). If they are the data set, move them "
+                f"elsewhere and adopt them by '{out.name}: {{source: path, path: /where/they/are}}'; if not, remove them"
             )
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
