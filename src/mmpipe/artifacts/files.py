@@ -77,10 +77,8 @@ def store_by_content(
     content: bytes, folder: Path, suffix: str, *, digits: int = 32, nested: bool = False, origin: Path | None = None
 ) -> str:
     """Store content as ``<sha256><suffix>`` in ``folder``, equal ones once; returns its name relative to the folder.
-
     ``digits`` of the hash are taken; ``nested`` puts the file into a folder of its first two. ``origin`` is a file of
-    this content, to be linked.
-    """
+    this content, to be linked."""
     digest = hashlib.sha256(content).hexdigest()[:digits]
     name = f"{digest[:2]}/{digest}{suffix}" if nested else f"{digest}{suffix}"
     path = folder / name
@@ -158,10 +156,8 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def recover_lines(path: Path, is_row: Callable[[bytes], bool] = bool) -> list[bytes]:
-    """The lines of a file that a process may have been killed while appending to; none without the file.
-
-    A line without its end, and lines before it that are no rows, are cut off the end of the file.
-    """
+    """The lines of a file that a process may have been killed while appending to; none without the file. A line without
+    its end, and lines before it that are no rows, are cut off the end of the file."""
     content = path.read_bytes() if path.exists() else b""
     lines = content.split(b"\n")[:-1]
     while lines and not is_row(lines[-1]):
@@ -187,8 +183,8 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """A fresh directory beside ``target`` whose files move into ``target`` when the block ends well.
 
     Files of an earlier version that the new one lacks are removed. The move is file by file (Snakemake may have made
-    ``target`` already), ``manifest.json`` last: who finds a manifest finds everything it lists. What a process that was
-    killed left beside ``target`` is removed first; two never make the same artifact at once.
+    ``target`` already), ``manifest.json`` last: a manifest implies all files that it lists.
+    Leftovers of a killed process are removed first; two processes never make the same artifact at once.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -58,7 +58,7 @@ def open_state(path: Path, fingerprint: str) -> Iterator[bool]:
 
 
 def _holder(file: IO[str]) -> dict[str, Any]:
-    """What the last process to hold the lock said of itself."""
+    """Host, process and Slurm job of the last holder of the lock, as it wrote them."""
     file.seek(0)
     try:
         return dict(json.loads(file.read() or "{}"))
@@ -73,7 +73,7 @@ def _write_holder(file: IO[str]) -> None:
 
 
 def _who_works(file: IO[str], holder: dict[str, Any]) -> str:
-    """Who holds the lock, whether that is still alive, and what to do about it."""
+    """The message about the holder of the lock: whether it is alive, and what to do."""
     again = "then run the same command again"
     if not holder:
         return f"another run is working on this step; wait for it or stop it, {again}"

@@ -1,4 +1,4 @@
-"""From a record in tokens and its images to a batch: what the trainer reads.
+"""From records in tokens and their images to the batches of the trainer.
 
 Shapes: T tokens of a sample, B samples and N images of a batch, H x W pixels of a processed image.
 """
@@ -75,12 +75,8 @@ def pixels(paths: Sequence[str], processor: LlavaImageProcessorPil) -> list[torc
 
 
 class RecordDataset(Dataset[S], Generic[S], ABC):
-    """The records of a mixture as samples.
-
-    A record whose images cannot be read although the mixture was verified is replaced by the next one, so that the same
-    run gives the same batches; the sample says so in ``replaced`` and a warning is logged. Nothing is replaced silently
-    or at random.
-    """
+    """The records of a mixture as samples. A record whose images cannot be read although the mixture was verified is
+    replaced by the next one, never at random; the sample lists it in ``replaced`` and a warning is logged."""
 
     preferences: bool
     """Whether the records must have two answers."""
@@ -212,11 +208,9 @@ class Collator(Padding):
 
 
 class PreferenceCollator(Padding):
-    """Pads pairs to a batch of 2 B rows: B chosen answers, then the B rejected ones in the same order.
-
-    ``ids`` has B entries and ``pixel_values`` each image once; the features of all images, repeated as a
-    whole, are those of the 2 B rows.
-    """
+    """Pads pairs to a batch of 2 B rows: B chosen answers, then the B rejected ones in the same order. ``ids`` has B
+    entries and ``pixel_values`` each image once; the features of all images, repeated as a whole, are those of the 2 B
+    rows."""
 
     def __call__(self, samples: Sequence[PreferenceSample]) -> Batch:
         rows = [pair["chosen"] for pair in samples] + [pair["rejected"] for pair in samples]

@@ -37,10 +37,8 @@ class ImageInfo(NamedTuple):
 
 
 class EmbeddedImages:
-    """Images that annotations contain, written out as files named after their content, equal ones once.
-
-    They are written into ``folder``, which will later be found at ``published``.
-    """
+    """Images that annotations contain, written out as files named after their content, equal ones once. They are
+    written into ``folder``, which will later be found at ``published``."""
 
     def __init__(self, folder: Path, published: Path) -> None:
         self.folder = folder
@@ -62,10 +60,8 @@ class ImageFinder:
             _check_readable(folder)
 
     def unpacked(self, parsed: ParsedRecord) -> ParsedRecord:
-        """The record with its embedded images written out and named.
-
-        Raises DataError for a name that leads out of the folders.
-        """
+        """The record with its embedded images written out and named. Raises DataError for a name that leads out of the
+        folders."""
         if parsed.record is None:
             return parsed
         if not parsed.embedded:

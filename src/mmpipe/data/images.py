@@ -66,10 +66,8 @@ def open_image(path: Path, *, upright: bool = False) -> OpenedImage:
 def decode_image(
     content: bytes, where: str, *, upright: bool = False, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """The image in ``content`` as :func:`open_image` decodes it; ``where`` names it in messages.
-
-    ``formats`` are Pillow's names of the only formats to read: fewer decoders see what a stranger sent.
-    """
+    """The image in ``content`` as :func:`open_image` decodes it; ``where`` names it in messages. ``formats`` are
+    Pillow's names of the only formats to read: fewer decoders for untrusted input."""
     return _pixels(_recognise(content, where, formats), where, upright=upright)
 
 
@@ -87,26 +85,24 @@ def _pixels(image: Image.Image, where: str, *, upright: bool) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What the verification of an image finds. ``fault`` is None when it can be trained on."""
+    """The result of verifying an image. ``fault`` is None when it can be trained on."""
 
     width: int = 0
     height: int = 0
     notes: tuple[str, ...] = ()
     fault: str | None = None
     digest: bytes = b""
-    """16 bytes that tell the file's content from any other; empty when it cannot be trained on."""
+    """16 bytes that identify the file's content; empty when it cannot be trained on."""
 
 
 def content_digest(content: bytes) -> bytes:
-    """What :attr:`Inspection.digest` holds of a file's content."""
+    """The :attr:`Inspection.digest` of a file's content."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def inspect_image(path: Path) -> Inspection:
-    """Decode an image to the end and say what it is; faults are returned, not raised.
-
-    JPEG is decoded at a fraction of its size, which reads the whole file all the same in half the time.
-    """
+    """Decode an image to the end; faults are returned, not raised. JPEG is decoded at a fraction of
+    its size, which reads the whole file in half the time."""
     try:
         content = _read(path)
         image, notes = _identify(path, content)
@@ -192,11 +188,9 @@ def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> I
 
 
 def image_processor(vision_dir: Path, aspect: Aspect) -> LlavaImageProcessorPil:
-    """The processor that turns an image into the input of the vision tower stored in ``vision_dir``.
-
-    Always of one class, which a ``LlavaProcessor`` can hold and save, with the sizes, means and deviations of
-    the tower's own ``preprocessor_config.json``; always on Pillow: the same pixels on every machine.
-    """
+    """The processor that turns an image into the input of the vision tower stored in ``vision_dir``. Always of one
+    class, which a ``LlavaProcessor`` can hold and save, with the sizes, means and deviations of the tower's own
+    ``preprocessor_config.json``; always on Pillow: the same pixels on every machine."""
     from transformers import AutoImageProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -222,10 +216,8 @@ def pixel_settings(processor: Any) -> dict[str, Any]:
 def require_same_pixels(
     where: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: str = "teacher"
 ) -> None:
-    """Raise ConfigError, naming ``where``, when two models do not get the same pixels of an image.
-
-    Arguments are results of :func:`pixel_settings`; ``whose`` is the role of the other model.
-    """
+    """Raise ConfigError, naming ``where``, when two models do not get the same pixels of an image. Arguments are
+    results of :func:`pixel_settings`; ``whose`` is the role of the other model."""
     different = [key for key in _PIXEL_SETTINGS if ours.get(key) != theirs.get(key)]
     if different:
         shown = "; ".join(f"{key}: stage {ours.get(key)}, {whose} {theirs.get(key)}" for key in different)

@@ -21,11 +21,9 @@ _LONGEST_LEXEME = 12
 
 
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON array, or the values of a JSON-lines file, each with the line it begins on.
-
-    Which of the two it is shows in the first character, not in the file's name. Raises DataError, naming
-    file, line and column, when the file cannot be read, is not UTF-8, is not JSON or ends too early.
-    """
+    """The elements of a JSON array, or the values of a JSON-lines file, each with the line it begins on. Which of the
+    two it is shows in the first character, not in the file's name. Raises DataError, naming file, line and column, when
+    the file cannot be read, is not UTF-8, is not JSON or ends too early."""
     try:
         # UTF-8 with a byte order mark occurs in files made on Windows.
         with path.open(encoding="utf-8-sig", newline="") as file:

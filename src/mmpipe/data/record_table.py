@@ -63,10 +63,8 @@ class ArrowWriter(AbstractContextManager["ArrowWriter"]):
 
 
 def write_records(path: Path, records: Iterable[AnyRecord]) -> int:
-    """Write records in their order; returns how many.
-
-    Of a preference record ``turns`` holds the prompt; of others ``chosen`` and ``rejected`` are null.
-    """
+    """Write records in their order; returns how many. Of a preference record ``turns`` holds the prompt; of others
+    ``chosen`` and ``rejected`` are null."""
     with ArrowWriter(path, SCHEMA, _ROWS_PER_BATCH) as writer:
         for record in records:
             writer.add(_row(record))

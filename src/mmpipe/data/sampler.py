@@ -159,11 +159,9 @@ def modality_length_order(
 
 
 def even_chunks(records: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:
-    """Deal records into ``chunks`` lists of equal size and about equal total length.
-
-    Each record in turn goes to the list that is shortest so far and not full yet (the first of equals).
-    A number of records that cannot be divided evenly is dealt out in turn.
-    """
+    """Deal records into ``chunks`` lists of equal size and about equal total length. Each record in turn goes to the
+    list that is shortest so far and not full yet (the first of equals). A number of records that cannot be divided
+    evenly is dealt out in turn."""
     if len(records) % chunks:
         return [list(records[first::chunks]) for first in range(chunks)]
     size = len(records) // chunks

@@ -38,7 +38,7 @@ Patterns = Annotated[
 
 
 class MixtureSourceSpec(Settings):
-    """Records taken from one data set."""
+    """A source of a mixture: records taken from one data set."""
 
     dataset: str
     """A name in the catalogue of data sets; it becomes the ``source`` of the records."""
@@ -70,7 +70,7 @@ class MixtureSourceSpec(Settings):
 
 
 class MixtureSpec(Settings):
-    """What a training set is made of. The order of training is the sampler's, not that of the parts."""
+    """A training set. The order of training is the sampler's, not that of the parts."""
 
     VERSION: ClassVar[int] = 1
     """Raised when a change of code changes which records are kept or what is written about them."""
@@ -78,13 +78,14 @@ class MixtureSpec(Settings):
     description: str = ""
     """What it is, in one line."""
     parts: Annotated[tuple[MixtureSourceSpec, ...], Field(min_length=1)]
+    """The sources, each a part of a data set."""
     seed: int = 0
     """Decides which records ``take`` chooses."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The largest share of bad records that any part may have."""
 
     def spec(self) -> dict[str, Any]:
-        """What determines the records; what is merely said about them does not."""
+        """The settings that determine the records; descriptions do not."""
         told = {"description": True, "parts": {"__all__": {"expected", "known"}}}
         return {
             "version": self.VERSION,

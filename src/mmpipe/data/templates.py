@@ -1,6 +1,6 @@
 """Conversation templates: turns -> one text with the spans to supervise.
 
-A template says the same thing three times from one description: ``render`` the training text, ``prompt`` the text to
+One description gives three things: ``render`` the training text, ``prompt`` the text to
 generate from, and ``jinja`` the chat template stored with a checkpoint, which renders the same characters anywhere.
 """
 
@@ -132,11 +132,9 @@ class TextTemplate(Template):
 
 
 class TokenizerTemplate(Template):
-    """The chat template that a tokenizer brings.
-
-    Spans are what it encloses in ``{% generation %}``. Raises DataError when it has none, when they leave out
-    the end of the answer, or when its generation prompt is not how its training text begins.
-    """
+    """The chat template that a tokenizer brings. Spans are what it encloses in ``{% generation %}``. Raises DataError
+    when it has none, when they leave out the end of the answer, or when its generation prompt is not how its training
+    text begins."""
 
     name = "tokenizer"
 
@@ -185,10 +183,8 @@ class TokenizerTemplate(Template):
 
 
 def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
-    """The template called ``name``; ``tokenizer`` stands for the one that the given tokenizer brings.
-
-    Raises ConfigError for an unknown name.
-    """
+    """The template called ``name``; ``tokenizer`` stands for the one that the given tokenizer brings. Raises
+    ConfigError for an unknown name."""
     if name == TokenizerTemplate.name:
         if tokenizer is None:
             raise ConfigError("the template 'tokenizer' can only be used where the tokenizer is at hand")
@@ -219,10 +215,8 @@ def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def break_after_images(text: str) -> str:
-    """Begin a new line after images at the head of a message: LLaVA's prompts read ``<image>\\nquestion``.
-
-    Chat messages carry an image and a text as two parts with nothing between: they become the same text.
-    """
+    """Begin a new line after images at the head of a message: LLaVA's prompts read ``<image>\\nquestion``. Chat
+    messages carry an image and a text as two parts with nothing between: they become the same text."""
     body = text
     while body.startswith(IMAGE_MARK):
         body = body.removeprefix(IMAGE_MARK)

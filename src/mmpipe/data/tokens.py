@@ -327,11 +327,9 @@ class TokenTable:
         return TokenRow(row["index"], row["id"], tuple(row["images"]), conversations)
 
     def require(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int, minimum: float = 0.0) -> float:
-        """Check that a model can train on these tokens; returns the supervised share of the text tokens.
-
-        Raises ArtifactError when they were made for another tokenizer or image size, DataError when a smaller share
-        than ``minimum`` is supervised.
-        """
+        """Check that a model can train on these tokens; returns the supervised share of the text tokens. Raises
+        ArtifactError when they were made for another tokenizer or image size, DataError when a smaller share than
+        ``minimum`` is supervised."""
         made_for = self.report["tokenizer"], self.report["tokens_per_image"]
         if made_for != (tokenizer_hash(tokenizer), image_tokens):
             raise ArtifactError(

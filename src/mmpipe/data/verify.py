@@ -112,10 +112,8 @@ class Deduplicator:
 
 
 class MixtureSource:
-    """One source of a mixture and all that is counted about it.
-
-    ``seed`` is the mixture's. Raises ConfigError for an unknown format, DataError when there are no files or folders.
-    """
+    """One source of a mixture and all that is counted about it. ``seed`` is the mixture's. Raises ConfigError for an
+    unknown format, DataError when there are no files or folders."""
 
     def __init__(
         self,

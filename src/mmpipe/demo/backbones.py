@@ -61,11 +61,8 @@ PROMPT_WORDS = (
 def clip_tiny(
     out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3, patch_size: int = 16, training_steps: int = 600
 ) -> None:
-    """A CLIP vision tower for the synthetic images, with its preprocessor.
-
-    It is first trained for ``training_steps`` (0 for none) to classify the attributes of scenes, in place of
-    contrastive pretraining: ten seconds on one core.
-    """
+    """A CLIP vision tower for the synthetic images, with its preprocessor. It is first trained for ``training_steps``
+    (0 for none) to classify the attributes of scenes, in place of contrastive pretraining: ten seconds on one core."""
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
     require_whole_heads(hidden_size)
@@ -89,11 +86,9 @@ def clip_tiny(
 
 
 def qwen2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3, training_steps: int = 0) -> None:
-    """A Qwen2 language model and a byte-level BPE tokenizer for the demo's text.
-
-    Its weights are random, or trained for ``training_steps`` to answer questions about captions, in place of
-    pretraining on text; 600 steps take a minute and a half on one core.
-    """
+    """A Qwen2 language model and a byte-level BPE tokenizer for the demo's text. Its weights are random, or trained for
+    ``training_steps`` to answer questions about captions, in place of pretraining on text; 600 steps take a minute and
+    a half on one core."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     require_whole_heads(hidden_size)

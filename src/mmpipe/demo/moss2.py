@@ -25,10 +25,8 @@ _TEMPLATE = (
 
 
 def moss2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3) -> None:
-    """Random weights under MOSS2's names, queries, keys and values packed; a Llama tokenizer for the demo's text.
-
-    There is no row to spare for ``<image>``, as in the real model: its vocabulary has to grow.
-    """
+    """Random weights under MOSS2's names, queries, keys and values packed; a Llama tokenizer for the demo's text. There
+    is no row to spare for ``<image>``, as in the real model: its vocabulary has to grow."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mmpipe.checkpoints.layouts.moss2 import LAYOUT

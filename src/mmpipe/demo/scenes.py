@@ -86,11 +86,9 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination of attributes is kept for benchmarks.
-
-        The sum of all value indices, modulo six: every value, and every combination of five attributes with at least
-        one color left free, occurs on both sides.
-        """
+        """Whether this combination of attributes is kept for benchmarks. The sum of all value indices, modulo six:
+        every value, and every combination of five attributes with at least one color left free, occurs on both
+        sides."""
         total = sum(values.index(self.value(attribute)) for attribute, values in ATTRIBUTES.items())
         return total % _HELD_OUT_ONE_IN == 0
 
@@ -193,11 +191,9 @@ class Choice:
 
 
 def ask(attribute: str, answer: str, rng: random.Random) -> Choice:
-    """A question about an attribute with all its values as options, in their usual order from a random one on.
-
-    One fixed circular order leaves as many arrangements as there are options, which a small model learns in a
-    minute; free shuffling takes it far longer. CircularEval asks exactly these arrangements.
-    """
+    """A question about an attribute with all its values as options, in their usual order from a random one on. One
+    fixed circular order leaves as many arrangements as there are options, which a small model learns in a minute; free
+    shuffling takes it far longer. CircularEval asks exactly these arrangements."""
     values = ATTRIBUTES[attribute]
     start = rng.randrange(len(values))
     return Choice(QUESTIONS[attribute], values[start:] + values[:start], answer)

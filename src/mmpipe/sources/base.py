@@ -53,11 +53,8 @@ class Source(Settings):
     """Backbones: the folder of the fetched files that holds the checkpoint; default: their top."""
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Put the entry's files into ``out`` and return facts for the manifest.
-
-        Called again after an interruption; a source that can resume does. ``locked`` is the entry's part of the lock,
-        with which the files must agree.
-        """
+        """Put the entry's files into ``out`` and return facts for the manifest. Called again after an interruption; a
+        source that can resume does. ``locked`` is the entry's part of the lock, with which the files must agree."""
         raise NotImplementedError
 
     @property
@@ -80,11 +77,8 @@ class Source(Settings):
 
 
 class Downloaded(Source):
-    """A source whose files are copied to this machine.
-
-    They are staged beside the entry's directory and moved there when they are whole. An interrupted fetch resumes:
-    nothing is downloaded or unpacked twice.
-    """
+    """A source whose files are copied to this machine. They are staged beside the entry's directory and moved there
+    when they are whole. An interrupted fetch resumes: nothing is downloaded or unpacked twice."""
 
     unpack: dict[InnerPath, InnerPath] = {}
     """Archives to unpack and the folder for each, in this order (``images.zip: images``). A name may be a pattern

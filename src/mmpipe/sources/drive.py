@@ -29,11 +29,9 @@ class DriveFile(WantedFile):
 
 
 class Drive(Downloaded):
-    """Download files, or a whole folder, that are shared on Google Drive; needs the extra ``drive``.
-
-    Drive refuses a large file for a while when many people fetched it. Files that a person fetched with a browser and
-    put into ``resources/manual/<entry>/`` are taken from there.
-    """
+    """Download files, or a whole folder, that are shared on Google Drive; needs the extra ``drive``. Drive refuses a
+    large file for a while when many people fetched it. Files that a person fetched with a browser and put into
+    ``resources/manual/<entry>/`` are taken from there."""
 
     source: Literal["drive"] = "drive"
     files: tuple[DriveFile, ...] = ()

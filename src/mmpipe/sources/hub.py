@@ -32,11 +32,9 @@ class _Interrupted(Exception):
 
 
 class Hub(Downloaded):
-    """Download a repository of the hub, or some of its files, at one commit.
-
-    ``HF_TOKEN`` (or a login), ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` come from the environment, never from a file of
-    the project. Every file is compared with the hash that the hub names for it.
-    """
+    """Download a repository of the hub, or some of its files, at one commit. ``HF_TOKEN`` (or a login), ``HF_ENDPOINT``
+    and ``HF_HUB_OFFLINE`` come from the environment, never from a file of the project. Every file is compared with the
+    hash that the hub names for it."""
 
     source: Literal["hub"] = "hub"
     repo: str

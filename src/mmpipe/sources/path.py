@@ -13,10 +13,8 @@ from mmpipe.sources.transfer.staging import claim_output, empty_directory
 
 
 class Local(Source):
-    """Adopt a directory or a file as it is; nothing is copied, nothing below it is written.
-
-    The manifest keeps how many files lie there and their size: what changes later is noticed when it is adopted again.
-    """
+    """Adopt a directory or a file as it is; nothing is copied, nothing below it is written. The manifest keeps how many
+    files lie there and their size: what changes later is noticed when it is adopted again."""
 
     source: Literal["path"] = "path"
     path: Path

@@ -23,7 +23,7 @@ ROLE_NAMES: Mapping[str, Role] = {
     "chatgpt": "assistant",
     **{role: role for role in get_args(Role)},
 }
-"""Who speaks, by the names that data sets use."""
+"""Roles by the names that data sets use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,8 @@ FormatReader = Callable[[Path, str], Iterator[ParsedRecord]]
 
 
 def row_format(parse: Callable[[str, AnnotationRow, str], ParsedRecord]) -> FormatReader:
-    """A reader of JSON, JSON Lines and Parquet from ``parse(id, row, source)``, which may raise BadRecord.
-
-    A row without an id is named by the file and its number in it.
-    """
+    """A reader of JSON, JSON Lines and Parquet from ``parse(id, row, source)``, which may raise BadRecord. A row
+    without an id is named by the file and its number in it."""
     return partial(_parsed_rows, parse)
 
 
@@ -103,10 +101,8 @@ class Images:
 
 
 def read_images(row: AnnotationRow) -> Images:
-    """What stands under ``image`` or ``images``: nothing, one image or a list of them.
-
-    An image is a file name or, as ``datasets`` writes it, ``{"bytes", "path"}``.
-    """
+    """The images under ``image`` or ``images``: none, one or a list. An image is a file name or, as
+    ``datasets`` writes it, ``{"bytes", "path"}``."""
     given = [key for key in ("image", "images") if row.get(key) not in (None, "", [])]
     if not given:
         return Images(())
@@ -126,11 +122,8 @@ def read_images(row: AnnotationRow) -> Images:
 
 
 def read_turns(conversation: Any, system: Any = None) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Turns from a list of ``{"from", "value"}`` or ``{"role", "content"}``, and notes.
-
-    ``system`` is a system message that stands beside the conversation. An answer before the first question is left out,
-    as LLaVA does.
-    """
+    """Turns from a list of ``{"from", "value"}`` or ``{"role", "content"}``, and notes. ``system`` is a system message
+    that stands beside the conversation. An answer before the first question is left out, as LLaVA does."""
     if not isinstance(conversation, list) or not conversation:
         raise BadRecord("no conversation", "the conversation is missing or empty")
     turns = [_turn(message, number) for number, message in enumerate(conversation, start=1)]
@@ -181,10 +174,8 @@ def _system(text: Any, turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def images_before_text(turns: tuple[Turn, ...], images: Images) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Chat messages whose text does not say where images go, with all of them before the first question, and notes.
-
-    TRL reads such records so (``prepare_multimodal_messages``).
-    """
+    """Chat messages whose text does not say where images go, with all of them before the first question, and notes. TRL
+    reads such records so (``prepare_multimodal_messages``)."""
     if not images.names or any(IMAGE_MARK in turn.text for turn in turns):
         return turns, ()
     first = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)

@@ -69,11 +69,9 @@ class _Exhausted(Exception):
 def download(
     urls: Sequence[str], target: Path, expected: Expected = _ANY_FILE, patience: Patience | None = None
 ) -> dict[str, Any]:
-    """Download ``target`` from the first of ``urls`` that gives it; returns its ``size`` and ``sha256``.
-
-    Bytes go to ``target.part``, from which a later call goes on, also after this one lost its patience. Raises
-    DataError, naming every address and what was wrong with it, when none gives the expected file.
-    """
+    """Download ``target`` from the first of ``urls`` that gives it; returns its ``size`` and ``sha256``. Bytes go to
+    ``target.part``, from which a later call goes on, also after this one lost its patience. Raises DataError, naming
+    every address and what was wrong with it, when none gives the expected file."""
     patience = patience or Patience()
     part = target.with_name(f"{target.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)

@@ -59,10 +59,8 @@ class Limits:
 
 
 def fetch(url: str, limits: Limits = Limits()) -> tuple[bytes, str]:
-    """The body of ``url`` and its media type (``image/png``; empty when the server names none).
-
-    Raises DataError, naming the address, when it leads where it must not or breaks a limit, or when the server refuses.
-    """
+    """The body of ``url`` and its media type (``image/png``; empty when the server names none). Raises DataError,
+    naming the address, when it leads where it must not or breaks a limit, or when the server refuses."""
     deadline = time.monotonic() + limits.seconds
     place = url
     for _ in range(limits.redirects + 1):

@@ -106,10 +106,8 @@ class Staging:
             self.save()
 
     def place(self, file: WantedFile, get: Callable[[Path, Expected], Any]) -> None:
-        """Have ``get(target, expected)`` write a file, unless it is here or in ``offered``.
-
-        ``get`` may return the file's size and sha256 when it has verified them.
-        """
+        """Have ``get(target, expected)`` write a file, unless it is here or in ``offered``. ``get`` may return the
+        file's size and sha256 when it has verified them."""
         if self.has(file):
             return
         target = self.files / file.to
@@ -225,10 +223,8 @@ def staged_bytes(out: Path) -> int:
 
 
 def claim_output(out: Path) -> None:
-    """Mark an entry's directory as one that fetches may fill and clear.
-
-    Raises DataError when it holds files that no fetch put there: they may be the user's.
-    """
+    """Mark an entry's directory as one that fetches may fill and clear. Raises DataError when it holds files that no
+    fetch put there: they may be the user's."""
     mark = out.parent / _BESIDE / f"{out.name}.ours"
     if not mark.exists() and out.is_dir():
         foreign = next((entry.name for entry in out.iterdir() if entry.name != NAME), None)
