@@ -58,16 +58,11 @@ def write(
     """Write ``manifest.json`` for all files below ``directory`` and return it. ``facts`` are further deterministic
     values (seed, steps, tokens seen, counts). ``hash_files=False`` records sizes alone, for adopted trees. ``files`` is
     the list itself, where the caller knows it."""
-    listed = (
-        files
-        if files is not None
-        else {
-            path.relative_to(directory).as_posix(): {"size": path.stat().st_size}
-            | ({"sha256": sha256(path)} if hash_files else {})
-            for path in sorted(directory.rglob("*"))
-            if path.is_file() and path.name != NAME
-        }
-    )
+    if files is None:
+        paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != NAME]
+        sizes = {path: {"size": path.stat().st_size} for path in paths}
+        hashes = {path: {"sha256": sha256(path)} if hash_files else {} for path in paths}
+        files = {path.relative_to(directory).as_posix(): sizes[path] | hashes[path] for path in paths}
     manifest = {
         "schema": SCHEMA,
         "kind": kind,
@@ -76,7 +71,7 @@ def write(
         **facts,
         "mmpipe": __version__,
         "libraries": library_versions(),
-        "files": dict(listed),
+        "files": dict(files),
     }
     write_json(directory / NAME, manifest)
     return manifest

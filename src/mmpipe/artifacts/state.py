@@ -43,8 +43,8 @@ def open_state(path: Path, fingerprint: str) -> Iterator[bool]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             raise ArtifactError(
-                f"{path}: this file system has no file locks ({error.strerror}); mount it with them (Lustre: -o flock), "
-                "or let 'results' be a link to another one"
+                f"{path}: this file system has no file locks ({error.strerror}); mount it with them (Lustre: -o "
+                "flock), or let 'results' be a link to another one"
             ) from error
         last = _holder(file)
         job = last.get("slurm_job")
@@ -81,8 +81,8 @@ def _who_works(file: IO[str], holder: dict[str, Any]) -> str:
     job = holder.get("slurm_job")
     if not job:
         return (
-            f"another run is working on this step: {who} (a Snakemake that was killed can leave its jobs running); wait "
-            f"for it, or stop it (kill {holder['pid']}), {again}"
+            f"another run is working on this step: {who} (a Snakemake that was killed can leave its jobs running); "
+            f"wait for it, or stop it (kill {holder['pid']}), {again}"
         )
     state = slurm.state(job)
     if state == "GONE":
@@ -91,8 +91,8 @@ def _who_works(file: IO[str], holder: dict[str, Any]) -> str:
             f"node after some minutes; if the lock stays, delete {file.name}, {again}"
         )
     return (
-        f"another run is working on this step: Slurm job {job} ({state or 'Slurm does not answer'}), {who}; wait for it, "
-        f"or stop it (scancel {job}), {again}"
+        f"another run is working on this step: Slurm job {job} ({state or 'Slurm does not answer'}), {who}; wait for "
+        f"it, or stop it (scancel {job}), {again}"
     )
 
 

@@ -89,21 +89,21 @@ def export_mixture(mixture: Path, out: Path, layout: str, names: ImageNames, *, 
 
 
 def _llava(records: RecordTable, file: BinaryIO, names: ImageNames, embed: bool) -> None:
-    def row(record: Record) -> dict[str, Any]:
-        return {**_head(record, record.turns, names), "conversations": _said(record.turns)}
-
-    _write_array(file, (row(_of_kind(record, Record, "messages' or 'preference")) for record in records))
+    talks = (_of_kind(record, Record, "messages' or 'preference") for record in records)
+    _write_array(file, ({**_head(talk, talk.turns, names), "conversations": _said(talk.turns)} for talk in talks))
 
 
 def _preference(records: RecordTable, file: BinaryIO, names: ImageNames, embed: bool) -> None:
-    def row(record: PreferenceRecord) -> dict[str, Any]:
-        answers = {"chosen": record.chosen, "rejected": record.rejected}
-        return {
-            **_head(record, record.prompt, names),
-            **{name: _said((*record.prompt, Turn("assistant", text))) for name, text in answers.items()},
-        }
-
-    _write_array(file, (row(_of_kind(record, PreferenceRecord, "llava' or 'messages")) for record in records))
+    pairs = (_of_kind(record, PreferenceRecord, "llava' or 'messages") for record in records)
+    keys = ("chosen", "rejected")
+    answers = ((pair, zip(keys, pair.conversations, strict=True)) for pair in pairs)
+    _write_array(
+        file,
+        (
+            {**_head(pair, pair.prompt, names), **{key: _said(talk.turns) for key, talk in both}}
+            for pair, both in answers
+        ),
+    )
 
 
 def _messages(records: RecordTable, file: BinaryIO, names: ImageNames, embed: bool) -> None:

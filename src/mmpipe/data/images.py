@@ -179,8 +179,8 @@ def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> I
         )
     if longer > MAX_ASPECT * shorter:
         raise DataError(
-            f"{where}: {image.width}x{image.height} is more than {MAX_ASPECT} times as long as it is wide, and resizing "
-            "its shorter side to what a vision tower sees would take too much memory; cut it"
+            f"{where}: {image.width}x{image.height} is more than {MAX_ASPECT} times as long as it is wide, and "
+            "resizing its shorter side to what a vision tower sees would take too much memory; cut it"
         )
     if image.mode == "F":
         raise DataError(f"{where}: an image of floating-point numbers has no defined brightness; convert it")

@@ -15,22 +15,16 @@ from mmpipe.errors import ArtifactError
 if TYPE_CHECKING:
     import datasets
 
-_TURN = pa.struct([pa.field("role", pa.string()), pa.field("text", pa.string())])
+_TEXT = pa.string()
+_TURNS = pa.list_(pa.struct({"role": _TEXT, "text": _TEXT}))
 SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string()),
-        pa.field("source", pa.string()),
-        pa.field("images", pa.list_(pa.string())),
-        pa.field("turns", pa.list_(_TURN)),
-        pa.field("chosen", pa.string()),
-        pa.field("rejected", pa.string()),
-    ]
+    {"id": _TEXT, "source": _TEXT, "images": pa.list_(_TEXT), "turns": _TURNS, "chosen": _TEXT, "rejected": _TEXT}
 )
 _ROWS_PER_BATCH = 1024
 
 IMAGES = "images.arrow"
 _FORMER_IMAGES = "pictures.arrow"
-_DIGESTS = pa.schema([pa.field("name", pa.string()), pa.field("digest", pa.binary(16))])
+_DIGESTS = pa.schema({"name": _TEXT, "digest": pa.binary(16)})
 _DIGESTS_PER_BATCH = 4096
 
 

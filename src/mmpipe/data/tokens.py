@@ -37,17 +37,11 @@ ROWS_PER_SHARD = 65_536
 _ROWS_PER_BATCH = 256
 """Rows that are held as Python lists before they are written: one of 500 tokens takes 20 KB so."""
 
-_CONVERSATION = pa.struct([pa.field("ids", pa.list_(pa.int32())), pa.field("supervised", pa.list_(pa.int32()))])
+_INTEGERS = pa.list_(pa.int32())
+_CONVERSATIONS = pa.list_(pa.struct({"ids": _INTEGERS, "supervised": _INTEGERS}))
 SCHEMA = pa.schema(
-    [
-        pa.field("index", pa.int32()),
-        pa.field("id", pa.string()),
-        pa.field("images", pa.list_(pa.string())),
-        pa.field("conversations", pa.list_(_CONVERSATION)),
-        pa.field("tokens", pa.int32()),
-        pa.field("words", pa.int32()),
-        pa.field("has_image", pa.bool_()),
-    ]
+    {"index": pa.int32(), "id": pa.string(), "images": pa.list_(pa.string()), "conversations": _CONVERSATIONS}
+    | {"tokens": pa.int32(), "words": pa.int32(), "has_image": pa.bool_()}
 )
 
 

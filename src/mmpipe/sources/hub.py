@@ -97,8 +97,8 @@ class Hub(Downloaded):
         endpoint = os.environ.get("HF_ENDPOINT")
         api = HfApi(endpoint=endpoint)
         where: dict[str, Any] = {"repo_id": self.repo, "repo_type": self.repo_type}
-        # Resolved once: the branch may move before the next attempt, and snapshot_download, when the hub fails it, takes
-        # a half-filled folder for the snapshot of a branch.
+        # Resolved once: the branch may move before the next attempt, and snapshot_download, when the hub fails it,
+        # takes a half-filled folder for the snapshot of a branch.
         info = api.repo_info(**where, revision=self._revision(staging))
         if info.id != self.repo:
             log.warning("%s is called %s now; name that in the catalogue", self.repo, info.id)

@@ -231,7 +231,8 @@ def claim_output(out: Path) -> None:
         if foreign:
             raise DataError(
                 f"{out}: holds files that no fetch put there ({foreign}, ...). If they are the data set, move them "
-                f"elsewhere and adopt them by '{out.name}: {{source: path, path: /where/they/are}}'; if not, remove them"
+                f"elsewhere and adopt them by '{out.name}: {{source: path, path: /where/they/are}}'; "
+                "if not, remove them"
             )
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
