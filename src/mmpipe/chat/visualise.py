@@ -66,7 +66,9 @@ def retained_image(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -
 def _side_by_side(images: Sequence[Image.Image]) -> str:
     if not images:
         return ""
-    shown = "".join(f"<img alt='' src='{data_url(image)}' style='width:200px;border:1px solid #ccc'>" for image in images)
+    shown = "".join(
+        f"<img alt='' src='{data_url(image)}' style='width:200px;border:1px solid #ccc'>" for image in images
+    )
     return (
         f"<div class='kept'>{_HEADING}Parts of the images that the model retained</p>"
         f"<div style='display:flex;flex-wrap:wrap;gap:8px'>{shown}</div></div>"

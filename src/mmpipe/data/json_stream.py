@@ -41,15 +41,15 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _array(window: _Window) -> Iterator[tuple[int, Any]]:
-    window.skip()
+    window.advance()
     if window.peek() != "]":
         yield window.value()
         while window.peek() == ",":
-            window.skip()
+            window.advance()
             yield window.value()
     if window.peek() != "]":
         raise window.fault("the array ends too early" if not window.peek() else "expected ',' or ']'")
-    window.skip()
+    window.advance()
     if window.peek():
         raise window.fault("there is text after the end of the array")
 
@@ -68,15 +68,11 @@ class _Window:
     def peek(self) -> str:
         """The next character that is not space; empty at the end of the file."""
         while True:
-            self._advance(_SPACE.match(self._text, self._position).end())  # type: ignore[union-attr]
+            self.advance(_SPACE.match(self._text, self._position).end())  # type: ignore[union-attr]
             if self._position < len(self._text):
                 return self._text[self._position]
             if not self._read_on():
                 return ""
-
-    def skip(self) -> None:
-        """Go over one character."""
-        self._advance(self._position + 1)
 
     def value(self) -> tuple[int, Any]:
         """The value that begins here and its line."""
@@ -95,7 +91,7 @@ class _Window:
             if isinstance(value, int | float) and end >= len(self._text) - 2 and self._read_on():
                 continue
             line = self._line
-            self._advance(end)
+            self.advance(end)
             return line, value
 
     def fault(self, what: str, position: int | None = None) -> DataError:
@@ -108,7 +104,9 @@ class _Window:
             "the file may be cut short or written by hand: fetch it again or mend it"
         )
 
-    def _advance(self, position: int) -> None:
+    def advance(self, position: int | None = None) -> None:
+        """Go to ``position``, or over one character."""
+        position = self._position + 1 if position is None else position
         self._line += self._text.count("\n", self._position, position)
         self._position = position
 

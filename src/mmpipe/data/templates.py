@@ -34,13 +34,12 @@ class Template(ABC):
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """The text of a whole conversation. Raises BadRecord for turns in an odd order or without text."""
         check_turns(turns)
-        text, spans = self._text(turns)
-        return Rendered(text, spans)
+        return self._rendered(turns)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text up to where the next answer begins; ``turns`` end with the user's."""
         check_turns((*turns, Turn("assistant", "?")))
-        return self._text(turns, prompt=True)[0]
+        return self._rendered(turns, prompt=True).text
 
     @abstractmethod
     def jinja(self) -> str:
@@ -51,8 +50,8 @@ class Template(ABC):
         """Raise DataError if the template cannot be used with this tokenizer."""
 
     @abstractmethod
-    def _text(self, turns: Sequence[Turn], *, prompt: bool = False) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """The text, up to the next answer if ``prompt``, and the spans [start, end) to supervise."""
+    def _rendered(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
+        """The text, up to the next answer if ``prompt``, and its spans to supervise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,7 @@ class TextTemplate(Template):
     def _first_user_before(self) -> str:
         return self.user_before if self.first_user_before is None else self.first_user_before
 
-    def _text(self, turns: Sequence[Turn], *, prompt: bool = False) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def _rendered(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
         text = "" if turns[0].role == "system" else self._default_system
         spans: list[tuple[int, int]] = []
         before = self._first_user_before
@@ -120,7 +119,7 @@ class TextTemplate(Template):
                 text += self.answer_before
                 spans.append((len(text), len(text + self.answer_lead + turn.text + self.answer_end)))
                 text += self.answer_lead + turn.text + self.answer_end + self.answer_after
-        return text + self.answer_before * prompt, tuple(spans)
+        return Rendered(text + self.answer_before * prompt, tuple(spans))
 
     def _shown(self, question: str) -> str:
         if not self.captions:
@@ -167,7 +166,7 @@ class TokenizerTemplate(Template):
         if tokenizer.chat_template != self._template:
             raise DataError(f"the tokenizer {tokenizer.name_or_path} has another chat template than this one")
 
-    def _text(self, turns: Sequence[Turn], *, prompt: bool = False) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def _rendered(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [
@@ -179,7 +178,7 @@ class TokenizerTemplate(Template):
             [messages], chat_template=self._template, **options, **self._special_tokens
         )
         (text,), (spans,) = rendered
-        return text, tuple((start, end) for start, end in spans)
+        return Rendered(text, tuple((start, end) for start, end in spans))
 
 
 def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
