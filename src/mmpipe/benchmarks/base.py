@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from mmpipe.benchmarks.jsonl import Document, read_documents, write_records
+from mmpipe.artifacts.files import write_jsonl
+from mmpipe.benchmarks.jsonl import Document, read_documents
 from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 from mmpipe.errors import ConfigError, DataError, did_you_mean
@@ -214,7 +215,7 @@ class Benchmark(abc.ABC):
 
         Benchmarks without a server get one line a question, ``{"question_id", "prediction"}``.
         """
-        write_records(out, ({"question_id": pair.reference["question_id"], "prediction": pair.text} for pair in pairs))
+        write_jsonl(out, ({"question_id": pair.reference["question_id"], "prediction": pair.text} for pair in pairs))
         return {}
 
     def read_references(self, paths: Sequence[Path]) -> list[Record]:

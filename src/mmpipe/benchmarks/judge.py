@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import canonical_json
+from mmpipe.artifacts.files import canonical_json, json_line, recover_lines
 from mmpipe.benchmarks.base import get
 from mmpipe.benchmarks.jsonl import Record, read_answers
 from mmpipe.benchmarks.judging import JudgeRequest
@@ -53,7 +53,7 @@ def judge_answers(
     with out.open("ab") as file:
         for record in _ask_all(left, client, settings.workers):
             failed += record["reply"] is None
-            file.write(json.dumps(record).encode("ascii") + b"\n")
+            file.write(json_line(record))
             file.flush()
     return {"wanted": len(requests), "asked": len(left), "kept": len(requests) - len(left), "failed": failed}
 
@@ -143,15 +143,8 @@ def _payload(request: JudgeRequest, settings: JudgeSettings) -> Record:
 
 def _kept(path: Path) -> list[Record]:
     """The records of an earlier call; a last line that was cut off is removed."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     try:
-        records = [json.loads(line) for line in whole.split(b"\n") if line.strip()]
+        records = [json.loads(line) for line in recover_lines(path) if line.strip()]
         return [record for record in records if record["request_sha256"] and "reply" in record]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a judge's record ({error}); move the file away to judge afresh") from error

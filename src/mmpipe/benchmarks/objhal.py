@@ -25,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mmpipe.artifacts.files import write_jsonl
 from mmpipe.benchmarks.base import (
     Benchmark,
     Document,
@@ -39,7 +40,7 @@ from mmpipe.benchmarks.base import (
     require,
 )
 from mmpipe.benchmarks.image_bytes import decode_base64
-from mmpipe.benchmarks.jsonl import iter_rows, read_document, read_documents, write_records
+from mmpipe.benchmarks.jsonl import iter_rows, read_document, read_documents
 from mmpipe.benchmarks.judging import JudgeRequest
 from mmpipe.benchmarks.stats import Estimate, bootstrap
 from mmpipe.errors import DataError
@@ -205,7 +206,7 @@ class ObjHal(Benchmark):
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
         """The answer file of the published scripts, in question order."""
-        write_records(
+        write_jsonl(
             out,
             (
                 {

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any, ClassVar
 
+from mmpipe.artifacts.files import write_jsonl
 from mmpipe.benchmarks.base import (
     SHORT_ANSWER,
     Benchmark,
@@ -31,7 +32,7 @@ from mmpipe.benchmarks.base import (
     key,
     records_of,
 )
-from mmpipe.benchmarks.jsonl import read_document, write_records
+from mmpipe.benchmarks.jsonl import read_document
 from mmpipe.benchmarks.readers import as_llava_asks, hub_records, images_of, on_hub
 from mmpipe.benchmarks.stats import Estimate, bootstrap, estimate_mean
 from mmpipe.benchmarks.yesno import NO, OTHER, YES, equal_lmms, llava_pope, yes_or_no_word
@@ -143,7 +144,7 @@ class Pope(Benchmark):
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
         """One line a question for the official ``evaluate.py``: ``{"question", "answer"}``."""
-        write_records(out, ({"question": p.reference.get("text", ""), "answer": p.text} for p in pairs))
+        write_jsonl(out, ({"question": p.reference.get("text", ""), "answer": p.text} for p in pairs))
         return {}
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import sha256, write_json
+from mmpipe.artifacts.files import sha256, write_json, write_jsonl
 from mmpipe.benchmarks.base import Benchmark, Record, Score, get, names, records_of
-from mmpipe.benchmarks.jsonl import read_answers, read_document, write_records
+from mmpipe.benchmarks.jsonl import read_answers, read_document
 
 
 def score_files(
@@ -42,7 +42,7 @@ def score_files(
         }
     }
     if per_item:
-        write_records(per_item, (item.as_json() for item in score.items))
+        write_jsonl(per_item, (item.as_json() for item in score.items))
     if out:
         write_json(out, result)
     return result

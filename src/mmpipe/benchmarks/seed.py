@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
+from mmpipe.artifacts.files import write_jsonl
 from mmpipe.benchmarks.base import (
     OPTION_LETTER,
     Benchmark,
@@ -26,7 +27,7 @@ from mmpipe.benchmarks.base import (
     records_of,
 )
 from mmpipe.benchmarks.choices import options_block
-from mmpipe.benchmarks.jsonl import read_document, write_records
+from mmpipe.benchmarks.jsonl import read_document
 from mmpipe.benchmarks.stats import Estimate, estimate_mean
 
 _FIELDS = ("question_id", "answer", "question_type_id", "data_type")
@@ -82,7 +83,7 @@ class Seed(Benchmark):
 
     def convert(self, pairs: Sequence[Pair], out: Path) -> Record:
         """The lines of the leaderboard: ``{"question_id", "prediction"}``, ids as text."""
-        write_records(out, ({"question_id": key(p.reference["question_id"]), "prediction": p.text} for p in pairs))
+        write_jsonl(out, ({"question_id": key(p.reference["question_id"]), "prediction": p.text} for p in pairs))
         return {}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mmpipe.artifacts.files import atomic_open
 
 _LONGEST_CELL = 32_767  # Excel's limit
 
@@ -40,11 +41,6 @@ def write_sheet(out: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
             cell.quotePrefix = clean.startswith(("=", "+", "-", "@"))
             cells.append(cell)
         sheet.append(cells)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp.xlsx")
-    try:
-        book.save(temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_open(out) as file:
+        book.save(file)
     return counts
