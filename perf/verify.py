@@ -82,9 +82,9 @@ def record(number: int, name: str, text: bool, said: list[str]) -> dict[str, Any
 def verifying(folder: Path, workers: int) -> Callable[[], dict[str, Any]]:
     """The step that builds the mixture."""
     from mmpipe.data.mixture import build_mixture
-    from mmpipe.data.spec import MixtureSpec, PartSpec
+    from mmpipe.data.spec import MixtureSourceSpec, MixtureSpec
 
-    spec = MixtureSpec(parts=(PartSpec(dataset="made", annotations="mix.json", images="images"),))
+    spec = MixtureSpec(parts=(MixtureSourceSpec(dataset="made", annotations="mix.json", images="images"),))
     return lambda: build_mixture(spec, {"made": folder}, folder / "out", workers=workers, log=lambda line: None)
 
 

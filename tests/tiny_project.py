@@ -28,7 +28,7 @@ def make_world(root: Path) -> Path:
     """A working directory with tiny backbones, a data set and a mixture, laid out as the rules lay them out."""
     from mmpipe.artifacts import manifest
     from mmpipe.data.mixture import build_mixture
-    from mmpipe.data.spec import MixtureSpec, PartSpec
+    from mmpipe.data.spec import MixtureSourceSpec, MixtureSpec
     from mmpipe.demo.backbones import clip_tiny, qwen2_tiny
     from mmpipe.demo.datasets import conversations
     from mmpipe.demo.presence import preferences
@@ -50,8 +50,8 @@ def make_world(root: Path) -> Path:
     make_one_sided(pairs / "RLAIF-V-Dataset_000.parquet")
     manifest.write(pairs, kind="source", spec="{}", inputs={})
     parts = {
-        "mix": PartSpec(dataset="shapes", annotations="llava_v1_5_mix665k.json", images="."),
-        "pairs": PartSpec(dataset="pairs", annotations="*.parquet", format="rlaif_v"),
+        "mix": MixtureSourceSpec(dataset="shapes", annotations="llava_v1_5_mix665k.json", images="."),
+        "pairs": MixtureSourceSpec(dataset="pairs", annotations="*.parquet", format="rlaif_v"),
     }
     here = Path.cwd()
     os.chdir(root)  # records name images relative to the working directory

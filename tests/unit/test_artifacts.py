@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import atomic_open, canonical_json, staged_directory, write_json
+from mmpipe.artifacts.files import atomic_open, canonical_json, read_json, recover_lines, staged_directory, write_json
 from mmpipe.artifacts.state import open_state
 from mmpipe.errors import ArtifactError
 
@@ -138,3 +138,30 @@ def test_what_a_killed_process_left_beside_the_target_goes(tmp_path):
     with staged_directory(tmp_path / "model") as stage:
         (stage / "file").write_text("whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model-2.4194304.tmp", "model"]
+
+
+def test_artifacts_of_earlier_versions_are_read_in_todays_words(tmp_path: Path) -> None:
+    former = {"picture_tokens": 576, "rows": [{"measure": "picture_flops", "keep": None}, {"picture": 0}]}
+    (tmp_path / "a.json").write_text(json.dumps(former))
+    assert read_json(tmp_path / "a.json") == {
+        "image_tokens": 576,
+        "rows": [{"measure": "image_flops", "keep": None}, {"image": 0}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "whole"),
+    [
+        (b'{"a":1}\n{"a":2}\n', b'{"a":1}\n{"a":2}\n'),
+        (b'{"a":1}\n{"a":', b'{"a":1}\n'),
+        (b'{"a":1}\n\x00\x00\n{"a', b'{"a":1}\n'),
+        (b'{"a', b""),
+        (b"", b""),
+    ],
+)
+def test_the_torn_end_of_appended_lines_is_cut_off(content: bytes, whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    assert recover_lines(path, lambda line: line.startswith(b"{")) == whole.splitlines()
+    assert path.read_bytes() == whole
+    assert recover_lines(tmp_path / "none.jsonl") == []

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mmpipe.artifacts import manifest
 from mmpipe.cli.main import app
 from mmpipe.data import export
-from mmpipe.data.export import Below, PutInto, export_mixture
+from mmpipe.data.export import export_mixture, keep_in_place, place_in_folder
 from mmpipe.data.record_table import RecordTable
 from mmpipe.errors import ArtifactError, ConfigError, DataError
 
@@ -78,9 +78,9 @@ def test_what_is_exported_makes_the_same_mixture(
     monkeypatch.chdir(tmp_path)
     mixture = published(Path("first"), entries, format=read)
     placement = {
-        "where they are": Below(Path("first")),
-        "links": PutInto(Path("put")),
-        "copies": PutInto(Path("put"), copy=True),
+        "where they are": keep_in_place(Path("first")),
+        "links": place_in_folder(Path("put")),
+        "copies": place_in_folder(Path("put"), copy=True),
     }[place]
     out = Path("again/data.json")
     assert export_mixture(mixture, out, layout, placement, embed=embed) == len(entries)
@@ -96,7 +96,7 @@ def test_what_is_exported_makes_the_same_mixture(
 def test_the_schema_is_llavas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mixture = published(Path("first"), TALKS)
-    export_mixture(mixture, Path("out.json"), "llava", Below(Path("first/made")))
+    export_mixture(mixture, Path("out.json"), "llava", keep_in_place(Path("first/made")))
     one, two, three = json.loads(Path("out.json").read_text())
     assert one == {
         "id": "r0",
@@ -112,7 +112,7 @@ def test_the_schema_is_llavas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_schema_is_llava_mods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mixture = published(Path("first"), PAIRS, format="preference")
-    export_mixture(mixture, Path("out.json"), "preference", Below(Path("first/made/img")))
+    export_mixture(mixture, Path("out.json"), "preference", keep_in_place(Path("first/made/img")))
     rows = json.loads(Path("out.json").read_text())
     assert [{key: row[key] for key in row if key != "source"} for row in rows] == PAIRS
 
@@ -124,7 +124,7 @@ def test_datasets_sees_messages_and_images(embed: bool, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(export, "_ROWS", 2)
     mixture = published(Path("first"), TALKS)
-    export_mixture(mixture, Path("out.parquet"), "messages", Below(Path()), embed=embed)
+    export_mixture(mixture, Path("out.parquet"), "messages", keep_in_place(Path()), embed=embed)
     table = datasets.Dataset.from_parquet("out.parquet", cache_dir=str(tmp_path / "cache"))
     assert table[0]["messages"] == [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\nWhat is 0?"}]},
@@ -136,7 +136,7 @@ def test_datasets_sees_messages_and_images(embed: bool, tmp_path: Path, monkeypa
 def test_what_cannot_be_exported_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     talks, pairs = published(Path("a"), TALKS), published(Path("b"), PAIRS, format="preference")
-    out, here = Path("out.json"), Below(Path())
+    out, here = Path("out.json"), keep_in_place(Path())
     with pytest.raises(ConfigError, match="did you mean 'messages'"):
         export_mixture(talks, out, "message", here)
     with pytest.raises(ConfigError, match="made/r0 is no record of this layout"):
@@ -146,7 +146,7 @@ def test_what_cannot_be_exported_is_named_and_leaves_nothing(tmp_path: Path, mon
     with pytest.raises(ConfigError, match="only 'messages' can hold them"):
         export_mixture(talks, out, "llava", here, embed=True)
     with pytest.raises(DataError, match=r"0\.png: lies outside of"):
-        export_mixture(talks, out, "llava", Below(Path("elsewhere")))
+        export_mixture(talks, out, "llava", keep_in_place(Path("elsewhere")))
     with pytest.raises(ArtifactError, match="no published mixture"):
         export_mixture(Path("nowhere"), out, "llava", here)
     Path("a/made/img/2.png").unlink()

@@ -13,7 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mmpipe.data import images
-from mmpipe.data.images import image_processor, image_size, inspect_image, open_image
+from mmpipe.data.images import image_processor, inspect_image, open_image
 from mmpipe.errors import ArtifactError, DataError
 
 RED, BLUE = (254, 0, 0), (0, 0, 254)
@@ -218,7 +218,7 @@ def test_the_processor_takes_over_what_the_tower_wants(tmp_path: Path) -> None:
         (siglip(tmp_path / "siglip"), SiglipImageProcessorPil, 20),
     ):
         square = image_processor(tower, "square")
-        assert image_size(square) == (side, side)
+        assert square.crop_size == {"height": side, "width": side}
         expected = own.from_pretrained(tower)(wide, return_tensors="np")["pixel_values"]
         np.testing.assert_array_equal(square(wide, return_tensors="np")["pixel_values"], expected)
         padded = image_processor(tower, "pad")(wide, return_tensors="np")["pixel_values"]

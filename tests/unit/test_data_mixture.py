@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from mmpipe.data.mixture import build_mixture
 from mmpipe.data.record_table import RecordTable
 from mmpipe.data.records import PreferenceRecord, Record, length_in_words
-from mmpipe.data.spec import MixtureSpec, PartSpec
+from mmpipe.data.spec import MixtureSourceSpec, MixtureSpec
 from mmpipe.data.verify import images_first
 from mmpipe.errors import ConfigError, DataError
 
@@ -395,7 +395,7 @@ def test_an_unknown_format_is_named_with_the_nearest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"annotations": "../x"}, {"images": "/x"}, {"take": 0}, {"take": 1.5}, {"tke": 1}])
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        PartSpec.model_validate({"dataset": "made", "annotations": "data.json"} | change)
+        MixtureSourceSpec.model_validate({"dataset": "made", "annotations": "data.json"} | change)
 
 
 HALF = "b \ud83d"

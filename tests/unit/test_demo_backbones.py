@@ -22,11 +22,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from mmpipe.demo.backbones import clip_tiny, qwen2_tiny, told_scenes
+from mmpipe.demo.backbones import caption_dialogues, clip_tiny, qwen2_tiny
 from mmpipe.demo.datasets import INSTRUCTIONS
 from mmpipe.demo.moss2 import moss2_tiny
-from mmpipe.demo.questions import ASKED_AS, LETTERS
-from mmpipe.demo.scenes import ATTRIBUTES, PIXELS, Scene, scenes
+from mmpipe.demo.scenes import ATTRIBUTES, LETTERS, PIXELS, QUESTIONS, Scene, scenes
 from mmpipe.errors import ConfigError
 
 
@@ -124,7 +123,7 @@ def test_an_image_token_fits_without_resizing(language: Path) -> None:
 
 def test_every_word_of_the_world_is_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
     values = [value for values in ATTRIBUTES.values() for value in values]
-    asked = [f" {word}" for question in ASKED_AS.values() for word in question.strip("?").split()[1:]]
+    asked = [f" {word}" for question in QUESTIONS.values() for word in question.strip("?").split()[1:]]
     answers = [*LETTERS, *values, *(f" {answer}" for answer in (*LETTERS, *values))]
     assert [word for word in asked + answers if len(tokenizer.tokenize(word)) != 1] == []
 
@@ -148,7 +147,7 @@ def test_the_chat_template_marks_what_the_assistant_says(tokenizer: PreTrainedTo
 
 def test_what_a_language_model_reads_is_true_of_the_caption_before_it() -> None:
     kinds = set()
-    for question, answer in islice(told_scenes(0), 200):
+    for question, answer in islice(caption_dialogues(0), 200):
         caption, asked, *rest = question.split("\n")
         if asked in INSTRUCTIONS:
             kinds.add("caption")
@@ -169,7 +168,7 @@ def test_reading_lowers_the_loss_of_what_is_read(tmp_path: Path) -> None:
         out = tmp_path / str(steps)
         qwen2_tiny(out, hidden_size=32, layers=2, training_steps=steps)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-        texts = [f"{question}\n{answer}" for question, answer in islice(told_scenes(7), 8)]
+        texts = [f"{question}\n{answer}" for question, answer in islice(caption_dialogues(7), 8)]
         ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
         with torch.no_grad():
             return sum(float(model(input_ids=row, labels=row).loss) for row in ids) / len(ids)

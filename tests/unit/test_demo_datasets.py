@@ -18,8 +18,7 @@ import pytest
 from PIL import Image
 
 from mmpipe.demo import datasets
-from mmpipe.demo.questions import ASKED_AS, LETTER_ANSWER, LETTERS, SHORT_ANSWER, Choice
-from mmpipe.demo.scenes import ATTRIBUTES, BACKGROUNDS, PIXELS
+from mmpipe.demo.scenes import ATTRIBUTES, BACKGROUNDS, LETTER_ANSWER, LETTERS, PIXELS, QUESTIONS, SHORT_ANSWER, Choice
 from mmpipe.errors import DataError
 
 CHOICE = re.compile(rf"(?:<image>\n)?(?P<question>.+)\n(?P<options>(?:[A-D]\. .+\n){{2,4}}){re.escape(LETTER_ANSWER)}")
@@ -116,7 +115,7 @@ def test_conversations_come_from_several_folders_and_some_have_no_image(
 
 
 def test_word_conversations_say_once_what_form_of_answer_is_wanted(records: list[dict[str, Any]]) -> None:
-    asked_as = {question: name for name, question in ASKED_AS.items()}
+    asked_as = {question: name for name, question in QUESTIONS.items()}
     by_word = [record for record in records if record.get("image", "").startswith("gqa")]
     for record in by_word:
         turns = dialogue(record)
@@ -129,7 +128,7 @@ def test_word_conversations_say_once_what_form_of_answer_is_wanted(records: list
 
 
 def test_letter_conversations_offer_all_values_in_circular_order(records: list[dict[str, Any]]) -> None:
-    asked_as = {question: name for name, question in ASKED_AS.items()}
+    asked_as = {question: name for name, question in QUESTIONS.items()}
     sizes = set()
     for record in records:
         if record.get("image", "").startswith("coco"):
@@ -148,7 +147,7 @@ def truths(root: Path, records: list[dict[str, Any]]) -> list[bool]:
     found = []
     for record in records:
         for text, answer in dialogue(record):
-            if ASKED_AS["background"] in text and "image" in record:
+            if QUESTIONS["background"] in text and "image" in record:
                 said = options_of(text)[1][answer] if LETTER_ANSWER in text else answer
                 corner = np.asarray(Image.open(root / record["image"]))[:3, :3].mean()
                 found.append(said == min(BACKGROUNDS, key=lambda name: abs(corner - BACKGROUNDS[name][0])))
@@ -225,7 +224,7 @@ def test_mmbench_rotates_every_question_as_often_as_it_has_options(table: list[d
 
 
 def test_mmbench_answers_are_true_of_the_images(table: list[dict[str, str]]) -> None:
-    asked = [row for row in table if row["question"] == ASKED_AS["background"]]
+    asked = [row for row in table if row["question"] == QUESTIONS["background"]]
     for row in asked:
         corner = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["image"], validate=True))))[:3, :3].mean()
         assert row[row["answer"]] == min(BACKGROUNDS, key=lambda name: abs(corner - BACKGROUNDS[name][0]))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mmpipe.losses.routing import all_choices_balancing_loss, entropy, load_balancing_loss, margin, z_loss
+from mmpipe.losses.routing import entropy, load_balancing_loss, margin, z_loss
 
 
 def test_balance_is_one_when_uniform_and_the_number_of_experts_when_collapsed() -> None:
@@ -15,7 +15,6 @@ def test_balance_is_one_when_uniform_and_the_number_of_experts_when_collapsed() 
     assert load_balancing_loss(uniform, torch.arange(8) % 4).item() == pytest.approx(1)
     collapsed = torch.tensor([[0.0, 0.0, 1.0, 0.0]]).expand(8, 4)
     assert load_balancing_loss(collapsed, torch.full((8,), 2)).item() == pytest.approx(4)
-    assert all_choices_balancing_loss(uniform, torch.tensor([[0, 1], [2, 3]] * 4)).item() == pytest.approx(2)
 
 
 def test_following_the_gradient_of_the_balance_loss_balances() -> None:

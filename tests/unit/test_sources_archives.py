@@ -14,7 +14,7 @@ import pytest
 from source_entries import MEMBERS, make_tar, make_zip, tree
 
 from mmpipe.errors import DataError
-from mmpipe.sources.transfer import space
+from mmpipe.sources.transfer import progress
 from mmpipe.sources.transfer.archives import DamagedArchive, unpack
 
 
@@ -165,7 +165,7 @@ def test_a_name_that_is_both_file_and_folder(tmp_path: Path) -> None:
 
 
 def test_looks_at_the_disk_before_filling_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(space, "_MARGIN", 10**18)
+    monkeypatch.setattr(progress, "_MARGIN", 10**18)
     with pytest.raises(DataError, match="are free"):
         unpack([make_zip(tmp_path / "a.zip", MEMBERS)], tmp_path / "out")
 
@@ -183,7 +183,7 @@ def test_what_is_unpacked_already_is_not_asked_for_again(
         taken = sum(path.stat().st_size for path in tmp_path.rglob("*.jpg"))
         return SimpleNamespace(free=int(room * total) - taken)
 
-    monkeypatch.setattr(space, "_MARGIN", 0)
+    monkeypatch.setattr(progress, "_MARGIN", 0)
     monkeypatch.setattr(shutil, "disk_usage", usage)
     archive = make(tmp_path / "archive", members)
     if room > 1:

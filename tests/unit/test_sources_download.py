@@ -12,7 +12,7 @@ import pytest
 from faulty_server import FaultyServer
 
 from mmpipe.errors import DataError
-from mmpipe.sources.transfer import space
+from mmpipe.sources.transfer import progress
 from mmpipe.sources.transfer.download import Expected, Patience, download
 
 BODY = bytes(range(256)) * 1000
@@ -216,7 +216,7 @@ def test_says_that_nobody_answers(tmp_path: Path) -> None:
 def test_looks_at_the_disk_before_filling_it(
     host: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(space, "_MARGIN", 10**18)
+    monkeypatch.setattr(progress, "_MARGIN", 10**18)
     with pytest.raises(DataError, match=r"/a: needs 256.0 kB below .*GB are free"):
         fetch(host.serve("/a", server.content(BODY)), tmp_path / "a")
     assert nothing(tmp_path)

@@ -9,9 +9,9 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 
@@ -58,14 +58,47 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def copy_file(origin: Path, target: Path) -> None:
+    """Copy a file's content; ``target`` appears whole or not at all."""
+    with atomic_open(target) as file, origin.open("rb") as whole:
+        shutil.copyfileobj(whole, file)
+
+
 def link_or_copy(origin: Path, target: Path) -> None:
-    """Make ``target`` the same file: a hard link takes no room; across file systems it has to be a copy."""
+    """Make ``target`` the same file: a hard link takes no space; across file systems it has to be a copy."""
     target.unlink(missing_ok=True)
     try:
         os.link(origin.resolve(), target)
     except OSError:
-        with atomic_open(target) as file, origin.open("rb") as whole:
-            shutil.copyfileobj(whole, file)
+        copy_file(origin, target)
+
+
+def store_by_content(
+    content: bytes, folder: Path, suffix: str, *, digits: int = 32, nested: bool = False, origin: Path | None = None
+) -> str:
+    """Store content as ``<sha256><suffix>`` in ``folder``, equal ones once; returns its name relative to the folder.
+    ``digits`` of the hash are taken; ``nested`` puts the file into a folder of its first two. ``origin`` is a file of
+    this content, to be linked."""
+    digest = hashlib.sha256(content).hexdigest()[:digits]
+    name = f"{digest[:2]}/{digest}{suffix}" if nested else f"{digest}{suffix}"
+    path = folder / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if origin is None:
+            path.write_bytes(content)
+        else:
+            link_or_copy(origin, path)
+    return name
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a name that others chose leads out of the folder it is relative to; backslashes count as slashes.
+
+    >>> [leaves_folder(name) for name in ("a/b.png", "..b", "/etc", "a/../../b", "C\\\\..\\\\b")]
+    [False, False, True, True, True]
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or "\x00" in name
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,13 +107,14 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON atomically, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
+    """Write readable JSON atomically, keys in the order given unless ``sort_keys``."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys) + "\n")
 
 
-_FORMER_KEYS = {
+_FORMER_WORDS = {
     "equal_pictures": "equal_images",
+    "picture": "image",
     "picture_flops": "image_flops",
     "picture_seconds": "image_seconds",
     "picture_tokens": "image_tokens",
@@ -89,29 +123,49 @@ _FORMER_KEYS = {
     "tokens_per_picture": "tokens_per_image",
     "without_picture_by_folder": "without_image_by_folder",
 }
-"""Keys of artifacts made by earlier versions, and their names today."""
+"""Keys (and measures of efficiency) in artifacts of earlier versions, and their names today."""
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; keys of artifacts of earlier versions get their names of today."""
-    return json.loads(path.read_text(encoding="utf-8"), object_hook=_with_todays_keys)
+    return json.loads(path.read_text(encoding="utf-8"), object_hook=_in_todays_words)
 
 
-def _with_todays_keys(mapping: dict[str, Any]) -> dict[str, Any]:
-    return {_FORMER_KEYS.get(key, key): value for key, value in mapping.items()}
+def _in_todays_words(mapping: dict[str, Any]) -> dict[str, Any]:
+    renamed = {_FORMER_WORDS.get(key, key): value for key, value in mapping.items()}
+    if isinstance(measure := renamed.get("measure"), str):
+        renamed["measure"] = _FORMER_WORDS.get(measure, measure)
+    return renamed
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file that this project wrote itself."""
+    """Read a JSON Lines file that this project wrote itself."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
 
 
-def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
-    """Write JSON lines atomically."""
+def json_line(row: Any) -> bytes:
+    """A row of JSON Lines in ASCII, so that broken Unicode can be stored too."""
+    return json.dumps(row).encode("ascii") + b"\n"
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write JSON Lines atomically."""
     with atomic_open(path) as file:
-        for row in rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+        file.writelines(map(json_line, rows))
+
+
+def recover_lines(path: Path, is_row: Callable[[bytes], bool] = bool) -> list[bytes]:
+    """The lines of a file that a process may have been killed while appending to; none without the file. A line without
+    its end, and lines before it that are no rows, are cut off the end of the file."""
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.split(b"\n")[:-1]
+    while lines and not is_row(lines[-1]):
+        lines.pop()
+    whole = sum(len(line) + 1 for line in lines)
+    if whole < len(content):
+        os.truncate(path, whole)
+    return lines
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -129,8 +183,8 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """A fresh directory beside ``target`` whose files move into ``target`` when the block ends well.
 
     Files of an earlier version that the new one lacks are removed. The move is file by file (Snakemake may have made
-    ``target`` already), ``manifest.json`` last: who finds a manifest finds everything it lists. What a process that was
-    killed left beside ``target`` is removed first; two never make the same artifact at once.
+    ``target`` already), ``manifest.json`` last: a manifest implies all files that it lists.
+    Leftovers of a killed process are removed first; two processes never make the same artifact at once.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = target.with_name(f".{target.name}.{os.getpid()}.tmp")

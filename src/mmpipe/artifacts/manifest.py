@@ -1,7 +1,7 @@
-"""The identity card of an artifact: what it is, what it was made from, and the hash of every file.
+"""The manifest of an artifact: what it is, what it was made from, and the hash of every file.
 
-A manifest is deterministic: making the same thing again from the same inputs writes the same bytes, so that steps further
-down see no change. Anything that varies from run to run (times, host) belongs into ``perf.json``.
+A manifest is deterministic: making the same thing again from the same inputs writes the same bytes, so that steps
+further down see no change. What varies from run to run (times, host) belongs into ``perf.json``.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ def fingerprint(spec: str, inputs: Mapping[str, str]) -> str:
 
 
 def input_hashes(manifests: list[Path]) -> dict[str, str]:
-    """The sha256 of each input manifest by its path.
-
-    Raises ArtifactError when one is missing.
-    """
+    """The sha256 of each input manifest by its path. Raises ArtifactError when one is missing."""
     for path in manifests:
         if not path.is_file():
             raise ArtifactError(f"{path}: the manifest is missing; ask snakemake for it: snakemake {path}")
@@ -58,21 +55,14 @@ def write(
     files: Mapping[str, Mapping[str, Any]] | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Write ``manifest.json`` for all files below ``directory`` and return it.
-
-    ``facts`` are further deterministic statements (seed, steps, tokens seen, counts). ``hash_files=False`` records sizes
-    alone, for trees that are not ours to read in full. ``files`` is the list itself, where the caller knows it.
-    """
-    listed = (
-        files
-        if files is not None
-        else {
-            path.relative_to(directory).as_posix(): {"size": path.stat().st_size}
-            | ({"sha256": sha256(path)} if hash_files else {})
-            for path in sorted(directory.rglob("*"))
-            if path.is_file() and path.name != NAME
-        }
-    )
+    """Write ``manifest.json`` for all files below ``directory`` and return it. ``facts`` are further deterministic
+    values (seed, steps, tokens seen, counts). ``hash_files=False`` records sizes alone, for adopted trees. ``files`` is
+    the list itself, where the caller knows it."""
+    if files is None:
+        paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != NAME]
+        sizes = {path: {"size": path.stat().st_size} for path in paths}
+        hashes = {path: {"sha256": sha256(path)} if hash_files else {} for path in paths}
+        files = {path.relative_to(directory).as_posix(): sizes[path] | hashes[path] for path in paths}
     manifest = {
         "schema": SCHEMA,
         "kind": kind,
@@ -81,17 +71,15 @@ def write(
         **facts,
         "mmpipe": __version__,
         "libraries": library_versions(),
-        "files": dict(listed),
+        "files": dict(files),
     }
     write_json(directory / NAME, manifest)
     return manifest
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """Read a directory's manifest and check that the files it lists are there in full size.
-
-    Raises ArtifactError naming the first file that is missing or cut.
-    """
+    """Read a directory's manifest and check that the files it lists are there in full size. Raises ArtifactError naming
+    the first file that is missing or cut."""
     path = directory / NAME
     if not path.is_file():
         raise ArtifactError(f"{directory}: no {NAME}; the artifact was never finished: snakemake {path}")

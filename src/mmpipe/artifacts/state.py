@@ -29,9 +29,9 @@ _FINGERPRINT = "fingerprint.json"
 def open_state(path: Path, fingerprint: str) -> Iterator[bool]:
     """Hold the state directory; yields True when it carries progress of the same fingerprint.
 
-    The lock is the kernel's: it vanishes with the process, however that ends. Where a file system does not carry locks from
-    one machine to another, Slurm is asked about the last holder. Raises ArtifactError when another live process holds it,
-    naming that process and saying how to end it.
+    The lock is the kernel's: it vanishes with the process, however that ends. Where a file system does not carry locks
+    from one machine to another, Slurm is asked about the last holder. Raises ArtifactError when another live process
+    holds it, naming that process and saying how to end it.
     """
     path.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("a+") as file:
@@ -43,8 +43,8 @@ def open_state(path: Path, fingerprint: str) -> Iterator[bool]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             raise ArtifactError(
-                f"{path}: this file system has no file locks ({error.strerror}); mount it with them (Lustre: -o flock), or "
-                "let 'results' be a link to another one"
+                f"{path}: this file system has no file locks ({error.strerror}); mount it with them (Lustre: -o "
+                "flock), or let 'results' be a link to another one"
             ) from error
         last = _holder(file)
         job = last.get("slurm_job")
@@ -58,7 +58,7 @@ def open_state(path: Path, fingerprint: str) -> Iterator[bool]:
 
 
 def _holder(file: IO[str]) -> dict[str, Any]:
-    """What the last process to hold the lock said of itself."""
+    """Host, process and Slurm job of the last holder of the lock, as it wrote them."""
     file.seek(0)
     try:
         return dict(json.loads(file.read() or "{}"))
@@ -73,7 +73,7 @@ def _write_holder(file: IO[str]) -> None:
 
 
 def _who_works(file: IO[str], holder: dict[str, Any]) -> str:
-    """Who holds the lock, whether that is still alive, and what to do about it."""
+    """The message about the holder of the lock: whether it is alive, and what to do."""
     again = "then run the same command again"
     if not holder:
         return f"another run is working on this step; wait for it or stop it, {again}"
@@ -81,18 +81,18 @@ def _who_works(file: IO[str], holder: dict[str, Any]) -> str:
     job = holder.get("slurm_job")
     if not job:
         return (
-            f"another run is working on this step: {who} (a Snakemake that was killed can leave its jobs running); wait for "
-            f"it, or stop it (kill {holder['pid']}), {again}"
+            f"another run is working on this step: {who} (a Snakemake that was killed can leave its jobs running); "
+            f"wait for it, or stop it (kill {holder['pid']}), {again}"
         )
     state = slurm.state(job)
     if state == "GONE":
         return (
-            f"the lock of {who} is left over: Slurm does not know its job {job} any more. A file server notices a lost node "
-            f"after some minutes; if the lock stays, delete {file.name}, {again}"
+            f"the lock of {who} is left over: Slurm does not know its job {job} any more. A file server notices a lost "
+            f"node after some minutes; if the lock stays, delete {file.name}, {again}"
         )
     return (
-        f"another run is working on this step: Slurm job {job} ({state or 'Slurm does not answer'}), {who}; wait for it, or "
-        f"stop it (scancel {job}), {again}"
+        f"another run is working on this step: Slurm job {job} ({state or 'Slurm does not answer'}), {who}; wait for "
+        f"it, or stop it (scancel {job}), {again}"
     )
 
 

@@ -18,6 +18,7 @@ from statistics import fmean
 from string import Formatter
 from typing import Any, ClassVar
 
+from mmpipe.artifacts.files import write_jsonl
 from mmpipe.benchmarks.jsonl import (
     Document,
     JsonDict,
@@ -29,7 +30,6 @@ from mmpipe.benchmarks.jsonl import (
     records_of,
     require,
     write_document,
-    write_records,
 )
 from mmpipe.benchmarks.readers import BenchmarkFiles, image_bytes
 from mmpipe.benchmarks.stats import MetricEstimate, estimate_mean
@@ -354,7 +354,7 @@ class Benchmark:
         if self.submission == "json":
             write_document(out, self.document(pairs), self.indent)
         else:
-            write_records(out, map(self.submitted, pairs))
+            write_jsonl(out, map(self.submitted, pairs))
         return {}
 
     def document(self, pairs: Sequence[AnswerPair]) -> Any:

@@ -19,14 +19,14 @@ def overlap(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
 
     Only the images of the benchmarks are held in memory; a mixture may have millions.
     """
-    from mmpipe.data.digests import IMAGES, read_digests  # reads Arrow, which planning does without
+    from mmpipe.data.record_table import read_digests  # reads Arrow, which planning does without
 
     questions = {name: read_questions(prepared) for name, prepared in benchmarks.items()}
     asked = {name: _asked(its) for name, its in questions.items()}
     wanted = {digest for images in asked.values() for digest in images.values()}
     trained: dict[bytes, str] = {}
     total = 0
-    for name, digest in read_digests(mixture / IMAGES):
+    for name, digest in read_digests(mixture):
         total += 1
         if digest in wanted:
             trained.setdefault(digest, name)

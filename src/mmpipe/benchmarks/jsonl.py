@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmpipe.artifacts.files import atomic_open
+from mmpipe.artifacts.files import write_text
 from mmpipe.errors import DataError
 
 JsonDict = dict[str, Any]
@@ -191,17 +191,9 @@ def read_answers(paths: Sequence[Path]) -> list[JsonDict]:
     return answers
 
 
-def write_records(path: Path, records: Iterable[JsonDict]) -> None:
-    """Write JSON lines atomically, in ASCII, so that any reply, also one of broken Unicode, can be stored."""
-    with atomic_open(path) as file:
-        for record in records:
-            file.write(json.dumps(record).encode("ascii") + b"\n")
-
-
 def write_document(path: Path, value: Any, indent: int | None = None) -> None:
     """Write one JSON document atomically, in ASCII."""
-    with atomic_open(path) as file:
-        file.write(json.dumps(value, indent=indent).encode("ascii"))
+    write_text(path, json.dumps(value, indent=indent))
 
 
 def _content(path: Path) -> Any:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import canonical_json
+from mmpipe.artifacts.files import canonical_json, json_line, recover_lines
 from mmpipe.benchmarks.base import JudgeRequest, get
 from mmpipe.benchmarks.jsonl import JsonDict, read_answers
 from mmpipe.benchmarks.spec import JudgeSettings
@@ -52,7 +52,7 @@ def judge_answers(
         for start in range(0, len(left), workers):  # so many under way at a time, records in the order of requests
             for record in pool.map(client.record, left[start : start + workers]):
                 failed += record["reply"] is None
-                file.write(json.dumps(record).encode("ascii") + b"\n")
+                file.write(json_line(record))
                 file.flush()
     return {"wanted": len(requests), "asked": len(left), "kept": len(requests) - len(left), "failed": failed}
 
@@ -136,15 +136,8 @@ def _payload(request: JudgeRequest, settings: JudgeSettings) -> JsonDict:
 
 def _kept(path: Path) -> list[JsonDict]:
     """The records of an earlier call; a last line that was cut off is removed."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     try:
-        records = [json.loads(line) for line in whole.split(b"\n") if line.strip()]
+        records = [json.loads(line) for line in recover_lines(path) if line.strip()]
         return [record for record in records if record["request_sha256"] and "reply" in record]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a judge's record ({error}); move the file away to judge afresh") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmpipe.artifacts.files import link_or_copy, read_jsonl
+from mmpipe.artifacts.files import read_jsonl, store_by_content, write_jsonl
 from mmpipe.benchmarks.base import Benchmark, Question, get
-from mmpipe.benchmarks.jsonl import JsonDict, write_records
+from mmpipe.benchmarks.jsonl import JsonDict
 from mmpipe.benchmarks.readers import extension
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.errors import DataError
@@ -53,8 +52,8 @@ def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
     questions = [questions[i] for i in kept]
     if entry.control == "shuffle_images":
         questions = shuffle_images(questions, seed=entry.task)
-    write_records(out / QUESTIONS, map(_as_json, questions))
-    write_records(out / REFERENCES, references)
+    write_jsonl(out / QUESTIONS, map(_as_json, questions))
+    write_jsonl(out / REFERENCES, references)
     shown = {str(path) for question in questions for path in question.images}
     images.keep(shown)
     return {
@@ -170,11 +169,5 @@ class _Images:
                 path.unlink()
 
     def _place(self, content: bytes, origin: Path | None, where: str) -> Path:
-        name = Path("images") / f"{hashlib.sha256(content).hexdigest()[:24]}.{extension(content, where)}"
-        target = self.out / name
-        if not target.exists():
-            if origin is None:
-                target.write_bytes(content)
-            else:
-                link_or_copy(origin, target)
-        return name
+        name = store_by_content(content, self.folder, f".{extension(content, where)}", digits=24, origin=origin)
+        return Path("images", name)

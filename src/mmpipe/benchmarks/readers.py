@@ -7,9 +7,10 @@ import base64
 import binascii
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from mmpipe.artifacts.files import leaves_folder
 from mmpipe.benchmarks.jsonl import JsonDict, parquet_rows
 from mmpipe.errors import DataError
 
@@ -48,10 +49,9 @@ class BenchmarkFiles:
 
     def inside(self, name: str) -> Path:
         """``root / name``, for names that come from data. Raises DataError for absolute names and names with ``..``."""
-        parts = PurePosixPath(name).parts
-        if PurePosixPath(name).is_absolute() or ".." in parts:
+        if leaves_folder(name):
             raise DataError(f"{self.root}: the name '{name}' leads outside of the data set")
-        return self.root.joinpath(*parts)
+        return self.root / name
 
     @property
     def on_hub(self) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import sha256, write_json
+from mmpipe.artifacts.files import sha256, write_json, write_jsonl
 from mmpipe.benchmarks.base import get, names
-from mmpipe.benchmarks.jsonl import JsonDict, read_answers, read_document, records_of, write_records
+from mmpipe.benchmarks.jsonl import JsonDict, read_answers, read_document, records_of
 
 
 def score_files(
@@ -44,7 +44,7 @@ def score_files(
         }
     }
     if per_item:
-        write_records(per_item, (item.as_json() for item in score.items))
+        write_jsonl(per_item, (item.as_json() for item in score.items))
     if out:
         write_json(out, result)
     return result

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from mmpipe.data.images import data_url
 
 if TYPE_CHECKING:
     from mmpipe.chat.messages import Completion, Message
@@ -66,14 +66,10 @@ def retained_image(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -
 def _side_by_side(images: Sequence[Image.Image]) -> str:
     if not images:
         return ""
-    shown = "".join(f"<img alt='' src='{_png(image)}' style='width:200px;border:1px solid #ccc'>" for image in images)
+    shown = "".join(
+        f"<img alt='' src='{data_url(image)}' style='width:200px;border:1px solid #ccc'>" for image in images
+    )
     return (
         f"<div class='kept'>{_HEADING}Parts of the images that the model retained</p>"
         f"<div style='display:flex;flex-wrap:wrap;gap:8px'>{shown}</div></div>"
     )
-
-
-def _png(image: Image.Image) -> str:
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"

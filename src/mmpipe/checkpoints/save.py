@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
 
-from mmpipe.artifacts.files import apply_umask
+from mmpipe.artifacts.files import apply_umask, read_json, write_json
 from mmpipe.errors import ArtifactError, first_of
 from mmpipe.models.moe import hf
 from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
@@ -128,10 +128,10 @@ def _write_config(model: LlavaForConditionalGeneration, text: PreTrainedConfig, 
     config["text_config"] = _text_config(text)
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = str(model.dtype).removeprefix("torch.")
-    _write_json(out / "config.json", _portable(config))
+    write_json(out / "config.json", _portable(config), sort_keys=True)
     generation = model.generation_config.to_diff_dict()
     generation.pop("_from_model_config", None)
-    _write_json(out / "generation_config.json", generation)
+    write_json(out / "generation_config.json", generation, sort_keys=True)
 
 
 def _text_config(text: PreTrainedConfig) -> dict[str, Any]:
@@ -158,13 +158,13 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write_processor(processor: LlavaProcessor, out: Path) -> None:
     processor.save_pretrained(out)
-    config = _read_json(out / "processor_config.json")
+    config = read_json(out / "processor_config.json")
     image_processor = config.pop("image_processor", None) or processor.image_processor.to_dict()
     image_processor["image_processor_type"] = image_processor["image_processor_type"].removesuffix("Pil")
-    _write_json(out / "processor_config.json", config)
-    _write_json(out / "preprocessor_config.json", image_processor)
+    write_json(out / "processor_config.json", config, sort_keys=True)
+    write_json(out / "preprocessor_config.json", image_processor, sort_keys=True)
 
-    tokenizer = _read_json(out / "tokenizer_config.json")
+    tokenizer = read_json(out / "tokenizer_config.json")
     # The class that takes ``tokenizer.json`` as it stands in both versions; others may rebuild it.
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer["model_input_names"] = list(processor.tokenizer.model_input_names)
@@ -173,7 +173,7 @@ def _write_processor(processor: LlavaProcessor, out: Path) -> None:
     extra = tokenizer.pop("extra_special_tokens", None)
     if isinstance(extra, list) and extra:
         tokenizer["additional_special_tokens"] = extra
-    _write_json(out / "tokenizer_config.json", tokenizer)
+    write_json(out / "tokenizer_config.json", tokenizer, sort_keys=True)
 
 
 def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:
@@ -182,7 +182,7 @@ def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:
         if not (path / name).is_file() and not (path / f"{name}.index.json").is_file():
             raise ArtifactError(f"{path}: not a checkpoint: {name} is missing")
     try:
-        kind = _read_json(path / "config.json").get("model_type")
+        kind = read_json(path / "config.json").get("model_type")
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{path}/config.json is not JSON: {error}") from error
     if kind not in _CLASSES:
@@ -199,11 +199,3 @@ def _require_complete(path: Path, info: dict[str, Any]) -> None:
     problems = [f"{what}: {first_of(info[key])}" for key, what in kinds.items() if info[key]]
     if problems:
         raise ArtifactError(f"{path}: the weights do not fit the configuration; " + "; ".join(problems))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from rich.text import Text
 from mmpipe.cli.inventory import Bill, Holding, holding, holdings, of_datasets, of_mixture, of_recipe
 from mmpipe.errors import ConfigError, did_you_mean
 from mmpipe.plan.plan import Plan
-from mmpipe.sources.transfer.space import in_words
+from mmpipe.sources.transfer.progress import format_size
 
 _COLOURS = {"fetched": "green", "partial": "cyan", "manual": "yellow"}
 _NARROW = 100
@@ -174,21 +174,21 @@ def _size(one: Holding) -> str:
     """What lies here, of what is announced; ``?`` when nobody says."""
     if one.parts:
         bill = Bill(one.parts)
-        return f"{'> ' if bill.unknown else ''}{in_words(bill.here + bill.to_come)}"
+        return f"{'> ' if bill.unknown else ''}{format_size(bill.here + bill.to_come)}"
     if one.here or (one.came and one.announced is None):
-        return in_words(one.came)
+        return format_size(one.came)
     if one.announced is None:
         return "?"
-    whole = f"~ {in_words(one.announced)}" if one.announced else ""
-    return f"{in_words(one.came)} of {whole}" if one.came else whole
+    whole = f"~ {format_size(one.announced)}" if one.announced else ""
+    return f"{format_size(one.came)} of {whole}" if one.came else whole
 
 
 def _total(bill: Bill) -> str:
     """``14 entries, 3 of them here (20.1 GB), 81.0 GB to fetch and 2 of unknown size``."""
     text = f"{len(bill.entries)} entries, {sum(entry.here for entry in bill.entries)} of them here"
-    text += f" ({in_words(bill.here)})" if bill.here else ""
+    text += f" ({format_size(bill.here)})" if bill.here else ""
     if bill.to_come or bill.unknown:
-        text += f", {in_words(bill.to_come)} to fetch"
+        text += f", {format_size(bill.to_come)} to fetch"
         text += f" and {len(bill.unknown)} of unknown size" if bill.unknown else ""
     return text
 

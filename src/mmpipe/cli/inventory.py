@@ -13,7 +13,7 @@ from mmpipe.artifacts.manifest import NAME
 from mmpipe.plan.plan import Plan
 from mmpipe.plan.recipes import all_references
 from mmpipe.sources.base import Source
-from mmpipe.sources.transfer.staging import partial
+from mmpipe.sources.transfer.staging import staged_bytes
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Holding:
     def came(self) -> int:
         """Bytes that are here: of the files and what came out of archives, or of an unfinished fetch."""
         if not self.here:
-            return partial(self.directory)
+            return staged_bytes(self.directory)
         if "below" in self._manifest:  # adopted: links do not tell
             return int(self._manifest["below"]["size"])
         parts = [*self._manifest["files"].values(), *self._manifest.get("unpacked", {}).values()]

@@ -216,13 +216,13 @@ def export_mixture(
     embed: Annotated[bool, typer.Option("--embed", help="Put images into the Parquet file itself (messages).")] = False,
 ) -> None:
     """Write a verified mixture as other programs read it."""
-    from mmpipe.data.export import Below, PutInto
     from mmpipe.data.export import export_mixture as write
+    from mmpipe.data.export import keep_in_place, place_in_folder
 
     if copy and images is None:
         raise ConfigError("--copy needs --images, the folder to copy into")
     directory = Path(mixture) if Path(mixture).is_dir() else Path("resources/mixtures", mixture)
-    placement = Below(root) if images is None else PutInto(images, copy)
+    placement = keep_in_place(root) if images is None else place_in_folder(images, copy)
     print(f"{out}: {write(directory, out, layout, placement, embed=embed)} records")
 
 

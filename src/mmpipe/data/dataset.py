@@ -1,4 +1,4 @@
-"""From a record in tokens and its images to a batch: what the trainer reads.
+"""From records in tokens and their images to the batches of the trainer.
 
 Shapes: T tokens of a sample, B samples and N images of a batch, H x W pixels of a processed image.
 """
@@ -26,14 +26,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 S = TypeVar("S")
-
 _KINDS = {False: "conversations", True: "preferences"}
-
 MAX_REPLACEMENTS = 32
-"""So many records in a row that cannot be read mean that something else is wrong."""
+"""So many unreadable records in a row are an error."""
 
 
-class Tokens(TypedDict):
+class TokenTensors(TypedDict):
     """A conversation in tokens."""
 
     input_ids: torch.Tensor
@@ -43,7 +41,7 @@ class Tokens(TypedDict):
 
 
 class Facts(TypedDict):
-    """What is known of a record beside its text."""
+    """A record but for its text."""
 
     id: str
     index: int
@@ -51,23 +49,23 @@ class Facts(TypedDict):
     pixel_values: list[torch.Tensor]
     """Each [3, H, W] float32, in the order of the marks."""
     replaced: tuple[str, ...]
-    """Why this record stands in for others: one line for each that could not be read."""
+    """Messages of the unreadable records that this one replaces."""
 
 
-class Sample(Tokens, Facts):
+class Sample(TokenTensors, Facts):
     """One record, ready to be put into a batch."""
 
 
-class Pair(Facts):
+class PreferenceSample(Facts):
     """One preference record: two conversations about the same images, which are given once."""
 
-    chosen: Tokens
-    rejected: Tokens
+    chosen: TokenTensors
+    rejected: TokenTensors
 
 
-def as_tensors(encoded: Encoded) -> Tokens:
+def as_tensors(encoded: Encoded) -> TokenTensors:
     """The same as tensors."""
-    return Tokens(input_ids=torch.tensor(encoded.input_ids), labels=torch.tensor(encoded.labels))
+    return TokenTensors(input_ids=torch.tensor(encoded.input_ids), labels=torch.tensor(encoded.labels))
 
 
 def pixels(paths: Sequence[str], processor: LlavaImageProcessorPil) -> list[torch.Tensor]:
@@ -77,12 +75,8 @@ def pixels(paths: Sequence[str], processor: LlavaImageProcessorPil) -> list[torc
 
 
 class RecordDataset(Dataset[S], Generic[S], ABC):
-    """The records of a mixture as samples.
-
-    A record whose images cannot be read although the mixture was verified is replaced by the next one, so that the same
-    run gives the same batches; the sample says so in ``replaced`` and a warning is logged. Nothing is replaced silently or
-    at random.
-    """
+    """The records of a mixture as samples. A record whose images cannot be read although the mixture was verified is
+    replaced by the next one, never at random; the sample lists it in ``replaced`` and a warning is logged."""
 
     preferences: bool
     """Whether the records must have two answers."""
@@ -137,24 +131,22 @@ class SupervisedDataset(RecordDataset[Sample]):
     preferences = False
 
     def sample(self, encoded: Sequence[Encoded], facts: Facts) -> Sample:
-        """See RecordDataset."""
         (one,) = encoded
         return Sample(**as_tensors(one), **facts)
 
 
-class PreferenceDataset(RecordDataset[Pair]):
+class PreferenceDataset(RecordDataset[PreferenceSample]):
     """Conversations with a chosen and a rejected last answer."""
 
     preferences = True
 
-    def sample(self, encoded: Sequence[Encoded], facts: Facts) -> Pair:
-        """See RecordDataset."""
+    def sample(self, encoded: Sequence[Encoded], facts: Facts) -> PreferenceSample:
         chosen, rejected = map(as_tensors, encoded)
-        return Pair(chosen=chosen, rejected=rejected, **facts)
+        return PreferenceSample(chosen=chosen, rejected=rejected, **facts)
 
 
 class Batch(TypedDict):
-    """What a model is fed."""
+    """The inputs of a model."""
 
     ids: list[str]
     indices: list[int]
@@ -168,7 +160,7 @@ class Batch(TypedDict):
     pixel_values: torch.Tensor
     """[N, 3, H, W] float32, in the order of the samples; one of zeros if no sample has an image."""
     dummy_image: bool
-    """The image is of zeros and belongs to no token; every rank runs the tower, or ranks would hang."""
+    """The image is of zeros and belongs to no token: every rank has to run the tower."""
     replaced: list[str]
     """Why records were replaced, for the trainer to count."""
 
@@ -183,7 +175,7 @@ class Padding:
     multiple_of: int = 1
     """The padded length is a multiple of this."""
 
-    def batch(self, rows: Sequence[Tokens], samples: Sequence[Sample | Pair]) -> Batch:
+    def batch(self, rows: Sequence[TokenTensors], samples: Sequence[Sample | PreferenceSample]) -> Batch:
         """A batch of ``rows`` with the images of ``samples``."""
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), -(-longest // self.multiple_of) * self.multiple_of)
@@ -216,12 +208,10 @@ class Collator(Padding):
 
 
 class PreferenceCollator(Padding):
-    """Pads pairs to a batch of 2 B rows: B chosen answers, then the B rejected ones in the same order.
+    """Pads pairs to a batch of 2 B rows: B chosen answers, then the B rejected ones in the same order. ``ids`` has B
+    entries and ``pixel_values`` each image once; the features of all images, repeated as a whole, are those of the 2 B
+    rows."""
 
-    ``ids`` has B entries and ``pixel_values`` each image once; the features of all images, repeated as a
-    whole, are those of the 2 B rows.
-    """
-
-    def __call__(self, samples: Sequence[Pair]) -> Batch:
+    def __call__(self, samples: Sequence[PreferenceSample]) -> Batch:
         rows = [pair["chosen"] for pair in samples] + [pair["rejected"] for pair in samples]
         return self.batch(rows, samples)

@@ -1,24 +1,22 @@
 """Mixtures as other programs read them: LLaVA's JSON, chat messages in Parquet, LLaVA-MoD's preference pairs.
 
-Records are written as they are read: memory does not grow with their number. The file appears whole or not at all, after the
-images that it names.
+Records are written as they are read: memory does not grow with their number. The file appears whole or not at all,
+after the images that it names.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import atomic_open
+from mmpipe.artifacts.files import atomic_open, copy_file
 from mmpipe.data.mixture import RECORDS
 from mmpipe.data.record_table import RecordTable
 from mmpipe.data.records import AnyRecord, PreferenceRecord, Record, Turn
@@ -33,58 +31,48 @@ _GROUP_BYTES = 32 << 20
 R = TypeVar("R", Record, PreferenceRecord)
 
 
-class Images(Protocol):
-    """What becomes of a record's images."""
-
-    def name(self, stored: str) -> str:
-        """What the exported file calls the image that records call ``stored``."""
-        ...
+ImageNames = Callable[[str], str]
+"""The name in the exported file of an image that records name; images are placed where that name leads."""
 
 
-@dataclass(frozen=True)
-class Below:
-    """Images stay where they are, named relative to a folder above them."""
+def keep_in_place(root: Path) -> ImageNames:
+    """Images stay where they are, named relative to ``root``; DataError for one that is not below it."""
 
-    root: Path
+    def name(stored: str) -> str:
+        path, folder = (Path(os.path.abspath(each)) for each in (stored, root))
+        if not path.is_relative_to(folder):
+            raise DataError(
+                f"{stored}: lies outside of {folder}; name a folder above it, or let images be put into one"
+            )
+        return path.relative_to(folder).as_posix()
 
-    def name(self, stored: str) -> str:
-        """See Images. Raises DataError for an image that lies elsewhere."""
-        path = Path(os.path.abspath(stored))
-        root = Path(os.path.abspath(self.root))
-        if not path.is_relative_to(root):
-            raise DataError(f"{stored}: lies outside of {root}; name a folder above it, or let images be put into one")
-        return path.relative_to(root).as_posix()
+    return name
 
 
-@dataclass(frozen=True)
-class PutInto:
-    """Images are linked or copied into a folder and named relative to it."""
+def place_in_folder(folder: Path, copy: bool = False) -> ImageNames:
+    """Images are linked or copied into ``folder`` and named relative to it."""
 
-    folder: Path
-    copy: bool = False
-
-    def name(self, stored: str) -> str:
-        """See Images."""
-        name = stored.lstrip("/")
-        target = self.folder / name
+    def name(stored: str) -> str:
+        relative = stored.lstrip("/")
+        target = folder / relative
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.tmp")
-            temporary.unlink(missing_ok=True)
-            if self.copy:
-                shutil.copyfile(stored, temporary)
+            target.unlink(missing_ok=True)  # a link to nothing
+            if copy:
+                copy_file(Path(stored), target)
             else:
-                temporary.symlink_to(Path(stored).resolve())
-            os.replace(temporary, target)
-        return name
+                target.symlink_to(Path(stored).resolve())
+        return relative
+
+    return name
 
 
-def export_mixture(mixture: Path, out: Path, layout: str, images: Images, *, embed: bool = False) -> int:
+def export_mixture(mixture: Path, out: Path, layout: str, names: ImageNames, *, embed: bool = False) -> int:
     """Write the records of a published mixture into the file ``out``; returns how many.
 
-    ``layout`` is a name of :data:`LAYOUTS`; ``embed`` puts the images themselves into the file, where the layout can hold them.
-    Raises ArtifactError for a mixture that is not there, ConfigError for an unknown or unfit layout, DataError for an image
-    that is not where it should be.
+    ``layout`` is a name of :data:`LAYOUTS`; ``embed`` puts the images themselves into the file, where the layout can
+    hold them. Raises ArtifactError for a mixture that is not there, ConfigError for an unknown or unfit layout,
+    DataError for an image that is not where it should be.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"there is no layout '{layout}'{did_you_mean(layout, LAYOUTS)}")
@@ -96,29 +84,29 @@ def export_mixture(mixture: Path, out: Path, layout: str, images: Images, *, emb
         raise ArtifactError(f"{mixture}: no published mixture; make it: snakemake {mixture / manifest.NAME}")
     records = RecordTable(mixture / RECORDS)
     with atomic_open(out) as file:
-        LAYOUTS[layout](records, file, images, embed)
+        LAYOUTS[layout](records, file, names, embed)
     return len(records)
 
 
-def _llava(records: RecordTable, file: BinaryIO, images: Images, embed: bool) -> None:
-    def row(record: Record) -> dict[str, Any]:
-        return {**_head(record, record.turns, images), "conversations": _said(record.turns)}
-
-    _write_array(file, (row(_of_kind(record, Record, "messages' or 'preference")) for record in records))
+def _llava(records: RecordTable, file: BinaryIO, names: ImageNames, embed: bool) -> None:
+    talks = (_of_kind(record, Record, "messages' or 'preference") for record in records)
+    _write_array(file, ({**_head(talk, talk.turns, names), "conversations": _said(talk.turns)} for talk in talks))
 
 
-def _preference(records: RecordTable, file: BinaryIO, images: Images, embed: bool) -> None:
-    def row(record: PreferenceRecord) -> dict[str, Any]:
-        answers = {"chosen": record.chosen, "rejected": record.rejected}
-        return {
-            **_head(record, record.prompt, images),
-            **{name: _said((*record.prompt, Turn("assistant", text))) for name, text in answers.items()},
-        }
+def _preference(records: RecordTable, file: BinaryIO, names: ImageNames, embed: bool) -> None:
+    pairs = (_of_kind(record, PreferenceRecord, "llava' or 'messages") for record in records)
+    keys = ("chosen", "rejected")
+    answers = ((pair, zip(keys, pair.conversations, strict=True)) for pair in pairs)
+    _write_array(
+        file,
+        (
+            {**_head(pair, pair.prompt, names), **{key: _said(talk.turns) for key, talk in both}}
+            for pair, both in answers
+        ),
+    )
 
-    _write_array(file, (row(_of_kind(record, PreferenceRecord, "llava' or 'messages")) for record in records))
 
-
-def _messages(records: RecordTable, file: BinaryIO, images: Images, embed: bool) -> None:
+def _messages(records: RecordTable, file: BinaryIO, names: ImageNames, embed: bool) -> None:
     pairs = len(records) > 0 and isinstance(records[0], PreferenceRecord)
     columns = ("prompt", "chosen", "rejected") if pairs else ("messages",)
 
@@ -135,7 +123,7 @@ def _messages(records: RecordTable, file: BinaryIO, images: Images, embed: bool)
             "id": record.id,
             "source": record.source,
             **said,
-            "images": [_image(stored, images, embed) for stored in record.images],
+            "images": [_image(stored, names, embed) for stored in record.images],
         }
 
     schema = _message_schema(columns)
@@ -144,14 +132,14 @@ def _messages(records: RecordTable, file: BinaryIO, images: Images, embed: bool)
             writer.write_batch(pa.RecordBatch.from_pylist(group, schema=schema))
 
 
-LAYOUTS: dict[str, Callable[[RecordTable, BinaryIO, Images, bool], None]] = {
+LAYOUTS: dict[str, Callable[[RecordTable, BinaryIO, ImageNames, bool], None]] = {
     "llava": _llava,
     "messages": _messages,
     "preference": _preference,
 }
-"""``llava``: an array of ``{"id", "image", "conversations"}``. ``messages``: Parquet of chat messages and images as TRL and
-``datasets`` read it, of preferences with ``prompt``, ``chosen`` and ``rejected``. ``preference``: LLaVA-MoD's array of
-``{"id", "image", "chosen", "rejected"}``."""
+"""``llava``: an array of ``{"id", "image", "conversations"}``. ``messages``: Parquet of chat messages and images as TRL
+and ``datasets`` read it, of preferences with ``prompt``, ``chosen`` and ``rejected``. ``preference``: LLaVA-MoD's array
+of ``{"id", "image", "chosen", "rejected"}``."""
 
 
 def _of_kind(record: AnyRecord, kind: type[R], others: str) -> R:
@@ -160,14 +148,14 @@ def _of_kind(record: AnyRecord, kind: type[R], others: str) -> R:
     return record
 
 
-def _head(record: AnyRecord, turns: Sequence[Turn], images: Images) -> dict[str, Any]:
+def _head(record: AnyRecord, turns: Sequence[Turn], names: ImageNames) -> dict[str, Any]:
     """What stands before the conversation. A system message goes beside it, as ShareGPT has it; LLaVA reads none."""
-    names = [images.name(stored) for stored in record.images]
+    images = [names(stored) for stored in record.images]
     system = turns[0].text if turns[0].role == "system" else None
     return {
         "id": record.id,
         "source": record.source,
-        **({"image": names[0] if len(names) == 1 else names} if names else {}),
+        **({"image": images[0] if len(images) == 1 else images} if images else {}),
         **({"system": system} if system else {}),
     }
 
@@ -185,9 +173,9 @@ def _write_array(file: BinaryIO, rows: Iterator[dict[str, Any]]) -> None:
     file.write(b"\n]\n")
 
 
-def _image(stored: str, images: Images, embed: bool) -> dict[str, Any]:
+def _image(stored: str, names: ImageNames, embed: bool) -> dict[str, Any]:
     if not embed:
-        return {"bytes": None, "path": images.name(stored)}
+        return {"bytes": None, "path": names(stored)}
     try:
         return {"bytes": Path(stored).read_bytes(), "path": Path(stored).name}
     except OSError as error:

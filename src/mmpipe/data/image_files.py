@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from mmpipe.data.formats.base import Draft
+from mmpipe.artifacts.files import leaves_folder, store_by_content
+from mmpipe.data.formats.base import ParsedRecord
 from mmpipe.data.images import Inspection, inspect_image
 from mmpipe.data.records import BadRecord
 from mmpipe.errors import DataError
@@ -25,11 +25,11 @@ _EMBEDDED = "\x00"
 
 _LONGEST_NAME = 200
 REMEMBERED = 16_384
-"""So many images are remembered after they were decoded; who comes back later is decoded again."""
+"""So many inspected images are remembered; one that comes back later is decoded again."""
 
 
-class Found(NamedTuple):
-    """An image that a record names."""
+class ImageInfo(NamedTuple):
+    """An image named by a record, as found and inspected."""
 
     name: str
     """Its path as records carry it: relative to the working directory if below it; empty if not found."""
@@ -37,10 +37,8 @@ class Found(NamedTuple):
 
 
 class EmbeddedImages:
-    """Images that annotations contain, written out as files named after their content, equal ones once.
-
-    They are written into ``folder``, which will later be found at ``published``.
-    """
+    """Images that annotations contain, written out as files named after their content, equal ones once. They are
+    written into ``folder``, which will later be found at ``published``."""
 
     def __init__(self, folder: Path, published: Path) -> None:
         self.folder = folder
@@ -48,41 +46,33 @@ class EmbeddedImages:
 
     def keep(self, content: bytes) -> str:
         """Write one image; returns its name relative to the folder."""
-        digest = hashlib.sha256(content).hexdigest()[:32]
-        name = f"{digest[:2]}/{digest}{_suffix(content)}"
-        path = self.folder / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        return name
+        return store_by_content(content, self.folder, _suffix(content), nested=True)
 
 
 class ImageFinder:
-    """The images of one part: in folders that names are relative to, searched in order, or embedded."""
+    """The images of one source: in folders that names are relative to, searched in order, or embedded."""
 
     def __init__(self, folders: Sequence[Path], embedded: EmbeddedImages) -> None:
         self._folders = folders
         self._embedded = embedded
-        self._found: dict[str, Found] = {}
+        self._found: dict[str, ImageInfo] = {}
         for folder in folders:
             _check_readable(folder)
 
-    def unpacked(self, draft: Draft) -> Draft:
-        """The draft with its embedded images written out, and their names in its record.
-
-        Raises DataError for a name that leads out of the folders.
-        """
-        if draft.record is None:
-            return draft
-        if not draft.embedded:
-            for name in draft.record.images:
-                _check_inside(name)
-            return draft
-        names = tuple(_EMBEDDED + self._embedded.keep(content) for content in draft.embedded)
-        return replace(draft, record=replace(draft.record, images=names), embedded=())
+    def unpacked(self, parsed: ParsedRecord) -> ParsedRecord:
+        """The record with its embedded images written out and named. Raises DataError for a name that leads out of the
+        folders."""
+        if parsed.record is None:
+            return parsed
+        if not parsed.embedded:
+            for name in parsed.record.images:
+                _check_name(name)
+            return parsed
+        names = tuple(_EMBEDDED + self._embedded.keep(content) for content in parsed.embedded)
+        return replace(parsed, record=replace(parsed.record, images=names), embedded=())
 
     def prepare(self, names: Iterable[str], pool: Executor) -> None:
-        """Find and decode these images, but for those that were asked for not long ago."""
+        """Find and decode these images, except those of the latest calls."""
         wanted = dict.fromkeys(names)
         new = [name for name in wanted if name not in self._found]
         # the latest ones stand last
@@ -92,7 +82,7 @@ class ImageFinder:
         for name in list(islice(self._found, max(0, len(self._found) - max(REMEMBERED, len(wanted))))):
             del self._found[name]
 
-    def __getitem__(self, name: str) -> Found:
+    def __getitem__(self, name: str) -> ImageInfo:
         """A prepared image. Raises BadRecord if it is missing or cannot be trained on."""
         found = self._found[name]
         if not found.name:
@@ -102,11 +92,11 @@ class ImageFinder:
             raise BadRecord("corrupt image", found.inspection.fault)
         return found
 
-    def _find(self, name: str) -> Found:
+    def _find(self, name: str) -> ImageInfo:
         if name.startswith(_EMBEDDED):
             inner = name.removeprefix(_EMBEDDED)
             inspection = inspect_image(self._embedded.folder / inner)
-            return Found(_from_here(self._embedded.published / inner), inspection)
+            return ImageInfo(_from_here(self._embedded.published / inner), inspection)
         for folder in self._folders:
             path = folder / name
             try:
@@ -116,8 +106,8 @@ class ImageFinder:
                     continue
                 raise DataError(f"{path}: cannot be looked at ({error.strerror})") from error
             if there:
-                return Found(_from_here(path), inspect_image(path))
-        return Found("", Inspection())
+                return ImageInfo(_from_here(path), inspect_image(path))
+        return ImageInfo("", Inspection())
 
 
 def _suffix(content: bytes) -> str:
@@ -146,9 +136,9 @@ def _check_readable(folder: Path) -> None:
         ) from error
 
 
-def _check_inside(name: str) -> None:
-    """Raise DataError for a name that leads out of the folder: an honest data set has none."""
-    if name.startswith(("/", "\\")) or ".." in PurePosixPath(name).parts or "\x00" in name:
+def _check_name(name: str) -> None:
+    """Raise DataError for an image name that leads out of the folder."""
+    if leaves_folder(name):
         raise DataError(
             f"the image name {name!r} leads out of the data set's folder; nothing is read from there: "
             "make the names in the annotations relative"

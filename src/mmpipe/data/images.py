@@ -1,11 +1,15 @@
-"""Opening images, and the image processor that belongs to a vision tower."""
+"""Images: opened, inspected, stored by content, as data URLs; and the image processor of a vision tower."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
+import json
+import mimetypes
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,27 +17,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mmpipe.errors import ArtifactError, DataError
+from mmpipe.errors import ArtifactError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import LlavaImageProcessorPil
 
 Aspect = Literal["pad", "square"]
 """``pad``: to a square with the mean colour, then resized. ``square``: the tower's own resizing, cropping."""
-
 MAX_PIXELS = 80_000_000
-"""A larger image is taken for a decompression bomb (an A3 page scanned at 600 dpi has 70 million)."""
-
+"""A larger image counts as a decompression bomb (an A3 page scanned at 600 dpi has 70 million)."""
 MAX_SIDE = 12_000
 """In pixels. Padding makes a square of the longer side before anything is shrunk: this one takes 430 MB."""
-
 MAX_ASPECT = 200
-"""Longer to shorter side. A tower's own resizing brings the shorter side to its size: 336 pixels make the longer 67,200."""
+"""Longer to shorter side. A tower resizes the shorter side to its size: 336 pixels make the longer one 67,200."""
 
 # What Pillow's decoders are known to raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 # The JPEG of many cameras holds a second image, a preview.
 _SAME_FORMAT = {"MPO": "JPEG"}
+_PIXEL_SETTINGS = ("size", "crop_size", "do_pad", "image_mean", "image_std", "resample", "do_center_crop")
+_PROCESSOR_SETTINGS = {"do_resize", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb"}
+_PROCESSOR_SETTINGS |= {*_PIXEL_SETTINGS} - {"do_pad"}
 _DEEP_GREY = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 
 
@@ -62,10 +66,8 @@ def open_image(path: Path, *, upright: bool = False) -> OpenedImage:
 def decode_image(
     content: bytes, where: str, *, upright: bool = False, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """The image in ``content`` as :func:`open_image` decodes it; ``where`` names it in messages.
-
-    ``formats`` are Pillow's names of the only formats to read: fewer decoders see what a stranger sent.
-    """
+    """The image in ``content`` as :func:`open_image` decodes it; ``where`` names it in messages. ``formats`` are
+    Pillow's names of the only formats to read: fewer decoders for untrusted input."""
     return _pixels(_recognise(content, where, formats), where, upright=upright)
 
 
@@ -83,26 +85,24 @@ def _pixels(image: Image.Image, where: str, *, upright: bool) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What the verification of an image finds. ``fault`` is None when it can be trained on."""
+    """The result of verifying an image. ``fault`` is None when it can be trained on."""
 
     width: int = 0
     height: int = 0
     notes: tuple[str, ...] = ()
     fault: str | None = None
     digest: bytes = b""
-    """16 bytes that tell the file's content from any other; empty when it cannot be trained on."""
+    """16 bytes that identify the file's content; empty when it cannot be trained on."""
 
 
 def content_digest(content: bytes) -> bytes:
-    """What :attr:`Inspection.digest` holds of a file's content."""
+    """The :attr:`Inspection.digest` of a file's content."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def inspect_image(path: Path) -> Inspection:
-    """Decode an image to the end and say what it is; faults are returned, not raised.
-
-    JPEG is decoded at a fraction of its size, which reads the whole file all the same in half the time.
-    """
+    """Decode an image to the end; faults are returned, not raised. JPEG is decoded at a fraction of
+    its size, which reads the whole file in half the time."""
     try:
         content = _read(path)
         image, notes = _identify(path, content)
@@ -179,8 +179,8 @@ def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> I
         )
     if longer > MAX_ASPECT * shorter:
         raise DataError(
-            f"{where}: {image.width}x{image.height} is more than {MAX_ASPECT} times as long as it is wide, and resizing its "
-            "shorter side to what a vision tower sees would take too much memory; cut it"
+            f"{where}: {image.width}x{image.height} is more than {MAX_ASPECT} times as long as it is wide, and "
+            "resizing its shorter side to what a vision tower sees would take too much memory; cut it"
         )
     if image.mode == "F":
         raise DataError(f"{where}: an image of floating-point numbers has no defined brightness; convert it")
@@ -188,11 +188,9 @@ def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> I
 
 
 def image_processor(vision_dir: Path, aspect: Aspect) -> LlavaImageProcessorPil:
-    """The processor that turns an image into the input of the vision tower stored in ``vision_dir``.
-
-    Always of one class, which a ``LlavaProcessor`` can hold and save, with the sizes, means and deviations of
-    the tower's own ``preprocessor_config.json``; always on Pillow: the same pixels on every machine.
-    """
+    """The processor that turns an image into the input of the vision tower stored in ``vision_dir``. Always of one
+    class, which a ``LlavaProcessor`` can hold and save, with the sizes, means and deviations of the tower's own
+    ``preprocessor_config.json``; always on Pillow: the same pixels on every machine."""
     from transformers import AutoImageProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -208,21 +206,38 @@ def image_processor(vision_dir: Path, aspect: Aspect) -> LlavaImageProcessorPil:
     return LlavaImageProcessorPil(**settings, do_pad=aspect == "pad")
 
 
-_PROCESSOR_SETTINGS = {
-    "size",
-    "crop_size",
-    "resample",
-    "do_resize",
-    "do_center_crop",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_convert_rgb",
-}
+def pixel_settings(processor: Any) -> dict[str, Any]:
+    """The settings by which an image processor changes pixels, as read back from JSON."""
+    settings = processor.to_dict()
+    kept: dict[str, Any] = json.loads(json.dumps({key: settings.get(key) for key in _PIXEL_SETTINGS}))
+    return kept
 
 
-def image_size(processor: LlavaImageProcessorPil) -> tuple[int, int]:
-    """Height and width of what the processor returns, in pixels."""
-    return processor.crop_size["height"], processor.crop_size["width"]
+def require_same_pixels(
+    where: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: str = "teacher"
+) -> None:
+    """Raise ConfigError, naming ``where``, when two models do not get the same pixels of an image. Arguments are
+    results of :func:`pixel_settings`; ``whose`` is the role of the other model."""
+    different = [key for key in _PIXEL_SETTINGS if ours.get(key) != theirs.get(key)]
+    if different:
+        shown = "; ".join(f"{key}: stage {ours.get(key)}, {whose} {theirs.get(key)}" for key in different)
+        raise ConfigError(
+            f"{where}: the {whose} was trained on other images than the stage shows ({shown}); "
+            f"give the stage the {whose}'s image_aspect, or take a {whose} of the same image size"
+        )
+
+
+def data_url(image: Image.Image | Path, kind: str = "PNG", **options: Any) -> str:
+    """An image as a ``data:`` URL: a file as it is, pixels encoded as ``kind`` with Pillow's ``options``."""
+    if isinstance(image, Path):
+        media, content = mimetypes.guess_type(image.name)[0] or "image/jpeg", image.read_bytes()
+    else:
+        media, content = f"image/{kind.lower()}", encode_image(image, kind, **options)
+    return f"data:{media};base64,{base64.b64encode(content).decode()}"
+
+
+def encode_image(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The content of an image file of Pillow's format ``kind``."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

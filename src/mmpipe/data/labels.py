@@ -32,12 +32,8 @@ class Rendered:
         if token == IMAGE_MARK:
             return self
         growth = len(token) - len(IMAGE_MARK)
-
-        def moved(position: int) -> int:
-            return position + growth * self.text.count(IMAGE_MARK, 0, position)
-
-        spans = tuple((moved(start), moved(end)) for start, end in self.spans)
-        return Rendered(self.text.replace(IMAGE_MARK, token), spans)
+        moved = [[end + growth * self.text.count(IMAGE_MARK, 0, end) for end in span] for span in self.spans]
+        return Rendered(self.text.replace(IMAGE_MARK, token), tuple((start, end) for start, end in moved))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Building a mixture: every record of every part is read, verified and written, or dropped and counted."""
+"""Building a mixture: every record of every source is read, verified and written, or dropped and counted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import write_json
-from mmpipe.data.digests import IMAGES, DigestWriter
 from mmpipe.data.image_files import EmbeddedImages
-from mmpipe.data.record_table import write_records
-from mmpipe.data.report import Pace, histogram, keeping
+from mmpipe.data.record_table import IMAGES, digest_writer, write_records
+from mmpipe.data.report import Log, Throughput, histogram, keeping
 from mmpipe.data.spec import MixtureSpec
-from mmpipe.data.verify import EQUAL_IMAGE, Known, Log, Part
+from mmpipe.data.verify import EQUAL_IMAGE, Deduplicator, MixtureSource
 from mmpipe.errors import DataError
 
 RECORDS = "records.arrow"
@@ -39,49 +38,45 @@ def build_mixture(
     will be, if not there.
 
     Raises DataError when a file or folder cannot be read, when an image's name leads out of its folder, or
-    when more than ``spec.max_bad`` of the records of a part are bad; the message lists the reasons, and the report is
+    when more than ``spec.max_bad`` of the records of a source are bad; the message lists the reasons, and the report is
     written to ``failed_report`` then.
     """
     out.mkdir(parents=True, exist_ok=True)
-    pace = Pace()
+    throughput = Throughput()
     embedded = EmbeddedImages(out / "images", (published or out) / "images")
-    with DigestWriter(out / IMAGES) as digests, ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        known = Known(digests)
-        parts = [Part(part, datasets[part.dataset], spec.seed, known, embedded, log) for part in spec.parts]
-        write_records(out / RECORDS, (record for part in parts for record in part.records(pool)))
-    report = _report(spec, parts)
+    with digest_writer(out / IMAGES) as digests, ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        shared = spec.seed, Deduplicator(digests), embedded, log
+        sources = [MixtureSource(source, datasets[source.dataset], *shared) for source in spec.parts]
+        write_records(out / RECORDS, (record for source in sources for record in source.records(pool)))
+    report = _report(spec, sources)
     with keeping(report, failed_report):
-        _check(spec, parts)
+        _check(spec, sources)
     write_json(out / REPORT, report)
-    log(f"kept {report['kept']} of {report['wanted']} records, {pace(report['wanted'])}")
+    log(f"kept {report['kept']} of {report['wanted']} records, {throughput(report['wanted'])}")
     return report
 
 
-def _report(spec: MixtureSpec, parts: Sequence[Part]) -> dict[str, Any]:
-    lengths, sides = Counter[int](), Counter[int]()
-    for part in parts:
-        lengths += part.lengths
-        sides += part.sides
+def _report(spec: MixtureSpec, sources: Sequence[MixtureSource]) -> dict[str, Any]:
     return {
-        "kept": sum(part.kept for part in parts),
-        "wanted": sum(part.wanted for part in parts),
-        "dropped": sum(part.bad for part in parts),
-        "with_images": sum(part.with_images for part in parts),
-        "equal_images": sum(part.notes.counts[EQUAL_IMAGE] for part in parts),
+        "kept": sum(source.kept for source in sources),
+        "wanted": sum(source.wanted for source in sources),
+        "dropped": sum(source.bad for source in sources),
+        "with_images": sum(source.with_images for source in sources),
+        "equal_images": sum(source.notes.counts[EQUAL_IMAGE] for source in sources),
         "max_bad": spec.max_bad,
-        "words_up_to": histogram(lengths),
-        "longer_side_up_to": histogram(sides),
-        "parts": [part.report() for part in parts],
+        "words_up_to": histogram(sum((source.lengths for source in sources), Counter())),
+        "longer_side_up_to": histogram(sum((source.sides for source in sources), Counter())),
+        "parts": [source.report() for source in sources],
     }
 
 
-def _check(spec: MixtureSpec, parts: Sequence[Part]) -> None:
-    """Raise DataError when a part has too many bad records or no good one."""
+def _check(spec: MixtureSpec, sources: Sequence[MixtureSource]) -> None:
+    """Raise DataError when a source has too many bad records or no good one."""
     lines = []
-    for part in parts:
-        if not part.kept or part.bad > spec.max_bad * part.wanted:
-            lines.append(f"  {part.name}: {part.bad} of {part.wanted} records are bad")
-            lines += (f"    {reason}" for reason in part.reasons())
+    for source in sources:
+        if not source.kept or source.bad > spec.max_bad * source.wanted:
+            lines.append(f"  {source.name}: {source.bad} of {source.wanted} records are bad")
+            lines += (f"    {reason}" for reason in source.reasons())
     if lines:
         raise DataError(
             f"too many bad records (max_bad is {spec.max_bad:.1%} of each part):\n"

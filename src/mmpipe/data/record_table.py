@@ -1,9 +1,9 @@
-"""Records on disk: one Arrow stream, written in a fixed layout so that equal records are equal bytes."""
+"""A mixture on disk: Arrow streams of its records and of its images' digests; equal content gives equal bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,32 +15,54 @@ from mmpipe.errors import ArtifactError
 if TYPE_CHECKING:
     import datasets
 
-_TURN = pa.struct([pa.field("role", pa.string()), pa.field("text", pa.string())])
+_TEXT = pa.string()
+_TURNS = pa.list_(pa.struct({"role": _TEXT, "text": _TEXT}))
 SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string()),
-        pa.field("source", pa.string()),
-        pa.field("images", pa.list_(pa.string())),
-        pa.field("turns", pa.list_(_TURN)),
-        pa.field("chosen", pa.string()),
-        pa.field("rejected", pa.string()),
-    ]
+    {"id": _TEXT, "source": _TEXT, "images": pa.list_(_TEXT), "turns": _TURNS, "chosen": _TEXT, "rejected": _TEXT}
 )
 _ROWS_PER_BATCH = 1024
 
+IMAGES = "images.arrow"
+_FORMER_IMAGES = "pictures.arrow"
+_DIGESTS = pa.schema({"name": _TEXT, "digest": pa.binary(16)})
+_DIGESTS_PER_BATCH = 4096
+
+
+class ArrowWriter(AbstractContextManager["ArrowWriter"]):
+    """Writes rows of one schema as an Arrow stream; ``size`` of them are held at once."""
+
+    def __init__(self, path: Path, schema: pa.Schema, size: int) -> None:
+        self.schema, self.size, self.count = schema, size, 0
+        self._rows: list[dict[str, Any]] = []
+        with ExitStack() as opened:
+            sink = opened.enter_context(pa.OSFile(str(path), "wb"))
+            self._writer: Any = opened.enter_context(pa.ipc.new_stream(sink, schema))
+            self._opened = opened.pop_all()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one row."""
+        self._rows.append(row)
+        self.count += 1
+        if len(self._rows) == self.size:
+            self._flush()
+
+    def __exit__(self, *error: object) -> None:
+        with self._opened:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=self.schema))
+            self._rows = []
+
 
 def write_records(path: Path, records: Iterable[AnyRecord]) -> int:
-    """Write records in their order; returns how many.
-
-    Of a preference record ``turns`` holds the prompt; of others ``chosen`` and ``rejected`` are null.
-    """
-    count = 0
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        rows = map(_row, records)
-        while batch := list(islice(rows, _ROWS_PER_BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
-            count += len(batch)
-    return count
+    """Write records in their order; returns how many. Of a preference record ``turns`` holds the prompt; of others
+    ``chosen`` and ``rejected`` are null."""
+    with ArrowWriter(path, SCHEMA, _ROWS_PER_BATCH) as writer:
+        for record in records:
+            writer.add(_row(record))
+    return writer.count
 
 
 def _row(record: AnyRecord) -> dict[str, Any]:
@@ -56,7 +78,7 @@ def _row(record: AnyRecord) -> dict[str, Any]:
 
 
 class RecordTable:
-    """The records of a file, memory mapped: quick to open however many there are, shared by all workers."""
+    """The records of a file, memory mapped: quick to open, shared by all workers."""
 
     def __init__(self, path: Path) -> None:
         import datasets
@@ -82,3 +104,18 @@ class RecordTable:
 
     def __iter__(self) -> Iterator[AnyRecord]:
         return (self[index] for index in range(len(self)))
+
+
+def digest_writer(path: Path) -> ArrowWriter:
+    """Writes ``name`` and ``digest`` of images, in the order they are added."""
+    return ArrowWriter(path, _DIGESTS, _DIGESTS_PER_BATCH)
+
+
+def read_digests(mixture: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and digest of every image of a mixture; memory does not grow with their number."""
+    path = mixture / IMAGES
+    if not path.exists():
+        path = mixture / _FORMER_IMAGES
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+        for batch in stream:
+            yield from zip(batch.column("name").to_pylist(), batch.column("digest").to_pylist(), strict=True)

@@ -1,4 +1,4 @@
-"""The record: what every data format is read into and every training step is made from."""
+"""The record, into which every data format is read and from which every batch is made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says."""
+    """A message of a conversation."""
 
     role: Role
     text: str
@@ -39,7 +39,7 @@ class Record:
 
     @property
     def conversations(self) -> tuple[Record, ...]:
-        """The conversations that are trained on: itself."""
+        """The conversations to train on: itself."""
         return (self,)
 
     def with_questions(self, change: Callable[[str], str]) -> Record:

@@ -1,10 +1,10 @@
-"""Counting what happens to records, with a few names for each kind of thing."""
+"""Counting records by what happened to them, with a few examples of each."""
 
 from __future__ import annotations
 
-import resource
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,63 +13,63 @@ from typing import Any
 from mmpipe.artifacts.files import write_json
 from mmpipe.errors import DataError
 
+Log = Callable[[str], None]
 EXAMPLES = 10
 """So many records are named for each reason; all of them are in the log."""
 
 
 @dataclass
-class Tally:
-    """How often each of several things happened, and to whom first."""
+class ReasonCounts:
+    """How often each reason occurred, with the first examples."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, what: str, example: str) -> None:
-        """Count ``what``, which happened to ``example``."""
+        """Count ``what``, of which ``example`` is one."""
         self.counts[what] += 1
         examples = self.examples.setdefault(what, [])
         if len(examples) < EXAMPLES:
             examples.append(example)
 
-    def update(self, later: Tally) -> None:
+    def update(self, later: ReasonCounts) -> None:
         """Add what was counted after this."""
         self.counts += later.counts
         for what, examples in later.examples.items():
             own = self.examples.setdefault(what, [])
             own += examples[: EXAMPLES - len(own)]
 
+    def lines(self) -> Iterator[str]:
+        """Each reason with its count and one example, the most frequent first."""
+        for what, facts in self.report().items():
+            yield f"{what}: {facts['count']}, e.g. {facts['examples'][0]}"
+
     def total(self) -> int:
-        """All things together."""
+        """The sum of all counts."""
         return self.counts.total()
 
     def report(self) -> dict[str, Any]:
-        """What is published: the most frequent first."""
+        """Counts and examples by reason, the most frequent first."""
         return {
             what: {"count": count, "examples": self.examples[what]}
             for what, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         }
 
 
-class Pace:
-    """How many records one core does in a second, for logs: processor time of this process and of those that it waited
-    for, which other work on the machine changes least."""
+class Throughput:
+    """Records per second of processor time, for logs: of this process and of those that it waited for."""
 
     def __init__(self) -> None:
-        self._start = _processor_seconds()
+        self._start = sum(os.times()[:4])
 
     def __call__(self, records: int) -> str:
-        seconds = _processor_seconds() - self._start
+        seconds = sum(os.times()[:4]) - self._start
         return f"{records / max(seconds, 1e-9):,.0f} records per core-second"
-
-
-def _processor_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 @contextmanager
 def keeping(report: dict[str, Any], failed: Path | None) -> Iterator[None]:
-    """Write the report to ``failed`` when the block finds too many faults (DataError), and say so; an older one goes."""
+    """Write the report to ``failed`` and name it when the block raises DataError; an older one is removed."""
     if failed is None:
         yield
         return

@@ -1,8 +1,7 @@
 """Which records make up which batch: a pure function of seed, epoch and step; resuming restores nothing.
 
-The grouping is that of LLaVA's trainer (``group_by_length``, ``group_by_modality_length``): records are
-shuffled, cut into global batches, sorted by length inside each and dealt out so that all micro batches are
-about equally long.
+The grouping is that of LLaVA's trainer (``group_by_length``, ``group_by_modality_length``): records are shuffled, cut
+into global batches, sorted by length inside each and dealt out so that all micro batches are about equally long.
 """
 
 from __future__ import annotations
@@ -85,17 +84,15 @@ class BatchPlan:
         """The permutation of all records in an epoch."""
         if epoch not in self._orders:
             self._orders.clear()
-            self._orders[epoch] = self._permutation(epoch)
+            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
+            sizes = self.micro_batch, self.accumulation * self.world_size, generator
+            if self.grouping == "length":
+                self._orders[epoch] = length_order(self.lengths, *sizes)
+            elif self.grouping == "modality_length":
+                self._orders[epoch] = modality_length_order(self.lengths, self.has_image, *sizes)
+            else:
+                self._orders[epoch] = torch.randperm(len(self.lengths), generator=generator).tolist()
         return self._orders[epoch]
-
-    def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
-        chunks = self.accumulation * self.world_size
-        if self.grouping == "length":
-            return length_order(self.lengths, self.micro_batch, chunks, generator)
-        if self.grouping == "modality_length":
-            return modality_length_order(self.lengths, self.has_image, self.micro_batch, chunks, generator)
-        return torch.randperm(len(self.lengths), generator=generator).tolist()
 
 
 @dataclass(frozen=True)
@@ -162,11 +159,9 @@ def modality_length_order(
 
 
 def even_chunks(records: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:
-    """Deal records into ``chunks`` lists of equal size and about equal total length.
-
-    Each record in turn goes to the list that is shortest so far and not full yet (the first of equals).
-    A number of records that cannot be divided evenly is dealt out in turn.
-    """
+    """Deal records into ``chunks`` lists of equal size and about equal total length. Each record in turn goes to the
+    list that is shortest so far and not full yet (the first of equals). A number of records that cannot be divided
+    evenly is dealt out in turn."""
     if len(records) % chunks:
         return [list(records[first::chunks]) for first in range(chunks)]
     size = len(records) // chunks

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from mmpipe.artifacts.files import leaves_folder
 from mmpipe.settings import Settings
 
 
 def _inside(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    if path.startswith("/") or ".." in parts:
+    if leaves_folder(path):
         raise ValueError(f"'{path}' must lie inside the directory of the data set")
     return path
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
+    """A list of one text for a text; other values as they are."""
     return [value] if isinstance(value, str) else value
 
 
@@ -29,16 +29,16 @@ def _matches_something(pattern: str) -> str:
 
 InnerPath = Annotated[str, AfterValidator(_inside)]
 InnerPaths = Annotated[
-    tuple[InnerPath, ...], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...])
+    tuple[InnerPath, ...], Field(min_length=1), BeforeValidator(listed, json_schema_input_type=str | tuple[str, ...])
 ]
 Patterns = Annotated[
     tuple[Annotated[str, AfterValidator(_matches_something)], ...],
-    BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
+    BeforeValidator(listed, json_schema_input_type=str | tuple[str, ...]),
 ]
 
 
-class PartSpec(Settings):
-    """Records taken from one data set."""
+class MixtureSourceSpec(Settings):
+    """A source of a mixture: records taken from one data set."""
 
     dataset: str
     """A name in the catalogue of data sets; it becomes the ``source`` of the records."""
@@ -53,8 +53,8 @@ class PartSpec(Settings):
     with_images: bool | None = None
     """True keeps only records with images, False only those without."""
     only: Patterns = ()
-    """Keeps only records whose images all have a name that matches one of these: ``coco/*`` is everything below ``coco/``.
-    Names are matched as the annotations write them, before ``take`` chooses."""
+    """Keeps only records whose images all have a name that matches one of these: ``coco/*`` is everything below
+    ``coco/``. Names are matched as the annotations write them, before ``take`` chooses."""
     without: Patterns = ()
     """Leaves out records with an image whose name matches one of these."""
     prefix: str = ""
@@ -64,27 +64,28 @@ class PartSpec(Settings):
     expected: Annotated[int, Field(gt=0)] | None = None
     """How many records the publishers or a paper name; the report sets it beside what was found."""
     known: str = ""
-    """Why records are known to be dropped, and from where one knows; the report and the failure show it beside the drops."""
+    """Why records are known to be dropped, with the source; shown beside the drops in report and failure."""
     image_position: Literal["keep", "first"] = "keep"
     """``first`` moves the images of a question to its head, as LLaVA does; ``keep`` leaves them."""
 
 
 class MixtureSpec(Settings):
-    """What a training set is made of. The order of training is the sampler's, not that of the parts."""
+    """A training set. The order of training is the sampler's, not that of the parts."""
 
     VERSION: ClassVar[int] = 1
     """Raised when a change of code changes which records are kept or what is written about them."""
 
     description: str = ""
     """What it is, in one line."""
-    parts: Annotated[tuple[PartSpec, ...], Field(min_length=1)]
+    parts: Annotated[tuple[MixtureSourceSpec, ...], Field(min_length=1)]
+    """The sources, each a part of a data set."""
     seed: int = 0
     """Decides which records ``take`` chooses."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The largest share of bad records that any part may have."""
 
     def spec(self) -> dict[str, Any]:
-        """What determines the records; what is merely said about them does not."""
+        """The settings that determine the records; descriptions do not."""
         told = {"description": True, "parts": {"__all__": {"expected", "known"}}}
         return {
             "version": self.VERSION,

@@ -1,17 +1,17 @@
 """Conversation templates: turns -> one text with the spans to supervise.
 
-A template says the same thing three times from one description: ``render`` the training text, ``prompt`` the
-text to generate from, and ``jinja`` the chat template stored with a checkpoint, which renders the same
-characters anywhere.
+One description gives three things: ``render`` the training text, ``prompt`` the text to
+generate from, and ``jinja`` the chat template stored with a checkpoint, which renders the same characters anywhere.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from mmpipe.data.labels import Rendered, single_token
 from mmpipe.data.records import IMAGE_MARK, BadRecord, Turn, check_turns
@@ -21,43 +21,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Template(Protocol):
-    """What the rest of the program uses of a template."""
+class Template(ABC):
+    """A way to write a conversation as text."""
 
-    @property
-    def name(self) -> str:
-        """What recipes call it."""
-        ...
-
-    @property
-    def stop(self) -> str:
-        """The text that ends an answer: generation stops here."""
-        ...
-
-    @property
-    def captions(self) -> bool:
-        """Whether nothing but images comes before an answer."""
-        ...
+    name: str
+    """Its name in recipes."""
+    stop: str
+    """The text that ends an answer: generation stops here."""
+    captions: bool = False
+    """Whether nothing but images precedes an answer."""
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """The text of a whole conversation. Raises BadRecord for turns in an odd order or without text."""
-        ...
+        check_turns(turns)
+        return self._rendered(turns)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text up to where the next answer begins; ``turns`` end with the user's."""
-        ...
+        check_turns((*turns, Turn("assistant", "?")))
+        return self._rendered(turns, prompt=True).text
 
+    @abstractmethod
     def jinja(self) -> str:
         """The same as a chat template with ``{% generation %}`` marks; messages have text and image parts."""
-        ...
 
+    @abstractmethod
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError if the template cannot be used with this tokenizer."""
-        ...
+
+    @abstractmethod
+    def _rendered(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
+        """The text, up to the next answer if ``prompt``, and its spans to supervise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTemplate:
+class TextTemplate(Template):
     """A template of fixed strings around the texts of the turns."""
 
     name: str
@@ -65,7 +63,7 @@ class TextTemplate:
     stop_is_token: bool = True
     """``stop`` must be one token, or the model would learn to spell it."""
     default_system: str = ""
-    """The system message of a conversation that brings none; empty: no system message."""
+    """The system message of a conversation without one; empty: no system message."""
     system_before: str = ""
     system_after: str = ""
     user_before: str = ""
@@ -82,44 +80,15 @@ class TextTemplate:
     captions: bool = False
     """The user's text is left out but for its images."""
 
-    def render(self, turns: Sequence[Turn]) -> Rendered:
-        """See Template."""
-        check_turns(turns)
-        pieces: list[str] = []
-        spans: list[tuple[int, int]] = []
-        position = 0
-        for piece, supervised in self._pieces(turns):
-            if supervised:
-                spans.append((position, position + len(piece)))
-            pieces.append(piece)
-            position += len(piece)
-        return Rendered("".join(pieces), tuple(spans))
-
-    def prompt(self, turns: Sequence[Turn]) -> str:
-        """See Template."""
-        check_turns((*turns, Turn("assistant", "?")))
-        return "".join(piece for piece, _ in self._pieces(turns)) + self.answer_before
-
     def jinja(self) -> str:
-        """See Template."""
-        default = self.system_before + self.default_system + self.system_after if self.default_system else ""
-        strings = {
-            "system_before": self.system_before,
-            "system_after": self.system_after,
-            "default_system": default,
+        strings = {name: getattr(self, name) for name in _JINJA_STRINGS} | {
+            "default_system": self._default_system,
             "first_user_before": self._first_user_before,
-            "user_before": self.user_before,
-            "user_after": self.user_after,
-            "answer_before": self.answer_before,
-            "answer_lead": self.answer_lead,
-            "answer_end": self.answer_end,
-            "answer_after": self.answer_after,
         }
         literals = "".join(f"{{%- set {name} = {json.dumps(text)} -%}}\n" for name, text in strings.items())
         return literals + _flattening(captions=self.captions) + _DIALOGUE
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """See Template."""
         if self.stop_is_token and single_token(tokenizer, self.stop) is None:
             pieces = tokenizer.tokenize(self.stop)
             raise DataError(
@@ -129,24 +98,28 @@ class TextTemplate:
             )
 
     @property
+    def _default_system(self) -> str:
+        return self.system_before + self.default_system + self.system_after if self.default_system else ""
+
+    @property
     def _first_user_before(self) -> str:
         return self.user_before if self.first_user_before is None else self.first_user_before
 
-    def _pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
-        """The strings that make up the text, each with whether it is supervised."""
-        if turns[0].role != "system" and self.default_system:
-            yield self.system_before + self.default_system + self.system_after, False
+    def _rendered(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
+        text = "" if turns[0].role == "system" else self._default_system
+        spans: list[tuple[int, int]] = []
         before = self._first_user_before
         for turn in turns:
             if turn.role == "system":
-                yield self.system_before + turn.text + self.system_after, False
+                text += self.system_before + turn.text + self.system_after
             elif turn.role == "user":
-                yield before + self._shown(turn.text) + self.user_after, False
+                text += before + self._shown(turn.text) + self.user_after
                 before = self.user_before
             else:
-                yield self.answer_before, False
-                yield self.answer_lead + turn.text + self.answer_end, True
-                yield self.answer_after, False
+                text += self.answer_before
+                spans.append((len(text), len(text + self.answer_lead + turn.text + self.answer_end)))
+                text += self.answer_lead + turn.text + self.answer_end + self.answer_after
+        return Rendered(text + self.answer_before * prompt, tuple(spans))
 
     def _shown(self, question: str) -> str:
         if not self.captions:
@@ -157,26 +130,23 @@ class TextTemplate:
         return IMAGE_MARK * marks
 
 
-class TokenizerTemplate:
-    """The chat template that a tokenizer brings.
-
-    Spans are what it encloses in ``{% generation %}``. Raises DataError when it has none, when they leave out
-    the end of the answer, or when its generation prompt is not how its training text begins.
-    """
+class TokenizerTemplate(Template):
+    """The chat template that a tokenizer brings. Spans are what it encloses in ``{% generation %}``. Raises DataError
+    when it has none, when they leave out the end of the answer, or when its generation prompt is not how its training
+    text begins."""
 
     name = "tokenizer"
-    captions = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         template = tokenizer.chat_template
         where = f"the tokenizer {tokenizer.name_or_path}"
+        named = ", ".join(sorted(_TEMPLATES))
         if not isinstance(template, str):
-            raise DataError(f"{where} has no chat template; name one of {', '.join(sorted(_TEMPLATES))}")
+            raise DataError(f"{where} has no chat template; name one of {named}")
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise DataError(
                 f"the chat template of {where} has no {{% generation %}} marks around what the assistant "
-                "says, so what to supervise is not known; add the marks or name one of "
-                f"{', '.join(sorted(_TEMPLATES))}"
+                f"says, so what to supervise is not known; add the marks or name one of {named}"
             )
         self._template = template
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
@@ -189,27 +159,14 @@ class TokenizerTemplate:
         if not rendered.text.startswith(self.prompt(probe[:1])):
             raise DataError(f"the chat template of {where} prompts for an answer with another text than it trains on")
 
-    def render(self, turns: Sequence[Turn]) -> Rendered:
-        """See Template."""
-        check_turns(turns)
-        text, spans = self._run(turns, prompt=False)
-        return Rendered(text, tuple((start, end) for start, end in spans))
-
-    def prompt(self, turns: Sequence[Turn]) -> str:
-        """See Template."""
-        check_turns((*turns, Turn("assistant", "?")))
-        return self._run(turns, prompt=True)[0]
-
     def jinja(self) -> str:
-        """See Template."""
         return _flattening(captions=False) + "{%- set messages = flat.messages -%}\n" + self._template
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """See Template."""
         if tokenizer.chat_template != self._template:
             raise DataError(f"the tokenizer {tokenizer.name_or_path} has another chat template than this one")
 
-    def _run(self, turns: Sequence[Turn], *, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _rendered(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [
@@ -220,15 +177,13 @@ class TokenizerTemplate:
         rendered: Any = render_jinja_template(
             [messages], chat_template=self._template, **options, **self._special_tokens
         )
-        texts, spans = rendered
-        return texts[0], spans[0]
+        (text,), (spans,) = rendered
+        return Rendered(text, tuple((start, end) for start, end in spans))
 
 
 def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
-    """The template called ``name``; ``tokenizer`` stands for the one that the given tokenizer brings.
-
-    Raises ConfigError for an unknown name.
-    """
+    """The template called ``name``; ``tokenizer`` stands for the one that the given tokenizer brings. Raises
+    ConfigError for an unknown name."""
     if name == TokenizerTemplate.name:
         if tokenizer is None:
             raise ConfigError("the template 'tokenizer' can only be used where the tokenizer is at hand")
@@ -259,10 +214,8 @@ def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def break_after_images(text: str) -> str:
-    """Begin a new line after images at the head of a message: LLaVA's prompts read ``<image>\\nquestion``.
-
-    Chat messages carry an image and a text as two parts with nothing between: they become the same text.
-    """
+    """Begin a new line after images at the head of a message: LLaVA's prompts read ``<image>\\nquestion``. Chat
+    messages carry an image and a text as two parts with nothing between: they become the same text."""
     body = text
     while body.startswith(IMAGE_MARK):
         body = body.removeprefix(IMAGE_MARK)
@@ -275,6 +228,9 @@ def _flattening(*, captions: bool) -> str:
     """Jinja that puts the messages, their content as plain text, into ``flat.messages``."""
     return _FLATTEN.replace("USER_TEXT", _CAPTION_TEXT if captions else _BREAK_AFTER_IMAGES)
 
+
+_JINJA_STRINGS: tuple[str, ...] = ("system_before", "system_after", "default_system", "first_user_before")
+_JINJA_STRINGS += ("user_before", "user_after", "answer_before", "answer_lead", "answer_end", "answer_after")
 
 # `set` inside a loop is seen outside of it only through a namespace.
 _FLATTEN = """\
@@ -338,32 +294,43 @@ _VICUNA_SYSTEM = (
 )
 
 
-def _vicuna(name: str, stop: str) -> TextTemplate:
-    return TextTemplate(
-        name=name,
-        default_system=_VICUNA_SYSTEM,
-        system_after=" ",
-        user_before="USER: ",
-        user_after=" ",
-        answer_before="ASSISTANT:",
-        answer_lead=" ",
-        answer_end=stop,
-        stop=stop,
-    )
-
-
-def _phi(name: str, system: str = "") -> TextTemplate:
-    return TextTemplate(
-        name=name,
-        default_system=system,
-        system_before="<|system|>\n",
-        system_after="<|end|>\n",
-        user_before="<|user|>\n",
-        user_after="<|end|>\n",
-        answer_before="<|assistant|>\n",
-        answer_end="<|end|>\n",
-        stop="<|end|>",
-    )
+_VICUNA = TextTemplate(
+    name="vicuna_v1",
+    default_system=_VICUNA_SYSTEM,
+    system_after=" ",
+    user_before="USER: ",
+    user_after=" ",
+    answer_before="ASSISTANT:",
+    answer_lead=" ",
+    answer_end="</s>",
+    stop="</s>",
+)
+_LLAMA_2 = TextTemplate(
+    name="llava_llama_2",
+    default_system=(
+        "You are a helpful language and vision assistant. "
+        "You are able to understand the visual content that the user provides, "
+        "and assist the user with a variety of tasks using natural language."
+    ),
+    system_before="[INST] <<SYS>>\n",
+    system_after="\n<</SYS>>\n\n",
+    first_user_before="",
+    user_before="<s>[INST] ",
+    user_after=" [/INST]",
+    answer_lead=" ",
+    answer_end=" </s>",
+    stop="</s>",
+)
+_PHI = TextTemplate(
+    name="phi3",
+    system_before="<|system|>\n",
+    system_after="<|end|>\n",
+    user_before="<|user|>\n",
+    user_after="<|end|>\n",
+    answer_before="<|assistant|>\n",
+    answer_end="<|end|>\n",
+    stop="<|end|>",
+)
 
 
 def _chatml(name: str, system: str, separator: str) -> TextTemplate:
@@ -381,40 +348,23 @@ def _chatml(name: str, system: str, separator: str) -> TextTemplate:
     )
 
 
+_MPT_SYSTEM = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+)
 _TEMPLATES = {
     template.name: template
     for template in (
         # LLaVA's conversation.py, where `vicuna_v1` is also called `v1` and `mpt` has no line breaks.
         TextTemplate(name="plain", captions=True, answer_end="\n", stop="\n", stop_is_token=False),
-        _vicuna("vicuna_v1", "</s>"),
-        TextTemplate(
-            name="llava_llama_2",
-            default_system=(
-                "You are a helpful language and vision assistant. "
-                "You are able to understand the visual content that the user provides, "
-                "and assist the user with a variety of tasks using natural language."
-            ),
-            system_before="[INST] <<SYS>>\n",
-            system_after="\n<</SYS>>\n\n",
-            first_user_before="",
-            user_before="<s>[INST] ",
-            user_after=" [/INST]",
-            answer_lead=" ",
-            answer_end=" </s>",
-            stop="</s>",
-        ),
-        _chatml(
-            "mpt",
-            "A conversation between a user and an LLM-based AI assistant. "
-            "The assistant gives helpful and honest answers.",
-            separator="",
-        ),
+        _VICUNA,
+        _LLAMA_2,
+        _chatml("mpt", _MPT_SYSTEM, separator=""),
         _chatml("chatml_direct", "Answer the questions.", separator=""),
         # LLaVA-MoD: Vicuna's words, Qwen's end of text.
-        _vicuna("qwen", "<|endoftext|>"),
+        replace(_VICUNA, name="qwen", answer_end="<|endoftext|>", stop="<|endoftext|>"),
         # LibMoE, after the model cards of Phi-3 and Phi-3.5.
-        _phi("phi3"),
-        _phi("phi35", "You are a helpful assistant."),
+        _PHI,
+        replace(_PHI, name="phi35", default_system="You are a helpful assistant."),
         # The chat template of Qwen2 and Qwen2.5, whose own file does not mark what to supervise.
         _chatml("chatml", "You are a helpful assistant.", separator="\n"),
     )

@@ -1,8 +1,8 @@
 """A mixture in tokens: every record encoded once, in shards that training reads memory mapped.
 
-On disk an image is one token, however many positions it takes in the model, and labels are the ranges that are supervised:
-a record costs a few bytes a word. Images stay files, by reference. Equal records and settings give equal bytes, however
-many processes worked.
+On disk an image is one token, however many positions it takes in the model, and labels are the ranges that are
+supervised: a record costs a few bytes a word. Images stay files, by reference. Equal records and settings give equal
+bytes, however many processes worked.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import copy
 import hashlib
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,9 +21,9 @@ import pyarrow as pa
 
 from mmpipe.artifacts.files import canonical_json, read_json, write_json
 from mmpipe.data.labels import IGNORE, Encoded, encode
-from mmpipe.data.record_table import RecordTable
+from mmpipe.data.record_table import ArrowWriter, RecordTable
 from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
-from mmpipe.data.report import Pace, Tally, histogram, keeping, up_to
+from mmpipe.data.report import Log, ReasonCounts, Throughput, histogram, keeping, up_to
 from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError, DataError
 
@@ -38,20 +37,12 @@ ROWS_PER_SHARD = 65_536
 _ROWS_PER_BATCH = 256
 """Rows that are held as Python lists before they are written: one of 500 tokens takes 20 KB so."""
 
-_CONVERSATION = pa.struct([pa.field("ids", pa.list_(pa.int32())), pa.field("supervised", pa.list_(pa.int32()))])
+_INTEGERS = pa.list_(pa.int32())
+_CONVERSATIONS = pa.list_(pa.struct({"ids": _INTEGERS, "supervised": _INTEGERS}))
 SCHEMA = pa.schema(
-    [
-        pa.field("index", pa.int32()),
-        pa.field("id", pa.string()),
-        pa.field("images", pa.list_(pa.string())),
-        pa.field("conversations", pa.list_(_CONVERSATION)),
-        pa.field("tokens", pa.int32()),
-        pa.field("words", pa.int32()),
-        pa.field("has_image", pa.bool_()),
-    ]
+    {"index": pa.int32(), "id": pa.string(), "images": pa.list_(pa.string()), "conversations": _CONVERSATIONS}
+    | {"tokens": pa.int32(), "words": pa.int32(), "has_image": pa.bool_()}
 )
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,36 +124,25 @@ def unpack(packed: Packed, image_id: int, image_tokens: int) -> Encoded:
     return Encoded(input_ids, labels)
 
 
+_COUNTED = ("records", "kept", "cut", "text_tokens", "supervised_tokens", "image_tokens")
+
+
 @dataclass
 class _Counts:
-    """What is counted while tokenising."""
+    """Counts of :data:`_COUNTED`, dropped records by reason, and records by length in tokens."""
 
-    records: int = 0
-    kept: int = 0
-    text_tokens: int = 0
-    supervised_tokens: int = 0
-    image_tokens: int = 0
-    cut: int = 0
-    dropped: Tally = field(default_factory=Tally)
+    of: Counter[str] = field(default_factory=Counter)
+    dropped: ReasonCounts = field(default_factory=ReasonCounts)
     lengths: Counter[int] = field(default_factory=Counter)
 
     def update(self, later: _Counts) -> None:
-        for name in ("records", "kept", "text_tokens", "supervised_tokens", "image_tokens", "cut"):
-            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.of += later.of
         self.dropped.update(later.dropped)
         self.lengths += later.lengths
 
     def report(self) -> dict[str, Any]:
-        return {
-            "records": self.records,
-            "kept": self.kept,
-            "cut": self.cut,
-            "text_tokens": self.text_tokens,
-            "supervised_tokens": self.supervised_tokens,
-            "image_tokens": self.image_tokens,
-            "dropped": self.dropped.report(),
-            "tokens_up_to": histogram(self.lengths),
-        }
+        counted = {name: self.of[name] for name in _COUNTED}
+        return {**counted, "dropped": self.dropped.report(), "tokens_up_to": histogram(self.lengths)}
 
 
 def tokenise(
@@ -177,14 +157,14 @@ def tokenise(
 ) -> dict[str, Any]:
     """Write ``shards/*.arrow`` and ``report.json`` into ``out`` and return the report.
 
-    A record without a single supervised token, or whose images do not fit into ``max_length``, is dropped and counted. One
-    process a core encodes shard after shard; memory does not grow with the number of records.
+    A record without a single supervised token, or whose images do not fit into ``max_length``, is dropped and counted.
+    One process a core encodes shard after shard; memory does not grow with the number of records.
 
-    Raises DataError, naming template, tokenizer and records, when the template does not belong to the tokenizer, when more than
-    ``max_bad`` of the records are dropped, or when everything is supervised although the template has questions; the report
-    is written to ``failed_report`` then.
+    Raises DataError, naming template, tokenizer and records, when the template does not belong to the tokenizer, when
+    more than ``max_bad`` of the records are dropped, or when everything is supervised although the template has
+    questions; the report is written to ``failed_report`` then.
     """
-    pace = Pace()
+    throughput = Throughput()
     encoder.template.check(encoder.tokenizer)
     table = RecordTable(records)
     if not len(table):
@@ -199,7 +179,7 @@ def tokenise(
     counts = _Counts()
     for found in _encoded(jobs, workers):
         counts.update(found)
-        log(f"{counts.records} of {len(table)} records, {counts.dropped.total()} dropped")
+        log(f"{counts.of['records']} of {len(table)} records, {counts.dropped.total()} dropped")
     report = {
         "template": encoder.template.name,
         "tokenizer": tokenizer_hash(encoder.tokenizer),
@@ -211,7 +191,7 @@ def tokenise(
     }
     with keeping(report, failed_report):
         _check(records, encoder, counts, max_bad)
-    log(f"kept {counts.kept} of {counts.records} records, {pace(counts.records)}")
+    log(f"kept {counts.of['kept']} of {counts.of['records']} records, {throughput(counts.of['records'])}")
     write_json(out / REPORT, report)
     return report
 
@@ -232,16 +212,16 @@ def _shard(job: _Job) -> _Counts:
     """Encode the records of some places into one file."""
     records, encoder, places, file = job
     table, counts = RecordTable(records), _Counts()
-    rows = (row for place in places if (row := _row(place, table[place], encoder, counts)))
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        while batch := list(islice(rows, _ROWS_PER_BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+    with ArrowWriter(file, SCHEMA, _ROWS_PER_BATCH) as writer:
+        for place in places:
+            if row := _row(place, table[place], encoder, counts):
+                writer.add(row)
     return counts
 
 
 def _row(place: int, record: AnyRecord, encoder: TextEncoder, counts: _Counts) -> dict[str, Any] | None:
     """One record's row, or None for one that cannot be trained on; both are counted."""
-    counts.records += 1
+    counts.of["records"] += 1
     name = f"{record.source}/{record.id}"
     try:
         encoded = [encoder(conversation) for conversation in record.conversations]
@@ -252,12 +232,14 @@ def _row(place: int, record: AnyRecord, encoder: TextEncoder, counts: _Counts) -
         return None
     longest = max(len(conversation.input_ids) for conversation in encoded)
     images = len(record.images) * encoder.tokens_per_image
-    counts.kept += 1
-    counts.cut += any(conversation.cut for conversation in encoded)
     counts.lengths[up_to(longest)] += 1
-    counts.image_tokens += images * len(encoded)
-    counts.text_tokens += sum(len(conversation.input_ids) - images for conversation in encoded)
-    counts.supervised_tokens += sum(conversation.supervised for conversation in encoded)
+    counts.of.update(
+        kept=1,
+        cut=any(conversation.cut for conversation in encoded),
+        image_tokens=images * len(encoded),
+        text_tokens=sum(len(conversation.input_ids) - images for conversation in encoded),
+        supervised_tokens=sum(conversation.supervised for conversation in encoded),
+    )
     size = encoder.image_token_id, encoder.tokens_per_image
     return {
         "index": place,
@@ -273,18 +255,15 @@ def _row(place: int, record: AnyRecord, encoder: TextEncoder, counts: _Counts) -
 def _check(records: Path, encoder: TextEncoder, counts: _Counts, max_bad: float) -> None:
     """Raise DataError when too much was dropped, or when the template does not fit what was found."""
     dropped = counts.dropped.total()
-    if not counts.kept or dropped > max_bad * counts.records:
-        lines = [
-            f"  {reason}: {facts['count']}, e.g. {facts['examples'][0]}"
-            for reason, facts in counts.dropped.report().items()
-        ]
+    if not counts.of["kept"] or dropped > max_bad * counts.of["records"]:
+        lines = [f"  {line}" for line in counts.dropped.lines()]
         raise DataError(
-            f"{records}: with {encoder}, {dropped} of {counts.records} records cannot be trained on "
+            f"{records}: with {encoder}, {dropped} of {counts.of['records']} records cannot be trained on "
             f"(max_bad is {max_bad:.1%}):\n"
             + "\n".join(lines)
             + "\nchoose the template that belongs to the model, mend the records, or raise max_bad of the mixture"
         )
-    if counts.supervised_tokens == counts.text_tokens and not encoder.template.captions:
+    if counts.of["supervised_tokens"] == counts.of["text_tokens"] and not encoder.template.captions:
         raise DataError(
             f"{records}: with {encoder}, every token is supervised, questions too; "
             "choose the template that belongs to the model"
@@ -303,7 +282,7 @@ class TokenRow(NamedTuple):
 
 
 class TokenTable:
-    """The records of a mixture in tokens, memory mapped: quick to open however many there are, shared by all workers."""
+    """The records of a mixture in tokens, memory mapped: quick to open, shared by all workers."""
 
     def __init__(self, directory: Path) -> None:
         import datasets
@@ -342,11 +321,9 @@ class TokenTable:
         return TokenRow(row["index"], row["id"], tuple(row["images"]), conversations)
 
     def require(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int, minimum: float = 0.0) -> float:
-        """Check that a model can train on these tokens; returns the supervised share of the text tokens.
-
-        Raises ArtifactError when they were made for another tokenizer or image size, DataError when a smaller share than
-        ``minimum`` is supervised.
-        """
+        """Check that a model can train on these tokens; returns the supervised share of the text tokens. Raises
+        ArtifactError when they were made for another tokenizer or image size, DataError when a smaller share than
+        ``minimum`` is supervised."""
         made_for = self.report["tokenizer"], self.report["tokens_per_image"]
         if made_for != (tokenizer_hash(tokenizer), image_tokens):
             raise ArtifactError(
@@ -369,13 +346,10 @@ class TokenTable:
 
     @property
     def words(self) -> list[int]:
-        """Length of each record in words, images counted: what batches are grouped by."""
-        return self._column("words")
+        """Length of each record in words, images counted, by which batches are grouped."""
+        return list(self._table["words"])
 
     @property
     def has_image(self) -> list[bool]:
         """Whether each record has images."""
-        return self._column("has_image")
-
-    def _column(self, name: str) -> list[Any]:
-        return list(self._table[name])
+        return list(self._table["has_image"])

@@ -1,27 +1,27 @@
-"""One part of a mixture: its records read, chosen, verified, and all that is counted about them."""
+"""One source of a mixture: its records read, chosen, verified, and counted."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from mmpipe import registry
 from mmpipe.data import formats
-from mmpipe.data.digests import DigestWriter
-from mmpipe.data.formats.base import Draft, Format
-from mmpipe.data.image_files import EmbeddedImages, Found, ImageFinder
+from mmpipe.data.formats.base import FormatReader, ParsedRecord
+from mmpipe.data.image_files import EmbeddedImages, ImageFinder, ImageInfo
+from mmpipe.data.record_table import ArrowWriter
 from mmpipe.data.records import IMAGE_MARK, AnyRecord, BadRecord, check_record, length_in_words
-from mmpipe.data.report import Tally, histogram, up_to
-from mmpipe.data.seen import Seen, digest_of
-from mmpipe.data.spec import PartSpec
+from mmpipe.data.report import Log, ReasonCounts, histogram, up_to
+from mmpipe.data.spec import MixtureSourceSpec
 from mmpipe.errors import ConfigError, DataError, did_you_mean
 
 _BLOCK = 1024
@@ -29,20 +29,54 @@ _BLOCK = 1024
 _SIDES = (64, 128, 224, 336, 448, 672, 1024, 2048, 4096)
 """Upper bounds of the longer side in the histogram of image sizes."""
 _FOLDERS = 1000
-"""So many folders of images are told apart."""
+"""So many folders of images are counted apart."""
 _FOLDERS_SHOWN = 20
 _OFTEN = 8
 """An id that comes back more often has its last number remembered: counting up from 2 each time would take for ever."""
 _HEAD = re.compile(rf"(?:{re.escape(IMAGE_MARK)}\s*)*")
+_BUCKET_BITS = 17
+_REST = 6
+"""Bytes of a hash that are stored: the last ones, which with the bucket's number are all of it."""
+EQUAL_IMAGE = "image equal to one of another name"
 
-Log = Callable[[str], None]
+
+def digest_of(*what: object) -> bytes:
+    """Eight bytes that identify things by their ``repr``."""
+    return blake2b(repr(what).encode(), digest_size=8).digest()
 
 
-class Known:
-    """What the parts of a mixture know together: ids, records and images that have come by."""
+class HashSet:
+    """A set of 64-bit hashes: seven bytes each, where a ``set`` takes a hundred.
 
-    def __init__(self, digests: DigestWriter) -> None:
-        self._seen = Seen()
+    Two of n things collide with a probability of about n² / 2⁶⁵: one in 400,000 for the ten million lookups of a
+    mixture of two million records.
+
+    >>> hashes = HashSet()
+    >>> hashes.add("a", "b"), hashes.add("ab"), hashes.add("a", "b")
+    (True, True, False)
+    """
+
+    def __init__(self) -> None:
+        # the first bits of a hash choose the bucket, which holds the others one after another
+        self._buckets = [bytearray() for _ in range(1 << _BUCKET_BITS)]
+
+    def add(self, *what: object) -> bool:
+        """Add what has this ``repr``; returns whether it is new."""
+        key = digest_of(*what)
+        bucket, rest = self._buckets[int.from_bytes(key) >> (64 - _BUCKET_BITS)], key[-_REST:]
+        place = bucket.find(rest)
+        while place >= 0 and place % _REST:  # the end of one and the beginning of the next
+            place = bucket.find(rest, place + 1)
+        if place < 0:
+            bucket += rest
+        return place < 0
+
+
+class Deduplicator:
+    """Finds repeated ids, records and images over all sources of a mixture."""
+
+    def __init__(self, digests: ArrowWriter) -> None:
+        self._hashes = HashSet()
         self._last_numbers: dict[tuple[str, str], int] = {}
         self._digests = digests
 
@@ -52,100 +86,96 @@ class Known:
         number, new_id = self._last_numbers.get(identity, 1), record.id
         if number > 1:
             new_id = f"{record.id}#{number}"
-        while not self._seen.add("id", record.source, new_id):
+        while not self._hashes.add("id", record.source, new_id):
             number += 1
             new_id = f"{record.id}#{number}"
         if number > _OFTEN:
             self._last_numbers[identity] = number
         return record if new_id == record.id else replace(record, id=new_id)
 
-    def repeated(self, record: AnyRecord, images: list[Found]) -> str | None:
-        """Where the same texts about the same images have come by before, if they have."""
-        content = digest_of(_texts(record), *(image.inspection.digest for image in images))
-        anywhere = not self._seen.add("record", content)
-        here = not self._seen.add("record of", record.source, content)
+    def repeated(self, record: AnyRecord, images: list[ImageInfo]) -> str | None:
+        """A note if the same texts about the same images, whatever they are called, occurred before."""
+        texts = [(turn.role, turn.text) for conversation in record.conversations for turn in conversation.turns]
+        content = digest_of(texts, *(image.inspection.digest for image in images))
+        anywhere = not self._hashes.add("record", content)
+        here = not self._hashes.add("record of", record.source, content)
         if here:
             return "record seen before, kept again"
         return "record of another data set, kept again" if anywhere else None
 
-    def image(self, found: Found) -> str | None:
-        """Write the image down unless it has come by under this name; what is odd about it."""
-        if not self._seen.add("image", found.name):
+    def image(self, image: ImageInfo) -> str | None:
+        """Write the digest of an image of a new name; a note if an image of another name has the same content."""
+        if not self._hashes.add("image", image.name):
             return None
-        self._digests.add(found.name, found.inspection.digest)
-        new = self._seen.add("content", found.inspection.digest)
-        return None if new else EQUAL_IMAGE
+        self._digests.add({"name": image.name, "digest": image.inspection.digest})
+        return None if self._hashes.add("content", image.inspection.digest) else EQUAL_IMAGE
 
 
-EQUAL_IMAGE = "image equal to one of another name"
-
-
-def _texts(record: AnyRecord) -> list[tuple[str, str]]:
-    """What is said in a record, whatever it and its images are called."""
-    return [(turn.role, turn.text) for conversation in record.conversations for turn in conversation.turns]
-
-
-class Part:
-    """One part of a mixture and all that is counted about it.
-
-    ``seed`` is the mixture's. Raises ConfigError for an unknown format, DataError when there are no files or folders.
-    """
+class MixtureSource:
+    """One source of a mixture and all that is counted about it. ``seed`` is the mixture's. Raises ConfigError for an
+    unknown format, DataError when there are no files or folders."""
 
     def __init__(
-        self, spec: PartSpec, directory: Path, seed: int, known: Known, embedded: EmbeddedImages, log: Log
+        self,
+        spec: MixtureSourceSpec,
+        directory: Path,
+        seed: int,
+        deduplicator: Deduplicator,
+        embedded: EmbeddedImages,
+        log: Log,
     ) -> None:
         self.spec = spec
-        self.found = 0
-        self.left_out = 0
-        self.wanted = 0
-        self.kept = 0
-        self.with_images = 0
-        self.dropped = Tally()
-        self.notes = Tally()
-        self.lengths: Counter[int] = Counter()
-        self.sides: Counter[int] = Counter()
-        self._named: Counter[str] = Counter()
-        self._lacking: Counter[str] = Counter()
+        self.found = self.left_out = self.wanted = self.kept = self.with_images = 0
+        self.dropped, self.notes = ReasonCounts(), ReasonCounts()
+        self.lengths, self.sides = Counter[int](), Counter[int]()
+        self._named, self._lacking = Counter[str](), Counter[str]()
         self._seed = seed
-        self._known = known
+        self._deduplicator = deduplicator
         self._embedded = embedded
         self._log = log
         self._files = [path for name in spec.annotations for path in _files(directory, name)]
-        self._format = _format(spec.format)
+        self._read = _format(spec.format)
         self._folders = [directory / name for name in spec.images]
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"{self.spec.dataset} ({', '.join(self.spec.annotations)})"
+
+    @property
+    def bad(self) -> int:
+        """Number of dropped records."""
+        return self.wanted - self.kept
 
     def records(self, pool: Executor) -> Iterator[AnyRecord]:
         """The good records, in order."""
         self._log(f"{self.name}: reading")
         images = ImageFinder(self._folders, self._embedded)
-        drafts = map(images.unpacked, self._chosen())
-        while block := list(islice(drafts, _BLOCK)):
-            images.prepare((name for draft in block if draft.record for name in draft.record.images), pool)
-            for draft in block:
+        parsed = map(images.unpacked, self._chosen())
+        while block := list(islice(parsed, _BLOCK)):
+            images.prepare((name for one in block if one.record for name in one.record.images), pool)
+            for one in block:
                 self.wanted += 1
                 try:
-                    record = self._verified(draft, images)
+                    record = self._verified(one, images)
                 except BadRecord as fault:
-                    self.dropped.add(fault.reason, f"{draft.id}: {fault.detail}")
-                    self._log(f"dropped {self.spec.dataset}/{draft.id}: {fault}")
+                    self.dropped.add(fault.reason, f"{one.id}: {fault.detail}")
+                    self._log(f"dropped {self.spec.dataset}/{one.id}: {fault}")
                     continue
-                self._count(record)
+                self.kept += 1
+                self.with_images += bool(record.images)
+                self.lengths[up_to(length_in_words(record))] += 1
                 yield record
             self._log(f"{self.name}: {self.wanted} records so far, {self.bad} bad")
         self._log(f"{self.name}: kept {self.kept} of {self.wanted}")
 
-    def _found(self) -> Iterator[Draft]:
-        """Every draft that the part does not leave out."""
+    def _parsed(self) -> Iterator[ParsedRecord]:
+        """Every record that the source does not leave out."""
         self.left_out = 0
         for path in self._files:
-            for draft in self._format.read(path, self.spec.dataset):
-                if draft.record is None or self._is_wanted(draft.record):
-                    yield draft
+            for parsed in self._read(path, self.spec.dataset):
+                if parsed.record is None or self._is_wanted(parsed.record):
+                    yield parsed
                 else:
                     self.left_out += 1
 
@@ -157,46 +187,46 @@ class Part:
             and not any(_matches(name, self.spec.without) for name in names)
         )
 
-    def _chosen(self) -> Iterator[Draft]:
-        """The drafts that ``take`` chooses, in the order of the files."""
+    def _chosen(self) -> Iterator[ParsedRecord]:
+        """The records that ``take`` chooses, in the order of the files."""
         if self.spec.take is None:
-            for draft in self._found():
+            for parsed in self._parsed():
                 self.found += 1
-                yield draft
+                yield parsed
             return
-        self.found = sum(1 for _ in self._found())
+        self.found = sum(1 for _ in self._parsed())
         number = self.spec.take if isinstance(self.spec.take, int) else round(self.spec.take * self.found)
         if number > self.found:
             raise DataError(
                 f"{self.name}: `take: {number}` but there are only {self.found} such records; "
                 "lower it, or leave it out to take all"
             )
-        # The choice depends on this part alone: adding other parts does not change it. Each record is taken with the
+        # The choice depends on this source alone: adding other ones does not change it. Each record is taken with the
         # probability that makes the number come out (selection sampling: Knuth, TAOCP 2, 3.4.2 S); none is remembered.
         chooser = random.Random(f"{self._seed} {self.spec.dataset} {self.spec.annotations}")
-        for position, draft in enumerate(self._found()):
+        for position, parsed in enumerate(self._parsed()):
             if chooser.random() * (self.found - position) < number:
                 number -= 1
-                yield draft
+                yield parsed
 
-    def _verified(self, draft: Draft, finder: ImageFinder) -> AnyRecord:
+    def _verified(self, parsed: ParsedRecord, finder: ImageFinder) -> AnyRecord:
         """The record as it will be trained on. Raises BadRecord."""
-        if draft.record is None:
-            raise cast(BadRecord, draft.fault)
-        for note in draft.notes:
-            self.notes.add(note, draft.id)
-        record = draft.record.with_questions(self._question)
+        if parsed.record is None:
+            raise cast(BadRecord, parsed.fault)
+        for note in parsed.notes:
+            self.notes.add(note, parsed.id)
+        record = parsed.record.with_questions(self._question)
         check_record(record)
         images = self._images(record, finder)
         for image in images:
-            self._look_at(image)
+            self._count_image(image)
         record = replace(record, images=tuple(image.name for image in images))
-        numbered = self._known.numbered(record)
-        oddity = self._known.repeated(record, images)
+        numbered = self._deduplicator.numbered(record)
+        oddity = self._deduplicator.repeated(record, images)
         if not oddity and numbered.id != record.id:
             oddity = "id used before, numbered"
         if oddity:
-            self.notes.add(oddity, draft.id)
+            self.notes.add(oddity, parsed.id)
         return numbered
 
     def _question(self, text: str) -> str:
@@ -207,67 +237,52 @@ class Part:
             text = text[:head] + self.spec.prefix + text[head:]
         return text + self.spec.suffix
 
-    def _images(self, record: AnyRecord, finder: ImageFinder) -> list[Found]:
+    def _images(self, record: AnyRecord, finder: ImageFinder) -> list[ImageInfo]:
         """The record's images. Raises BadRecord, after counting the folder of the one that is missing or damaged."""
         for folder in {_first_folder(name) for name in record.images}:
-            self._named[self._told_apart(folder)] += 1
+            self._named[self._counted_as(folder)] += 1
         found = []
         for name in record.images:
             try:
                 found.append(finder[name])
             except BadRecord:
-                self._lacking[self._told_apart(_first_folder(name))] += 1
+                self._lacking[self._counted_as(_first_folder(name))] += 1
                 raise
         return found
 
-    def _told_apart(self, folder: str) -> str:
+    def _counted_as(self, folder: str) -> str:
         return folder if folder in self._named or len(self._named) < _FOLDERS else "others"
 
-    def _look_at(self, image: Found) -> None:
+    def _count_image(self, image: ImageInfo) -> None:
         side = max(image.inspection.width, image.inspection.height)
         self.sides[next((bound for bound in _SIDES if side <= bound), side)] += 1
         for note in image.inspection.notes:
             self.notes.add(note, image.name)
-        if oddity := self._known.image(image):
+        if oddity := self._deduplicator.image(image):
             self.notes.add(oddity, image.name)
 
-    def _count(self, record: AnyRecord) -> None:
-        self.kept += 1
-        self.with_images += bool(record.images)
-        self.lengths[up_to(length_in_words(record))] += 1
-
-    @property
-    def bad(self) -> int:
-        """Dropped records."""
-        return self.wanted - self.kept
-
     def reasons(self) -> Iterator[str]:
-        """Why records were dropped, from where, and what is known about that, a line each."""
-        for reason, facts in self.dropped.report().items():
-            yield f"{reason}: {facts['count']}, e.g. {facts['examples'][0]}"
+        """Reasons of dropped records, their folders, and what is known about them, a line each."""
+        yield from self.dropped.lines()
         for folder, facts in self._lacking_folders().items():
             yield f"in {folder}: {facts['dropped']} of {facts['records']} records lack an image"
         if self.dropped.total() and self.spec.known:
             yield f"known: {self.spec.known}"
 
     def _lacking_folders(self) -> dict[str, dict[str, int]]:
-        """Where images are missing or damaged: by first folder, records that name it and how many of them were dropped."""
+        """First folders of missing or damaged images: records that name them, and how many of these were dropped."""
         worst = sorted(self._lacking.items(), key=lambda item: (-item[1], item[0]))
         return {folder: {"records": self._named[folder], "dropped": count} for folder, count in worst[:_FOLDERS_SHOWN]}
 
     def report(self) -> dict[str, Any]:
-        """What is published about the part."""
+        """The counts that are published."""
         return {
             "dataset": self.spec.dataset,
             "annotations": list(self.spec.annotations),
             "take": self.spec.take,
             **({"expected": self.spec.expected} if self.spec.expected else {}),
             **({"known": self.spec.known} if self.spec.known else {}),
-            "left_out": self.left_out,
-            "found": self.found,
-            "wanted": self.wanted,
-            "kept": self.kept,
-            "with_images": self.with_images,
+            **{name: getattr(self, name) for name in ("left_out", "found", "wanted", "kept", "with_images")},
             "dropped": self.dropped.report(),
             "without_image_by_folder": self._lacking_folders(),
             "notes": self.notes.report(),
@@ -295,11 +310,11 @@ def _first_folder(name: str) -> str:
     return parts[0] if len(parts) > 1 else "."
 
 
-def _format(name: str) -> Format:
+def _format(name: str) -> FormatReader:
     found = registry.modules(formats.__name__)
     if name not in found:
         raise ConfigError(f"there is no data format '{name}'{did_you_mean(name, found)}")
-    return cast(Format, found[name])
+    return cast(FormatReader, vars(found[name])["read"])
 
 
 def _files(directory: Path, name: str) -> list[Path]:

@@ -1,1 +1,1 @@
-"""The demo's made world: images, questions and tiny backbones, all from a seed, in the formats of the real ones."""
+"""The demo: synthetic images, questions and tiny backbones, all from a seed, in the formats of real data."""

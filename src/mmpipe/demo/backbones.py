@@ -1,4 +1,4 @@
-"""Makers of the demo's backbones: checkpoints of a few hundred kilobytes that load with stock classes.
+"""Makers of the demo's backbones: checkpoints of a few hundred kilobytes for the classes of transformers.
 
 A maker writes one checkpoint into a directory: ``maker(out, *, seed, **options)``. The same seed and options write
 the same bytes on the same machine. All sizes are multiples of 8, as grouped matrix products on CPUs need.
@@ -18,8 +18,7 @@ import torch
 
 from mmpipe.demo.datasets import DIGITS, INSTRUCTIONS
 from mmpipe.demo.presence import yes_no
-from mmpipe.demo.questions import ASKED_AS, LETTER_ANSWER, LETTERS, SHORT_ANSWER, ask
-from mmpipe.demo.scenes import ATTRIBUTES, PIXELS, scenes
+from mmpipe.demo.scenes import ATTRIBUTES, LETTER_ANSWER, LETTERS, PIXELS, QUESTIONS, SHORT_ANSWER, ask, scenes
 from mmpipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,12 +61,8 @@ PROMPT_WORDS = (
 def clip_tiny(
     out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3, patch_size: int = 16, training_steps: int = 600
 ) -> None:
-    """A CLIP vision tower for the made images, with its preprocessor.
-
-    Random weights hold no knowledge to align a language model with, so the tower is first trained for
-    ``training_steps`` (0 for none) to name the attributes of scenes: a stand-in for contrastive pretraining, of
-    ten seconds on one core.
-    """
+    """A CLIP vision tower for the synthetic images, with its preprocessor. It is first trained for ``training_steps``
+    (0 for none) to classify the attributes of scenes, in place of contrastive pretraining: ten seconds on one core."""
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
     require_whole_heads(hidden_size)
@@ -85,17 +80,15 @@ def clip_tiny(
         torch.manual_seed(seed)
         tower = CLIPVisionModel(config)
         if training_steps:
-            _teach_attributes(tower, processor, seed=seed, steps=training_steps)
+            _pretrain_vision(tower, processor, seed=seed, steps=training_steps)
     tower.save_pretrained(out)
     processor.save_pretrained(out)
 
 
 def qwen2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3, training_steps: int = 0) -> None:
-    """A Qwen2 language model and a byte-level BPE tokenizer for the world's own text.
-
-    Its weights are random, or trained for ``training_steps`` to read: to answer about scenes that are told in words. That
-    stands in for the text that real language models have read; 600 steps take a minute and a half on one core.
-    """
+    """A Qwen2 language model and a byte-level BPE tokenizer for the demo's text. Its weights are random, or trained for
+    ``training_steps`` to answer questions about captions, in place of pretraining on text; 600 steps take a minute and
+    a half on one core."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     require_whole_heads(hidden_size)
@@ -119,20 +112,18 @@ def qwen2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int =
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
         if training_steps:
-            _teach_reading(model, tokenizer, seed=seed, steps=training_steps)
+            _pretrain_text(model, tokenizer, seed=seed, steps=training_steps)
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)]
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def _teach_attributes(
+def _pretrain_vision(
     tower: CLIPVisionModel, processor: CLIPImageProcessorPil, *, seed: int, steps: int, batch_size: int = 64
 ) -> None:
-    """Train the tower to name every attribute of a scene, from its pooled output and from its patches.
-
-    The patches are those LLaVA reads: of the last layer but one.
-    """
+    """Train the tower to classify every attribute of a scene, from its pooled output and from its mean patch in the
+    last layer but one, which LLaVA uses."""
     sizes = [len(values) for values in ATTRIBUTES.values()]
     heads = torch.nn.ModuleList(torch.nn.Linear(tower.config.hidden_size, sum(sizes)) for _ in range(2))
     stream = scenes(seed)
@@ -155,11 +146,11 @@ def _teach_attributes(
     _train([*tower.parameters(), *heads.parameters()], loss, steps, learning_rate=2e-3)
 
 
-def _teach_reading(
+def _pretrain_text(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, *, seed: int, steps: int, batch_size: int = 64
 ) -> None:
-    """Train the model to say and answer, from a caption, what it will be asked about images."""
-    stream = told_scenes(seed)
+    """Train the model to answer, from a caption, the questions that it will be asked about images."""
+    stream = caption_dialogues(seed)
 
     def loss() -> torch.Tensor:
         ids, labels = _batch(tokenizer, list(islice(stream, batch_size)))
@@ -189,8 +180,8 @@ def _train(
         optimizer.zero_grad()
 
 
-def told_scenes(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless questions about scenes told in words, and their answers; the held-out scenes are not among them."""
+def caption_dialogues(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless questions about captions, and their answers; the held-out scenes are not among them."""
     rng = random.Random(seed)
     for scene in scenes(rng.getrandbits(32)):
         attribute = rng.choice(list(ATTRIBUTES))
@@ -201,7 +192,7 @@ def told_scenes(seed: int) -> Iterator[tuple[str, str]]:
         elif kind == "caption":
             question, answer = rng.choice(INSTRUCTIONS), scene.caption
         elif kind == "word":
-            question, answer = f"{ASKED_AS[attribute]}\n{SHORT_ANSWER}", scene.value(attribute)
+            question, answer = f"{QUESTIONS[attribute]}\n{SHORT_ANSWER}", scene.value(attribute)
         else:
             question, answer = yes_no(scene, rng.random() < 0.5, rng)
             question += f"\n{SHORT_ANSWER}"
@@ -236,7 +227,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _tokenizer() -> PreTrainedTokenizerBase:
-    """A Qwen2 tokenizer with one token for each word of the made world; any other text falls apart into pieces."""
+    """A Qwen2 tokenizer with one token for each word of the demo; any other text is split into pieces."""
     from tokenizers import pre_tokenizers
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
@@ -263,10 +254,10 @@ def _tokenizer() -> PreTrainedTokenizerBase:
 
 
 def texts() -> Iterator[str]:
-    """All words of the made world and of the chat templates, with the punctuation that stands next to them."""
+    """All words of the demo and of the chat templates, with the punctuation next to them."""
     yield from PROMPT_WORDS
     yield from INSTRUCTIONS
-    yield from (f"{question}\n{SHORT_ANSWER}\n{LETTER_ANSWER}\n" for question in ASKED_AS.values())
+    yield from (f"{question}\n{SHORT_ANSWER}\n{LETTER_ANSWER}\n" for question in QUESTIONS.values())
     yield from (f"{letter}.\n {letter}\n" for letter in LETTERS)
     yield from (f"{word}\n {word}\n" for words in (*ATTRIBUTES.values(), DIGITS) for word in words)
     yield from (scene.caption for scene in islice(scenes(0), 200))

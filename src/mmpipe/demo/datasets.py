@@ -1,4 +1,4 @@
-"""Makers of the demo's data sets, each in the file layout of a real one.
+"""Makers of the demo's synthetic data sets, each in the file layout of a real one.
 
 A maker writes one data set into an empty directory: ``maker(out, *, seed, **options)``. The same seed and options
 write the same bytes.
@@ -8,36 +8,44 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mmpipe.demo.questions import ASKED_AS, LETTER_ANSWER, LETTERS, SHORT_ANSWER, Choice, ask
-from mmpipe.demo.scenes import ATTRIBUTES, PIXELS, Scene, scenes
+from mmpipe.data.images import encode_image
+from mmpipe.demo.scenes import (
+    ATTRIBUTES,
+    LETTER_ANSWER,
+    LETTERS,
+    PIXELS,
+    QUESTIONS,
+    SHORT_ANSWER,
+    Choice,
+    Scene,
+    ask,
+    scenes,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
 Dialogue = list[tuple[str, str]]
-"""Questions and answers, in turn."""
-
+"""Questions and their answers."""
 INSTRUCTIONS = (
     "Describe the image concisely.",
     "Provide a brief description of the given image.",
     "Summarize the visual content of the image.",
     "Give a short and clear explanation of the subsequent image.",
 )
-"""How captions are asked for; four of the eleven phrasings of LLaVA's pretraining data."""
-
+"""Four of the eleven instructions of LLaVA's pretraining data."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
 CATEGORIES = {
     "shape": ("attribute_recognition", "finegrained_perception (instance-level)"),
     "color": ("attribute_recognition", "finegrained_perception (instance-level)"),
@@ -47,7 +55,6 @@ CATEGORIES = {
     "background": ("image_scene", "coarse_perception"),
 }
 """MMBench's category and l2-category for a question about each attribute."""
-
 MMBENCH_COLUMNS = (
     ["index", "question", "hint", *LETTERS, "answer", "category", "image", "source", "l2-category"]
     + ["comment", "split"]
@@ -64,7 +71,7 @@ def captions(out: Path, *, seed: int, records: int = 3000) -> None:
         name = f"{number // 1000:05d}/{number:09d}.jpg"
         _save_jpeg(scene.draw(), out / "images" / name)
         question = rng.choice(["{}\n<image>", "<image>\n{}"]).format(rng.choice(INSTRUCTIONS))
-        entries.append(_entry(f"{number:09d}", name, [(question, scene.caption)]))
+        entries.append(entry(f"{number:09d}", name, [(question, scene.caption)]))
     _save_json(entries, out / "blip_laion_cc_sbu_558k.json")
 
 
@@ -82,14 +89,14 @@ def conversations(
 
     A share ``letters`` of the records asks one multiple-choice question (in the original: A-OKVQA on COCO images),
     the others ask ``turns`` questions to be answered by a word (GQA). A share ``text_only`` has no image. A share
-    ``wrong`` of the answers about images names another value, as hurried annotators do.
+    ``wrong`` of the answers about images is wrong, as labels of annotators are.
     """
     rng = random.Random(seed)
     imaged = scenes(rng.getrandbits(32))
     entries = []
     for number in range(records):
         if rng.random() < text_only:
-            entries.append(_entry(f"text_{number}", None, _about_words(rng)))
+            entries.append(entry(f"text_{number}", None, _about_words(rng)))
             continue
         scene = next(imaged)
         if rng.random() < letters:
@@ -101,7 +108,7 @@ def conversations(
             asked = rng.sample(list(ATTRIBUTES), turns)
             dialogue = _by_word({attribute: _annotated(scene, attribute, wrong, rng) for attribute in asked})
         _save_jpeg(scene.draw(), out / name)
-        entries.append(_entry(Path(name).stem, name, _imaged(dialogue)))
+        entries.append(entry(Path(name).stem, name, _imaged(dialogue)))
     _save_json(entries, out / "llava_v1_5_mix665k.json")
 
 
@@ -116,7 +123,7 @@ def digits(out: Path, *, seed: int, records: int = 500) -> None:
         name = f"images/{number:06d}.jpg"
         _save_jpeg(_enlarged(source.images[number]), out / name)
         dialogue = _about_digit(int(source.target[number]), rng)
-        entries.append(_entry(f"{number:06d}", name, _imaged(dialogue)))
+        entries.append(entry(f"{number:06d}", name, _imaged(dialogue)))
     _save_json(entries, out / "digits.json")
 
 
@@ -170,7 +177,7 @@ def _about_digit(digit: int, rng: random.Random) -> Dialogue:
 
 
 def _annotated(scene: Scene, attribute: str, wrong: float, rng: random.Random) -> str:
-    """What an annotator says about a scene who is wrong in a share ``wrong`` of the cases."""
+    """The label of an attribute, wrong with probability ``wrong``."""
     value = scene.value(attribute)
     if wrong and rng.random() < wrong:
         return rng.choice([other for other in ATTRIBUTES[attribute] if other != value])
@@ -183,38 +190,34 @@ def _by_letter(choice: Choice) -> Dialogue:
 
 def _by_word(answers: dict[str, str]) -> Dialogue:
     """One question an attribute; as in the original, only the first says which form of answer is wanted."""
-    (question, answer), *rest = [(ASKED_AS[attribute], answer) for attribute, answer in answers.items()]
+    (question, answer), *rest = [(QUESTIONS[attribute], answer) for attribute, answer in answers.items()]
     return [(f"{question}\n{SHORT_ANSWER}", answer), *rest]
 
 
 def _about_words(rng: random.Random) -> Dialogue:
-    """A multiple-choice question that needs no image."""
+    """A multiple-choice question without an image."""
     attribute = rng.choice(list(ATTRIBUTES))
     answer = rng.choice(ATTRIBUTES[attribute])
     return _by_letter(replace(ask(attribute, answer, rng), question=f"Which option says {answer}?"))
 
 
 def _imaged(dialogue: Dialogue) -> Dialogue:
-    """The dialogue with the image's place marked in front of its first question."""
+    """The dialogue with ``<image>`` before its first question."""
     (question, answer), *rest = dialogue
     return [(f"<image>\n{question}", answer), *rest]
 
 
-def _entry(identity: str, image: str | None, dialogue: Dialogue) -> dict[str, Any]:
+def entry(identity: str, image: str | None, dialogue: Dialogue) -> dict[str, Any]:
     """A record in LLaVA's JSON schema; without an image it has no ``image``."""
-    said = [
-        turn
-        for question, answer in dialogue
-        for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
-    ]
-    named = {} if image is None else {"image": image}
-    return {"id": identity, **named, "conversations": said}
+    pairs = [({"from": "human", "value": question}, {"from": "gpt", "value": answer}) for question, answer in dialogue]
+    return {
+        "id": identity,
+        **({"image": image} if image else {}),
+        "conversations": [turn for pair in pairs for turn in pair],
+    }
 
 
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, subsampling=0)
-    return buffer.getvalue()
+_jpeg = partial(encode_image, kind="JPEG", quality=90, subsampling=0)
 
 
 def _save_jpeg(image: Image.Image, path: Path) -> None:

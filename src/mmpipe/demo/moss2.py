@@ -1,9 +1,8 @@
-"""Maker of the demo's MOSS2: a tiny language model in the packed layout of fnlp/moss2-2_5b-chat."""
+"""Maker of the demo's MOSS2: a tiny language model in the packed layout of ``fnlp/moss2-2_5b-chat``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +25,8 @@ _TEMPLATE = (
 
 
 def moss2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int = 3) -> None:
-    """Random weights under MOSS2's names, queries, keys and values packed; a Llama tokenizer for the world's own text.
-
-    There is no row to spare for ``<image>``, as in the real model: its vocabulary has to grow.
-    """
+    """Random weights under MOSS2's names, queries, keys and values packed; a Llama tokenizer for the demo's text. There
+    is no row to spare for ``<image>``, as in the real model: its vocabulary has to grow."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mmpipe.checkpoints.layouts.moss2 import LAYOUT
@@ -72,7 +69,8 @@ def _tokenizer() -> LlamaTokenizer:
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     # more than the text can fill: merging goes on until every word is one piece
     trainer = BpeTrainer(vocab_size=4096, show_progress=False, special_tokens=[*SPECIAL, *BYTES])
-    backend.train_from_iterator(_texts(), trainer)
+    # a line's end is a byte, as for sentencepiece, and no part of a word
+    backend.train_from_iterator((line for text in (_TEMPLATE, *texts()) for line in text.splitlines()), trainer)
     learned = json.loads(backend.to_str())["model"]
     return LlamaTokenizer(
         vocab=learned["vocab"],
@@ -80,9 +78,3 @@ def _tokenizer() -> LlamaTokenizer:
         pad_token=SPECIAL[2],
         model_max_length=MAX_POSITIONS,
     )
-
-
-def _texts() -> Iterator[str]:
-    for text in (_TEMPLATE, *texts()):
-        # a line's end is a byte, as for sentencepiece, and no part of a word
-        yield from text.splitlines()

@@ -1,12 +1,11 @@
-"""Made data about what is *not* in an image: conversations, preference pairs, and a POPE-like benchmark.
+"""Synthetic data about the presence of objects: conversations, preference pairs, and a benchmark like POPE.
 
-Each question names an object that may not be there. Instruction data mostly asks about what is (so models learn to agree);
-preference pairs ask about both equally often, and the better answer is the true one.
+Instruction data mostly asks about objects that are present (so models learn to agree); preference pairs ask about
+present and absent objects equally often, and the chosen answer is the true one.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from collections.abc import Iterator
@@ -14,15 +13,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmpipe.demo.questions import SHORT_ANSWER
-from mmpipe.demo.scenes import COLORS, SHAPES, Scene, scenes
+from mmpipe.data.images import encode_image
+from mmpipe.demo.datasets import entry
+from mmpipe.demo.scenes import COLORS, SHAPES, SHORT_ANSWER, Scene, scenes
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
 
 
 def presence(out: Path, *, seed: int, records: int = 800, present: float = 0.75) -> None:
-    """Conversations about whether an object is there, laid out as LLaVA's instruction data; a share ``present`` of the
-    questions is about objects that are."""
+    """Conversations about whether an object is present, laid out as LLaVA's instruction data; in a share ``present`` of
+    the questions it is."""
     rng = random.Random(seed)
     (out / "images").mkdir(parents=True)
     entries = []
@@ -30,8 +30,7 @@ def presence(out: Path, *, seed: int, records: int = 800, present: float = 0.75)
         name = f"images/{number:06d}.jpg"
         (out / name).write_bytes(_jpeg(scene))
         question, answer = yes_no(scene, rng.random() < present, rng)
-        turns = [{"from": "human", "value": f"<image>\n{question}\n{SHORT_ANSWER}"}, {"from": "gpt", "value": answer}]
-        entries.append({"id": f"{number:06d}", "image": name, "conversations": turns})
+        entries.append(entry(f"{number:06d}", name, [(f"<image>\n{question}\n{SHORT_ANSWER}", answer)]))
     (out / "presence.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
@@ -48,8 +47,8 @@ def preferences(out: Path, *, seed: int, pairs: int = 600, shards: int = 2) -> N
 
 
 def pope(out: Path, *, seed: int, questions: int = 100) -> None:
-    """Yes-or-no questions about objects in held-out images, laid out as POPE on COCO: ``questions`` for each of the three
-    kinds (another color, another shape, another color of the same shape)."""
+    """Yes-or-no questions about objects in held-out images, laid out as POPE on COCO: ``questions`` for each of the
+    three kinds (another color, another shape, another color of the same shape)."""
     rng = random.Random(seed)
     drawn = list(islice(scenes(rng.getrandbits(32), held_out=True), questions // 2))
     (out / "val2014").mkdir(parents=True)
@@ -64,7 +63,7 @@ def pope(out: Path, *, seed: int, questions: int = 100) -> None:
 
 def yes_no(scene: Scene, true: bool, rng: random.Random) -> tuple[str, str]:
     """A question about an object and its right answer, as POPE asks it."""
-    thing = _thing(scene) if true else _absent(scene, rng)
+    thing = _present(scene) if true else _absent(scene, rng)
     return f"Is there a {thing} in the image?", "Yes" if true else "No"
 
 
@@ -89,7 +88,7 @@ def _pope_lines(category: str, drawn: list[Scene], rng: random.Random) -> Iterat
             "popular": lambda scene=scene: f"{scene.color} {_other(SHAPES, scene.shape, rng)}",
             "adversarial": lambda scene=scene: f"{_other(tuple(COLORS), scene.color, rng)} {scene.shape}",
         }[category]
-        for offset, (thing, label) in enumerate(((_thing(scene), "yes"), (absent(), "no"))):
+        for offset, (thing, label) in enumerate(((_present(scene), "yes"), (absent(), "no"))):
             yield {
                 "question_id": 2 * number + offset + 1,
                 "image": _file_name(number),
@@ -98,7 +97,7 @@ def _pope_lines(category: str, drawn: list[Scene], rng: random.Random) -> Iterat
             }
 
 
-def _thing(scene: Scene) -> str:
+def _present(scene: Scene) -> str:
     return f"{scene.color} {scene.shape}"
 
 
@@ -115,6 +114,4 @@ def _file_name(number: int) -> str:
 
 
 def _jpeg(scene: Scene) -> bytes:
-    buffer = io.BytesIO()
-    scene.draw().save(buffer, format="JPEG", quality=95)
-    return buffer.getvalue()
+    return encode_image(scene.draw(), "JPEG", quality=95)

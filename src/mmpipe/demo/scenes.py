@@ -1,6 +1,6 @@
-"""Small images of shapes, each with a complete description.
+"""Small synthetic images of shapes, each with a complete description, and multiple-choice questions about them.
 
-A :class:`Scene` says everything that can be asked about its image: one to three equal shapes of one color and size
+A :class:`Scene` holds all attributes of its image: one to three equal shapes of one color and size
 lie along one side of a plain background. One combination of attributes in six is *held out*: benchmarks draw only
 from those, training data only from the others, so that no benchmark image can have been seen in training.
 """
@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image, ImageDraw
 
@@ -35,7 +36,22 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "background": tuple(BACKGROUNDS),
 }
-"""What can be asked about an image, and all possible answers."""
+"""The attributes of an image that are asked about, and their possible values."""
+
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+"""Ends every question to be answered by a word (LLaVA-1.5, section 3.2 and table 7)."""
+LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
+"""Ends every multiple-choice question (LLaVA-1.5, table 7)."""
+LETTERS = "ABCD"
+QUESTIONS = {
+    "shape": "What shape is drawn?",
+    "color": "What color is drawn?",
+    "count": "How many shapes are drawn?",
+    "side": "On which side is it drawn?",
+    "size": "What size is drawn?",
+    "background": "What color is the background?",
+}
+"""The question about each attribute of a scene."""
 
 _HELD_OUT_ONE_IN = 4
 _CELLS = 3
@@ -48,7 +64,7 @@ _OVERSAMPLING = 4
 
 @dataclass(frozen=True)
 class Scene:
-    """One image in words. ``variation`` seeds what is never asked: the exact places and shades."""
+    """The attributes of one image. ``variation`` seeds what is never asked: the exact places and shades."""
 
     shape: str
     color: str
@@ -61,9 +77,8 @@ class Scene:
     def __post_init__(self) -> None:
         for attribute, values in ATTRIBUTES.items():
             if self.value(attribute) not in values:
-                raise DataError(
-                    f"a scene has no {attribute} {self.value(attribute)!r}; choose one of {', '.join(values)}"
-                )
+                choices = ", ".join(values)
+                raise DataError(f"a scene has no {attribute} {self.value(attribute)!r}; choose one of {choices}")
 
     def value(self, attribute: str) -> str:
         """The answer to a question about ``attribute``, one of :data:`ATTRIBUTES`."""
@@ -71,11 +86,9 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination of attributes is kept for benchmarks.
-
-        The sum of all value indices, modulo six: every value, and every combination of five attributes with at least
-        one color left free, occurs on both sides.
-        """
+        """Whether this combination of attributes is kept for benchmarks. The sum of all value indices, modulo six:
+        every value, and every combination of five attributes with at least one color left free, occurs on both
+        sides."""
         total = sum(values.index(self.value(attribute)) for attribute, values in ATTRIBUTES.items())
         return total % _HELD_OUT_ONE_IN == 0
 
@@ -102,7 +115,8 @@ class Scene:
         places = [1] if self.count == "one" else rng.sample(range(_CELLS), COUNTS.index(self.count) + 1)
         cells = [(edge, place) if self.side in ("left", "right") else (place, edge) for place in places]
         width = PIXELS / _CELLS
-        return [((column + 0.5) * width + _jitter(rng), (row + 0.5) * width + _jitter(rng)) for column, row in cells]
+        jitter = partial(rng.uniform, -_JITTER, _JITTER)
+        return [((column + 0.5) * width + jitter(), (row + 0.5) * width + jitter()) for column, row in cells]
 
 
 def scenes(seed: int, *, held_out: bool = False) -> Iterator[Scene]:
@@ -113,10 +127,6 @@ def scenes(seed: int, *, held_out: bool = False) -> Iterator[Scene]:
         scene = Scene(**values, variation=rng.getrandbits(32))
         if scene.held_out == held_out:
             yield scene
-
-
-def _jitter(rng: random.Random) -> float:
-    return rng.uniform(-_JITTER, _JITTER)
 
 
 def _shade(color: tuple[int, int, int], spread: int, rng: random.Random) -> tuple[int, int, int]:
@@ -148,3 +158,42 @@ def _draw_shape(
             canvas.rectangle(box(radius * 0.33, radius), fill=fill)
         case _:
             raise DataError(f"no drawing for the shape {shape!r}; known: {', '.join(SHAPES)}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A multiple-choice question: ``options`` in the order of their letters, and the text of the right one."""
+
+    question: str
+    options: tuple[str, ...]
+    answer: str
+
+    def __post_init__(self) -> None:
+        if self.answer not in self.options or not 2 <= len(self.options) <= len(LETTERS):
+            raise DataError(
+                f"{self.question!r}: {self.answer!r} must be one of two to four options, not {self.options}"
+            )
+
+    @property
+    def letter(self) -> str:
+        """The letter of the right option."""
+        return LETTERS[self.options.index(self.answer)]
+
+    @property
+    def text(self) -> str:
+        """The question and its options, one a line."""
+        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
+        return "\n".join([self.question, *lines])
+
+    def rotated(self, by: int) -> Choice:
+        """The same question with its options moved ``by`` places towards the front, the first ones to the end."""
+        return Choice(self.question, self.options[by:] + self.options[:by], self.answer)
+
+
+def ask(attribute: str, answer: str, rng: random.Random) -> Choice:
+    """A question about an attribute with all its values as options, in their usual order from a random one on. One
+    fixed circular order leaves as many arrangements as there are options, which a small model learns in a minute; free
+    shuffling takes it far longer. CircularEval asks exactly these arrangements."""
+    values = ATTRIBUTES[attribute]
+    start = rng.randrange(len(values))
+    return Choice(QUESTIONS[attribute], values[start:] + values[:start], answer)

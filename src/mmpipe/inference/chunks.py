@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import atomic_open, read_jsonl
+from mmpipe.artifacts.files import json_line, read_jsonl, recover_lines, write_jsonl
 from mmpipe.errors import ArtifactError, DataError
 from mmpipe.inference.question import Key, Question
 
@@ -59,14 +59,14 @@ def answer_chunk(
     if left:
         with partial.open("ab") as file:
             for answer in ask(left):
-                file.write(_line(answer))
+                file.write(json_line(answer))
                 file.flush()
                 done[_answer_key(answer)] = answer
             os.fsync(file.fileno())
     unanswered = [k[0] for k in wanted if k not in done]
     if unanswered:
         raise ArtifactError(f"{out}: {len(unanswered)} questions were not answered, e.g. {unanswered[:5]}")
-    _write(out, (done[k] for k in wanted))
+    write_jsonl(out, (done[k] for k in wanted))
     return {"resumed": resumed, "asked": len(left)}
 
 
@@ -92,7 +92,7 @@ def gather(questions: Sequence[Question], parts: Sequence[Path], out: Path) -> i
             if keys
         )
         raise DataError(f"{out}: the answers do not match the questions ({text}); remove the chunks and run again")
-    _write(out, (by_key[k] for k in wanted))
+    write_jsonl(out, (by_key[k] for k in wanted))
     return len(answers)
 
 
@@ -100,29 +100,9 @@ def _answer_key(answer: Answer) -> Key:
     return str(answer["question_id"]), answer["prompt"]
 
 
-def _line(answer: Answer) -> bytes:
-    """In ASCII, so that any reply, also one of broken Unicode, can be stored."""
-    return json.dumps(answer).encode("ascii") + b"\n"
-
-
-def _write(out: Path, answers: Iterable[Answer]) -> None:
-    with atomic_open(out) as file:
-        file.writelines(map(_line, answers))
-
-
 def _recover(partial: Path) -> Iterator[Answer]:
     """The whole records of a partial file; what follows the last of them is cut off."""
-    if not partial.exists():
-        return
-    content = partial.read_bytes()
-    end = content.rfind(b"\n") + 1
-    whole = content[:end].splitlines()
-    while whole and not _is_record(whole[-1]):
-        end -= len(whole.pop()) + 1
-    if end < len(content):
-        with partial.open("r+b") as file:
-            file.truncate(end)
-    for number, line in enumerate(whole, start=1):
+    for number, line in enumerate(recover_lines(partial, _is_record), start=1):
         if not _is_record(line):
             raise ArtifactError(f"{partial}, line {number}: not an answer; remove the file to start this chunk afresh")
         yield json.loads(line)

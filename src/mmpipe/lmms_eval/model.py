@@ -6,7 +6,6 @@ one that ``snakemake results/...`` would give to the same prompt.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from mmpipe.analysis.expert_log import ExpertLog, merge, pieces
+from mmpipe.artifacts.files import store_by_content
+from mmpipe.data.images import encode_image
 from mmpipe.data.records import IMAGE_MARK
 from mmpipe.errors import ConfigError, DataError
 from mmpipe.inference.open_answerer import open_answerer
@@ -169,12 +170,7 @@ def _stored(image: Any, folder: Path) -> Path:
     """The image as a file without loss, named by its content. Raises DataError for what is no image."""
     if not isinstance(image, Image.Image):
         raise DataError(f"lmms-eval hands over a {type(image).__name__}; mmpipe's checkpoints see images only")
-    image = image.convert("RGB")
-    name = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-    path = folder / f"{name}.png"
-    if not path.exists():
-        image.save(path, compress_level=1)
-    return path
+    return folder / store_by_content(encode_image(image.convert("RGB"), "PNG", compress_level=1), folder, ".png")
 
 
 def _batch_size(wanted: int | str, most: int | None) -> int:

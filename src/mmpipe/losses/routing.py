@@ -43,14 +43,6 @@ def load_balancing_term(p_TN: Tensor, first_T: Tensor, entry: int, sequence_T: T
     return load_balancing_loss(p_TN * alone_N, first_T, sequence_T)
 
 
-def all_choices_balancing_loss(p_TN: Tensor, indices_TK: Tensor) -> Tensor:
-    """The same with every one of the k choices counted: k for uniform use (transformers' definition, per
-    layer)."""
-    experts = p_TN.shape[1]
-    share_N = torch.bincount(indices_TK.flatten(), minlength=experts).to(p_TN.dtype) / max(1, len(indices_TK))
-    return experts * (mean_over_tokens(p_TN) * share_N).sum()
-
-
 def z_loss(logits_TN: Tensor) -> Tensor:
     """Mean squared log of the softmax's normaliser; keeps router logits small (ST-MoE, eq. 5)."""
     return mean_over_tokens(logits_TN.logsumexp(1).square())

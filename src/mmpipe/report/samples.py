@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import mimetypes
 from pathlib import Path
 
 from mmpipe.artifacts.files import read_jsonl
 from mmpipe.benchmarks.prepare import evenly, read_questions
+from mmpipe.data.images import data_url
 from mmpipe.report.page import write_page
 
 SHOWN = 24
@@ -24,7 +23,7 @@ def samples_page(prepared: Path, answers: Path, per_item: Path, page: Path, show
     samples = [
         {
             "id": question.id,
-            "images": [_data_url(path) for path in question.images if isinstance(path, Path)],
+            "images": [data_url(path) for path in question.images if isinstance(path, Path)],
             "prompt": answer["prompt"][:_LONGEST],
             "text": answer["text"][:_LONGEST],
             "parsed": verdict["parsed"],
@@ -40,8 +39,3 @@ def samples_page(prepared: Path, answers: Path, per_item: Path, page: Path, show
         samples=samples,
         total=len(rows),
     )
-
-
-def _data_url(path: Path) -> str:
-    kind = mimetypes.guess_type(path.name)[0] or "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

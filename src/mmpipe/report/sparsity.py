@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmpipe.artifacts.files import read_json
+from mmpipe.data.images import data_url
 from mmpipe.plotting import figure
 from mmpipe.report.page import write_page
 
@@ -145,13 +144,13 @@ def keep_maps_page(
         {
             "question_id": row["question_id"],
             "prompt": row["prompt"],
-            "image": _data_url(_enlarged(image)),
+            "image": data_url(_enlarged(image), "JPEG", quality=88),
             "kept": [
                 {
                     "rate": rate,
                     "count": tokens.count("1"),
                     "of": len(tokens),
-                    "image": _data_url(covered(image, tokens, places)) if places else None,
+                    "image": data_url(covered(image, tokens, places), "JPEG", quality=88) if places else None,
                 }
                 for rate, tokens in row["kept"].items()
             ],
@@ -178,9 +177,3 @@ def _enlarged(image: Image.Image) -> Image.Image:
 
     how = Image.Resampling.NEAREST if image.width < _WIDTH else Image.Resampling.BICUBIC
     return image.convert("RGB").resize((_WIDTH, _WIDTH * image.height // image.width), how)
-
-
-def _data_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

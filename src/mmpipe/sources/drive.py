@@ -9,17 +9,15 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from mmpipe.errors import DataError
-from mmpipe.sources.base import Downloaded, WantedFile, check_online
+from mmpipe.sources.base import Downloaded, check_online
+from mmpipe.sources.transfer.staging import Expected, Staging, WantedFile
 
-if TYPE_CHECKING:
-    from mmpipe.sources.transfer.download import Expected
-    from mmpipe.sources.transfer.staging import Desk
-
+_OPTIONS: dict[str, Any] = {"resume": True, "use_cookies": False, "timeout": 60, "retries": 5}
 DriveId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{10,}$")]
 
 
@@ -31,11 +29,9 @@ class DriveFile(WantedFile):
 
 
 class Drive(Downloaded):
-    """Download files, or a whole folder, that are shared on Google Drive; needs the extra ``drive``.
-
-    Drive refuses a large file for a while when many people fetched it. Files that a person fetched with a browser and put
-    into ``resources/manual/<entry>/`` are taken from there.
-    """
+    """Download files, or a whole folder, that are shared on Google Drive; needs the extra ``drive``. Drive refuses a
+    large file for a while when many people fetched it. Files that a person fetched with a browser and put into
+    ``resources/manual/<entry>/`` are taken from there."""
 
     source: Literal["drive"] = "drive"
     files: tuple[DriveFile, ...] = ()
@@ -51,54 +47,38 @@ class Drive(Downloaded):
     def wanted(self) -> tuple[WantedFile, ...]:
         return self.files
 
-    def bring(self, desk: Desk) -> dict[str, Any]:
+    def fill(self, staging: Staging) -> dict[str, Any]:
         for file in self.files:
-            desk.place(file, partial(_download, file.id, desk))
+            staging.place(file, partial(_download, file.id, staging))
         if self.folder:
-            _download_folder(self.folder, desk)
+            _download_folder(self.folder, staging)
         return {}
 
 
-def _download(file_id: str, desk: Desk, target: Path, expected: Expected) -> None:
+def _download(file_id: str, staging: Staging, target: Path, expected: Expected) -> None:
     address = f"https://drive.google.com/file/d/{file_id}/view"
-    with _gdown(address, desk) as gdown:
-        gdown.download(
-            id=file_id,
-            output=str(target),
-            resume=True,
-            use_cookies=False,
-            timeout=60,
-            retries=5,
-            quiet=not sys.stderr.isatty(),
-        )
+    with _gdown(address, staging) as gdown:
+        gdown.download(id=file_id, output=str(target), quiet=not sys.stderr.isatty(), **_OPTIONS)
     for abandoned in target.parent.glob(f"{target.name}*.part"):
         abandoned.unlink()
 
 
-def _download_folder(folder_id: str, desk: Desk) -> None:
+def _download_folder(folder_id: str, staging: Staging) -> None:
     address = f"https://drive.google.com/drive/folders/{folder_id}"
-    with _gdown(address, desk) as gdown:
-        gdown.download_folder(
-            id=folder_id,
-            output=str(desk.files),
-            resume=True,
-            use_cookies=False,
-            timeout=60,
-            retries=5,
-            quiet=not sys.stderr.isatty(),
-        )
-    found = sorted(path for path in desk.files.rglob("*") if path.is_file() and path.suffix != ".part")
+    with _gdown(address, staging) as gdown:
+        gdown.download_folder(id=folder_id, output=str(staging.files), quiet=not sys.stderr.isatty(), **_OPTIONS)
+    found = sorted(path for path in staging.files.rglob("*") if path.is_file() and path.suffix != ".part")
     if not found:
         raise DataError(f"{address}: the folder is empty")
     for path in found:
-        desk.prove(WantedFile(to=path.relative_to(desk.files).as_posix()))
+        staging.prove(WantedFile(to=path.relative_to(staging.files).as_posix()))
 
 
 @contextmanager
-def _gdown(address: str, desk: Desk) -> Iterator[ModuleType]:
+def _gdown(address: str, staging: Staging) -> Iterator[ModuleType]:
     """The library, with its errors said for people."""
     check_online(address)
-    instead = f"or fetch it with a browser from {address} and put it into {desk.offered}/"
+    instead = f"or fetch it with a browser from {address} and put it into {staging.offered}/"
     try:
         gdown = importlib.import_module("gdown")
     except ModuleNotFoundError as error:

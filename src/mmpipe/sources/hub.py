@@ -11,14 +11,13 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mmpipe.artifacts.files import sha256
 from mmpipe.errors import DataError
 from mmpipe.sources.base import Downloaded, check_online
-
-if TYPE_CHECKING:
-    from mmpipe.sources.transfer.staging import Desk
+from mmpipe.sources.transfer.progress import check_space
+from mmpipe.sources.transfer.staging import Staging
 
 log = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -33,31 +32,29 @@ class _Interrupted(Exception):
 
 
 class Hub(Downloaded):
-    """Download a repository of the hub, or some of its files, at one commit.
-
-    ``HF_TOKEN`` (or a login), ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` come from the environment, never from a file of the
-    project. Every file is compared with the hash that the hub names for it.
-    """
+    """Download a repository of the hub, or some of its files, at one commit. ``HF_TOKEN`` (or a login), ``HF_ENDPOINT``
+    and ``HF_HUB_OFFLINE`` come from the environment, never from a file of the project. Every file is compared with the
+    hash that the hub names for it."""
 
     source: Literal["hub"] = "hub"
     repo: str
     """``owner/name``."""
     revision: str = "main"
-    """A commit hash. A branch is allowed: the commit it stood at is kept in the manifest and, by ``mmpipe data --lock``,
-    in the lock, from which later fetches take it."""
+    """A commit hash. A branch is allowed: the commit it stood at is kept in the manifest and, by ``mmpipe data
+    --lock``, in the lock, from which later fetches take it."""
     repo_type: Literal["model", "dataset"] = "model"
     include: tuple[str, ...] = ()
     """File patterns to download; empty for all."""
     exclude: tuple[str, ...] = ()
     """File patterns to leave out."""
 
-    def bring(self, desk: Desk) -> dict[str, Any]:
+    def fill(self, staging: Staging) -> dict[str, Any]:
         check_online(self.repo)
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))
             try:
-                return self._attempt(desk)
+                return self._attempt(staging)
             except _Interrupted as fault:
                 log.warning("%s: %s", self.repo, fault)
                 last = fault
@@ -66,70 +63,68 @@ class Hub(Downloaded):
             "set HF_ENDPOINT to a mirror, or name a copy on disk with 'source: path'"
         )
 
-    def _attempt(self, desk: Desk) -> dict[str, Any]:
+    def _attempt(self, staging: Staging) -> dict[str, Any]:
         """Download what is missing and prove it. Raises _Interrupted, or DataError for what no patience mends."""
         import httpx2
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            commit = self._download(desk)
+            commit = self._download(staging)
         except HfHubHTTPError as error:
             if error.response.status_code in _PASSING:
                 raise _Interrupted(_first_line(error)) from error
             raise DataError(
-                f"{desk.offered.name}: the hub refused {self.repo} at revision {self._revision(desk)} "
+                f"{staging.offered.name}: the hub refused {self.repo} at revision {self._revision(staging)} "
                 f"({_first_line(error)}); check the names, and HF_TOKEN if the repository asks for consent"
             ) from error
         except (LocalEntryNotFoundError, httpx2.TransportError) as error:
             raise _Interrupted(_first_line(error)) from error
-        shutil.rmtree(desk.files / ".cache", ignore_errors=True)
+        shutil.rmtree(staging.files / ".cache", ignore_errors=True)
         return {"commit": commit}
 
-    def _revision(self, desk: Desk) -> str:
+    def _revision(self, staging: Staging) -> str:
         """The commit of the catalogue, else the one this fetch began with, else that of the lock, else the branch."""
-        pinned = desk.memory.get("commit") or desk.locked.get("commit")
+        pinned = staging.memory.get("commit") or staging.locked.get("commit")
         return self.revision if _COMMIT.fullmatch(self.revision) or not pinned else str(pinned)
 
-    def _download(self, desk: Desk) -> str:
+    def _download(self, staging: Staging) -> str:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.hf_api import RepoFile
         from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
-
-        from mmpipe.sources.transfer.space import check_space
 
         if not sys.stderr.isatty():
             disable_progress_bars()
         endpoint = os.environ.get("HF_ENDPOINT")
         api = HfApi(endpoint=endpoint)
         where: dict[str, Any] = {"repo_id": self.repo, "repo_type": self.repo_type}
-        # Resolved here once: the branch may move before the next attempt, and snapshot_download, when the hub fails it, takes a
-        # half-filled folder for the snapshot of a branch.
-        info = api.repo_info(**where, revision=self._revision(desk))
+        # Resolved once: the branch may move before the next attempt, and snapshot_download, when the hub fails it,
+        # takes a half-filled folder for the snapshot of a branch.
+        info = api.repo_info(**where, revision=self._revision(staging))
         if info.id != self.repo:
             log.warning("%s is called %s now; name that in the catalogue", self.repo, info.id)
         commit = str(info.sha)
-        desk.memory["commit"] = commit
-        desk.save()
+        staging.memory["commit"] = commit
+        staging.save()
         tree = api.list_repo_tree(**where, revision=commit, recursive=True)
         listed = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
         patterns: dict[str, Any] = {
             "allow_patterns": list(self.include) or None,
-            "ignore_patterns": [*self.exclude, *map(glob.escape, desk.consumed)],
+            "ignore_patterns": [*self.exclude, *map(glob.escape, staging.consumed)],
         }
         names = list(filter_repo_objects(listed, **patterns))
-        if not names and not desk.consumed:
+        if not names and not staging.consumed:
             raise DataError(
-                f"{desk.offered.name}: no file of {self.repo} matches include {list(self.include)}; it has, among others, "
-                f"{', '.join(sorted(listed)[:10]) or 'none'}"
+                f"{staging.offered.name}: no file of {self.repo} matches include {list(self.include)}; it has, among "
+                f"others, {', '.join(sorted(listed)[:10]) or 'none'}"
             )
-        missing = [name for name in names if not (desk.files / name).is_file()]
-        for part in (desk.files / ".cache").rglob("*.incomplete"):
+        missing = [name for name in names if not (staging.files / name).is_file()]
+        for part in (staging.files / ".cache").rglob("*.incomplete"):
             part.unlink()  # of a process that was killed: the library begins such a file again, under another name
-        check_space(desk.files, sum(listed[name].size for name in missing), self.repo)
-        desk.total = sum(listed[name].size for name in names)
+        check_space(staging.files, sum(listed[name].size for name in missing), self.repo)
+        staging.total = sum(listed[name].size for name in names)
         log.info("downloading %d files of %s at %s", len(missing), self.repo, commit)
-        snapshot_download(**where, **patterns, revision=commit, local_dir=desk.files, endpoint=endpoint)
-        _prove(desk, [listed[name] for name in names])
+        snapshot_download(**where, **patterns, revision=commit, local_dir=staging.files, endpoint=endpoint)
+        _prove(staging, [listed[name] for name in names])
         return commit
 
 
@@ -138,26 +133,23 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _prove(desk: Desk, files: list[Any]) -> None:
+def _prove(staging: Staging, files: list[Any]) -> None:
     """Compare every file with the hub's listing. Wrong ones go; raises _Interrupted if there were any."""
     wrong = []
     for file in files:
-        if file.path in desk.downloads:
+        if file.path in staging.downloads:
             continue
-        path = desk.files / file.path
-        if path.is_file() and path.stat().st_size == file.size and _hash(path, file) == _listed_hash(file):
+        path = staging.files / file.path
+        listed = file.lfs.sha256 if file.lfs else file.blob_id
+        if path.is_file() and path.stat().st_size == file.size and _hash(path, file) == listed:
             digest = file.lfs.sha256 if file.lfs else sha256(path)
-            desk.downloads[file.path] = {"size": file.size, "sha256": digest}
+            staging.downloads[file.path] = {"size": file.size, "sha256": digest}
         else:
             path.unlink(missing_ok=True)
             wrong.append(file.path)
-    desk.save()
+    staging.save()
     if wrong:
         raise _Interrupted(f"{', '.join(wrong[:5])}: not what the hub lists")
-
-
-def _listed_hash(file: Any) -> str:
-    return str(file.lfs.sha256 if file.lfs else file.blob_id)
 
 
 def _hash(path: Path, file: Any) -> str:

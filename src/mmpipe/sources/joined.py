@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mmpipe.data.spec import InnerPath
+from mmpipe.data.spec import InnerPath, listed
 from mmpipe.errors import DataError
 from mmpipe.sources.base import Source
+from mmpipe.sources.transfer.staging import claim_output, empty_directory
 
-_listed = BeforeValidator(
-    lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]
-)
+_listed = BeforeValidator(listed, json_schema_input_type=str | list[str])
 
 
 class Joined(Source):
@@ -23,19 +22,15 @@ class Joined(Source):
 
     source: Literal["joined"] = "joined"
     parts: dict[InnerPath, Annotated[tuple[InnerPath, ...], Field(min_length=1), _listed]] = Field(min_length=1)
-    """Folder here -> data set (``gqa: gqa-images``) or something inside one (``coco/train2017: coco-train2017/train2017``).
-    Several data sets for one folder are laid over each other."""
+    """Folder here -> data set (``gqa: gqa-images``) or something inside one (``coco/train2017:
+    coco-train2017/train2017``). Several data sets for one folder are laid over each other."""
 
     def needs(self) -> tuple[str, ...]:
         return tuple(sorted({PurePosixPath(path).parts[0] for paths in self.parts.values() for path in paths}))
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        from mmpipe.sources.transfer.space import clear_directory
-        from mmpipe.sources.transfer.staging import take_possession
-
-        take_possession(out)
-        out.mkdir(parents=True, exist_ok=True)
-        clear_directory(out)
+        claim_output(out)
+        empty_directory(out)
         for place, origins in self.parts.items():
             for origin in origins:
                 _lay(out.parent / origin, out / place, alone=len(origins) == 1 and place != ".")

@@ -1,4 +1,4 @@
-"""Entries made on the spot from a seed."""
+"""Synthetic entries, generated from a seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Made(Source):
     """Raise it when the maker's code changes what it makes."""
 
     def spec(self) -> dict[str, Any]:
-        # the demo's package had another name; a spec keeps it, so that nothing is made again
+        # specs keep the former names of the demo's modules, so that nothing becomes stale
         package, _, rest = self.maker.partition("mmpipe.demo.")
         former = {"scenes": "pictures", "presence": "falsehoods"}
         module, _, function = rest.partition(":")

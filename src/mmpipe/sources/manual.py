@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from mmpipe.data.spec import InnerPath
 from mmpipe.errors import DataError
-from mmpipe.sources.base import Downloaded, WantedFile
-
-if TYPE_CHECKING:
-    from mmpipe.sources.transfer.download import Expected
-    from mmpipe.sources.transfer.staging import Desk
+from mmpipe.sources.base import Downloaded
+from mmpipe.sources.transfer.staging import Expected, Staging, WantedFile
 
 
 class Manual(Downloaded):
@@ -38,28 +35,28 @@ class Manual(Downloaded):
     def wanted(self) -> tuple[WantedFile, ...]:
         return self.files
 
-    def bring(self, desk: Desk) -> dict[str, Any]:
-        missing = [file.to for file in self.files if not desk.has(file) and not desk.has_offer(file)]
-        missing += [f"{folder}/" for folder in self.folders if not (desk.offered / folder).is_dir()]
+    def fill(self, staging: Staging) -> dict[str, Any]:
+        missing = [file.to for file in self.files if not staging.has(file) and not staging.has_offer(file)]
+        missing += [f"{folder}/" for folder in self.folders if not (staging.offered / folder).is_dir()]
         if missing:
-            name = desk.offered.name
+            name = staging.offered.name
             raise DataError(
                 f"{name}: a person has to fetch this ({self.terms})\n"
                 f"  how: {self.how}\n"
                 f"  homepage: {self.homepage or '-'}\n"
-                f"  put into {desk.offered}/: {', '.join(missing)}\n"
+                f"  put into {staging.offered}/: {', '.join(missing)}\n"
                 "and run the same command again. A copy that is laid out already is adopted where it is by the entry\n"
                 f"  {name}: {{source: path, path: /where/it/is}}"
             )
         for file in self.files:
-            desk.place(file, partial(_gone, desk))
+            staging.place(file, partial(_gone, staging))
         for folder in self.folders:
-            link = desk.files / folder
+            link = staging.files / folder
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
-            link.symlink_to((desk.offered / folder).resolve())
+            link.symlink_to((staging.offered / folder).resolve())
         return {}
 
 
-def _gone(desk: Desk, target: Path, expected: Expected) -> None:
-    raise DataError(f"{desk.offered / target.name}: vanished while it was being taken; put it there again")
+def _gone(staging: Staging, target: Path, expected: Expected) -> None:
+    raise DataError(f"{staging.offered / target.name}: vanished while it was being taken; put it there again")

@@ -9,30 +9,25 @@ from typing import Any, Literal
 
 from mmpipe.errors import DataError
 from mmpipe.sources.base import Source
+from mmpipe.sources.transfer.staging import claim_output, empty_directory
 
 
 class Local(Source):
-    """Adopt a directory or a file as it is; nothing is copied, nothing below it is written.
-
-    The manifest keeps how many files lie there and their size: what changes later is noticed when it is adopted again.
-    """
+    """Adopt a directory or a file as it is; nothing is copied, nothing below it is written. The manifest keeps how many
+    files lie there and their size: what changes later is noticed when it is adopted again."""
 
     source: Literal["path"] = "path"
     path: Path
     """The directory (its entries are linked) or the single file to adopt; ``~`` and ``$VARIABLES`` are expanded."""
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        from mmpipe.sources.transfer.space import clear_directory
-        from mmpipe.sources.transfer.staging import take_possession
-
         origin = Path(os.path.expandvars(self.path)).expanduser().resolve()
         if not origin.exists():
             raise DataError(f"{out}: the path {self.path} does not exist; correct it in the catalogue")
         if origin.is_relative_to(out.resolve()):
             raise DataError(f"{out}: the path {self.path} lies in the place of the links to it; move it elsewhere")
-        take_possession(out)
-        out.mkdir(parents=True, exist_ok=True)
-        clear_directory(out)
+        claim_output(out)
+        empty_directory(out)
         try:
             entries = sorted(origin.iterdir()) if origin.is_dir() else [origin]
         except PermissionError as error:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mmpipe.sources.base import Downloaded, WantedFile, check_online
-
-if TYPE_CHECKING:
-    from mmpipe.sources.transfer.download import Expected
-    from mmpipe.sources.transfer.staging import Desk
+from mmpipe.sources.base import Downloaded, check_online
+from mmpipe.sources.transfer.staging import Expected, Staging, WantedFile
 
 HttpUrl = Annotated[str, Field(pattern=r"^https?://")]
 
@@ -42,9 +39,9 @@ class Url(Downloaded):
     def wanted(self) -> tuple[WantedFile, ...]:
         return self.files
 
-    def bring(self, desk: Desk) -> dict[str, Any]:
+    def fill(self, staging: Staging) -> dict[str, Any]:
         for file in self.files:
-            desk.place(file, partial(_download, (file.url, *file.mirrors)))
+            staging.place(file, partial(_download, (file.url, *file.mirrors)))
         return {}
 
 

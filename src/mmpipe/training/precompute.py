@@ -37,8 +37,7 @@ from mmpipe.artifacts.files import (
 from mmpipe.artifacts.state import open_state
 from mmpipe.checkpoints.load import preprocessor_directory
 from mmpipe.data.dataset import Collator, PreferenceCollator, PreferenceDataset, SupervisedDataset
-from mmpipe.data.images import image_processor
-from mmpipe.data.preprocessing_match import pixel_settings, require_same_pixels
+from mmpipe.data.images import image_processor, pixel_settings, require_same_pixels
 from mmpipe.data.tokens import TokenTable, tokenizer_hash
 from mmpipe.errors import ArtifactError
 from mmpipe.inference.open_answerer import open_for_inference

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mmpipe.artifacts import manifest
-from mmpipe.data.preprocessing_match import pixel_settings, require_same_pixels
+from mmpipe.data.images import pixel_settings, require_same_pixels
 from mmpipe.data.tokens import tokenizer_hash
 from mmpipe.errors import ArtifactError
 

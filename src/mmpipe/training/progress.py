@@ -7,13 +7,14 @@ import logging
 import resource
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmpipe.artifacts.files import write_json, write_text
+from mmpipe.artifacts.files import json_line, recover_lines, write_json, write_jsonl
 from mmpipe.training.collapse import LAYERS
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ class Progress(TrainerCallback):
             return
         known = {k: v for k, v in logs.items() if k not in _LEFT_OUT}
         row = {"step": state.global_step, "tokens": int(state.num_input_tokens_seen), **known}
-        with self.history.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.history.open("ab") as file:
+            file.write(json_line(row))
         rate = self._tokens_per_second(state)
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
@@ -100,14 +101,9 @@ class Progress(TrainerCallback):
 
 def _keep_steps(history: Path, last: int) -> None:
     """Cut the history back to the step training goes on from."""
-    if not history.exists():
-        return
-    kept = []
-    for line in history.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > last:
-            break
-        kept.append(line)
-    write_text(history, "".join(kept))
+    if history.exists():
+        rows = map(json.loads, recover_lines(history))
+        write_jsonl(history, takewhile(lambda row: row["step"] <= last, rows))
 
 
 def _clock(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""How annotations are written, one module a format; its ``read(path, source)`` yields drafts of records."""
+"""The formats of annotations, one module each; its ``read`` is a :data:`mmpipe.data.formats.base.FormatReader`."""

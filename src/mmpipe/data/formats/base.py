@@ -1,11 +1,12 @@
-"""What all formats share: the rows of a file, and the pieces records are made of."""
+"""Common to all formats: rows of a file, images and turns of a row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from mmpipe.data.json_stream import read_values
 from mmpipe.data.records import IMAGE_MARK, AnyRecord, BadRecord, Role, Turn, check_unicode, is_unicode
 from mmpipe.errors import DataError
 
-Row = Mapping[str, Any]
+AnnotationRow = Mapping[str, Any]
 
 ROLE_NAMES: Mapping[str, Role] = {
     "human": "user",
@@ -22,35 +23,35 @@ ROLE_NAMES: Mapping[str, Role] = {
     "chatgpt": "assistant",
     **{role: role for role in get_args(Role)},
 }
-"""Who speaks, by the names that data sets use."""
+"""Roles by the names that data sets use."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """A record as it was found, or why none could be made of it."""
+class ParsedRecord:
+    """A record as it stands in its file, or the fault that prevents one."""
 
     id: str
     record: AnyRecord | None = None
     fault: BadRecord | None = None
     notes: tuple[str, ...] = ()
-    """What was put right in reading."""
+    """What was corrected in reading."""
     embedded: tuple[bytes, ...] = ()
     """The images themselves, where the annotations contain them; else ``record.images`` names files."""
 
 
-class Format(Protocol):
-    """A module of this package."""
-
-    def read(self, path: Path, source: str) -> Iterator[Draft]:
-        """The records of one file, in its order. Raises DataError when the file itself is damaged."""
-        ...
+FormatReader = Callable[[Path, str], Iterator[ParsedRecord]]
+"""Reads the records of a file, in its order, as those of a data set; DataError when the file itself is damaged."""
 
 
-def drafts(path: Path, make: Callable[[str, Row], Draft]) -> Iterator[Draft]:
-    """What ``make(id, row)`` makes of each row of a JSON, JSON-lines or Parquet file.
+def row_format(parse: Callable[[str, AnnotationRow, str], ParsedRecord]) -> FormatReader:
+    """A reader of JSON, JSON Lines and Parquet from ``parse(id, row, source)``, which may raise BadRecord. A row
+    without an id is named by the file and its number in it."""
+    return partial(_parsed_rows, parse)
 
-    ``make`` may raise BadRecord. A row without an id is called after the file and its number in it.
-    """
+
+def _parsed_rows(
+    parse: Callable[[str, AnnotationRow, str], ParsedRecord], path: Path, source: str
+) -> Iterator[ParsedRecord]:
     for number, (place, row) in enumerate(_rows(path)):
         record_id = f"{path.stem}-{number}"
         try:
@@ -61,28 +62,25 @@ def drafts(path: Path, make: Callable[[str, Row], Draft]) -> Iterator[Draft]:
                 if not is_unicode(given):
                     raise BadRecord("text that is not Unicode", f"half of a surrogate pair in the id {given!a}")
                 record_id = given
-            draft = make(record_id, row)
-            if draft.record:
-                check_unicode(draft.record)
-            yield draft
+            parsed = parse(record_id, row, source)
+            if parsed.record:
+                check_unicode(parsed.record)
+            yield parsed
         except BadRecord as fault:
-            yield Draft(record_id, fault=BadRecord(fault.reason, f"{fault.detail} ({path}, {place})"))
+            yield ParsedRecord(record_id, fault=BadRecord(fault.reason, f"{fault.detail} ({path}, {place})"))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with its place; the content decides how it is read, not the name."""
-    if _is_parquet(path):
+    try:
+        with path.open("rb") as file:
+            is_parquet = file.read(4) == b"PAR1"
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if is_parquet:
         yield from ((f"row {number}", row) for number, row in enumerate(_parquet_rows(path), start=1))
     else:
         yield from ((f"line {line}", value) for line, value in read_values(path))
-
-
-def _is_parquet(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"PAR1"
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -102,11 +100,9 @@ class Images:
     embedded: tuple[bytes, ...] = ()
 
 
-def read_images(row: Row) -> Images:
-    """What stands under ``image`` or ``images``: nothing, one image or a list of them.
-
-    An image is a file name or, as ``datasets`` writes it, ``{"bytes", "path"}``.
-    """
+def read_images(row: AnnotationRow) -> Images:
+    """The images under ``image`` or ``images``: none, one or a list. An image is a file name or, as
+    ``datasets`` writes it, ``{"bytes", "path"}``."""
     given = [key for key in ("image", "images") if row.get(key) not in (None, "", [])]
     if not given:
         return Images(())
@@ -126,11 +122,8 @@ def read_images(row: Row) -> Images:
 
 
 def read_turns(conversation: Any, system: Any = None) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Turns from a list of ``{"from", "value"}`` or ``{"role", "content"}``, and notes.
-
-    ``system`` is a system message that stands beside the conversation. An answer before the first question is left out,
-    as LLaVA does.
-    """
+    """Turns from a list of ``{"from", "value"}`` or ``{"role", "content"}``, and notes. ``system`` is a system message
+    that stands beside the conversation. An answer before the first question is left out, as LLaVA does."""
     if not isinstance(conversation, list) or not conversation:
         raise BadRecord("no conversation", "the conversation is missing or empty")
     turns = [_turn(message, number) for number, message in enumerate(conversation, start=1)]
@@ -181,10 +174,8 @@ def _system(text: Any, turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def images_before_text(turns: tuple[Turn, ...], images: Images) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Chat messages whose text does not say where images go, with all of them before the first question, and notes.
-
-    TRL reads such records so (``prepare_multimodal_messages``).
-    """
+    """Chat messages whose text does not say where images go, with all of them before the first question, and notes. TRL
+    reads such records so (``prepare_multimodal_messages``)."""
     if not images.names or any(IMAGE_MARK in turn.text for turn in turns):
         return turns, ()
     first = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)

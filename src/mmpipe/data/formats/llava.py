@@ -6,22 +6,15 @@ stand beside the conversation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-from mmpipe.data.formats.base import Draft, Row, drafts, read_images, read_turns
+from mmpipe.data.formats.base import AnnotationRow, ParsedRecord, read_images, read_turns, row_format
 from mmpipe.data.records import BadRecord, Record
 
 
-def read(path: Path, source: str) -> Iterator[Draft]:
-    """The records of one file, in its order."""
-
-    def make(record_id: str, row: Row) -> Draft:
-        if row.get("video") or row.get("videos"):
-            raise BadRecord("video", "the record is about a video; only images are supported")
-        images = read_images(row)
-        turns, notes = read_turns(row.get("conversations"), row.get("system"))
-        record = Record(record_id, source, images.names, turns)
-        return Draft(record_id, record, notes=notes, embedded=images.embedded)
-
-    return drafts(path, make)
+@row_format
+def read(record_id: str, row: AnnotationRow, source: str) -> ParsedRecord:
+    if row.get("video") or row.get("videos"):
+        raise BadRecord("video", "the record is about a video; only images are supported")
+    images = read_images(row)
+    turns, notes = read_turns(row.get("conversations"), row.get("system"))
+    record = Record(record_id, source, images.names, turns)
+    return ParsedRecord(record_id, record, notes=notes, embedded=images.embedded)

@@ -5,29 +5,22 @@ The columns are those of the Hugging Face data set ``openbmb/RLAIF-V-Dataset``, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-from mmpipe.data.formats.base import Draft, Row, drafts, read_images
+from mmpipe.data.formats.base import AnnotationRow, ParsedRecord, read_images, row_format
 from mmpipe.data.records import IMAGE_MARK, BadRecord, PreferenceRecord, Turn
 
 
-def read(path: Path, source: str) -> Iterator[Draft]:
-    """The records of one file, in its order."""
-
-    def make(record_id: str, row: Row) -> Draft:
-        question, chosen, rejected = (_text(row, name) for name in ("question", "chosen", "rejected"))
-        if not question.strip():
-            raise BadRecord("empty question", "'question' has no text")
-        images = read_images(row)
-        prompt = Turn("user", f"{IMAGE_MARK}\n{question}")
-        record = PreferenceRecord(record_id, source, images.names, (prompt,), chosen, rejected)
-        return Draft(record_id, record, embedded=images.embedded)
-
-    return drafts(path, make)
+@row_format
+def read(record_id: str, row: AnnotationRow, source: str) -> ParsedRecord:
+    question, chosen, rejected = (_text(row, name) for name in ("question", "chosen", "rejected"))
+    if not question.strip():
+        raise BadRecord("empty question", "'question' has no text")
+    images = read_images(row)
+    prompt = Turn("user", f"{IMAGE_MARK}\n{question}")
+    record = PreferenceRecord(record_id, source, images.names, (prompt,), chosen, rejected)
+    return ParsedRecord(record_id, record, embedded=images.embedded)
 
 
-def _text(row: Row, name: str) -> str:
+def _text(row: AnnotationRow, name: str) -> str:
     if not isinstance(row.get(name), str):
         raise BadRecord("malformed turn", f"there is no text under '{name}'")
     return row[name]

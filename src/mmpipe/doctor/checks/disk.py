@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmpipe.doctor.base import Finding, Machine
 from mmpipe.doctor.needs import checkpoint_bytes, missing_sources
-from mmpipe.sources.transfer.space import in_words
+from mmpipe.sources.transfer.progress import format_size
 
 _TIGHT = 10e9
 """Bytes below which a disk is called nearly full whatever is planned."""
@@ -30,7 +30,7 @@ def _to_fetch(machine: Machine) -> float:
 def _room(root: Path, name: str, needed: float, what: str) -> Finding:
     folder = root / name
     free = shutil.disk_usage(folder if folder.is_dir() else root).free
-    seen = f"{name}/: {in_words(free)} free" + (f", about {in_words(needed)} needed for {what}" if needed else "")
+    seen = f"{name}/: {format_size(free)} free" + (f", about {format_size(needed)} needed for {what}" if needed else "")
     link = f"free some space, or make '{name}' a link to a larger disk"
     if needed > free:
         return Finding("problem", seen, link)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from mmpipe.doctor.base import Finding, Machine
-from mmpipe.sources.transfer.space import in_words
+from mmpipe.sources.transfer.progress import format_size
 
 
 def check(machine: Machine) -> Iterator[Finding]:
@@ -22,7 +22,7 @@ def check(machine: Machine) -> Iterator[Finding]:
         else:
             yield Finding("ok", "none on this machine")
         return
-    kinds = Counter((gpu["name"], in_words(gpu["memory"])) for gpu in gpus)
+    kinds = Counter((gpu["name"], format_size(gpu["memory"])) for gpu in gpus)
     seen = ", ".join(f"{count} x {name} ({memory})" for (name, memory), count in kinds.items())
     if machine.local_gpus > len(gpus):
         yield Finding(
@@ -52,6 +52,6 @@ def _occupied(machine: Machine) -> Iterator[Finding]:
         if gpu["free"] < 0.9 * gpu["memory"] and not machine.on_slurm:
             yield Finding(
                 "warning",
-                f"GPU {index}: {in_words(gpu['memory'] - gpu['free'])} are in use already",
+                f"GPU {index}: {format_size(gpu['memory'] - gpu['free'])} are in use already",
                 "see who computes there (nvidia-smi); CUDA_VISIBLE_DEVICES leaves cards out",
             )

@@ -7,7 +7,6 @@ there or not.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmpipe.artifacts.files import read_json
+from mmpipe.artifacts.files import read_json, write_json
 from mmpipe.errors import ArtifactError
 from mmpipe.models.sparsity.hooks import attach, get_sparsifier
 from mmpipe.models.sparsity.spec import SparsitySettings
@@ -39,7 +38,7 @@ def save(model: Any, out: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sparsifier.state_dict().items()}
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     config = sparsifier.settings.model_dump(mode="json") | {"image_tokens": sparsifier.image_tokens}
-    (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(out / CONFIG, config, sort_keys=True)
 
 
 def load(model: Any, directory: Path) -> None:

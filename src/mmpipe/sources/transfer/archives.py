@@ -1,7 +1,7 @@
 """Unpacking archives that may be broken, split, or hostile.
 
-Refused with a DataError before anything leaves the folder: absolute names, ``..``, links, devices, encrypted members, and
-contents out of proportion to the archive. Every zip member's checksum is verified by reading it to its end.
+Refused with a DataError before anything leaves the folder: absolute names, ``..``, links, devices, encrypted members,
+and contents out of proportion to the archive. Every zip member's checksum is verified by reading it to its end.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, cast
 
+from mmpipe.artifacts.files import leaves_folder
 from mmpipe.errors import DataError
-from mmpipe.sources.transfer.space import check_space
+from mmpipe.sources.transfer.progress import check_space
 
 _MAX_RATIO = 200
 """Contents that are so many times larger than the archive are taken for a bomb; real ones stay below 50."""
@@ -46,8 +47,8 @@ class Contents:
 def unpack(pieces: Sequence[Path], target: Path, flat: bool = False) -> Contents:
     """Unpack a zip or tar archive, whole or in ``pieces`` that follow each other, into ``target``.
 
-    Members appear in ``target`` only after all of them were read; what is there already stays, files of the same name are
-    replaced. ``flat`` drops the folders inside the archive (``unzip -j``).
+    Members appear in ``target`` only after all of them were read; what is there already stays, files of the same name
+    are replaced. ``flat`` drops the folders inside the archive (``unzip -j``).
 
     Raises DamagedArchive or, for an archive that is not safe, DataError.
     """
@@ -78,12 +79,11 @@ def unpack(pieces: Sequence[Path], target: Path, flat: bool = False) -> Contents
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def inside(root: Path, name: str, archive: str) -> Path:
-    """``root / name``; DataError when the name would lead out of ``root``."""
-    pure = PurePosixPath(name.replace("\\", "/"))
-    if pure.is_absolute() or ".." in pure.parts or "\x00" in name:
+def _member_path(root: Path, name: str, archive: str) -> Path:
+    """``root / name``. Raises DataError when the name leads out of ``root``."""
+    if leaves_folder(name):
         raise DataError(f"{archive}: the member {name!r} leads out of the folder; the archive is not safe")
-    return root.joinpath(*pure.parts)
+    return root.joinpath(*PurePosixPath(name.replace("\\", "/")).parts)
 
 
 def _unpack_zip(file: BinaryIO, target: Path, name: str, packed: int) -> Contents:
@@ -94,7 +94,7 @@ def _unpack_zip(file: BinaryIO, target: Path, name: str, packed: int) -> Content
         _check_growth(total, packed, name)
         check_space(target, total, name)
         for member in members:
-            path = inside(target, member.filename, name)
+            path = _member_path(target, member.filename, name)
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise DataError(f"{name}: the member '{member.filename}' is a link or a device; not safe")
@@ -114,7 +114,7 @@ def _unpack_tar(file: BinaryIO, target: Path, name: str, packed: int) -> Content
     with tarfile.open(fileobj=file, mode="r|*") as bundle:
         while (member := bundle.next()) is not None:
             bundle.members.clear()  # type: ignore[attr-defined]
-            path = inside(target, member.name, name)
+            path = _member_path(target, member.name, name)
             if member.isdir():
                 path.mkdir(parents=True, exist_ok=True)
                 continue

@@ -1,8 +1,9 @@
 """Downloading one file over HTTP(S), so that it is there whole or not at all.
 
-``requests`` carries the bytes. What it lacks, and what pooch, fsspec and the downloader inside huggingface_hub lack or keep
-to themselves, is below: going on where an interrupted download stopped (only while the server says that the file is still
-the same one), patience with refusals and stalls, several addresses, and a proof before the file takes its name.
+``requests`` carries the bytes. What it lacks, and what pooch, fsspec and the downloader inside huggingface_hub lack or
+keep to themselves, is below: going on where an interrupted download stopped (only while the server says that the file
+is still the same one), patience with refusals and stalls, several addresses, and a proof before the file takes its
+name.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
-from mmpipe.artifacts.files import read_json, sha256, sync, write_json
+from mmpipe.artifacts.files import read_json, sync, write_json
 from mmpipe.errors import DataError
-from mmpipe.sources.transfer.space import check_space
+from mmpipe.sources.transfer.progress import check_space
+from mmpipe.sources.transfer.staging import Expected
 
 log = logging.getLogger(__name__)
 _CHUNK = 1 << 16
 """Bytes between writes: what an interruption costs at most."""
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Answers that may be another a moment later."""
+
+
+_ANY_FILE = Expected()
 
 
 @dataclass(frozen=True)
@@ -42,29 +47,6 @@ class Patience:
     pause: float = 1
     """Before the second attempt; doubled each time."""
     longest_pause: float = 300
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What is known about a file beforehand."""
-
-    size: int | None = None
-    sha256: str | None = None
-    says: str = "the catalogue"
-    """Who says so, for messages."""
-
-    def check(self, path: Path, where: str) -> dict[str, Any]:
-        """The file's ``size`` and ``sha256``. Raises DataError when they are not the expected ones."""
-        size = path.stat().st_size
-        if self.size not in (None, size):
-            raise DataError(f"{where}: {size} bytes, but {self.says} says {self.size}")
-        digest = sha256(path)
-        if self.sha256 not in (None, digest):
-            raise DataError(
-                f"{where}: the content has the sha256 {digest}, but {self.says} says {self.sha256}; "
-                "the publisher changed the file, or the copy is damaged"
-            )
-        return {"size": size, "sha256": digest}
 
 
 class _Interrupted(Exception):
@@ -85,13 +67,11 @@ class _Exhausted(Exception):
 
 
 def download(
-    urls: Sequence[str], target: Path, expected: Expected = Expected(), patience: Patience | None = None
+    urls: Sequence[str], target: Path, expected: Expected = _ANY_FILE, patience: Patience | None = None
 ) -> dict[str, Any]:
-    """Download ``target`` from the first of ``urls`` that gives it; returns its ``size`` and ``sha256``.
-
-    Bytes go to ``target.part``, from which a later call goes on, also after this one lost its patience. Raises DataError,
-    naming every address and what was wrong with it, when none gives the expected file.
-    """
+    """Download ``target`` from the first of ``urls`` that gives it; returns its ``size`` and ``sha256``. Bytes go to
+    ``target.part``, from which a later call goes on, also after this one lost its patience. Raises DataError, naming
+    every address and what was wrong with it, when none gives the expected file."""
     patience = patience or Patience()
     part = target.with_name(f"{target.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -144,19 +124,16 @@ def _transfer(url: str, part: Path, expected: Expected, patience: Patience) -> N
             if response.status_code == 416 and have:
                 _forget(part)
                 raise _Interrupted("the server has less of the file than is here already")
-            _check_status(response, url)
+            answer = f"the server answered {response.status_code} {response.reason}"
+            if response.status_code in _PASSING:
+                raise _Interrupted(answer, _asked_wait(response))
+            if response.status_code >= 400:
+                raise _Refused(f"{url}: {answer}")
             _receive(response, url, part, have, expected)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         raise _Interrupted(f"the connection failed ({_reason(error)})") from error
     except requests.RequestException as error:
         raise _Refused(f"{url}: {error}") from error
-
-
-def _check_status(response: requests.Response, url: str) -> None:
-    if response.status_code in _PASSING:
-        raise _Interrupted(f"the server answered {response.status_code} {response.reason}", _asked_wait(response))
-    if response.status_code >= 400:
-        raise _Refused(f"{url}: the server answered {response.status_code} {response.reason}")
 
 
 def _receive(response: requests.Response, url: str, part: Path, have: int, expected: Expected) -> None:
@@ -165,7 +142,9 @@ def _receive(response: requests.Response, url: str, part: Path, have: int, expec
     if resumed and _start(response) != have:
         _forget(part)
         raise _Interrupted("the server sent another part of the file than it was asked for")
-    if resumed and _changed(response, url, part):
+    note = read_json(_note(part)) if resumed else {}
+    # some servers do not know ``If-Range``
+    if resumed and note["url"] == url and _validator(response) not in (None, note["validator"]):
         _forget(part)
         raise _Interrupted("the file changed since the first part of it came")
     done = have if resumed else 0
@@ -194,12 +173,6 @@ def _resumable(url: str, part: Path, expected: Expected) -> int:
         return 0
     same = note["url"] == url and note["validator"]
     return _size(part) if same or expected.sha256 else 0
-
-
-def _changed(response: requests.Response, url: str, part: Path) -> bool:
-    """Whether a partial answer is of another version than the part: some servers do not know ``If-Range``."""
-    note = read_json(_note(part))
-    return note["url"] == url and _validator(response) not in (None, note["validator"])
 
 
 def _validator(response: requests.Response) -> str | None:

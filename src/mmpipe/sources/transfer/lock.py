@@ -23,10 +23,8 @@ def locked(kind: str, name: str, path: Path = LOCK) -> dict[str, Any]:
 
 
 def write_lock(names: Mapping[str, Mapping[str, Any]], path: Path = LOCK) -> list[str]:
-    """Add every entry that is fetched here and not locked yet; entries of the catalogue that are gone go.
-
-    ``names`` gives the catalogue's entries by kind. Returns the entries added.
-    """
+    """Add every entry that is fetched here and not locked yet; entries of the catalogue that are gone go. ``names``
+    gives the catalogue's entries by kind. Returns the entries added."""
     old = read_json(path) if path.is_file() else {}
     lock: dict[str, dict[str, Any]] = {}
     added = []

@@ -1,28 +1,50 @@
-"""Saying in the log how a long download goes: bars are for terminals, and jobs write into files.
+"""Free disk space before a transfer, and its progress in the log: bars are for terminals, and jobs write into files.
 
-What grows is the folder. Looking at that serves every source alike, whoever carries the bytes.
+Progress is the growth of the folder, which serves every source alike.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mmpipe.sources.transfer.space import in_words
+from mmpipe.errors import DataError
 
 log = logging.getLogger(__name__)
 EVERY = 60.0
 """Seconds between two lines."""
+_MARGIN = 256 * 1024**2
+"""Bytes that stay free for everything else."""
+
+
+def check_space(folder: Path, needed: float, what: str) -> None:
+    """Raise DataError when about ``needed`` bytes do not fit below ``folder``."""
+    free = shutil.disk_usage(folder).free
+    if needed and needed + _MARGIN > free:
+        raise DataError(
+            f"{what}: needs {format_size(needed)} below {folder}, where {format_size(free)} are free; "
+            "free some space, or make that folder a link to a larger disk"
+        )
+
+
+def format_size(size: float) -> str:
+    """A number of bytes for people: ``18.4 GB``."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
 
 
 @contextmanager
 def progress(folder: Path, what: str, total: Callable[[], float | None]) -> Iterator[None]:
-    """While the block runs, log once a minute how many bytes are in ``folder``, of ``total()`` if known, and their rate."""
+    """While the block runs, log once a minute the bytes in ``folder``, of ``total()`` if known, and their rate."""
     over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(folder, what, total, over), daemon=True)
     watcher.start()
@@ -36,11 +58,11 @@ def progress(folder: Path, what: str, total: Callable[[], float | None]) -> Iter
 def _watch(folder: Path, what: str, total: Callable[[], float | None], over: threading.Event) -> None:
     size, then = bytes_in(folder), time.monotonic()
     while not over.wait(EVERY):
-        came, size, since, then = size, bytes_in(folder), then, time.monotonic()
-        rate = in_words(max(0, size - came) / (then - since))
+        before, size, since, then = size, bytes_in(folder), then, time.monotonic()
+        rate = format_size(max(0, size - before) / (then - since))
         whole = total()
-        share = f" of {in_words(whole)} ({min(size / whole, 1):.0%})" if whole else ""
-        log.info("%s: %s%s are here, %s a second", what, in_words(size), share, rate)
+        share = f" of {format_size(whole)} ({min(size / whole, 1):.0%})" if whole else ""
+        log.info("%s: %s%s are here, %s a second", what, format_size(size), share, rate)
 
 
 def bytes_in(folder: Path) -> int:

@@ -1,9 +1,10 @@
 """Fetching a small file from an address that a stranger may have chosen.
 
-A server that downloads what it is told to must not be led into its own network (server-side request forgery), nor be kept
-busy for ever. So: HTTP(S) only; every address a name resolves to is checked, and the checked address itself is connected to (a
-name that answers otherwise the second time gains nothing); redirects are followed by hand, each checked again; size and time
-are bounded. Proxies of the environment are not used: behind one, nobody here would see the real address.
+A server that downloads what it is told to must not be led into its own network (server-side request forgery), nor be
+kept busy for ever. So: HTTP(S) only; every address a name resolves to is checked, and the checked address itself is
+connected to (a name that answers otherwise the second time gains nothing); redirects are followed by hand, each checked
+again; size and time are bounded. Proxies of the environment are not used: behind one, nobody here would see the real
+address.
 """
 
 from __future__ import annotations
@@ -58,10 +59,8 @@ class Limits:
 
 
 def fetch(url: str, limits: Limits = Limits()) -> tuple[bytes, str]:
-    """The body of ``url`` and its media type (``image/png``; empty when the server names none).
-
-    Raises DataError, naming the address, when it leads where it must not or breaks a limit, or when the server refuses.
-    """
+    """The body of ``url`` and its media type (``image/png``; empty when the server names none). Raises DataError,
+    naming the address, when it leads where it must not or breaks a limit, or when the server refuses."""
     deadline = time.monotonic() + limits.seconds
     place = url
     for _ in range(limits.redirects + 1):
@@ -71,7 +70,8 @@ def fetch(url: str, limits: Limits = Limits()) -> tuple[bytes, str]:
                 continue
             if response.status != 200:
                 raise DataError(f"{url}: the server answered {response.status}")
-            return _body(response, url, limits), _media_type(response)
+            media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+            return _body(response, url, limits), media_type
     raise DataError(f"{url}: more than {limits.redirects} redirects")
 
 
@@ -85,10 +85,6 @@ def _body(response: urllib3.BaseHTTPResponse, url: str, limits: Limits) -> bytes
         if len(body) > limits.size:
             raise DataError(f"{url}: more than the {limits.size} bytes allowed; shrink it")
     return bytes(body)
-
-
-def _media_type(response: urllib3.BaseHTTPResponse) -> str:
-    return response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 
 @contextmanager
@@ -152,7 +148,7 @@ def _checked_address(url: str, host: str, port: int, limits: Limits) -> tuple[An
 
 
 class _Checked:
-    """A connection that goes to a checked address, and remembers its socket: http.client forgets it with the last header."""
+    """A connection to a checked address that keeps its socket: http.client forgets it with the last header."""
 
     address: tuple[Any, ...]
     """Family, type, protocol, name and address, as ``getaddrinfo`` gives them."""

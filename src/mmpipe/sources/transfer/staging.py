@@ -1,7 +1,7 @@
-"""Where a fetch in progress keeps its files and its notes, so that it can be interrupted at any moment.
+"""A fetch in progress: its files and its notes, so that it can be interrupted at any moment.
 
-The desk of an entry stands beside its directory, in ``.fetching/<entry>/``: ``files`` is what will be published, ``done.json``
-what need not be done again. When all is there, ``files`` takes the place of the entry's directory in one step.
+An entry is staged beside its directory, in ``.fetching/<entry>/``: ``files`` is what will be published, ``done.json``
+is what need not be done again. When it is whole, ``files`` takes the place of the entry's directory in one step.
 """
 
 from __future__ import annotations
@@ -13,47 +13,81 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from mmpipe.artifacts.files import canonical_json, link_or_copy, read_json, write_json
+from pydantic import Field
+
+from mmpipe.artifacts.files import canonical_json, link_or_copy, read_json, sha256, write_json
 from mmpipe.artifacts.manifest import NAME, fingerprint
 from mmpipe.artifacts.state import open_state
+from mmpipe.data.spec import InnerPath
 from mmpipe.errors import DataError
+from mmpipe.settings import Settings
 from mmpipe.sources.transfer import archives
-from mmpipe.sources.transfer.download import Expected
 from mmpipe.sources.transfer.lock import LOCK
 from mmpipe.sources.transfer.progress import bytes_in
-from mmpipe.sources.transfer.space import clear_directory
-
-if TYPE_CHECKING:
-    from mmpipe.sources.base import WantedFile
 
 log = logging.getLogger(__name__)
 _BESIDE = ".fetching"
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class WantedFile(Settings):
+    """A file of an entry, and how to know the right one."""
+
+    to: InnerPath
+    """Where it goes, relative to the entry's directory."""
+    sha256: Sha256 | None = None
+    """The digest it must have; where nobody publishes one, the lock keeps that of the first fetch."""
+    size: int | None = Field(None, gt=0)
+    """Its size in bytes, if known."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known about a file before it is fetched."""
+
+    size: int | None = None
+    """In bytes."""
+    sha256: str | None = None
+    says: str = "the catalogue"
+    """Where that stands, for messages."""
+
+    def check(self, path: Path, where: str) -> dict[str, Any]:
+        """The file's ``size`` and ``sha256``. Raises DataError when they are not the expected ones."""
+        size = path.stat().st_size
+        if self.size not in (None, size):
+            raise DataError(f"{where}: {size} bytes, but {self.says} says {self.size}")
+        digest = sha256(path)
+        if self.sha256 not in (None, digest):
+            raise DataError(
+                f"{where}: the content has the sha256 {digest}, but {self.says} says {self.sha256}; "
+                "the publisher changed the file, or the copy is damaged"
+            )
+        return {"size": size, "sha256": digest}
 
 
 @dataclass
-class Desk:
+class Staging:
     """A fetch in progress."""
 
     files: Path
     """Everything that will be published."""
     offered: Path
-    """Where a person may have put files: they are taken, after the same checks, instead of being downloaded."""
+    """Where users put files by hand: they are taken, after the same checks, instead of being downloaded."""
     locked: Mapping[str, Any]
     """What the lock says about the entry."""
     notes: Path
     downloads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Size and sha256 of each file that has come, proven."""
+    """Size and sha256 of each file that is here and verified."""
     unpacked: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What came out of the archives, by the pattern of their names."""
+    """The contents of the archives, by the pattern of their names."""
     facts_brought: dict[str, Any] | None = None
-    """What bringing all files returned; None until then."""
-
+    """What fetching all files returned; None until then."""
     memory: dict[str, Any] = field(default_factory=dict)
-    """What a source wants to know when it is called again."""
+    """What a source needs to know when it is called again."""
     total: float = 0
-    """Bytes that will have come in the end, as far as anybody knows."""
+    """Bytes of the whole fetch, as far as known."""
 
     @property
     def started(self) -> bool:
@@ -66,18 +100,14 @@ class Desk:
         write_json(self.notes, {name: getattr(self, name) for name in kept})
 
     def once(self, bring: Callable[[], dict[str, Any]]) -> None:
-        """Have ``bring()`` bring all files, unless it did."""
+        """Call ``bring()``, which fetches all files, unless it was done before."""
         if self.facts_brought is None:
             self.facts_brought = bring()
             self.save()
 
-    # --- files ----------------------------------------------------------------------------------------------------
-
     def place(self, file: WantedFile, get: Callable[[Path, Expected], Any]) -> None:
-        """Have ``get(target, expected)`` write a file, unless it is here or a person has put it into ``offered``.
-
-        ``get`` may return the file's size and sha256 when it has proven it.
-        """
+        """Have ``get(target, expected)`` write a file, unless it is here or in ``offered``. ``get`` may return the
+        file's size and sha256 when it has verified them."""
         if self.has(file):
             return
         target = self.files / file.to
@@ -91,7 +121,7 @@ class Desk:
         self.prove(file, proven)
 
     def prove(self, file: WantedFile, proven: dict[str, Any] | None = None) -> None:
-        """Compare a file that has come with what is known about it, and remember it. A wrong one goes."""
+        """Compare a file with what is known about it, and remember it. A wrong one is deleted."""
         target = self.files / file.to
         try:
             self.downloads[file.to] = proven or self._expected(file).check(target, file.to)
@@ -101,21 +131,19 @@ class Desk:
         self.save()
 
     def has(self, file: WantedFile) -> bool:
-        """Whether the file is here already, proven."""
+        """Whether the file is here already and verified."""
         return file.to in self.downloads
 
     def has_offer(self, file: WantedFile) -> bool:
-        """Whether a person has put the file where it is taken from."""
+        """Whether the file was put into ``offered``."""
         return (self.offered / file.to).is_file()
 
     def _expected(self, file: WantedFile) -> Expected:
-        """What the catalogue and, where that is silent, the lock say about a file."""
+        """The size and digest in the catalogue, else those in the lock."""
         pin = self.locked.get("downloads", {}).get(file.to)
         if pin and not file.sha256:
             return Expected(file.size or pin["size"], pin["sha256"], str(LOCK))
         return Expected(file.size, file.sha256)
-
-    # --- archives -------------------------------------------------------------------------------------------------
 
     @property
     def consumed(self) -> list[str]:
@@ -139,12 +167,8 @@ class Desk:
                 self._forget(names)
                 hint = "run the same command again to fetch it anew"
                 raise archives.DamagedArchive(f"{error}; {hint}") from error
-            self.unpacked[pattern] = {
-                "folder": folder,
-                "files": contents.files,
-                "size": contents.size,
-                "archives": names,
-            }
+            found = {"folder": folder, "files": contents.files, "size": contents.size, "archives": names}
+            self.unpacked[pattern] = found
             self.save()
         for name in self.unpacked[pattern]["archives"]:
             (self.files / name).unlink(missing_ok=True)
@@ -155,8 +179,6 @@ class Desk:
             (self.files / name).unlink()
         self.facts_brought = None
         self.save()
-
-    # --- the end --------------------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
         """The facts for the manifest. Files out of archives are counted, not listed: there may be a million."""
@@ -169,15 +191,14 @@ class Desk:
 
     def publish(self, out: Path) -> None:
         """Put everything in the place of ``out`` at once; what an earlier version left there goes."""
-        out.mkdir(parents=True, exist_ok=True)
-        clear_directory(out)
+        empty_directory(out)
         self.files.rename(out)
 
 
 @contextmanager
-def desk_for(out: Path, spec: Mapping[str, Any], locked: Mapping[str, Any]) -> Iterator[Desk]:
-    """The desk of an entry, as an interrupted fetch of the same ``spec`` left it; gone when the block ends well."""
-    take_possession(out)
+def open_staging(out: Path, spec: Mapping[str, Any], locked: Mapping[str, Any]) -> Iterator[Staging]:
+    """The staging of an entry, as an interrupted fetch of the same ``spec`` left it; gone when the block ends well."""
+    claim_output(out)
     work = out.parent / _BESIDE / out.name
     identity = fingerprint(canonical_json(spec), {"lock": canonical_json(locked)})
     with open_state(work, identity):
@@ -186,13 +207,13 @@ def desk_for(out: Path, spec: Mapping[str, Any], locked: Mapping[str, Any]) -> I
             out.rename(files)  # killed between publishing and forgetting
         files.mkdir(exist_ok=True)
         if not any(files.iterdir()):
-            notes.unlink(missing_ok=True)  # a person removed the files
+            notes.unlink(missing_ok=True)  # the files were removed by hand
         done = read_json(notes) if notes.is_file() else {}
-        yield Desk(files, out.parent.parent / "manual" / out.name, locked, notes, **done)
+        yield Staging(files, out.parent.parent / "manual" / out.name, locked, notes, **done)
         shutil.rmtree(work)
 
 
-def partial(out: Path) -> int:
+def staged_bytes(out: Path) -> int:
     """Bytes that an unfinished fetch of an entry has brought so far."""
     work = out.parent / _BESIDE / out.name
     done = read_json(work / "done.json") if (work / "done.json").is_file() else {}
@@ -201,21 +222,30 @@ def partial(out: Path) -> int:
     return sum(file["size"] for file in done["downloads"].values())  # archives may be unpacked and gone
 
 
-def take_possession(out: Path) -> None:
-    """Make an entry's directory ours to fill and to clear.
-
-    Raises DataError when it holds files that no fetch put there: they may be a person's, and are not ours to remove.
-    """
+def claim_output(out: Path) -> None:
+    """Mark an entry's directory as one that fetches may fill and clear. Raises DataError when it holds files that no
+    fetch put there: they may be the user's."""
     mark = out.parent / _BESIDE / f"{out.name}.ours"
     if not mark.exists() and out.is_dir():
         foreign = next((entry.name for entry in out.iterdir() if entry.name != NAME), None)
         if foreign:
             raise DataError(
-                f"{out}: holds files that no fetch put there ({foreign}, ...). If they are the data set, move them elsewhere "
-                f"and adopt them by '{out.name}: {{source: path, path: /where/they/are}}'; if not, remove them"
+                f"{out}: holds files that no fetch put there ({foreign}, ...). If they are the data set, move them "
+                f"elsewhere and adopt them by '{out.name}: {{source: path, path: /where/they/are}}'; "
+                "if not, remove them"
             )
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
+
+
+def empty_directory(folder: Path) -> None:
+    """Make ``folder``, or remove everything in it; links are removed, not followed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

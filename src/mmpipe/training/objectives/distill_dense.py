@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpipe.checkpoints.load import open_checkpoint
-from mmpipe.data.preprocessing_match import pixel_settings, require_same_pixels
+from mmpipe.data.images import pixel_settings, require_same_pixels
 from mmpipe.errors import ConfigError
 from mmpipe.inference.open_answerer import inference_dtype
 from mmpipe.losses import positions
