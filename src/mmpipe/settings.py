@@ -6,7 +6,7 @@ import functools
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -35,7 +35,7 @@ class Settings(BaseModel):
     Numbers written as YAML 1.1 strings (``2e-5``) are read as numbers.
     """
 
-    # docstrings of attributes become descriptions in the schema only (mmpipe.plan.schema): reading them here would slow every start
+    # pydantic's use_attribute_docstrings reads sources at every import; mmpipe.plan.schema reads them for the schema
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     FORMER_KEYS: ClassVar[Mapping[str, str]] = {}
@@ -85,7 +85,9 @@ def _renamed(kind: type[BaseModel], values: Mapping[str, Any], where: str) -> di
         if name != key:
             if name in values:
                 raise ValueError(f"'{key}' and '{name}' are one setting; leave out '{key}', its former name")
-            warnings.warn(f"{where}: the key '{key}' is now called '{name}'".removeprefix(": "), FutureWarning, stacklevel=2)
+            warnings.warn(
+                f"{where}: the key '{key}' is now called '{name}'".removeprefix(": "), FutureWarning, stacklevel=2
+            )
         renamed[name] = value
     return renamed
 
@@ -141,7 +143,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-_adapter = functools.cache(TypeAdapter)
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 """Building one takes longer than most validations."""
 
 

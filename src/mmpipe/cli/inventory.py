@@ -11,7 +11,6 @@ from typing import Any
 from mmpipe.artifacts.files import read_json
 from mmpipe.artifacts.manifest import NAME
 from mmpipe.plan.plan import Plan
-from mmpipe.plan.recipes import all_references
 from mmpipe.sources.base import Source
 from mmpipe.sources.transfer.staging import staged_bytes
 
@@ -116,16 +115,9 @@ def of_mixture(plan: Plan, name: str) -> list[Holding]:
 
 def of_recipe(plan: Plan, reference: str) -> list[Holding]:
     """What must be fetched to make a recipe's checkpoint: for its stages, those of its teachers, and so on."""
-    waiting, stages = [plan.checkpoint(reference)], {}
-    while waiting:
-        stage = waiting.pop()
-        if stage.id in stages:
-            continue
-        stages[stage.id] = stage
-        waiting += [plan.checkpoint(other) for other in all_references(stage.settings).values()]
-        waiting += [stage.parent] if stage.parent else []
-    mixtures = {mixture for stage in stages.values() if (mixture := stage.settings.mixture())}
-    backbones = {name for stage in stages.values() for name in plan.backbones_of(stage).values()}
+    stages = plan.needed(plan.checkpoint(reference))
+    mixtures = {mixture for stage in stages if (mixture := stage.settings.mixture())}
+    backbones = {name for stage in stages for name in stage.backbones().values()}
     datasets = [part.dataset for mixture in mixtures for part in plan.mixtures[mixture].parts]
     return [*(holding(plan, "backbones", name) for name in sorted(backbones)), *of_datasets(plan, datasets)]
 

@@ -8,26 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from mmpipe.analysis.base import Family, Row, Source, read_layers
+from mmpipe.analysis.base import MetricFamily, MetricInput, Row, read_layers
 from mmpipe.analysis.families.frequency import counts_of
 from mmpipe.analysis.families.modality import divergence, draw_groups
-from mmpipe.plan.experts import ExpertLogs
 
 
-class Benchmarks(Family):
+class Benchmarks(MetricFamily):
     """The share of the choices on each benchmark that goes to each expert, and the divergence between the benchmarks
     (0: they are routed alike)."""
 
+    reads = "logs of all benchmarks"
+    least_inputs = 2
     per = "checkpoint"
     title = "Specialisation on benchmarks"
 
-    def applies(self, logs: ExpertLogs, checkpoint: str) -> bool:
-        return len(logs.benchmarks) > 1
-
-    def inputs(self, logs: ExpertLogs, out: str, checkpoint: str, benchmark: str) -> list[str]:
-        return [logs.path(out, checkpoint, name) for name in logs.benchmarks]
-
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         counts: dict[tuple[str, int], dict[str, Any]] = {}
         for source in sources:
             for layer in read_layers(source.path):

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmpipe.analysis.base import Family, Layer, Row, Source, axes, by, read_layer, where
-from mmpipe.plan.experts import ExpertLogs
+from mmpipe.analysis.base import Layer, MetricFamily, MetricInput, Row, axes, by, read_layer, where
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,19 +48,15 @@ def matched(a: Layer, b: Layer) -> tuple[NDArray[Any], NDArray[Any]]:
     return rows_a[prompt], rows_b[prompt]
 
 
-class Change(Family):
+class Change(MetricFamily):
     """How many of a token's experts differ from the checkpoint before (change), and how many are those of the last
     checkpoint already (saturation), over the logged checkpoints on a recipe's path, as a mean over the layers."""
 
+    reads = "logs of the path"
+    least_inputs = 2
     title = "Change and saturation"
 
-    def applies(self, logs: ExpertLogs, checkpoint: str) -> bool:
-        return len(logs.series(checkpoint)) > 1
-
-    def inputs(self, logs: ExpertLogs, out: str, checkpoint: str, benchmark: str) -> list[str]:
-        return [logs.path(out, name, benchmark) for name in logs.series(checkpoint)]
-
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         from mmpipe.analysis.expert_log import places
 
         rows = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmpipe.analysis.base import Family, Layer, Row, Source, axes, by, read_layers, where
+from mmpipe.analysis.base import Layer, MetricFamily, MetricInput, Row, axes, by, read_layers, where
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,12 +33,12 @@ def counts_of(layer: Layer, chosen_T: NDArray[Any] | None = None) -> NDArray[np.
     return selection_counts(layer.indices_TK[some], layer.done_TK[some], layer.times_T[some], layer.experts)
 
 
-class Frequency(Family):
+class Frequency(MetricFamily):
     """The share of all choices that goes to each expert, per layer; 1/N everywhere is perfect balance."""
 
     title = "Selection frequency"
 
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         rows = []
         for layer in read_layers(sources[0].path):
             counts = counts_of(layer)

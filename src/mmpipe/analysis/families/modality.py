@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmpipe.analysis.base import Family, Layer, Row, Source, axes, by, lines_by_layer, read_layers, where
+from mmpipe.analysis.base import Layer, MetricFamily, MetricInput, Row, axes, by, lines_by_layer, read_layers, where
 from mmpipe.analysis.families.frequency import counts_of
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ def groups_of(layer: Layer) -> dict[str, NDArray[Any]]:
     return groups
 
 
-class Modality(Family):
+class Modality(MetricFamily):
     """The share of the choices of each kind of token that goes to each expert, and the divergence between the kinds
     (0: no specialisation). Views of a multi-scale tower are kinds of their own."""
 
     title = "Specialisation on modalities"
 
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         rows = []
         for layer in read_layers(sources[0].path):
             counts = {name: counts_of(layer, chosen) for name, chosen in groups_of(layer).items()}
