@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmpipe.errors import MmpipeError
+from mmpipe.errors import MmpipeError, few
 
 _JOB = re.compile(r"^(?:local)?(?:rule|checkpoint|Job) ?\S*: ?(?P<message>.*)$")
 _REASON = re.compile(r"^\s*[Rr]eason: (?P<reason>.*)$")
@@ -61,11 +61,11 @@ def _in_words(reason: str) -> list[str]:
             case "Missing output files" if len(parts) > 1:
                 continue  # the other reason tells more; temporary files are always missing
             case "Missing output files":
-                lines.append(f"{_some(names)} {'are' if len(names) > 1 else 'is'} not there")
+                lines.append(f"{few(names)} {'are' if len(names) > 1 else 'is'} not there")
             case "Input files updated by another job":
-                lines.append(f"made from what will be made first: {_some(names)}")
+                lines.append(f"made from what will be made first: {few(names)}")
             case "Updated input files":
-                lines.append(f"changed since: {_some(names)}")
+                lines.append(f"changed since: {few(names)}")
             case "Set of input files has changed since last execution":
                 lines.append("it is made from other files than last time")
             case "Params have changed since last execution":
@@ -75,11 +75,6 @@ def _in_words(reason: str) -> list[str]:
             case _:
                 lines.append(part)
     return lines
-
-
-def _some(names: list[str], shown: int = 3) -> str:
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def _changed_settings(details: str) -> list[str]:

@@ -131,6 +131,15 @@ class Catalogues:
         """Manifests of the data sets a mixture reads."""
         return sorted({f"resources/datasets/{part.dataset}/manifest.json" for part in self.mixtures[name].parts})
 
+    def fetched_datasets(self, names: Iterable[str]) -> list[str]:
+        """The data sets that must be fetched for some data sets: in place of a joined one, those it is joined from."""
+        waiting, found = list(names), set()
+        while waiting:
+            name = waiting.pop()
+            waiting += (needs := self.datasets[name].needs())
+            found |= set() if needs else {name}
+        return sorted(found)
+
     def backbone_directory(self, name: str) -> Path:
         """The directory of a backbone's files."""
         return Path("resources/backbones", name, self.backbones[name].subfolder or "")

@@ -6,7 +6,7 @@ any job starts. The parts, each with one subject, are wired in :class:`Plan`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Plan:
         self.backbones, self.datasets, self.mixtures = catalogues.backbones, catalogues.datasets, catalogues.mixtures
         self.source_spec, self.source_inputs = catalogues.source_spec, catalogues.source_inputs
         self.mixture_spec, self.mixture_inputs = catalogues.mixture_spec, catalogues.mixture_inputs
-        self.backbone_directory = catalogues.backbone_directory
+        self.backbone_directory, self.fetched_datasets = catalogues.backbone_directory, catalogues.fetched_datasets
 
         recipes = self._recipes = Recipes(root, catalogues, self.config, where)
         self.recipes, self.chosen_recipes = recipes.names, recipes.chosen()
@@ -75,6 +75,16 @@ class Plan:
         """Every stage on the paths of the chosen checkpoints, each once, first ones first."""
         path = [stage for reference in self.chosen_recipes for stage in self.checkpoint(reference).path()]
         return list({stage.id: stage for stage in path}.values())
+
+    def fetched_sources(self, stages: Iterable[StagePlan], benchmarks: Iterable[str] = ()) -> list[tuple[str, str]]:
+        """Catalogue and name of every entry that must be fetched for some stages and benchmarks."""
+        backbones, datasets = set(), [self.benchmarks[name].data for name in benchmarks]
+        for stage in stages:
+            backbones |= {*stage.backbones().values()}
+            if mixture := stage.settings.mixture():
+                datasets += [part.dataset for part in self.mixtures[mixture].parts]
+        fetched = self.fetched_datasets(datasets)
+        return [*(("backbones", name) for name in sorted(backbones)), *(("datasets", name) for name in fetched)]
 
     def spec(self, stage: StagePlan) -> str:
         """Canonical JSON of what determines a stage's checkpoint, hardware left out."""

@@ -22,7 +22,7 @@ class Partition:
     """GPUs of its best node."""
 
 
-def check(machine: Machine) -> Iterator[Finding]:
+def check_slurm(machine: Machine) -> Iterator[Finding]:
     severe = machine.on_slurm
     if severe and importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
         yield Finding("problem", "Snakemake's plugin for Slurm is not installed", "pip install 'mmpipe[slurm]'")
