@@ -1,7 +1,7 @@
-"""Errors that are meant for the person at the keyboard.
+"""Errors for the user.
 
-Every error says what is wrong, where (file, record, key) and how to mend it; the command line and the rule
-scripts print the message without a traceback and exit with a non-zero status.
+Every error says what is wrong, where (file, record, key) and how to correct it; the command line and the rule scripts print
+the message without a traceback and exit with a non-zero status.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ class MmpipeError(Exception):
 
 
 class ConfigError(MmpipeError):
-    """A configuration file says something that cannot be carried out."""
+    """A configuration that cannot be carried out."""
 
 
 class DataError(MmpipeError):
-    """A data set, a record or an image is not what it should be."""
+    """A data set, a record or an image that is not as it should be."""
 
 
 class ArtifactError(MmpipeError):

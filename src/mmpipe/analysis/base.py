@@ -48,7 +48,7 @@ class MetricInput:
 
 
 class MetricFamily:
-    """A table (CSV) and a figure (SVG) of one kind of metric. The docstring stands below the figure.
+    """A table (CSV) and a figure (SVG) of one kind of metric. The docstring is the caption of the figure.
 
     A subclass declares what it ``reads``, computes ``table`` (or ``measure``) from these files and draws ``figure`` from the
     table.

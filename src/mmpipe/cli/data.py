@@ -21,15 +21,15 @@ _COLOURS = {"fetched": "green", "partial": "cyan", "manual": "yellow"}
 _NARROW = 100
 """Columns below which the kind of source is left out."""
 _PIPED = 160
-"""Columns where nobody looks: enough for ``grep``."""
+"""Columns without a terminal: enough for ``grep``."""
 _LEGEND = (
-    "[dim]! its use is restricted, or somebody has to accept terms. `mmpipe data NAME` tells all about an entry, and what "
-    "a mixture, a recipe or a benchmark needs.[/]"
+    "[dim]! its use is restricted, or terms must be accepted. `mmpipe data NAME` shows an entry in full, and what must be "
+    "fetched for a mixture, a recipe or a benchmark.[/]"
 )
 
 
 def print_catalogue(plan: Plan, names: Iterable[str] = ()) -> None:
-    """Print a line an entry, or all that is known about the ``names``: entries, mixtures, recipes, benchmarks.
+    """Print one line an entry, or the entries, mixtures, recipes and benchmarks of these ``names`` in full.
 
     Raises ConfigError for a name that is none of these.
     """
@@ -51,7 +51,7 @@ def print_catalogue(plan: Plan, names: Iterable[str] = ()) -> None:
 
 
 def _views(plan: Plan, name: str, width: int) -> list[Callable[[], list[Any]]]:
-    """How to print everything of this name; a mixture may be called as its data set."""
+    """The printers of everything with this name; a mixture and a data set may share one."""
     inventory = Inventory(plan)
     kinds: dict[str, tuple[Iterable[str], Callable[[], list[Any]]]] = {
         "data set": (plan.datasets, lambda: _entry(plan, inventory.item("datasets", name), width)),
@@ -79,16 +79,16 @@ def _views(plan: Plan, name: str, width: int) -> list[Callable[[], list[Any]]]:
 
 
 def _nearest(name: str, known: set[str]) -> str:
-    """Names that hold this one, or the nearest; where there are none, how to list them: 200 names help nobody."""
-    if holding_it := sorted(one for one in known if name in one)[:6]:
-        return f"; there is {', '.join(holding_it)}"
+    """Names that contain this one, or the nearest; where there are none, how to list all 200."""
+    if containing := sorted(one for one in known if name in one)[:6]:
+        return f"; there is {', '.join(containing)}"
     near = did_you_mean(name, known)
     return near if near.startswith("; did") else "; list them: mmpipe data, mmpipe plan, mmpipe benchmarks"
 
 
 def _entry(plan: Plan, one: InventoryItem, width: int) -> list[Any]:
     settings: dict[str, Any] = one.source.model_dump(mode="json", exclude_defaults=True)
-    settings.pop("how", None)  # said once, as what is in the way
+    settings.pop("how", None)  # shown as what is in the way
     facts = {
         "state": f"{one.state}, {one.directory}/",
         "size": _size(one),
@@ -106,13 +106,13 @@ def _mixture(plan: Plan, name: str) -> list[Any]:
     mixture = plan.mixtures[name]
     known = [part.expected for part in mixture.parts if part.expected]
     rest = len(mixture.parts) - len(known)
-    records = f"{sum(known):,} published" + (f", without those of {rest} parts nobody counted" if rest else "")
+    records = f"{sum(known):,} published" + (f", without those of {rest} parts of unknown size" if rest else "")
     facts = {"description": mixture.description, "records": records if known else ""}
     return [f"[bold]mixture {name}[/]", _facts(facts)]
 
 
 def _summary(entries: Iterable[InventoryItem], width: int) -> list[Any]:
-    """A table of entries and what they come to."""
+    """A table of entries and their totals."""
     summary = DownloadSummary(tuple(entries))
     facts = {
         "in all": _total(summary),
@@ -124,11 +124,11 @@ def _summary(entries: Iterable[InventoryItem], width: int) -> list[Any]:
     return [_table(summary.items, width), _facts(facts)]
 
 
-# --- tables and words -------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def _table(entries: Iterable[InventoryItem], width: int) -> Table:
-    """A line an entry, whatever the width: all in full but the licence, which gets the room that is left."""
+    """One line an entry at any width; the licence is cut."""
     rows = [
         {
             "name": one.name,
@@ -166,7 +166,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
 
 
 def _terms(one: InventoryItem) -> Text:
-    """The licence in a line, marked where it restricts; that of a joined data set is its parts'."""
+    """The licence in a line, marked where it restricts; a joined data set has those of its parts."""
     line = partial(Text, no_wrap=True, overflow="ellipsis")
     if one.parts:
         return line(f"{len(one.parts)} parts", style="dim")
@@ -178,7 +178,7 @@ def _terms(one: InventoryItem) -> Text:
 
 
 def _size(one: InventoryItem) -> str:
-    """What lies here, of what is announced; ``?`` when nobody says."""
+    """Bytes here of those announced; ``?`` when unknown."""
     if one.parts:
         summary = DownloadSummary(one.parts)
         return f"{'> ' if summary.unknown else ''}{format_size(summary.bytes_here + summary.to_fetch)}"
@@ -201,7 +201,7 @@ def _total(summary: DownloadSummary) -> str:
 
 
 def _users(plan: Plan) -> dict[str, list[str]]:
-    """Who reads each entry: mixtures, benchmarks, joined data sets, recipes."""
+    """The readers of each entry: mixtures, benchmarks, joined data sets, recipes."""
     pairs = [
         *((part.dataset, f"mixture {name}") for name, mix in plan.mixtures.items() for part in mix.parts),
         *((entry.data, f"benchmark {name}") for name, entry in plan.benchmarks.items()),

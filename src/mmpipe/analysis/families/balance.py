@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes, lines_by_layer, read_layers
 from mmpipe.analysis.families.frequency import counts_of, selection_counts
 from mmpipe.losses.collapse import ALARM
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def selection_entropy(counts_N: NDArray[Any]) -> float:

@@ -1,17 +1,15 @@
-"""How routing changes from checkpoint to checkpoint, and when it has reached what it ends with."""
+"""How routing changes from checkpoint to checkpoint, and when it saturates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmpipe.analysis.base import Layer, MetricFamily, MetricInput, Row, axes, by, read_layer, where
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def slot_change(before_TK: NDArray[Any], after_TK: NDArray[Any], times_T: NDArray[Any]) -> float:
@@ -33,8 +31,8 @@ def any_change(before_TK: NDArray[Any], after_TK: NDArray[Any], times_T: NDArray
 
 
 def matched(a: Layer, b: Layer) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Rows of two layers that are the same token of the same question: generated words are left out, they
-    differ from checkpoint to checkpoint, and so is what only one of the two logs has."""
+    """Rows of two layers that are the same token of the same question: generated tokens, which differ
+    from checkpoint to checkpoint, and tokens in only one of the two logs are left out."""
     from mmpipe.analysis.expert_log import GENERATED
 
     def keys(layer: Layer) -> NDArray[Any]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes, by, read_layers, where
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _MOST_PANELS = 12
 _STRONGEST = 15

@@ -1,17 +1,15 @@
-"""How sure a router weighs the experts it chose."""
+"""How concentrated a router's weights on the chosen experts are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes, lines_by_layer, read_layers
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def shares(weights_TK: NDArray[Any]) -> NDArray[Any]:

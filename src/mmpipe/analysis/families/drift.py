@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes, by, where
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def relative_change(before_ND: NDArray[Any], after_ND: NDArray[Any]) -> float:

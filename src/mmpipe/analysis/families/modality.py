@@ -1,23 +1,21 @@
-"""Whether experts specialise on image tokens, words of the prompt, or words they say themselves."""
+"""Whether experts specialise on image tokens, prompt tokens, or generated tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmpipe.analysis.base import Layer, MetricFamily, MetricInput, Row, axes, by, lines_by_layer, read_layers, where
 from mmpipe.analysis.families.frequency import counts_of
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 
 def divergence(counts_GN: NDArray[Any]) -> float:
     """Generalised Jensen-Shannon divergence in bits of the selection frequencies of G groups of tokens, each
-    weighed alike: 0 when all groups use the experts alike, log2 G when they share none (Lin 1991)."""
+    weighted equally: 0 when all groups use the experts alike, log2 G when they share none (Lin 1991)."""
     counts_GN = counts_GN[counts_GN.sum(1) > 0]
     if len(counts_GN) < 2:
         return 0.0
@@ -30,7 +28,7 @@ def divergence(counts_GN: NDArray[Any]) -> float:
 
 
 def groups_of(layer: Layer) -> dict[str, NDArray[Any]]:
-    """Tokens by what they are: kind, and the scale of the view where a tower has several."""
+    """Tokens by kind, and by the scale of the view where a tower has several."""
     from mmpipe.analysis.expert_log import KINDS
 
     scales = np.unique(layer.scale_T)

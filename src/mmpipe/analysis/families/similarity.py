@@ -1,4 +1,4 @@
-"""How alike the outputs of the experts are that a token is sent to."""
+"""Similarity of the outputs of the experts that a token is routed to."""
 
 from __future__ import annotations
 

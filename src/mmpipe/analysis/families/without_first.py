@@ -1,4 +1,4 @@
-"""What a checkpoint loses when each token's first expert is left out."""
+"""The score that a checkpoint loses when each token's first expert is left out."""
 
 from __future__ import annotations
 
