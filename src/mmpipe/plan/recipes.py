@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Recipes:
         self._where = where
         self._recipes = _read_recipes(root / "config/recipes")
         self._paths: dict[str, list[StagePlan]] = {}
-        self._inherited: dict[str, _Inherited] = {}
+        self._merged: dict[str, Recipe] = {}
+        """Recipes with the defaults and the hardware of those they extend."""
         for name in self._recipes:
             self._resolve(name, ())
         self._check_names()
@@ -54,7 +55,7 @@ class Recipes:
             circle = " -> ".join([*below[below.index(name) :], name])
             raise ConfigError(f"{recipe.where}: 'extends' goes round in a circle: {circle}")
         inherited: list[StagePlan] = []
-        common = _Inherited()
+        merged = recipe.settings
         if recipe.settings.extends:
             parent, _, last = recipe.settings.extends.partition("@")
             check_known(parent, self._recipes, f"{recipe.where}: extends", "recipe")
@@ -63,10 +64,10 @@ class Recipes:
                 names = [stage.name for stage in inherited]
                 check_known(last, names, f"{recipe.where}: extends", f"stage of '{parent}'")
                 inherited = inherited[: names.index(last) + 1]
-            common = self._inherited[parent]
-        self._inherited[name] = _Inherited(
-            _merged(common.defaults, recipe.settings.defaults), _merged(common.hardware, recipe.settings.hardware)
-        )
+            above = self._merged[parent]
+            common = {key: _merged(getattr(above, key), getattr(merged, key)) for key in ("defaults", "hardware")}
+            merged = merged.model_copy(update=common)
+        self._merged[name] = merged
         self._paths[name] = self._path(name, recipe, inherited)
         return self._paths[name]
 
@@ -114,7 +115,7 @@ class Recipes:
         own = todays_keys(settings_class, own, where)
         # a repeated stage carries what the parent's defaults gave it
         base = before.settings.model_dump(exclude_unset=True) if before else {}
-        common = recipe.settings if before else self._inherited[owner]
+        common = recipe.settings if before else self._merged[owner]
         defaults = {key: value for key, value in common.defaults.items() if key in settings_class.model_fields}
         on_gpus = settings_class.ON_GPUS
         shared = {key: value for key, value in common.hardware.items() if on_gpus or key not in ("gpus", "nodes")}
@@ -272,14 +273,6 @@ class Recipes:
                 "configuration); ask for a multiple, or say hardware.nodes"
             )
         return nodes
-
-
-@dataclass(frozen=True)
-class _Inherited:
-    """What a recipe hands on to those that extend it, beside its stages."""
-
-    defaults: dict[str, Any] = field(default_factory=dict)
-    hardware: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

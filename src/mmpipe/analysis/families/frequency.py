@@ -31,18 +31,19 @@ def counts_of(layer: Layer, chosen_T: NDArray[Any] | None = None) -> NDArray[np.
     return selection_counts(layer.indices_TK[some], layer.done_TK[some], layer.times_T[some], layer.experts)
 
 
+def share_rows(place: Row, counts_N: NDArray[Any]) -> list[Row]:
+    """One row an expert: the columns of ``place``, its count, and its share of all choices."""
+    total = max(1, counts_N.sum())
+    return [place | {"expert": n, "count": count, "share": count / total} for n, count in enumerate(counts_N.tolist())]
+
+
 class Frequency(MetricFamily):
     """The share of all choices that goes to each expert, per layer; 1/N everywhere is perfect balance."""
 
     title = "Selection frequency"
 
     def table(self, sources: Sequence[MetricInput]) -> list[Row]:
-        rows = []
-        for layer in read_layers(sources[0].path):
-            counts = counts_of(layer)
-            for expert, count in enumerate(counts.tolist()):
-                rows.append(layer.place | {"expert": expert, "count": count, "share": count / max(1, counts.sum())})
-        return rows
+        return [row for layer in read_layers(sources[0].path) for row in share_rows(layer.place, counts_of(layer))]
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
         parts = by(rows, "part")

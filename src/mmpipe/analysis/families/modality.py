@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpipe.analysis.base import Layer, MetricFamily, MetricInput, Row, axes, by, lines_by_layer, read_layers, where
-from mmpipe.analysis.families.frequency import counts_of
+from mmpipe.analysis.families.frequency import counts_of, share_rows
 
 
 def divergence(counts_GN: NDArray[Any]) -> float:
@@ -41,6 +41,13 @@ def groups_of(layer: Layer) -> dict[str, NDArray[Any]]:
     return groups
 
 
+def group_rows(place: Row, group: str, counts: Mapping[str, NDArray[Any]]) -> list[Row]:
+    """The shares of every expert in each group of a layer's tokens, and the divergence between the groups."""
+    bits = divergence(np.array(list(counts.values())))
+    rows = (row for name, counts_N in counts.items() for row in share_rows(place | {group: name}, counts_N))
+    return [row | {"divergence_bits": bits} for row in rows]
+
+
 class Modality(MetricFamily):
     """The share of the choices of each kind of token that goes to each expert, and the divergence between the kinds
     (0: no specialisation). Views of a multi-scale tower are kinds of their own."""
@@ -51,15 +58,7 @@ class Modality(MetricFamily):
         rows = []
         for layer in read_layers(sources[0].path):
             counts = {name: counts_of(layer, chosen) for name, chosen in groups_of(layer).items()}
-            bits = divergence(np.array(list(counts.values())))
-            for name, counts_N in counts.items():
-                for expert, count in enumerate(counts_N.tolist()):
-                    share = count / max(1, counts_N.sum())
-                    rows.append(
-                        layer.place
-                        | {"kind": name, "expert": expert, "count": count, "share": share}
-                        | {"divergence_bits": bits}
-                    )
+            rows += group_rows(layer.place, "kind", counts)
         return rows
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
