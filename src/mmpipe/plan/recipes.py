@@ -312,16 +312,16 @@ def _read_recipes(folder: Path) -> dict[str, _NamedRecipe]:
 
 def _todays_defaults(defaults: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Defaults under today's keys. Raises ConfigError for a key that no stage has."""
-    for kind in stage_kinds().values():
-        known = {*kind.model_fields, *kind.FORMER_KEYS}
-        chosen = {key: value for key, value in defaults.items() if key in known}
-        defaults = {key: value for key, value in defaults.items() if key not in known}
-        defaults |= todays_keys(kind, chosen, f"{path}: defaults")
-    every = {name for kind in stage_kinds().values() for name in kind.model_fields}
-    for key in defaults:
-        if key not in every:
+    kinds = stage_kinds().values()
+    chosen: dict[type[Stage], dict[str, Any]] = {}
+    for key, value in defaults.items():
+        kind = next((kind for kind in kinds if key in kind.model_fields or key in kind.FORMER_KEYS), None)
+        if kind is None:
+            every = {name for kind in kinds for name in kind.model_fields}
             raise ConfigError(f"{path}: unknown key 'defaults.{key}'{did_you_mean(key, every)}")
-    return dict(defaults)
+        chosen.setdefault(kind, {})[key] = value
+    where = f"{path}: defaults"
+    return {key: value for kind, values in chosen.items() for key, value in todays_keys(kind, values, where).items()}
 
 
 def _expand_matrix(path: Path, raw: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
