@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mmpipe.errors import ConfigError
 from mmpipe.plan.plan import Plan, StagePlan
@@ -34,6 +34,9 @@ class Finding:
     def about(self, topic: str) -> Finding:
         """The same finding under the name of its check."""
         return replace(self, topic=topic)
+
+
+ok, warning, problem = (partial(Finding, status) for status in get_args(Status))
 
 
 @dataclass(frozen=True)

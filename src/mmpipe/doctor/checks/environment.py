@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from mmpipe.doctor.base import Finding, Machine, profile_file
+from mmpipe.doctor.base import Finding, Machine, ok, problem, profile_file, warning
 from mmpipe.errors import ConfigError, did_you_mean, few
 
 
@@ -33,9 +33,9 @@ def check_python(machine: Machine) -> Iterator[Finding]:
     """The version of Python."""
     wanted, found = project(machine.root).get("requires-python", ""), platform.python_version()
     if found not in SpecifierSet(wanted, prereleases=True):
-        yield Finding("problem", f"Python {found}, needs {wanted}", "make an environment with a newer Python")
+        yield problem(f"Python {found}, needs {wanted}", "make an environment with a newer Python")
     else:
-        yield Finding("ok", f"Python {found} ({sys.executable})")
+        yield ok(f"Python {found} ({sys.executable})")
 
 
 LOCK = Path("envs/requirements.lock")
@@ -48,13 +48,11 @@ def check_libraries(machine: Machine) -> Iterator[Finding]:
     needed = [Requirement(line) for line in project(machine.root).get("dependencies", [])]
     pins = _pins(machine.root / LOCK)
     if not needed or not pins:
-        yield Finding(
-            "warning", f"no pyproject.toml or no {LOCK} in {machine.root.absolute()}", "run it in the project"
-        )
+        yield warning(f"no pyproject.toml or no {LOCK} in {machine.root.absolute()}", "run it in the project")
         return
-    unfit = [problem for requirement in needed if (problem := _problem(requirement))]
-    for problem in unfit:
-        yield Finding("problem", problem, _INSTALL)
+    unfit = [reason for requirement in needed if (reason := _unfit(requirement))]
+    for reason in unfit:
+        yield problem(reason, _INSTALL)
     direct = {canonicalize_name(requirement.name) for requirement in needed}
     other = [
         f"{name} {found} (tested with {pins[name]})"
@@ -62,12 +60,12 @@ def check_libraries(machine: Machine) -> Iterator[Finding]:
         if (found := _installed(name)) and Version(found).public != Version(pins[name]).public
     ]
     if other:
-        yield Finding("warning", few(other, _SHOWN), f"results may differ in the last digits; {_INSTALL}")
+        yield warning(few(other, _SHOWN), f"results may differ in the last digits; {_INSTALL}")
     elif not unfit:
-        yield Finding("ok", f"{len(direct)} libraries as in {LOCK}")
+        yield ok(f"{len(direct)} libraries as in {LOCK}")
 
 
-def _problem(requirement: Requirement) -> str | None:
+def _unfit(requirement: Requirement) -> str | None:
     found = _installed(requirement.name)
     if found is None:
         return f"{requirement.name} is not installed"
@@ -92,13 +90,11 @@ def check_configuration(machine: Machine) -> Iterator[Finding]:
     """The configuration: whether it can be carried out."""
     plan = machine.plan  # raises ConfigError with everything that is wrong
     made = sum(stage.manifest().is_file() for stage in plan.chosen_stages())
-    yield Finding(
-        "ok",
+    yield ok(
         f"{machine.configfile}: {len(plan.chosen_recipes)} checkpoints to compare, {len(plan.chosen_stages())} stages, "
-        f"{made} of them made",
+        f"{made} of them made"
     )
-    for warning in plan.warnings():
-        yield Finding("warning", warning)
+    yield from map(warning, plan.warnings())
 
 
 def check_profile(machine: Machine) -> Iterator[Finding]:
@@ -106,7 +102,7 @@ def check_profile(machine: Machine) -> Iterator[Finding]:
     folder = machine.profile_folder
     if folder is None:
         known = {path.name for path in (machine.root / "profiles").glob("*") if profile_file(path)}
-        yield Finding("problem", f"there is no profile '{machine.profile}'{did_you_mean(machine.profile, known)}")
+        yield problem(f"there is no profile '{machine.profile}'{did_you_mean(machine.profile, known)}")
         return
     file = profile_file(folder)
     # "__use_yte__" and "?if ..." are of the template language
@@ -115,10 +111,10 @@ def check_profile(machine: Machine) -> Iterator[Finding]:
         plugin = " (or the plugin that has it is not installed)" if key.startswith("slurm-") else ""
         hint = did_you_mean(key, known_keys()).removeprefix("; ")
         advice = hint if len(hint) < 78 else "remove it"
-        yield Finding("problem", f"{file}: Snakemake has no option '{key}'{plugin}", advice)
+        yield problem(f"{file}: Snakemake has no option '{key}'{plugin}", advice)
     yield from _gpus(machine, str(file))
     if not unknown:
-        yield Finding("ok", f"{file}: {len(machine.settings)} settings, all known")
+        yield ok(f"{file}: {len(machine.settings)} settings, all known")
 
 
 @cache
@@ -142,8 +138,7 @@ def _gpus(machine: Machine, file: str) -> Iterator[Finding]:
         return
     other = {"gpu": "gres", "gres": "gpu"}[request]
     if other in asked:
-        yield Finding(
-            "problem",
+        yield problem(
             f"{file}: default-resources ask for '{other}', and jobs for '{request}' (gpu_request); the plugin refuses both",
             f"say `gpu_request: {other}` in {machine.configfile}, and remove '{other}' here: recipes say how many GPUs",
         )

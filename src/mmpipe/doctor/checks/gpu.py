@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 
-from mmpipe.doctor.base import Finding, Machine
+from mmpipe.doctor.base import Finding, Machine, ok, problem, warning
 from mmpipe.sources.transfer.progress import format_size
 
 
@@ -17,18 +17,17 @@ def check_driver(machine: Machine) -> Iterator[Finding]:
     """The NVIDIA driver against the CUDA that torch was built with."""
     torch, answer = machine.torch, machine.ask("nvidia-smi")
     if "error" in torch:
-        yield Finding("problem", f"torch does not start: {torch['error']}", "pip install -r envs/requirements.lock")
+        yield problem(f"torch does not start: {torch['error']}", "pip install -r envs/requirements.lock")
         return
     built = f"torch {torch['version']} for {'CUDA ' + torch['cuda'] if torch['cuda'] else 'CPUs'}"
     if answer is None:
         elsewhere = "; the nodes of the cluster may have one" if machine.on_slurm else ""
-        missing = Finding("ok", f"{built}, no NVIDIA driver on this machine{elsewhere}")
+        missing = ok(f"{built}, no NVIDIA driver on this machine{elsewhere}")
         hint = "install the driver, or use --profile local"
-        yield (Finding("problem", missing.seen, hint) if machine.local_gpus and not torch["available"] else missing)
+        yield (problem(missing.seen, hint) if machine.local_gpus and not torch["available"] else missing)
         return
     if answer.status != 0:
-        yield Finding(
-            "problem",
+        yield problem(
             f"nvidia-smi: {answer.complaint or answer.text or 'failed'}",
             "the driver is not loaded or does not match its libraries: reboot, or ask the administrator",
         )
@@ -40,17 +39,14 @@ def check_driver(machine: Machine) -> Iterator[Finding]:
             "problem" if machine.local_gpus else "warning", seen, "GPUs stay idle: install a CUDA build of torch"
         )
     elif supports and _major(torch["cuda"]) > _major(supports):
-        yield Finding(
-            "problem",
+        yield problem(
             f"{seen}: too new for the driver",
             f"update the driver, or install a torch for CUDA {supports}; such a pair fails late, often as a hang in NCCL",
         )
     elif not torch["available"]:
-        yield Finding(
-            "problem", f"{seen}, yet torch finds no usable GPU", "check CUDA_VISIBLE_DEVICES and `nvidia-smi -L`"
-        )
+        yield problem(f"{seen}, yet torch finds no usable GPU", "check CUDA_VISIBLE_DEVICES and `nvidia-smi -L`")
     else:
-        yield Finding("ok", seen)
+        yield ok(seen)
 
 
 def _versions(text: str) -> tuple[str, str]:
@@ -70,24 +66,22 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
     if not gpus:
         wants = [stage.id for stage in machine.stages if stage.settings.hardware.gpus]
         if wants and not machine.on_slurm:
-            yield Finding(
-                "warning",
+            yield warning(
                 f"none here, and {wants[0]} is made for GPUs",
                 "train it on a machine with GPUs, or expect days: --profile local runs it on the CPU",
             )
         else:
-            yield Finding("ok", "none on this machine")
+            yield ok("none on this machine")
         return
     kinds = Counter((gpu["name"], format_size(gpu["memory"])) for gpu in gpus)
     seen = ", ".join(f"{count} x {name} ({memory})" for (name, memory), count in kinds.items())
     if machine.local_gpus > len(gpus):
-        yield Finding(
-            "problem",
+        yield problem(
             f"{seen}, but profile '{machine.profile}' hands out {machine.local_gpus}",
             f"give --resources gpu={len(gpus)}",
         )
     else:
-        yield Finding("ok", seen)
+        yield ok(seen)
     yield from _precision(machine)
     yield from _occupied(machine)
 
@@ -96,8 +90,7 @@ def _precision(machine: Machine) -> Iterator[Finding]:
     old = [gpu["name"] for gpu in machine.torch["gpus"] if not gpu["bfloat16"]]
     wanting = [stage.id for stage in machine.stages if getattr(stage.settings, "precision", "") == "bfloat16"]
     if old and wanting:
-        yield Finding(
-            "warning",
+        yield warning(
             f"{old[0]} has no bfloat16, which {wanting[0]} computes in",
             "torch imitates it slowly: use newer GPUs, or `precision: float32`",
         )
@@ -106,8 +99,7 @@ def _precision(machine: Machine) -> Iterator[Finding]:
 def _occupied(machine: Machine) -> Iterator[Finding]:
     for index, gpu in enumerate(machine.torch["gpus"]):
         if gpu["free"] < 0.9 * gpu["memory"] and not machine.on_slurm:
-            yield Finding(
-                "warning",
+            yield warning(
                 f"GPU {index}: {format_size(gpu['memory'] - gpu['free'])} are in use already",
                 "see who computes there (nvidia-smi); CUDA_VISIBLE_DEVICES leaves cards out",
             )
@@ -117,13 +109,13 @@ def check_nccl(machine: Machine) -> Iterator[Finding]:
     """NCCL, which lets GPUs talk to each other."""
     torch = machine.torch
     if not torch.get("gpus"):
-        yield Finding("ok", "not needed: no GPU here")
+        yield ok("not needed: no GPU here")
     elif torch["nccl"]:
-        yield Finding("ok", f"NCCL {torch['nccl']}")
+        yield ok(f"NCCL {torch['nccl']}")
     elif len(torch["gpus"]) > 1:
-        yield Finding("problem", "this torch has no NCCL", "install torch from its own index; one GPU works without")
+        yield problem("this torch has no NCCL", "install torch from its own index; one GPU works without")
     else:
-        yield Finding("ok", "none, and one GPU needs none")
+        yield ok("none, and one GPU needs none")
 
 
 def check_flash_attention(machine: Machine) -> Iterator[Finding]:
@@ -132,16 +124,16 @@ def check_flash_attention(machine: Machine) -> Iterator[Finding]:
     if "error" in torch:
         return
     if not torch["flash"]:
-        yield Finding("ok", "flash attention 2 will be used in bfloat16")
+        yield ok("flash attention 2 will be used in bfloat16")
         return
     by_name = [s.id for s in machine.stages if s.settings.hardware.attention == "flash_attention_2"]
     seen = f"sdpa will be used: {torch['flash']}"
     if by_name and not machine.on_slurm:
-        yield Finding("problem", f"{torch['flash']}, but {by_name[0]} asks for it by name", "say `attention: auto`")
+        yield problem(f"{torch['flash']}, but {by_name[0]} asks for it by name", "say `attention: auto`")
     elif "does not load" in torch["flash"]:
-        yield Finding("warning", seen, "rebuild it for this torch, or uninstall it: pip uninstall flash-attn")
+        yield warning(seen, "rebuild it for this torch, or uninstall it: pip uninstall flash-attn")
     else:
-        yield Finding("ok", seen)
+        yield ok(seen)
 
 
 def check_deepspeed(machine: Machine) -> Iterator[Finding]:
@@ -152,13 +144,12 @@ def check_deepspeed(machine: Machine) -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         seen = "DeepSpeed is not installed"
         if wanting:
-            yield Finding(
-                "warning",
+            yield warning(
                 f"{seen}: {wanting[0]} will train with plain data parallelism, which needs more memory",
                 "pip install 'mmpipe[deepspeed]'",
             )
         else:
-            yield Finding("ok", f"{seen}, and no chosen stage asks for it")
+            yield ok(f"{seen}, and no chosen stage asks for it")
         return
     # the operators of GPUs are compiled at first use
     tools = {"ninja": _has("ninja"), "g++": _has(os.environ.get("CXX", "g++"))}
@@ -166,13 +157,12 @@ def check_deepspeed(machine: Machine) -> Iterator[Finding]:
         tools["nvcc"] = _has("nvcc") or bool(os.environ.get("CUDA_HOME"))
     missing = [name for name, found in tools.items() if not found]
     if missing and wanting:
-        yield Finding(
-            "warning",
+        yield warning(
             f"DeepSpeed {version} without {', '.join(missing)}",
             f"{wanting[0]} trains as long as no operator must be compiled; install {', '.join(missing)} to be sure",
         )
     else:
-        yield Finding("ok", f"DeepSpeed {version}" + (f" (no {', '.join(missing)})" if missing else ", with compiler"))
+        yield ok(f"DeepSpeed {version}" + (f" (no {', '.join(missing)})" if missing else ", with compiler"))
 
 
 def _has(program: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmpipe.artifacts.files import atomic_open, sync
-from mmpipe.doctor.base import Finding, Machine
+from mmpipe.doctor.base import Finding, Machine, ok, problem, warning
 from mmpipe.errors import ConfigError, few
 from mmpipe.estimate.stage import estimate
 from mmpipe.sources.base import Source
@@ -67,8 +67,8 @@ def _room(root: Path, name: str, needed: float, what: str) -> Finding:
     seen = f"{name}/: {format_size(free)} free" + (f", about {format_size(needed)} needed for {what}" if needed else "")
     link = f"free some space, or make '{name}' a link to a larger disk"
     if needed > free:
-        return Finding("problem", seen, link)
-    return Finding("warning", seen, link) if free - needed < _TIGHT else Finding("ok", seen)
+        return problem(seen, link)
+    return warning(seen, link) if free - needed < _TIGHT else ok(seen)
 
 
 _TRY_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
@@ -83,8 +83,7 @@ def check_file_system(machine: Machine) -> Iterator[Finding]:
             with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as place:
                 yield _try_out(Path(place), name)
         except OSError as error:
-            yield Finding(
-                "problem",
+            yield problem(
                 f"{folder.absolute()} cannot be written ({error.strerror})",
                 f"make it writable, or let '{name}' be a link",
             )
@@ -99,17 +98,17 @@ def _try_out(place: Path, name: str) -> Finding:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            return Finding("problem", f"{name}/: no file locks ({error.strerror})", link)
+            return problem(f"{name}/: no file locks ({error.strerror})", link)
         command = [sys.executable, "-S", "-c", _TRY_LOCK, str(place / "lock")]
         if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
-            return Finding("problem", f"{name}/: two processes get the same lock", link)
+            return problem(f"{name}/: two processes get the same lock", link)
     for text in ("old", "new"):
         with atomic_open(place / "file") as file_:
             file_.write(text.encode())
     sync(place)
     if (place / "file").read_text() != "new" or set(os.listdir(place)) != {"lock", "file"}:
-        return Finding("problem", f"{name}/: a renamed file does not replace the old one", link)
-    return Finding("ok", f"{name}/: locks and renames work")
+        return problem(f"{name}/: a renamed file does not replace the old one", link)
+    return ok(f"{name}/: locks and renames work")
 
 
 def check_hugging_face(machine: Machine) -> Iterator[Finding]:
@@ -121,12 +120,11 @@ def check_hugging_face(machine: Machine) -> Iterator[Finding]:
     if os.environ.get("HF_ENDPOINT"):
         state += ", through HF_ENDPOINT"
     if constants.HF_HUB_OFFLINE and wanted:
-        yield Finding(
-            "problem",
+        yield problem(
             f"{state}, but {few(wanted)} must still be fetched",
             "unset HF_HUB_OFFLINE where Snakemake runs (jobs set it themselves), or name copies with `source: path`",
         )
     elif wanted and not get_token():
-        yield Finding("ok", f"{state}; to fetch: {few(wanted)}", "repositories that ask for consent need HF_TOKEN")
+        yield ok(f"{state}; to fetch: {few(wanted)}", "repositories that ask for consent need HF_TOKEN")
     else:
-        yield Finding("ok", f"{state}; " + (f"to fetch: {few(wanted)}" if wanted else "nothing to fetch"))
+        yield ok(f"{state}; " + (f"to fetch: {few(wanted)}" if wanted else "nothing to fetch"))
