@@ -9,13 +9,9 @@ from mmpipe.benchmarks.base import get
 from mmpipe.benchmarks.published import PublishedTable
 from mmpipe.benchmarks.published import rows as published_rows
 from mmpipe.benchmarks.spec import BenchmarkEntry
+from mmpipe.plan.inputs import chunk_files
 from mmpipe.plan.variants import split
 from mmpipe.registry import source_file
-
-
-def chunk_files(folder: str, chunks: int, ending: str) -> list[str]:
-    """The files of the jobs that share some work."""
-    return [f"{folder}/{index:04d}-of-{chunks:04d}{ending}" for index in range(chunks)]
 
 
 class Evaluation:

@@ -10,10 +10,9 @@ from mmpipe.analysis.base import MetricFamily, families
 from mmpipe.artifacts.files import canonical_json
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.errors import ConfigError, did_you_mean
-from mmpipe.plan.benchmarks import chunk_files
 from mmpipe.plan.config import LogExperts
+from mmpipe.plan.inputs import chunk_files, short_hash
 from mmpipe.plan.recipes import Recipes
-from mmpipe.plan.tokens import short_hash
 
 WITHOUT_FIRST = "@without_first"
 """The ending of a benchmark's name that is answered without each token's first expert."""

@@ -17,10 +17,9 @@ from mmpipe.plan.catalogues import Catalogues
 from mmpipe.plan.config import Config
 from mmpipe.plan.efficiency import Efficiency
 from mmpipe.plan.experts import ExpertLogs
-from mmpipe.plan.precomputed import Precomputations
+from mmpipe.plan.inputs import Precomputations, TokensPlan, backbone_manifest, tokens_of
 from mmpipe.plan.recipes import Recipes
 from mmpipe.plan.stages import StagePlan
-from mmpipe.plan.tokens import TokensPlan, backbone_manifest, tokens_of
 from mmpipe.settings import validate
 from mmpipe.stages.base import Annotation, StageJob
 
@@ -35,6 +34,7 @@ class Plan:
     """
 
     def __init__(self, config: Mapping[str, Any], root: Path = Path(), where: str = "config") -> None:
+        # every part is given what it reads, and answers under the names below
         self.config: Config = validate(Config, dict(config), where)
         catalogues = self._catalogues = Catalogues(self.config, root, where)
         self.backbones, self.datasets, self.mixtures = catalogues.backbones, catalogues.datasets, catalogues.mixtures

@@ -1,4 +1,4 @@
-"""The tokenised mixtures that stages and precomputations read."""
+"""What stages read beside other checkpoints: tokenised mixtures and precomputed log-probabilities."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 from mmpipe.artifacts.files import canonical_json
 from mmpipe.models.settings import VisionLanguage
 from mmpipe.plan.catalogues import Catalogues
+from mmpipe.plan.recipes import Recipes
 from mmpipe.plan.stages import StagePlan
-from mmpipe.stages.base import Encoding
+from mmpipe.stages.base import Annotation, Encoding
 
 
 @dataclass(frozen=True)
@@ -85,3 +86,52 @@ def backbone_manifest(name: str) -> Path:
 def short_hash(text: str, digits: int) -> str:
     """The first hexadecimal ``digits`` of the SHA-256 of ``text``."""
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+def chunk_files(folder: str, chunks: int, ending: str) -> list[str]:
+    """The files of the jobs that share some work."""
+    return [f"{folder}/{index:04d}-of-{chunks:04d}{ending}" for index in range(chunks)]
+
+
+class Precomputations:
+    """Every precomputation some stage asks for; students that ask for the same share it."""
+
+    def __init__(self, recipes: Recipes, catalogues: Catalogues) -> None:
+        self._recipes = recipes
+        self._catalogues = catalogues
+
+    def all(self) -> dict[str, Annotation]:
+        """All of them, by ``checkpoint/mixture/key``."""
+        return {
+            self.directory(request).relative_to("resources/teacher").as_posix(): request
+            for stage in self._recipes.stages()
+            for request in stage.settings.annotations().values()
+        }
+
+    def spec(self, request: Annotation) -> str:
+        """What determines the log-probabilities, the manifests of checkpoint and mixture apart."""
+        return canonical_json(
+            {
+                "version": request.VERSION,
+                "checkpoint": self._recipes.checkpoint(request.checkpoint).id,
+                "mixture": request.mixture,
+                "settings": dict(request.settings),
+            }
+        )
+
+    def directory(self, request: Annotation, out: str = "results") -> Path:
+        """Where they are published."""
+        resources = out.replace("results", "resources", 1)
+        checkpoint = self._recipes.checkpoint(request.checkpoint).id
+        return Path(resources, "teacher", checkpoint, request.mixture, short_hash(self.spec(request), 12))
+
+    def chunks(self, request: Annotation, out: str = "results") -> list[str]:
+        """The reports of the jobs that share the work."""
+        directory = self.directory(request, out)
+        jobs = self._recipes.checkpoint(request.checkpoint).answering.chunks
+        return chunk_files(f"{directory.parent}/chunks/{directory.name}", jobs, ".json")
+
+    def tokens(self, request: Annotation) -> TokensPlan:
+        """The mixture as the teacher reads it."""
+        encoding = Encoding(request.settings["template"], request.settings["max_length"])
+        return tokens_of(self._catalogues, request.mixture, self._recipes.checkpoint(request.checkpoint), encoding)
