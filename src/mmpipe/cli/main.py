@@ -14,7 +14,6 @@ import typer
 from mmpipe import __version__
 from mmpipe.chat.options import LoadOptions, SamplingOptions, takes_options
 from mmpipe.errors import ConfigError, MmpipeError
-from mmpipe.settings import read_mapping
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,6 +38,7 @@ def main() -> None:
 
 def _plan(configfile: Path) -> Any:
     from mmpipe.plan.plan import Plan
+    from mmpipe.settings import read_mapping
 
     return Plan(read_mapping(configfile), where=str(configfile))
 
