@@ -42,10 +42,13 @@ class Settings(BaseModel):
     """Keys of the previous release and their names today. They are read with a warning; what identifies a result
     (:meth:`identity`) keeps them, so that a new name makes nothing stale."""
 
+    FORMER_KEYS_OF: ClassVar[Mapping[str, type[BaseModel]]] = {}
+    """Fields that hold free mappings, and the settings whose former keys these may have."""
+
     @model_validator(mode="before")
     @classmethod
     def _read_former_keys(cls, value: Any, info: ValidationInfo) -> Any:
-        return _renamed(cls, value, (info.context or {}).get("where", "")) if isinstance(value, dict) else value
+        return renamed_keys(cls, value, (info.context or {}).get("where", "")) if isinstance(value, dict) else value
 
     @model_serializer(mode="wrap")
     def _with_former_keys(self, serialise: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
@@ -67,17 +70,20 @@ def todays_keys(kind: type[BaseModel], values: Mapping[str, Any], where: str) ->
     Raises ConfigError when a setting is given under both names.
     """
     try:
-        renamed = _renamed(kind, values, where)
+        renamed = renamed_keys(kind, values, where)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
     for name, value in renamed.items():
         inner = _models_at(kind.model_fields[name].annotation, []) if name in kind.model_fields else []
+        if free := getattr(kind, "FORMER_KEYS_OF", {}).get(name):
+            inner = [free]
         if isinstance(value, dict) and len(inner) == 1:
             renamed[name] = todays_keys(inner[0], value, f"{where}: {name}")
     return renamed
 
 
-def _renamed(kind: type[BaseModel], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def renamed_keys(kind: type[BaseModel], values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """As :func:`todays_keys`, of this level alone, for validators: raises ValueError."""
     former = getattr(kind, "FORMER_KEYS", {})
     renamed: dict[str, Any] = {}
     for key, value in values.items():

@@ -12,6 +12,7 @@ import yaml
 from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.errors import ConfigError
+from mmpipe.models.moe.spec import RouterSettings
 from mmpipe.plan.plan import Plan
 from mmpipe.stages.base import Encoding, Hardware, TrainStage
 
@@ -514,3 +515,15 @@ def test_an_override_of_a_benchmark_may_use_the_former_key(project, monkeypatch)
     with pytest.warns(FutureWarning, match=r"config: benchmarks\.mmbench: the key 'longest'"):
         plan = project({"base": BASE}, {"benchmarks": entry}, benchmarks=[{"mmbench": {"longest": 7}}])
     assert plan.benchmarks["mmbench"].max_new_tokens == 7
+
+
+def test_a_former_key_of_a_router_is_renamed_before_recipes_are_merged(project):
+    (old, new) = next(iter(RouterSettings.FORMER_KEYS.items()))
+
+    def upcycle(key: str) -> dict[str, Any]:
+        return {"upcycle": {"moe": {"router_settings": {key: "reference"}}}}
+
+    base = {"model": MODEL, "stages": {**BASE["stages"], **upcycle(new)}}
+    with pytest.warns(FutureWarning, match="child"):
+        plan = project({"base": base, "child": {"extends": "base", "stages": upcycle(old)}})
+    assert plan.stage("child", "upcycle").settings.moe.router_settings == {new: "reference"}
