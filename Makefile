@@ -1,7 +1,7 @@
 # make demo    install into .venv, run the main job on the embedded default, write report.html
 # make test    install into .venv, run the tests
 # make test-slow   run the tests that take long (a real Slurm among them)
-# make check   what .ci/run checks besides the tests: formatting, lint, types
+# make check   what .ci/run checks besides the tests: formatting, lint, types, layers
 PYTHON ?= python3
 VENV   ?= .venv
 CORES  ?= 2
@@ -41,6 +41,8 @@ check: install
 	snakefmt --check Snakefile rules
 	snakemake --lint
 	mypy
+	lint-imports
+	python perf/house.py
 
 clean:
 	rm -rf results/*/ results/*.json results/*.html resources logs .snakemake report.html

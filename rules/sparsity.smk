@@ -7,19 +7,19 @@ localrules:
 rule measure_efficiency:
     input:
         unpack(checkpoint_inputs),
-        benchmark=f"resources/{{smoke}}benchmarks/{PLAN.savings.benchmark}/manifest.json",
+        benchmark=f"resources/{{smoke}}benchmarks/{PLAN.efficiency.benchmark}/manifest.json",
     output:
         json="results/{smoke}{checkpoint}/efficiency/measured.json",
         csv="results/{smoke}{checkpoint}/efficiency/measured.csv",
     log:
         "logs/{smoke}{checkpoint}/efficiency.log",
     wildcard_constraints:
-        checkpoint=one_of(PLAN.savings.all()),
+        checkpoint=one_of(PLAN.efficiency.all()),
     threads: lambda wildcards: answer_hardware(wildcards).cpus
     resources:
         **resources_of(answer_hardware),
     params:
-        spec=PLAN.savings.spec(),
+        spec=PLAN.efficiency.spec(),
     message:
         "Measuring what {wildcards.checkpoint} saves"
     script:
@@ -67,12 +67,12 @@ rule map_kept:
     log:
         "logs/{smoke}{checkpoint}/eval/{benchmark}/kept.log",
     wildcard_constraints:
-        checkpoint=one_of(PLAN.savings.all()),
+        checkpoint=one_of(PLAN.efficiency.all()),
     threads: lambda wildcards: answer_hardware(wildcards).cpus
     resources:
         **resources_of(answer_hardware),
     params:
-        spec=PLAN.savings.spec(),
+        spec=PLAN.efficiency.spec(),
     message:
         "Showing what {wildcards.checkpoint} keeps of images of {wildcards.benchmark}"
     script:

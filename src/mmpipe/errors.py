@@ -1,14 +1,14 @@
-"""Errors that are meant for the person at the keyboard.
+"""Errors for the user.
 
-Every error says what is wrong, where (file, record, key) and how to mend it; the command line and the rule
-scripts print the message without a traceback and exit with a non-zero status.
+Every error says what is wrong, where (file, record, key) and how to correct it; the command line and the rule scripts print
+the message without a traceback and exit with a non-zero status.
 """
 
 from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MmpipeError(Exception):
@@ -16,11 +16,11 @@ class MmpipeError(Exception):
 
 
 class ConfigError(MmpipeError):
-    """A configuration file says something that cannot be carried out."""
+    """A configuration that cannot be carried out."""
 
 
 class DataError(MmpipeError):
-    """A data set, a record or an image is not what it should be."""
+    """A data set, a record or an image that is not as it should be."""
 
 
 class ArtifactError(MmpipeError):
@@ -41,8 +41,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def first_of(names: Iterable[object], limit: int = 8) -> str:
     """The first names in alphabetical order, and how many more there are."""
-    listed = sorted(str(name) for name in names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+    return few(sorted(map(str, names)), limit)
+
+
+def few(names: Sequence[str], shown: int = 3) -> str:
+    """The first ``shown`` names and the number of the others: ``a, b, c and 4 more``."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def explained(error: Exception) -> str:

@@ -423,10 +423,10 @@ def gather_experts(snakemake: Any, plan: Plan) -> None:
 @offline_job
 def analyse(snakemake: Any, plan: Plan) -> None:
     """Compute one family of metrics of experts, and draw it."""
-    from mmpipe.analysis.base import Source, draw
+    from mmpipe.analysis.base import MetricInput, draw
 
     family = plan.expert_logs.families[snakemake.wildcards.family]
-    sources = [Source.of(path) for path in snakemake.input]
+    sources = [MetricInput.of(path) for path in snakemake.input]
     if family.runs_model:
         settings = plan.expert_logs.settings
         assert settings is not None
@@ -444,7 +444,7 @@ def measure_efficiency(snakemake: Any, plan: Plan) -> None:
     from mmpipe.analysis.efficiency import facts, measure
     from mmpipe.benchmarks.prepare import read_questions
 
-    _unchanged(snakemake, plan.savings.spec())
+    _unchanged(snakemake, plan.efficiency.spec())
     prepared = Path(snakemake.input.benchmark).parent
     questions = read_questions(prepared)
     answerer = _open_to_ask(snakemake)
@@ -472,7 +472,7 @@ def map_kept(snakemake: Any, plan: Plan) -> None:
     from mmpipe.report.samples import SHOWN
     from mmpipe.report.sparsity import keep_maps_page
 
-    _unchanged(snakemake, plan.savings.spec())
+    _unchanged(snakemake, plan.efficiency.spec())
     prepared = Path(snakemake.input.benchmark).parent
     # some of those whose answers the samples show
     questions = [question for question in evenly(read_questions(prepared), SHOWN) if question.images][::2]

@@ -1,4 +1,4 @@
-"""The one look of all figures, as SVG: the same numbers draw the same bytes."""
+"""The style of all figures, as SVG: equal numbers give equal bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's colours, told apart by colour-blind readers too."""
+"""Okabe and Ito's colours, distinct for colour-blind readers too."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Finding the modules of a package by looking: a new source, stage or benchmark is one new file, and no list to edit."""
+"""The modules of a package as a registry: a new source, stage or benchmark is one new file, and no list to edit."""
 
 from __future__ import annotations
 

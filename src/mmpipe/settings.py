@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +18,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
@@ -33,16 +35,20 @@ class Settings(BaseModel):
     Numbers written as YAML 1.1 strings (``2e-5``) are read as numbers.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # pydantic's use_attribute_docstrings reads sources at every import; mmpipe.plan.schema reads them for the schema
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     FORMER_KEYS: ClassVar[Mapping[str, str]] = {}
     """Keys of the previous release and their names today. They are read with a warning; what identifies a result
     (:meth:`identity`) keeps them, so that a new name makes nothing stale."""
 
+    FORMER_KEYS_OF: ClassVar[Mapping[str, type[BaseModel]]] = {}
+    """Fields that hold free mappings, and the settings whose former keys these may have."""
+
     @model_validator(mode="before")
     @classmethod
-    def _read_former_keys(cls, value: Any) -> Any:
-        return todays_keys(cls, value) if isinstance(value, dict) else value
+    def _read_former_keys(cls, value: Any, info: ValidationInfo) -> Any:
+        return renamed_keys(cls, value, (info.context or {}).get("where", "")) if isinstance(value, dict) else value
 
     @model_serializer(mode="wrap")
     def _with_former_keys(self, serialise: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
@@ -57,18 +63,37 @@ class Settings(BaseModel):
         return self.model_dump(mode="json", exclude_defaults=True, exclude=exclude, context={"identity": True})
 
 
-def todays_keys(kind: type[Settings], values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with the keys of the previous release renamed, each with a warning.
+def todays_keys(kind: type[BaseModel], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings as written, with the keys of the previous release renamed, those of nested settings too.
 
-    Raises ValueError when a setting is given under both names.
+    Settings that are merged before they are validated must go through here first; ``where`` opens the warnings.
+    Raises ConfigError when a setting is given under both names.
     """
+    try:
+        renamed = renamed_keys(kind, values, where)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    for name, value in renamed.items():
+        inner = _models_at(kind.model_fields[name].annotation, []) if name in kind.model_fields else []
+        if free := getattr(kind, "FORMER_KEYS_OF", {}).get(name):
+            inner = [free]
+        if isinstance(value, dict) and len(inner) == 1:
+            renamed[name] = todays_keys(inner[0], value, f"{where}: {name}")
+    return renamed
+
+
+def renamed_keys(kind: type[BaseModel], values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """As :func:`todays_keys`, of this level alone, for validators: raises ValueError."""
+    former = getattr(kind, "FORMER_KEYS", {})
     renamed: dict[str, Any] = {}
     for key, value in values.items():
-        name = kind.FORMER_KEYS.get(key, key)
+        name = former.get(key, key)
         if name != key:
             if name in values:
                 raise ValueError(f"'{key}' and '{name}' are one setting; leave out '{key}', its former name")
-            warnings.warn(f"the key '{key}' is now called '{name}'", FutureWarning, stacklevel=2)
+            warnings.warn(
+                f"{where}: the key '{key}' is now called '{name}'".removeprefix(": "), FutureWarning, stacklevel=2
+            )
         renamed[name] = value
     return renamed
 
@@ -124,13 +149,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
+"""Building one takes longer than most validations."""
+
+
 def validate(kind: type[T] | Any, value: Any, where: str) -> T:
     """Check ``value`` against a pydantic model or type; ``where`` opens every message.
 
     Raises ConfigError listing every finding, one a line.
     """
     try:
-        return TypeAdapter(kind).validate_python(value)
+        checked: T = _adapter(kind).validate_python(value, context={"where": where})
+        return checked
     except ValidationError as error:
         lines = [_describe(kind, problem) for problem in error.errors()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from error

@@ -1,4 +1,4 @@
-"""What Slurm says about a job. Every question has a time limit, and "no answer" is an answer that callers must bear."""
+"""The state of Slurm jobs. Every query has a time limit; callers must handle a missing answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmpipe.errors import MmpipeError
 log = logging.getLogger(__name__)
 
 _SECONDS = 20
-"""How long a question may take; a controller under load is slow, one that is away never answers."""
+"""Time limit of a query; a loaded controller is slow, a stopped one never answers."""
 _GONE = "Invalid job id"
 
 
@@ -28,7 +28,7 @@ def state(job: str) -> str | None:
 
 
 def end_time(job: str) -> float | None:
-    """When the job's time is up, in seconds since the epoch; None when it has no limit or nobody answers."""
+    """When the job's time is up, in seconds since the epoch; None without a limit or an answer."""
     answer = _ask("squeue", "--noheader", "--jobs", job, "--format=%e")
     try:
         return datetime.fromisoformat(answer or "").timestamp()

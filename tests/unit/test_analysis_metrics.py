@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mmpipe.analysis.base import Layer, Source, families, read_layers
+from mmpipe.analysis.base import Layer, MetricInput, families, read_layers
 from mmpipe.analysis.expert_log import GENERATED, SCHEMA, TEXT, merge
 from mmpipe.analysis.families.balance import (
     load_ratio,
@@ -164,7 +164,7 @@ def test_every_family_of_logs_makes_a_table_and_a_figure(tmp_path: Path) -> None
     for folder, choices in zip(folders, ([[0, 1], [2, 3]] * 5, [[0, 1], [3, 2]] * 5), strict=True):
         folder.mkdir(parents=True)
         made_log(folder / "experts.parquet", choices)
-    sources = [Source.of(folder / "experts.parquet") for folder in folders]
+    sources = [MetricInput.of(folder / "experts.parquet") for folder in folders]
     assert [(s.checkpoint, s.benchmark) for s in sources] == [("r@upcycle", "pope"), ("r@tuned", "pope")]
     tables = {}
     for name in ("frequency", "balance", "coactivation", "confidence", "modality", "change", "benchmarks"):
@@ -189,7 +189,7 @@ def test_every_family_of_logs_makes_a_table_and_a_figure(tmp_path: Path) -> None
 
 def test_a_collapsed_layer_is_marked(tmp_path: Path) -> None:
     path = made_log(tmp_path / "experts.parquet", [[1, 0]] * 6 + [[2, 3]] * 4)
-    row = families()["balance"].table([Source(path, "c", "b")])[0]
+    row = families()["balance"].table([MetricInput(path, "c", "b")])[0]
     assert (row["top_set"], row["top_set_share"], row["collapsed"]) == ("1 0", 0.6, True)
     families()["balance"].draw([row], tmp_path / "b.svg")
     assert "collapsed" in (tmp_path / "b.svg").read_text()

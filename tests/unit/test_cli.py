@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 def mmpipe(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "mmpipe.cli", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "mmpipe.cli.main", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
 
 
@@ -79,6 +79,6 @@ def test_a_comparison_is_a_table(tmp_path):
 
 
 def test_starting_imports_nothing_it_does_not_use():
-    code = "import sys; import mmpipe.cli; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    code = "import sys; import mmpipe.cli.main; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

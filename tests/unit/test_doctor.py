@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -12,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from mmpipe import registry
 from mmpipe.cli.main import app
-from mmpipe.doctor import Machine, examine
+from mmpipe.doctor import Machine, all_checks, examine
 from mmpipe.doctor.base import Finding
 
 REPOSITORY = Path(__file__).parents[2]
@@ -49,7 +47,7 @@ def machine(profile: str = "local", configfile: Path = REPOSITORY / "config/conf
 
 
 def found(name: str, on: Machine) -> list[Finding]:
-    return list(importlib.import_module(f"mmpipe.doctor.checks.{name}").check(on))
+    return list(all_checks()[name.replace("_", " ")](on))
 
 
 def statuses(name: str, on: Machine) -> list[str]:
@@ -67,7 +65,7 @@ def test_a_check_that_cannot_be_carried_out_is_a_problem_and_the_others_go_on(tm
     broken.write_text("recipes: [nobody]\nbenchmarks: [mmbench]\n")
     findings = examine(machine(configfile=broken))
     assert [f.topic for f in findings if f.status == "problem"] == ["configuration"]
-    assert len({f.topic for f in findings}) == len(registry.names("mmpipe.doctor.checks"))
+    assert len({f.topic for f in findings}) == len(all_checks())
 
 
 @pytest.mark.parametrize(

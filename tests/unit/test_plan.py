@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
+from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.errors import ConfigError
+from mmpipe.models.moe.spec import RouterSettings
 from mmpipe.plan.plan import Plan
-from mmpipe.stages.base import Encoding
+from mmpipe.stages.base import Encoding, Hardware, TrainStage
 
 CATALOGUES = {
     "backbones": {
@@ -460,3 +462,68 @@ def test_what_is_said_of_a_mixture_is_no_part_of_its_spec(project):
         for more in ({}, told)
     }
     assert len(specs) == 1
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    """A release that renamed ``step_size`` of a stage and ``ram_gb`` of hardware."""
+    monkeypatch.setattr(TrainStage, "FORMER_KEYS", {"step_size": "learning_rate"})
+    monkeypatch.setattr(Hardware, "FORMER_KEYS", {"ram_gb": "memory_gb"})
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"stages": {"finetune": {"data": "mix", "step_size": 0.5}}},
+        {"stages": {"finetune": {"data": "mix"}}, "defaults": {"step_size": 0.5}},
+    ],
+    ids=["in a stage", "in the defaults"],
+)
+def test_a_former_key_is_renamed_before_recipes_are_merged(project, renamed, written):
+    base = {"model": MODEL, "hardware": {"ram_gb": 7}, **written}
+    child = {"extends": "base", "stages": {"finetune": {"learning_rate": 0.25, "hardware": {"memory_gb": 9}}}}
+    with pytest.warns(FutureWarning) as warned:
+        plan = project({"base": base, "child": child})
+    before, after = (plan.stage(recipe, "finetune").settings for recipe in ("base", "child"))
+    assert (before.learning_rate, before.hardware.memory_gb) == (0.5, 7)
+    assert (after.learning_rate, after.hardware.memory_gb) == (0.25, 9)
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == 2, "one a key"
+    assert all("base.yaml: " in message for message in messages)
+    assert {message.partition("the key ")[2] for message in messages} == {
+        "'ram_gb' is now called 'memory_gb'",
+        "'step_size' is now called 'learning_rate'",
+    }
+
+
+def test_a_child_may_use_the_former_key(project, renamed):
+    child = {"extends": "base", "stages": {"finetune": {"step_size": 0.25, "hardware": {"ram_gb": 9}}}}
+    with pytest.warns(FutureWarning, match=r"child\.yaml: stages\.finetune"):
+        settings = project({"base": BASE, "child": child}).stage("child", "finetune").settings
+    assert (settings.learning_rate, settings.hardware.memory_gb) == (0.25, 9)
+
+
+def test_one_setting_under_both_names_is_a_mistake(project, renamed):
+    both = {"model": MODEL, "stages": {"finetune": {"data": "mix", "step_size": 0.5, "learning_rate": 0.5}}}
+    with pytest.raises(ConfigError, match=r"base\.yaml: stages\.finetune: 'step_size' and 'learning_rate' are one"):
+        project({"base": both})
+
+
+def test_an_override_of_a_benchmark_may_use_the_former_key(project, monkeypatch):
+    monkeypatch.setattr(BenchmarkEntry, "FORMER_KEYS", {"longest": "max_new_tokens"})
+    entry = {"mmbench": {"task": "mmbench", "data": "questions", "max_new_tokens": 9}}
+    with pytest.warns(FutureWarning, match=r"config: benchmarks\.mmbench: the key 'longest'"):
+        plan = project({"base": BASE}, {"benchmarks": entry}, benchmarks=[{"mmbench": {"longest": 7}}])
+    assert plan.benchmarks["mmbench"].max_new_tokens == 7
+
+
+def test_a_former_key_of_a_router_is_renamed_before_recipes_are_merged(project):
+    (old, new) = next(iter(RouterSettings.FORMER_KEYS.items()))
+
+    def upcycle(key: str) -> dict[str, Any]:
+        return {"upcycle": {"moe": {"router_settings": {key: "reference"}}}}
+
+    base = {"model": MODEL, "stages": {**BASE["stages"], **upcycle(new)}}
+    with pytest.warns(FutureWarning, match="child"):
+        plan = project({"base": base, "child": {"extends": "base", "stages": upcycle(old)}})
+    assert plan.stage("child", "upcycle").settings.moe.router_settings == {new: "reference"}

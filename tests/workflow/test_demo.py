@@ -124,7 +124,7 @@ def test_a_bad_record_below_the_threshold_is_counted(project):
 def test_why_says_what_changed_in_words(project, words):
     project.edit("config/recipes/demo.yaml", lambda r: r["stages"]["finetune"].update(learning_rate=0.5))
     result = subprocess.run(
-        [sys.executable, "-m", "mmpipe.cli", *words], cwd=project.root, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "mmpipe.cli.main", *words], cwd=project.root, capture_output=True, text=True, check=True
     )
     assert "Training demo: finetune" in result.stdout
     assert "learning_rate: 0.003 -> 0.5" in result.stdout

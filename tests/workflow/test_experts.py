@@ -104,7 +104,7 @@ def test_mistakes_are_named(project: Any, wanted: dict[str, Any], message: str) 
 
 
 def test_without_a_sparse_checkpoint_there_is_nothing_to_log(project: Any) -> None:
-    with pytest.raises(ConfigError, match="none of the chosen recipes grows experts"):
+    with pytest.raises(ConfigError, match="none of the chosen recipes adds experts"):
         plan_of(project, recipes=["demo"], log_experts=True)
 
 

@@ -51,9 +51,9 @@ def test_what_is_saved_and_kept_is_shown_of_sparsified_checkpoints_alone(fresh: 
     assert [item for item in plan().report_items() if "efficiency" in item or "kept" in item] == shown
     variants = plan(recipes=["demo-dynamic+whole", "demo-dynamic+keep0.3"], keep_rates=[])
     assert set(shown) < set(variants.report_items()), "whatever the variant"
-    assert not plan(recipes=["demo"]).savings.report_items()
+    assert not plan(recipes=["demo"]).efficiency.report_items()
     other = plan(benchmarks=["mmbench_shuffled", "pope"])
-    assert other.savings.benchmark == "pope", "the first that is no control"
+    assert other.efficiency.benchmark == "pope", "the first that is no control"
 
     planned = jobs(fresh, *shown)
     assert planned["measure_efficiency"] == planned["show_efficiency"] == planned["map_kept"] == 1

@@ -1,4 +1,4 @@
-"""What every family of metrics is: from which files it is computed, its table, and its figure."""
+"""What every family of metrics declares: the files it reads, its table, and its figure; and what families share."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from mmpipe.registry import modules
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mmpipe.plan.experts import ExpertLogs
-
 Row = dict[str, Any]
+Reads = Literal[
+    "log",
+    "logs of all benchmarks",
+    "logs of the path",
+    "models of the path",
+    "model and questions",
+    "scores with and without the first expert",
+]
+"""The files a family can read: the expert log of a checkpoint on a benchmark; its logs on all benchmarks; the logs on a
+benchmark, or the models, of the sparse checkpoints on its recipe's path, itself the last; its model and a benchmark's
+questions; or, for every benchmark answered without first experts, ``score.json`` and ``per_item.jsonl`` with and without."""
 
 
 @dataclass(frozen=True)
-class Source:
+class MetricInput:
     """One input of a table: its file, and the checkpoint and benchmark it belongs to."""
 
     path: Path
@@ -28,7 +37,7 @@ class Source:
     benchmark: str
 
     @classmethod
-    def of(cls, path: str | Path) -> Source:
+    def of(cls, path: str | Path) -> MetricInput:
         """Read checkpoint and benchmark from a path ``.../{checkpoint}/eval/{benchmark}/{file}`` or
         ``.../{recipe}/{stage}/model/{file}``."""
         path = Path(path)
@@ -38,32 +47,28 @@ class Source:
         return cls(path, f"{path.parts[-4]}@{path.parts[-3]}", "")
 
 
-class Family:
-    """A table (CSV) and a figure (SVG) of one kind of metric. The docstring stands below the figure.
+class MetricFamily:
+    """A table (CSV) and a figure (SVG) of one kind of metric. The docstring is the caption of the figure.
 
-    A subclass computes ``table`` from the files it names in ``inputs`` and draws ``figure`` from the table.
+    A subclass declares what it ``reads``, computes ``table`` (or ``measure``) from these files and draws ``figure`` from the
+    table.
     """
 
+    reads: ClassVar[Reads] = "log"
+    least_inputs: ClassVar[int] = 1
+    """With fewer files there is nothing to show."""
     per: ClassVar[Literal["benchmark", "checkpoint"]] = "benchmark"
     """One table for every benchmark a checkpoint answered, or one for each checkpoint."""
     runs_model: ClassVar[bool] = False
     """Whether the model has to be run (``measure``); the others read files."""
     title: ClassVar[str]
 
-    def applies(self, logs: ExpertLogs, checkpoint: str) -> bool:
-        """Whether there is anything to show of a checkpoint."""
-        return True
-
-    def inputs(self, logs: ExpertLogs, out: str, checkpoint: str, benchmark: str) -> list[str]:
-        """The files the table is computed from; by default the log of the benchmark."""
-        return [logs.path(out, checkpoint, benchmark)]
-
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         """The rows, all with the same columns."""
         raise NotImplementedError
 
-    def measure(self, sources: Sequence[Source], device: str, questions: int) -> list[Row]:
-        """The rows, where the model has to be run: on ``device``, asked so many questions."""
+    def measure(self, sources: Sequence[MetricInput], device: str, questions: int) -> list[Row]:
+        """The rows, where the model has to be run: on ``device``, with so many questions."""
         raise NotImplementedError
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
@@ -71,14 +76,14 @@ class Family:
         raise NotImplementedError
 
 
-def families() -> dict[str, Family]:
-    """Every family there is, by the name of its module."""
+def families() -> dict[str, MetricFamily]:
+    """Every family, by the name of its module."""
     return {name: module.FAMILY for name, module in modules("mmpipe.analysis.families").items()}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The choices of one layer in a log; choices that do nothing (a null or free expert) have weight zero."""
+    """The choices of one layer in a log; choices without effect (a null or free expert) have weight zero."""
 
     part: str
     layer: int
@@ -96,7 +101,7 @@ class Layer:
 
     @property
     def place(self) -> Row:
-        """The columns that tell the layer."""
+        """The columns that identify the layer."""
         return {"part": self.part, "layer": self.layer}
 
     @cached_property
@@ -148,8 +153,8 @@ def read_layer(path: Path, place: Any) -> Layer | None:
     )
 
 
-def draw(family: Family, rows: Sequence[Row], path: Path) -> None:
-    """Draw a family's figure; a log without a single token gives one that says so."""
+def draw(family: MetricFamily, rows: Sequence[Row], path: Path) -> None:
+    """Draw a family's figure; of a log without tokens, an empty one."""
     if rows:
         return family.draw(rows, path)
     with axes(path, 1) as (axis,):
@@ -181,7 +186,7 @@ def by(rows: Sequence[Row], *names: str) -> dict[Any, list[Row]]:
 
 
 def where(part: str, layer: int | str) -> str:
-    """How a figure calls a layer."""
+    """The name of a layer in figures."""
     short = {"language_model": "language", "vision_tower": "tower", "multi_modal_projector": "projector"}
     return short[part] if part == "multi_modal_projector" else f"{short[part]} {layer}"
 

@@ -1,4 +1,4 @@
-"""What a run says before its first job: how much it will train."""
+"""The line printed before the first job of a run: how much it will train."""
 
 from __future__ import annotations
 

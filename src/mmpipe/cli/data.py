@@ -1,4 +1,4 @@
-"""The catalogues in the terminal: what there is, how much of it is here, under which terms, and why the rest is not."""
+"""``mmpipe data``: the catalogues in the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mmpipe.cli.inventory import Bill, Holding, holding, holdings, of_datasets, of_mixture, of_recipe
+from mmpipe.cli.inventory import DownloadSummary, Inventory, InventoryItem
 from mmpipe.errors import ConfigError, did_you_mean
 from mmpipe.plan.plan import Plan
 from mmpipe.sources.transfer.progress import format_size
@@ -21,15 +21,15 @@ _COLOURS = {"fetched": "green", "partial": "cyan", "manual": "yellow"}
 _NARROW = 100
 """Columns below which the kind of source is left out."""
 _PIPED = 160
-"""Columns where nobody looks: enough for ``grep``."""
+"""Columns without a terminal: enough for ``grep``."""
 _LEGEND = (
-    "[dim]! its use is restricted, or somebody has to accept terms. `mmpipe data NAME` tells all about an entry, and what "
-    "a mixture, a recipe or a benchmark needs.[/]"
+    "[dim]! its use is restricted, or terms must be accepted. `mmpipe data NAME` shows an entry in full, and what must be "
+    "fetched for a mixture, a recipe or a benchmark.[/]"
 )
 
 
 def print_catalogue(plan: Plan, names: Iterable[str] = ()) -> None:
-    """Print a line an entry, or all that is known about the ``names``: entries, mixtures, recipes, benchmarks.
+    """Print one line an entry, or the entries, mixtures, recipes and benchmarks of these ``names`` in full.
 
     Raises ConfigError for a name that is none of these.
     """
@@ -41,9 +41,9 @@ def print_catalogue(plan: Plan, names: Iterable[str] = ()) -> None:
         console.print(*view(), "", sep="\n")
     if not views:
         for kind, title in (("datasets", "Data sets"), ("backbones", "Backbones")):
-            found = holdings(plan, kind)
-            bill = Bill(tuple(one for one in found if not one.parts))
-            console.print(f"[bold]{title}[/]: {_total(bill)}", _table(found, console.width), "", sep="\n")
+            found = Inventory(plan).items(kind)
+            summary = DownloadSummary(tuple(one for one in found if not one.parts))
+            console.print(f"[bold]{title}[/]: {_total(summary)}", _table(found, console.width), "", sep="\n")
         console.print(_LEGEND)
 
 
@@ -51,15 +51,22 @@ def print_catalogue(plan: Plan, names: Iterable[str] = ()) -> None:
 
 
 def _views(plan: Plan, name: str, width: int) -> list[Callable[[], list[Any]]]:
-    """How to print everything of this name; a mixture may be called as its data set."""
+    """The printers of everything with this name; a mixture and a data set may share one."""
+    inventory = Inventory(plan)
     kinds: dict[str, tuple[Iterable[str], Callable[[], list[Any]]]] = {
-        "data set": (plan.datasets, lambda: _entry(plan, holding(plan, "datasets", name), width)),
-        "backbone": (plan.backbones, lambda: _entry(plan, holding(plan, "backbones", name), width)),
-        "mixture": (plan.mixtures, lambda: [*_mixture(plan, name), *_bill(of_mixture(plan, name), width)]),
-        "recipe": (plan.recipes, lambda: [f"[bold]recipe {escape(name)}[/]", *_bill(of_recipe(plan, name), width)]),
+        "data set": (plan.datasets, lambda: _entry(plan, inventory.item("datasets", name), width)),
+        "backbone": (plan.backbones, lambda: _entry(plan, inventory.item("backbones", name), width)),
+        "mixture": (plan.mixtures, lambda: [*_mixture(plan, name), *_summary(inventory.for_mixture(name), width)]),
+        "recipe": (
+            plan.recipes,
+            lambda: [f"[bold]recipe {escape(name)}[/]", *_summary(inventory.for_recipe(name), width)],
+        ),
         "benchmark": (
             plan.benchmarks,
-            lambda: [f"[bold]benchmark {name}[/]", *_bill(of_datasets(plan, [plan.benchmarks[name].data]), width)],
+            lambda: [
+                f"[bold]benchmark {name}[/]",
+                *_summary(inventory.for_datasets([plan.benchmarks[name].data]), width),
+            ],
         ),
     }
     views = [view for known, view in kinds.values() if name.partition("@")[0] in known]
@@ -72,16 +79,16 @@ def _views(plan: Plan, name: str, width: int) -> list[Callable[[], list[Any]]]:
 
 
 def _nearest(name: str, known: set[str]) -> str:
-    """Names that hold this one, or the nearest; where there are none, how to list them: 200 names help nobody."""
-    if holding_it := sorted(one for one in known if name in one)[:6]:
-        return f"; there is {', '.join(holding_it)}"
+    """Names that contain this one, or the nearest; where there are none, how to list all 200."""
+    if containing := sorted(one for one in known if name in one)[:6]:
+        return f"; there is {', '.join(containing)}"
     near = did_you_mean(name, known)
     return near if near.startswith("; did") else "; list them: mmpipe data, mmpipe plan, mmpipe benchmarks"
 
 
-def _entry(plan: Plan, one: Holding, width: int) -> list[Any]:
+def _entry(plan: Plan, one: InventoryItem, width: int) -> list[Any]:
     settings: dict[str, Any] = one.source.model_dump(mode="json", exclude_defaults=True)
-    settings.pop("how", None)  # said once, as what is in the way
+    settings.pop("how", None)  # shown as what is in the way
     facts = {
         "state": f"{one.state}, {one.directory}/",
         "size": _size(one),
@@ -92,36 +99,36 @@ def _entry(plan: Plan, one: Holding, width: int) -> list[Any]:
     }
     if one.parts:
         del facts["size"], facts["licence"]
-    return [f"[bold]{one.name}[/]", _facts(facts), *(_bill(one.parts, width) if one.parts else [])]
+    return [f"[bold]{one.name}[/]", _facts(facts), *(_summary(one.parts, width) if one.parts else [])]
 
 
 def _mixture(plan: Plan, name: str) -> list[Any]:
     mixture = plan.mixtures[name]
     known = [part.expected for part in mixture.parts if part.expected]
     rest = len(mixture.parts) - len(known)
-    records = f"{sum(known):,} published" + (f", without those of {rest} parts nobody counted" if rest else "")
+    records = f"{sum(known):,} published" + (f", without those of {rest} parts of unknown size" if rest else "")
     facts = {"description": mixture.description, "records": records if known else ""}
     return [f"[bold]mixture {name}[/]", _facts(facts)]
 
 
-def _bill(entries: Iterable[Holding], width: int) -> list[Any]:
-    """A table of entries and what they come to."""
-    bill = Bill(tuple(entries))
+def _summary(entries: Iterable[InventoryItem], width: int) -> list[Any]:
+    """A table of entries and their totals."""
+    summary = DownloadSummary(tuple(entries))
     facts = {
-        "in all": _total(bill),
-        "size unknown": ", ".join(bill.unknown),
-        "licences": [f"{licence}: {', '.join(names)}" for licence, names in bill.licences.items()],
-        "restricted": [f"{what}: {', '.join(names)}" for what, names in bill.restrictions.items()],
-        "in the way": [f"{name}: {why}" for name, why in bill.obstacles.items()] or "nothing",
+        "in all": _total(summary),
+        "size unknown": ", ".join(summary.unknown),
+        "licences": [f"{licence}: {', '.join(names)}" for licence, names in summary.licences.items()],
+        "restricted": [f"{what}: {', '.join(names)}" for what, names in summary.restrictions.items()],
+        "in the way": [f"{name}: {why}" for name, why in summary.obstacles.items()] or "nothing",
     }
-    return [_table(bill.entries, width), _facts(facts)]
+    return [_table(summary.items, width), _facts(facts)]
 
 
-# --- tables and words -------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _table(entries: Iterable[Holding], width: int) -> Table:
-    """A line an entry, whatever the width: all in full but the licence, which gets the room that is left."""
+def _table(entries: Iterable[InventoryItem], width: int) -> Table:
+    """One line an entry at any width; the licence is cut."""
     rows = [
         {
             "name": one.name,
@@ -158,8 +165,8 @@ def _facts(facts: Mapping[str, Any]) -> Table:
     return table
 
 
-def _terms(one: Holding) -> Text:
-    """The licence in a line, marked where it restricts; that of a joined data set is its parts'."""
+def _terms(one: InventoryItem) -> Text:
+    """The licence in a line, marked where it restricts; a joined data set has those of its parts."""
     line = partial(Text, no_wrap=True, overflow="ellipsis")
     if one.parts:
         return line(f"{len(one.parts)} parts", style="dim")
@@ -170,31 +177,31 @@ def _terms(one: Holding) -> Text:
     return line(one.source.licence)
 
 
-def _size(one: Holding) -> str:
-    """What lies here, of what is announced; ``?`` when nobody says."""
+def _size(one: InventoryItem) -> str:
+    """Bytes here of those announced; ``?`` when unknown."""
     if one.parts:
-        bill = Bill(one.parts)
-        return f"{'> ' if bill.unknown else ''}{format_size(bill.here + bill.to_come)}"
-    if one.here or (one.came and one.announced is None):
-        return format_size(one.came)
+        summary = DownloadSummary(one.parts)
+        return f"{'> ' if summary.unknown else ''}{format_size(summary.bytes_here + summary.to_fetch)}"
+    if one.here or (one.bytes_here and one.announced is None):
+        return format_size(one.bytes_here)
     if one.announced is None:
         return "?"
     whole = f"~ {format_size(one.announced)}" if one.announced else ""
-    return f"{format_size(one.came)} of {whole}" if one.came else whole
+    return f"{format_size(one.bytes_here)} of {whole}" if one.bytes_here else whole
 
 
-def _total(bill: Bill) -> str:
+def _total(summary: DownloadSummary) -> str:
     """``14 entries, 3 of them here (20.1 GB), 81.0 GB to fetch and 2 of unknown size``."""
-    text = f"{len(bill.entries)} entries, {sum(entry.here for entry in bill.entries)} of them here"
-    text += f" ({format_size(bill.here)})" if bill.here else ""
-    if bill.to_come or bill.unknown:
-        text += f", {format_size(bill.to_come)} to fetch"
-        text += f" and {len(bill.unknown)} of unknown size" if bill.unknown else ""
+    text = f"{len(summary.items)} entries, {sum(entry.here for entry in summary.items)} of them here"
+    text += f" ({format_size(summary.bytes_here)})" if summary.bytes_here else ""
+    if summary.to_fetch or summary.unknown:
+        text += f", {format_size(summary.to_fetch)} to fetch"
+        text += f" and {len(summary.unknown)} of unknown size" if summary.unknown else ""
     return text
 
 
 def _users(plan: Plan) -> dict[str, list[str]]:
-    """Who reads each entry: mixtures, benchmarks, joined data sets, recipes."""
+    """The readers of each entry: mixtures, benchmarks, joined data sets, recipes."""
     pairs = [
         *((part.dataset, f"mixture {name}") for name, mix in plan.mixtures.items() for part in mix.parts),
         *((entry.data, f"benchmark {name}") for name, entry in plan.benchmarks.items()),

@@ -1,4 +1,4 @@
-"""What ``mmpipe doctor`` found, in the terminal or as JSON."""
+"""The findings of ``mmpipe doctor``, in the terminal or as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print a line a finding: status, what was seen, what to do."""
+    """Print one line a finding: status, topic, what was found, advice."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for finding in findings:
         advice = f"\n[dim]→ {escape(finding.advice)}[/]" if finding.advice else ""

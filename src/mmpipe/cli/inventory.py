@@ -1,4 +1,4 @@
-"""What of the catalogues is on this machine, how much is still to come, under which terms, and what stands in the way."""
+"""The entries of the catalogues on this machine: what is here, what is still to be fetched, under which terms."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import Any
 from mmpipe.artifacts.files import read_json
 from mmpipe.artifacts.manifest import NAME
 from mmpipe.plan.plan import Plan
-from mmpipe.plan.recipes import all_references
 from mmpipe.sources.base import Source
 from mmpipe.sources.transfer.staging import staged_bytes
 
 
 @dataclass(frozen=True)
-class Holding:
-    """An entry of a catalogue, as far as it is here."""
+class InventoryItem:
+    """An entry of a catalogue and what of it is here."""
 
     kind: str
     """``datasets`` or ``backbones``."""
     name: str
     source: Source
-    parts: tuple[Holding, ...] = ()
+    parts: tuple[InventoryItem, ...] = ()
     """Of a joined data set: what must be fetched for it, each once, itself not joined."""
 
     @property
@@ -43,28 +42,28 @@ class Holding:
         return bool(self._manifest)
 
     @cached_property
-    def came(self) -> int:
-        """Bytes that are here: of the files and what came out of archives, or of an unfinished fetch."""
+    def bytes_here(self) -> int:
+        """Bytes of the files and of what came out of archives, or of an unfinished fetch."""
         if not self.here:
             return staged_bytes(self.directory)
-        if "below" in self._manifest:  # adopted: links do not tell
+        if "below" in self._manifest:  # an adopted folder: links have no size
             return int(self._manifest["below"]["size"])
         parts = [*self._manifest["files"].values(), *self._manifest.get("unpacked", {}).values()]
         return sum(part["size"] for part in parts)
 
     @property
     def announced(self) -> float | None:
-        """Bytes its publishers name, nothing for what is made here; None when nobody says."""
+        """Bytes by the publisher's account, 0 for what is made here; None when unknown."""
         if self.source.kind in ("made", "path"):
             return 0
         return self.source.size_gb * 1e9 if self.source.size_gb else None
 
     @property
-    def to_come(self) -> float | None:
-        """Bytes still to be fetched; None when nobody says how many."""
+    def to_fetch(self) -> float | None:
+        """Bytes still to be fetched; None when unknown."""
         if self.here or self.announced is None:
             return 0 if self.here else None
-        return max(0, self.announced - self.came)
+        return max(0, self.announced - self.bytes_here)
 
     @property
     def state(self) -> str:
@@ -73,7 +72,7 @@ class Holding:
             return "fetched"
         if self.parts:
             return f"{sum(part.here for part in self.parts)} of {len(self.parts)}"
-        if self.came:
+        if self.bytes_here:
             return "partial"
         return "manual" if self.source.kind == "manual" else "missing"
 
@@ -89,88 +88,78 @@ class Holding:
         return ""
 
 
-def holding(plan: Plan, kind: str, name: str) -> Holding:
-    """An entry of the catalogue ``kind``."""
-    source: Source = getattr(plan, kind)[name]
-    below = [holding(plan, "datasets", need) for need in source.needs()]
-    leaves = {part.name: part for one in below for part in one.parts or (one,)}
-    return Holding(kind, name, source, tuple(leaves[leaf] for leaf in sorted(leaves)))
+class Inventory:
+    """The entries of a plan's catalogues."""
 
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
 
-def holdings(plan: Plan, kind: str) -> list[Holding]:
-    """All entries of a catalogue."""
-    return [holding(plan, kind, name) for name in getattr(plan, kind)]
+    def item(self, kind: str, name: str) -> InventoryItem:
+        """An entry of the catalogue ``kind``."""
+        source: Source = getattr(self._plan, kind)[name]
+        return InventoryItem(kind, name, source, tuple(self.for_datasets([name])) if source.needs() else ())
 
+    def items(self, kind: str) -> list[InventoryItem]:
+        """All entries of a catalogue."""
+        return [self.item(kind, name) for name in getattr(self._plan, kind)]
 
-def of_datasets(plan: Plan, names: Iterable[str]) -> list[Holding]:
-    """What must be fetched for some data sets, each entry once."""
-    every = [holding(plan, "datasets", name) for name in names]
-    leaves = {part.name: part for one in every for part in one.parts or (one,)}
-    return [leaves[name] for name in sorted(leaves)]
+    def for_datasets(self, names: Iterable[str]) -> list[InventoryItem]:
+        """What must be fetched for some data sets, each entry once."""
+        return [self.item("datasets", name) for name in self._plan.fetched_datasets(names)]
 
+    def for_mixture(self, name: str) -> list[InventoryItem]:
+        """What must be fetched for a mixture."""
+        return self.for_datasets(part.dataset for part in self._plan.mixtures[name].parts)
 
-def of_mixture(plan: Plan, name: str) -> list[Holding]:
-    """What must be fetched for a mixture."""
-    return of_datasets(plan, (part.dataset for part in plan.mixtures[name].parts))
-
-
-def of_recipe(plan: Plan, reference: str) -> list[Holding]:
-    """What must be fetched to make a recipe's checkpoint: for its stages, those of its teachers, and so on."""
-    waiting, stages = [plan.checkpoint(reference)], {}
-    while waiting:
-        stage = waiting.pop()
-        if stage.id in stages:
-            continue
-        stages[stage.id] = stage
-        waiting += [plan.checkpoint(other) for other in all_references(stage.settings).values()]
-        waiting += [stage.parent] if stage.parent else []
-    mixtures = {mixture for stage in stages.values() if (mixture := stage.settings.mixture())}
-    backbones = {name for stage in stages.values() for name in plan.backbones_of(stage).values()}
-    datasets = [part.dataset for mixture in mixtures for part in plan.mixtures[mixture].parts]
-    return [*(holding(plan, "backbones", name) for name in sorted(backbones)), *of_datasets(plan, datasets)]
+    def for_recipe(self, reference: str) -> list[InventoryItem]:
+        """What must be fetched to make a recipe's checkpoint: for its stages, those of its teachers, and so on."""
+        needed = self._plan.fetched_sources(self._plan.needed(self._plan.checkpoint(reference)))
+        return [self.item(kind, name) for kind, name in needed]
 
 
 @dataclass(frozen=True)
-class Bill:
-    """What several entries come to."""
+class DownloadSummary:
+    """The totals of several entries, each once and none of them joined."""
 
-    entries: tuple[Holding, ...]
-    """None of them joined, each once."""
+    items: tuple[InventoryItem, ...]
 
     @property
-    def here(self) -> int:
+    def bytes_here(self) -> int:
         """Bytes that are here, those of unfinished fetches too."""
-        return sum(entry.came for entry in self.entries)
+        return sum(item.bytes_here for item in self.items)
 
     @property
-    def to_come(self) -> float:
-        """Bytes still to be fetched, as far as publishers name them."""
-        return sum(entry.to_come or 0 for entry in self.entries)
+    def to_fetch(self) -> float:
+        """Bytes still to be fetched, as far as they are known."""
+        return sum(item.to_fetch or 0 for item in self.items)
 
     @property
     def unknown(self) -> list[str]:
-        """Entries to be fetched of which nobody says how large they are."""
-        return [entry.name for entry in self.entries if entry.to_come is None]
+        """Entries to be fetched whose size is unknown."""
+        return [item.name for item in self.items if item.to_fetch is None]
 
     @property
     def licences(self) -> dict[str, list[str]]:
         """The entries under each licence, those without one under ``not stated``; what is made here has none."""
-        found: dict[str, list[str]] = {}
-        for entry in self.entries:
-            if entry.source.licence or entry.source.kind != "made":
-                found.setdefault(entry.source.licence or "not stated", []).append(entry.name)
-        return found
+        return _grouped(
+            (item.source.licence or "not stated", item.name)
+            for item in self.items
+            if item.source.licence or item.source.kind != "made"
+        )
 
     @property
     def restrictions(self) -> dict[str, list[str]]:
         """The entries under each restriction of their use."""
-        found: dict[str, list[str]] = {}
-        for entry in self.entries:
-            for restriction in entry.source.restricted:
-                found.setdefault(restriction, []).append(entry.name)
-        return found
+        return _grouped((restriction, item.name) for item in self.items for restriction in item.source.restricted)
 
     @property
     def obstacles(self) -> dict[str, str]:
         """Entries that will not come without a person, and what that person has to do."""
-        return {entry.name: entry.obstacle for entry in self.entries if entry.obstacle}
+        return {item.name: item.obstacle for item in self.items if item.obstacle}
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for key, name in pairs:
+        groups.setdefault(key, []).append(name)
+    return groups

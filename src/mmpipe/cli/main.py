@@ -1,11 +1,10 @@
-"""The command line ``mmpipe``: questions about the plan, offline scoring, and checks of the machine.
-
-Making things is Snakemake's: ``snakemake results/mmbench.json``.
-"""
+"""The command line ``mmpipe``: the plan, catalogues and results explained, offline scoring, export, chat, and a check of
+the machine. Snakemake makes the results: ``snakemake results/mmbench.json``."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +14,12 @@ import typer
 from mmpipe import __version__
 from mmpipe.chat.options import LoadOptions, SamplingOptions, takes_options
 from mmpipe.errors import ConfigError, MmpipeError
-from mmpipe.settings import read_mapping
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train, distil and benchmark vision-language models. Things are made with snakemake; this answers questions.",
+    help="Train, distil and benchmark vision-language models. snakemake makes results; mmpipe explains and uses them.",
 )
 
 ConfigFile = Annotated[Path, typer.Option("--configfile", help="The main configuration file.", show_default=True)]
@@ -30,7 +28,7 @@ Answers = Annotated[list[Path], typer.Option(help="JSON lines with question_id a
 
 
 def main() -> None:
-    """Run the command line; errors a user can mend end it with status 1 and no traceback."""
+    """Run the command line; errors that a user can correct exit with status 1 and no traceback."""
     try:
         app()
     except MmpipeError as error:
@@ -40,6 +38,7 @@ def main() -> None:
 
 def _plan(configfile: Path) -> Any:
     from mmpipe.plan.plan import Plan
+    from mmpipe.settings import read_mapping
 
     return Plan(read_mapping(configfile), where=str(configfile))
 
@@ -57,10 +56,10 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def plan(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe; without it the chosen ones.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; default: the chosen ones.")] = None,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
-    """Show the stages of recipes: who owns them, what they start from, what they read."""
+    """Show the stages of recipes: owner, settings, starting point, estimated memory and time."""
     from mmpipe.cli.show import print_plan
 
     print_plan(_plan(configfile), recipe)
@@ -68,11 +67,11 @@ def plan(
 
 @app.command()
 def doctor(
-    profile: Annotated[str, typer.Option(help="The profile jobs would run with: local, gpu, slurm.")] = "local",
+    profile: Annotated[str, typer.Option(help="The profile of the jobs: local, gpu, slurm.")] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
-    """Check this machine: versions, driver, GPUs, disks, Slurm, profile; says what to do. Status 1 on a problem."""
+    """Check this machine: versions, driver, GPUs, disks, Slurm, profile, with advice. Exit status 1 on a problem."""
     from mmpipe.cli import doctor
     from mmpipe.doctor import Machine, examine
 
@@ -86,7 +85,7 @@ def doctor(
 
 @app.command()
 def show(comparison: Annotated[Path, typer.Argument(help="A comparison, e.g. results/mmbench.json.")]) -> None:
-    """Show a comparison as a table."""
+    """Print a comparison as a table."""
     from mmpipe.cli.show import print_comparison
 
     print_comparison(comparison)
@@ -97,7 +96,7 @@ def why(
     targets: Annotated[list[str], typer.Argument(help="Files or target rules, e.g. results/mmbench.json.")],
     configfile: Annotated[Path | None, typer.Option("--configfile", help="As given to snakemake.")] = None,
 ) -> None:
-    """Say what snakemake would run for a target and why, in words."""
+    """Explain which jobs snakemake would run for a target, and why."""
     from mmpipe.cli.why import explain
 
     print(explain(targets, configfile))
@@ -107,12 +106,12 @@ def why(
 def data(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Entries, mixtures, recipes, benchmarks to show in full; without them all in brief."),
+        typer.Argument(help="Entries, mixtures, recipes, benchmarks to show in full; default: all in brief."),
     ] = None,
-    lock: Annotated[bool, typer.Option("--lock", help="Pin what is fetched here in config/lock.json.")] = False,
+    lock: Annotated[bool, typer.Option("--lock", help="Pin the fetched entries in config/lock.json.")] = False,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
-    """Show data sets and backbones: what is here, how large it is, its licence; of a mixture or recipe, what it still needs."""
+    """List data sets and backbones: state, size, licence; for a mixture or recipe, what must still be fetched."""
     from mmpipe.cli.data import print_catalogue
     from mmpipe.sources.transfer.lock import LOCK, write_lock
 
@@ -130,10 +129,15 @@ def smoke(
     configfile: Annotated[Path | None, typer.Option("--configfile", help="As given to snakemake.")] = None,
     cores: Annotated[str, typer.Option(help="As given to snakemake.")] = "all",
 ) -> None:
-    """Try every stage on the way to a target for a moment, below results/smoke/, beside nothing real."""
-    from mmpipe.cli.why import run_smoke
+    """Try every stage on the way to a target for a few steps, in results/smoke/."""
+    from mmpipe.cli.why import snakemake_command
 
-    raise typer.Exit(run_smoke(targets, max_steps, configfile, cores))
+    for target in targets:
+        if not target.startswith("results/"):
+            raise MmpipeError(f"'{target}' is no file below results/; name one, e.g. results/mmbench.json")
+    smoke = [target.replace("results/", "results/smoke/", 1) for target in targets]
+    limit = ["--cores", cores, "--config", f"smoke={{max_steps: {max_steps}}}"]
+    raise typer.Exit(subprocess.run([*snakemake_command(smoke, configfile), *limit], check=False).returncode)
 
 
 @app.command()
@@ -142,9 +146,11 @@ def score(
     references: References,
     answers: Answers,
     protocol: Annotated[str, typer.Option(help="The protocol; default: the official one.")] = "",
-    judge: Annotated[Path | None, typer.Option(help="A judge's replies, for protocols that need them.")] = None,
-    per_item: Annotated[Path | None, typer.Option(help="Write the verdict on every question here.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the score here too.")] = None,
+    judge: Annotated[Path | None, typer.Option(help="The judge's replies, for judged protocols.")] = None,
+    per_item: Annotated[
+        Path | None, typer.Option(help="Also write the verdict on every question to this file.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the score to this file.")] = None,
 ) -> None:
     """Score answers offline; prints JSON."""
     from mmpipe.benchmarks.scoring import score_files
@@ -167,7 +173,7 @@ def convert(
     answers: Answers,
     out: Annotated[Path, typer.Option(help="The submission file.")],
 ) -> None:
-    """Write the file a benchmark's server accepts; prints JSON."""
+    """Write the submission file for a benchmark's server; prints JSON."""
     from mmpipe.benchmarks.scoring import convert_files
 
     _print_json(convert_files(benchmark, references, answers, out))
@@ -182,11 +188,11 @@ def export(
         str | None, typer.Option(help="The layout of a packed language model inside, e.g. moss2.")
     ] = None,
     tower: Annotated[
-        str, typer.Option(help="What the configuration calls the vision tower.")
+        str, typer.Option(help="The name of the vision tower in the configuration.")
     ] = "openai/clip-vit-large-patch14-336",
     binary: Annotated[bool, typer.Option("--binary", help="Write pytorch_model.bin instead of safetensors.")] = False,
 ) -> None:
-    """Write a checkpoint in the layout of another system, bit by bit the same tensors."""
+    """Export a checkpoint in the layout of another system, tensors bit for bit equal."""
     from mmpipe.artifacts.files import staged_directory
     from mmpipe.checkpoints.layouts import get
 
@@ -215,7 +221,7 @@ def export_mixture(
     copy: Annotated[bool, typer.Option("--copy", help="With --images: copy, do not link.")] = False,
     embed: Annotated[bool, typer.Option("--embed", help="Put images into the Parquet file itself (messages).")] = False,
 ) -> None:
-    """Write a verified mixture as other programs read it."""
+    """Export a verified mixture in a format of other programs."""
     from mmpipe.data.export import export_mixture as write
     from mmpipe.data.export import keep_in_place, place_in_folder
 
@@ -233,15 +239,17 @@ def judge(
     answers: Answers,
     model: Annotated[str, typer.Option(help="The judge's name; part of the score's protocol.")],
     base_url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint.")] = "https://api.openai.com/v1",
-    out: Annotated[Path, typer.Option(help="The replies; what is there is not asked again.")] = Path("judge.jsonl"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, ask nothing.")] = False,
+    out: Annotated[Path, typer.Option(help="The replies; recorded ones are not requested again.")] = Path(
+        "judge.jsonl"
+    ),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate requests and costs, send nothing.")] = False,
     max_requests: Annotated[int, typer.Option(min=0, help="Requests at most, repeated ones included.")] = 5000,
     max_usd: Annotated[float | None, typer.Option(min=0, help="Dollars at most, by the prices below.")] = None,
     usd_per_million_input: Annotated[float, typer.Option(min=0, help="Price of request tokens.")] = 0.0,
     usd_per_million_output: Annotated[float, typer.Option(min=0, help="Price of reply tokens.")] = 0.0,
     key_variable: Annotated[str, typer.Option(help="Environment variable with the key.")] = "OPENAI_API_KEY",
 ) -> None:
-    """Let a judge model read answers, or say what that would cost; prints JSON."""
+    """Grade answers with a judge model, or estimate the costs; prints JSON."""
     from mmpipe.benchmarks.judge import judge_answers, price
     from mmpipe.benchmarks.spec import JudgeSettings
     from mmpipe.settings import validate
@@ -297,8 +305,8 @@ def serve(
 
 
 @app.command()
-def schema(out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None) -> None:
-    """The JSON schema of all configuration files (config/schema.json), for editors."""
+def schema(out: Annotated[Path | None, typer.Option(help="Write to this file instead.")] = None) -> None:
+    """Print the JSON schema of all configuration files (config/schema.json), for editors."""
     from mmpipe.plan.schema import configuration_schema
 
     text = json.dumps(configuration_schema(), indent=2, ensure_ascii=False) + "\n"

@@ -43,7 +43,7 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
                 hopeless |= dict.fromkeys(hopeless_reasons(plan, stage, found))
             for annotation in stage.settings.annotations().values():
                 if room := _room(plan, annotation):
-                    branch.add(f"[dim]{escape(annotation.checkpoint)} writes down: {room}[/]")
+                    branch.add(f"[dim]{escape(annotation.checkpoint)} precomputes: {room}[/]")
             branch.add(f"[dim]{stage.directory() / 'model'}[/]")
         console.print(tree)
     for warning in (*plan.warnings(), *hopeless):
@@ -56,7 +56,7 @@ def _needs(found: ResourceEstimate, gpus: int) -> str:
     if found.parameters < 1e8:
         size = f"{found.trainable:,} of {found.parameters:,} parameters train"
     if not gpus:
-        return f"{size}, about {found.host / 1e9:.1f} GB of main memory"
+        return f"{size}, about {found.host / 1e9:.1f} GB of CPU RAM"
     hours = "unknown" if found.gpu_hours is None else f"about {found.gpu_hours:.{1 if found.gpu_hours < 10 else 0}f}"
     length = f"{found.length} tokens a sample{'' if found.measured else ' assumed'}"
     return f"{size}, about {found.memory.total / 1e9:.0f} GB a GPU ({length}), {hours} GPU-hours at {UTILIZATION:.0%} of the peak"

@@ -1,4 +1,4 @@
-"""Saying in words what Snakemake would run and why."""
+"""``mmpipe why``: the jobs that Snakemake would run, and why."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmpipe.errors import MmpipeError
+from mmpipe.errors import MmpipeError, few
 
 _JOB = re.compile(r"^(?:local)?(?:rule|checkpoint|Job) ?\S*: ?(?P<message>.*)$")
 _REASON = re.compile(r"^\s*[Rr]eason: (?P<reason>.*)$")
 
 
-def _command(targets: list[str], configfile: Path | None) -> list[str]:
+def snakemake_command(targets: list[str], configfile: Path | None) -> list[str]:
+    """The command that makes ``targets``; they come first, because options that take many values would swallow them."""
     config = ["--configfile", str(configfile)] if configfile else []
-    # targets first: options that take many values would swallow them
     return [sys.executable, "-m", "snakemake", *targets, *config]
 
 
@@ -26,7 +26,7 @@ def explain(targets: list[str], configfile: Path | None = None) -> str:
 
     Raises MmpipeError with Snakemake's own message when the plan cannot be made.
     """
-    command = [*_command(targets, configfile), "--dry-run", "--cores", "1", "--nolock", "--nocolor"]
+    command = [*snakemake_command(targets, configfile), "--dry-run", "--cores", "1", "--nolock", "--nocolor"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise MmpipeError((result.stderr or result.stdout).strip().splitlines()[-1])
@@ -59,13 +59,13 @@ def _in_words(reason: str) -> list[str]:
         names = [name.strip() for name in details.split(",")]
         match what:
             case "Missing output files" if len(parts) > 1:
-                continue  # the other reason tells more; temporary files are always missing
+                continue  # the other reason says more; temporary files are always missing
             case "Missing output files":
-                lines.append(f"{_some(names)} {'are' if len(names) > 1 else 'is'} not there")
+                lines.append(f"{few(names)} {'are' if len(names) > 1 else 'is'} not there")
             case "Input files updated by another job":
-                lines.append(f"made from what will be made first: {_some(names)}")
+                lines.append(f"made from what will be made first: {few(names)}")
             case "Updated input files":
-                lines.append(f"changed since: {_some(names)}")
+                lines.append(f"changed since: {few(names)}")
             case "Set of input files has changed since last execution":
                 lines.append("it is made from other files than last time")
             case "Params have changed since last execution":
@@ -75,11 +75,6 @@ def _in_words(reason: str) -> list[str]:
             case _:
                 lines.append(part)
     return lines
-
-
-def _some(names: list[str], shown: int = 3) -> str:
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def _changed_settings(details: str) -> list[str]:
@@ -123,13 +118,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _shown(spec: dict[str, Any], key: str) -> str:
     return json.dumps(spec[key]) if key in spec else "(default)"
-
-
-def run_smoke(targets: list[str], max_steps: int, configfile: Path | None, cores: str) -> int:
-    """Run the smoke variants of ``targets``; returns Snakemake's status."""
-    smoke = [target.replace("results/", "results/smoke/", 1) for target in targets]
-    for target in targets:
-        if not target.startswith("results/"):
-            raise MmpipeError(f"'{target}' is no file below results/; name one, e.g. results/mmbench.json")
-    command = [*_command(smoke, configfile), "--cores", cores, "--config", f"smoke={{max_steps: {max_steps}}}"]
-    return subprocess.run(command, check=False).returncode

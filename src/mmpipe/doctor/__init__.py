@@ -1,19 +1,27 @@
-"""What is wrong with this machine, before a job finds out: small checks, one a file in ``mmpipe.doctor.checks``."""
+"""What is wrong with this machine, before a job finds out: small checks in ``mmpipe.doctor.checks``."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 from mmpipe import registry
 from mmpipe.doctor.base import Finding, Machine
 from mmpipe.errors import MmpipeError
 
 
+def all_checks() -> dict[str, Callable[[Machine], Iterator[Finding]]]:
+    """Every check by its topic: the functions ``check_topic`` of the modules of ``mmpipe.doctor.checks``."""
+    modules = registry.modules("mmpipe.doctor.checks").values()
+    found = {name: check for module in modules for name, check in vars(module).items() if name.startswith("check_")}
+    return {name.removeprefix("check_").replace("_", " "): found[name] for name in sorted(found)}
+
+
 def examine(machine: Machine) -> list[Finding]:
-    """Run every check; one that cannot be carried out is a problem of its own, and the others go on."""
+    """Run every check; a check that fails is a problem of its own, and the others go on."""
     findings: list[Finding] = []
-    for name, module in registry.modules("mmpipe.doctor.checks").items():
-        topic = name.replace("_", " ")
+    for topic, check in all_checks().items():
         try:
-            findings += [finding.about(topic) for finding in module.check(machine)]
+            findings += [finding.about(topic) for finding in check(machine)]
         except MmpipeError as error:
             findings.append(Finding("problem", str(error), topic=topic))
     return findings

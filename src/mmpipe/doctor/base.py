@@ -1,4 +1,4 @@
-"""What checks share: the finding they report, and the machine they look at."""
+"""What checks share: the findings they report, and the machine they examine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mmpipe.errors import ConfigError
 from mmpipe.plan.plan import Plan, StagePlan
@@ -36,17 +36,26 @@ class Finding:
         return replace(self, topic=topic)
 
 
+ok, warning, problem = (partial(Finding, status) for status in get_args(Status))
+
+
 @dataclass(frozen=True)
-class Answer:
-    """What a command said. ``status`` is None when it did not end in time."""
+class CommandResult:
+    """Exit status of a command, None when it did not end in time; its standard output and standard error."""
 
     status: int | None
     text: str
     complaint: str
 
 
+def profile_file(folder: Path) -> Path | None:
+    """The file of a Snakemake profile's directory, as :mod:`snakemake.profiles` looks for it."""
+    names = ("profile.yaml", "config.v9+.yaml", "config.yaml")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
 class Machine:
-    """The machine, the profile jobs would run with, and the configuration, each looked at when first asked for."""
+    """The machine, the profile jobs would run with, and the configuration, each read when first needed."""
 
     def __init__(
         self, root: Path = Path(), profile: str = "local", configfile: Path = Path("config/config.yaml")
@@ -55,15 +64,15 @@ class Machine:
         self.profile = profile
         self.configfile = configfile
 
-    def ask(self, *command: str, seconds: float = 10) -> Answer | None:
+    def ask(self, *command: str, seconds: float = 10) -> CommandResult | None:
         """Run a command with a time limit; None when it is not installed."""
         if shutil.which(command[0]) is None:
             return None
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, errors="replace")
         except subprocess.TimeoutExpired:
-            return Answer(None, "", f"no answer within {seconds:g} seconds")
-        return Answer(done.returncode, done.stdout.strip(), done.stderr.strip())
+            return CommandResult(None, "", f"no answer within {seconds:g} seconds")
+        return CommandResult(done.returncode, done.stdout.strip(), done.stderr.strip())
 
     @cached_property
     def plan(self) -> Plan:
@@ -72,7 +81,7 @@ class Machine:
 
     @cached_property
     def stages(self) -> list[StagePlan]:
-        """The stages of the chosen recipes; none when the configuration cannot be read, which is a finding of its own."""
+        """The stages of the chosen recipes; none when the configuration cannot be read, which another check reports."""
         try:
             return self.plan.chosen_stages()
         except ConfigError:
@@ -80,35 +89,34 @@ class Machine:
 
     @cached_property
     def profile_folder(self) -> Path | None:
-        """The profile's directory, where Snakemake looks for it."""
-        from mmpipe.doctor.profiles import find
-
-        return find(self.profile, self.root)
+        """The profile's directory: a path, one of the project's, or one of the user's, as Snakemake looks for it."""
+        root, name = self.root, self.profile
+        folders = (root / name, root / "profiles" / name, Path.home() / ".config/snakemake" / name)
+        return next((folder for folder in folders if profile_file(folder)), None)
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
-        """What the profile says; empty when there is none."""
-        from mmpipe.doctor.profiles import read
-
-        return read(self.profile_folder) if self.profile_folder else {}
+        """The profile's settings; empty when there is none."""
+        file = profile_file(self.profile_folder) if self.profile_folder else None
+        return read_mapping(file) if file else {}
 
     @property
     def on_slurm(self) -> bool:
-        """Whether the profile sends jobs to Slurm."""
+        """Whether the profile submits jobs to Slurm."""
         return self.settings.get("executor") == "slurm"
 
     @property
     def local_gpus(self) -> int:
-        """GPUs of this machine that the profile hands out."""
+        """GPUs of this machine that the profile offers to jobs."""
         resources = self.settings.get("resources")
         wanted = resources.get("gpu", 0) if isinstance(resources, dict) else 0
         return wanted if isinstance(wanted, int) else 1
 
     @cached_property
     def torch(self) -> Mapping[str, Any]:
-        """What PyTorch says about itself and its GPUs (:mod:`mmpipe.doctor.probe`).
+        """PyTorch's version and GPUs (:mod:`mmpipe.doctor.probe`), or ``error``.
 
-        Asked in a process of its own: a driver that does not fit can hang or crash it. ``error`` says why it gave no answer.
+        Read in a process of its own: a driver that does not fit can hang or crash it.
         """
         command = (sys.executable, "-m", "mmpipe.doctor.probe")
         answer = self.ask(*command, seconds=_PROBE_SECONDS)

@@ -1,9 +1,9 @@
-"""The catalogues of a project: what can be named in recipes and configurations."""
+"""The catalogues of a project: what recipes and configurations can name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,97 +15,104 @@ from mmpipe.benchmarks.spec import BenchmarkEntry
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.errors import ConfigError, did_you_mean
 from mmpipe.plan.config import Config
-from mmpipe.settings import read_mapping, validate
+from mmpipe.settings import read_mapping, todays_keys, validate
 from mmpipe.sources import source_type
 from mmpipe.sources.base import Source
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
+def check_known(name: str, known: Iterable[str], where: str, what: str) -> None:
+    """Raise ConfigError, opened by ``where``, for a ``what`` that is not ``known``."""
+    if name not in known:
+        raise ConfigError(f"{where}: there is no {what} '{name}'{did_you_mean(name, known)}")
+
+
 class Catalogues:
-    """Backbones, data sets, mixtures and benchmarks, with the choices of one configuration laid over them."""
+    """Backbones, data sets, mixtures, benchmarks and published tables of ``config/*.yaml`` below ``root``.
 
-    def __init__(self, config: Mapping[str, Any], root: Path = Path(), where: str = "config") -> None:
-        self.where = where
-        self.config: Config = validate(Config, dict(config), where)
-        folder = root / "config"
-        self.backbones = self._sources(folder / "backbones.yaml")
-        self.datasets = self._sources(folder / "datasets.yaml")
-        self._check_sources(folder)
-        self.mixtures: dict[str, MixtureSpec] = {
-            name: validate(MixtureSpec, entry, f"{folder / 'mixtures.yaml'}, mixture '{name}'")
-            for name, entry in self._entries(folder / "mixtures.yaml").items()
-        }
-        self._check_mixtures(folder / "mixtures.yaml")
-        self.benchmarks = self._benchmarks(folder / "benchmarks.yaml")
-        self._published: dict[str, PublishedTable] = {
-            name: validate(PublishedTable, entry, f"{folder / 'published.yaml'}, entry '{name}'")
-            for name, entry in (
-                read_mapping(folder / "published.yaml") if (folder / "published.yaml").exists() else {}
-            ).items()
-        }
+    ``config``, named ``where`` in messages, chooses benchmarks and may override their entries.
+    Raises ConfigError, naming file and entry.
+    """
 
-    @staticmethod
-    def _entries(path: Path) -> dict[str, Any]:
+    def __init__(self, config: Config, root: Path, where: str) -> None:
+        self._folder = root / "config"
+        self.backbones: dict[str, Source] = self._read("backbones", source_type())
+        self.datasets: dict[str, Source] = self._read("datasets", source_type())
+        self.mixtures: dict[str, MixtureSpec] = self._read("mixtures", MixtureSpec, "mixture")
+        published = self._folder / "published.yaml"
+        self.published: dict[str, PublishedTable] = {
+            name: validate(PublishedTable, entry, f"{published}, entry '{name}'")
+            for name, entry in (read_mapping(published) if published.exists() else {}).items()
+        }
+        self._check_backbones()
+        self._check_datasets()
+        for name, mixture in self.mixtures.items():
+            for part in mixture.parts:
+                check_known(part.dataset, self.datasets, self._place("mixtures", name, "mixture"), "data set")
+        self.chosen_benchmarks, self.benchmarks = self._read_benchmarks(config, where)
+
+    def _entries(self, catalogue: str) -> dict[str, Any]:
+        path = self._folder / f"{catalogue}.yaml"
         entries = read_mapping(path)
         for name in entries:
             if not NAME.fullmatch(name):
                 raise ConfigError(f"{path}: the name '{name}' may hold a-z, 0-9, '.', '_' and '-' only")
         return entries
 
-    def _sources(self, path: Path) -> dict[str, Source]:
-        kind = source_type()
-        return {name: validate(kind, entry, f"{path}, entry '{name}'") for name, entry in self._entries(path).items()}
+    def _read(self, catalogue: str, kind: Any, what: str = "entry") -> dict[str, Any]:
+        return {
+            name: validate(kind, entry, self._place(catalogue, name, what))
+            for name, entry in self._entries(catalogue).items()
+        }
 
-    def _check_sources(self, folder: Path) -> None:
-        """Data sets may be joined from others, not in a circle; backbones may not."""
+    def _place(self, catalogue: str, name: str, what: str = "entry") -> str:
+        return f"{self._folder / catalogue}.yaml, {what} '{name}'"
+
+    def _check_backbones(self) -> None:
+        """Backbones have a known layout and are not joined from others."""
+        layouts = registry.names("mmpipe.checkpoints.layouts")
         for name, backbone in self.backbones.items():
+            where = self._place("backbones", name)
             if backbone.needs():
-                where = f"{folder / 'backbones.yaml'}, entry '{name}'"
                 raise ConfigError(f"{where}: only data sets can be of the source '{backbone.kind}'")
-            layouts = dict.fromkeys(registry.names("mmpipe.checkpoints.layouts"))
-            self._known(backbone.layout, layouts, f"{folder / 'backbones.yaml'}, entry '{name}'", "layout")
+            check_known(backbone.layout, layouts, where, "layout")
+
+    def _check_datasets(self) -> None:
+        """Data sets have no layout; they may be joined from others, not in a circle."""
         for name, dataset in self.datasets.items():
+            where = self._place("datasets", name)
             if dataset.model_fields_set & {"layout", "subfolder"}:
-                where = f"{folder / 'datasets.yaml'}, entry '{name}'"
                 raise ConfigError(f"{where}: only backbones have a layout and a subfolder")
-            waiting, below = list(self.datasets[name].needs()), set()
+            waiting, below = list(dataset.needs()), set()
             while waiting:
                 need = waiting.pop()
-                where = f"{folder / 'datasets.yaml'}, entry '{name}'"
-                self._known(need, self.datasets, where, "data set")
+                check_known(need, self.datasets, where, "data set")
                 if need == name:
                     raise ConfigError(f"{where}: the data set is joined from itself")
                 if need not in below:
                     below.add(need)
                     waiting += self.datasets[need].needs()
 
-    def _check_mixtures(self, path: Path) -> None:
-        for name, mixture in self.mixtures.items():
-            for part in mixture.parts:
-                self._known(part.dataset, self.datasets, f"{path}, mixture '{name}'", "data set")
-
-    def _benchmarks(self, path: Path) -> dict[str, BenchmarkEntry]:
-        """The catalogue's entries with the overrides of the configuration laid over them."""
-        raw = self._entries(path)
+    def _read_benchmarks(self, config: Config, where: str) -> tuple[list[str], dict[str, BenchmarkEntry]]:
+        """The chosen benchmarks, and all entries with the overrides of the configuration."""
+        raw = self._entries("benchmarks")
         overrides: dict[str, Mapping[str, Any]] = {}
-        for chosen in self.config.benchmarks:
-            for name, override in chosen.items() if isinstance(chosen, dict) else [(chosen, {})]:
-                self._known(name, raw, f"{self.where}: benchmarks", "benchmark")
-                overrides[name] = override
-        self.chosen_benchmarks = list(overrides)
+        for chosen in config.benchmarks:
+            overrides |= chosen if isinstance(chosen, dict) else {chosen: {}}
+        for name in overrides:
+            check_known(name, raw, f"{where}: benchmarks", "benchmark")
         entries: dict[str, BenchmarkEntry] = {}
         for name, entry in raw.items():
-            where = f"{self.where}: benchmarks.{name}" if overrides.get(name) else f"{path}, entry '{name}'"
-            entries[name] = validate(BenchmarkEntry, _overridden(entry or {}, overrides.get(name, {})), where)
-            self._known(entries[name].data, self.datasets, f"{where}: data", "data set")
-            _check_protocol(entries[name], where, chosen=name in overrides)
-        return entries
-
-    @staticmethod
-    def _known(name: str, known: Mapping[str, Any], where: str, what: str) -> None:
-        if name not in known:
-            raise ConfigError(f"{where}: there is no {what} '{name}'{did_you_mean(name, known)}")
+            changes = overrides.get(name, {})
+            place = f"{where}: benchmarks.{name}" if changes else self._place("benchmarks", name)
+            content, changes = (todays_keys(BenchmarkEntry, values or {}, place) for values in (entry, changes))
+            if {"data", "files"} & set(changes):
+                content.pop("questions", None)  # the number of questions belongs to the files of the catalogue
+            entries[name] = validate(BenchmarkEntry, content | changes, place)
+            check_known(entries[name].data, self.datasets, f"{place}: data", "data set")
+            _check_protocol(entries[name], place, chosen=name in overrides)
+        return list(overrides), entries
 
     @staticmethod
     def source_spec(source: Source) -> str:
@@ -124,9 +131,32 @@ class Catalogues:
         """Manifests of the data sets a mixture reads."""
         return sorted({f"resources/datasets/{part.dataset}/manifest.json" for part in self.mixtures[name].parts})
 
+    def fetched_datasets(self, names: Iterable[str]) -> list[str]:
+        """The data sets that must be fetched for some data sets: in place of a joined one, those it is joined from."""
+        waiting, found = list(names), set()
+        while waiting:
+            name = waiting.pop()
+            waiting += (needs := self.datasets[name].needs())
+            found |= set() if needs else {name}
+        return sorted(found)
+
+    def backbone_directory(self, name: str) -> Path:
+        """The directory of a backbone's files."""
+        return Path("resources/backbones", name, self.backbones[name].subfolder or "")
+
+    def layouts(self, backbones: Mapping[str, str]) -> dict[str, str]:
+        """The checkpoint layouts of backbones by role, transformers' own left out."""
+        named = {role: self.backbones[name].layout for role, name in backbones.items()}
+        return {role: layout for role, layout in named.items() if layout != "hf"}
+
+    def subfolders(self, backbones: Mapping[str, str]) -> dict[str, str]:
+        """The subfolders of backbones by role, where they have one."""
+        named = {role: self.backbones[name].subfolder for role, name in backbones.items()}
+        return {role: folder for role, folder in named.items() if folder}
+
 
 def _check_protocol(entry: BenchmarkEntry, where: str, chosen: bool) -> None:
-    """Raise ConfigError for a task or protocol that does not exist, and for a chosen one that nobody can score."""
+    """Raise ConfigError for an unknown task or protocol, and for a chosen one that lacks its judge."""
     try:
         benchmark = get(entry.task)
         protocol = benchmark.protocol(entry.protocol)
@@ -140,9 +170,3 @@ def _check_protocol(entry: BenchmarkEntry, where: str, chosen: bool) -> None:
             f"{where}: the protocol '{protocol.name}' needs a judge model; give the entry a 'judge'{way_out}, or say "
             "'scored: false' to have the answers alone"
         )
-
-
-def _overridden(entry: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """A benchmark's entry with a configuration's changes; a known number of questions is one of the known files."""
-    known = {"questions": None} if {"data", "files"} & set(override) else {}
-    return {**entry, **known, **override}

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmpipe.errors import ConfigError, did_you_mean
-from mmpipe.plan.catalogues import NAME, Catalogues
-from mmpipe.plan.config import Recipe
+from mmpipe.plan.catalogues import NAME, Catalogues, check_known
+from mmpipe.plan.config import Config, Recipe
 from mmpipe.plan.stages import StagePlan
-from mmpipe.plan.variants import split
-from mmpipe.settings import read_mapping, validate
+from mmpipe.plan.variants import Variant, split
+from mmpipe.settings import read_mapping, todays_keys, validate
 from mmpipe.stages import stage_kinds
 from mmpipe.stages.base import Hardware, Stage
 
 CONSTRUCT = "construct"
-"""The stage that brings a whole checkpoint in; put before the others where a recipe does not name it."""
+"""The stage that imports a whole checkpoint; put before the others where a recipe does not name it."""
 _RESERVED = {"overlap", "smoke", "eval", "submit", "report", "leaderboard"}
 
 
-class Recipes(Catalogues):
-    """All recipes, each a path of stages."""
+class Recipes:
+    """All recipes of ``config/recipes`` below ``root``, each a path of stages.
 
-    def __init__(self, config: Mapping[str, Any], root: Path = Path(), where: str = "config") -> None:
-        super().__init__(config, root, where)
+    ``where`` names the main configuration in messages. Raises ConfigError, naming file and key.
+    """
+
+    def __init__(self, root: Path, catalogues: Catalogues, config: Config, where: str) -> None:
+        self._catalogues = catalogues
+        self._config = config
+        self._where = where
         self._recipes = _read_recipes(root / "config/recipes")
         self._paths: dict[str, list[StagePlan]] = {}
-        self._inherited: dict[str, _Inherited] = {}
+        self._merged: dict[str, Recipe] = {}
+        """Recipes with the defaults and the hardware of those they extend."""
         for name in self._recipes:
             self._resolve(name, ())
         self._check_names()
         self._check_references()
         self._check_nodes()
+
+    # ---- reading
 
     def _resolve(self, name: str, below: tuple[str, ...]) -> list[StagePlan]:
         """The stages of recipe ``name``, first to last."""
@@ -46,19 +55,19 @@ class Recipes(Catalogues):
             circle = " -> ".join([*below[below.index(name) :], name])
             raise ConfigError(f"{recipe.where}: 'extends' goes round in a circle: {circle}")
         inherited: list[StagePlan] = []
-        common = _Inherited()
+        merged = recipe.settings
         if recipe.settings.extends:
             parent, _, last = recipe.settings.extends.partition("@")
-            self._known(parent, self._recipes, f"{recipe.where}: extends", "recipe")
+            check_known(parent, self._recipes, f"{recipe.where}: extends", "recipe")
             inherited = self._resolve(parent, (*below, name))
             if last:
                 names = [stage.name for stage in inherited]
-                self._known(last, dict.fromkeys(names), f"{recipe.where}: extends", f"stage of '{parent}'")
+                check_known(last, names, f"{recipe.where}: extends", f"stage of '{parent}'")
                 inherited = inherited[: names.index(last) + 1]
-            common = self._inherited[parent]
-        self._inherited[name] = _Inherited(
-            _merged(common.defaults, recipe.settings.defaults), _merged(common.hardware, recipe.settings.hardware)
-        )
+            above = self._merged[parent]
+            common = {key: _merged(getattr(above, key), getattr(merged, key)) for key in ("defaults", "hardware")}
+            merged = merged.model_copy(update=common)
+        self._merged[name] = merged
         self._paths[name] = self._path(name, recipe, inherited)
         return self._paths[name]
 
@@ -69,104 +78,78 @@ class Recipes(Catalogues):
         if vision_language is None:
             raise ConfigError(f"{recipe.where}: the key 'model' is missing; name its vision and language backbone")
         for role, backbone in vision_language.parts().items():
-            self._known(backbone, self.backbones, f"{recipe.where}: model.{role}", "backbone")
+            check_known(backbone, self._catalogues.backbones, f"{recipe.where}: model.{role}", "backbone")
         keeps_model = not inherited or vision_language == inherited[0].vision_language
-        kept = list(itertools.takewhile(lambda stage: keeps_model and stage.name not in own, inherited))
-        repeated = inherited[len(kept) :]
-        order = [stage.name for stage in repeated] + [n for n in own if n not in {s.name for s in repeated}]
-        if vision_language.checkpoint and not kept:
-            # a whole model is brought into the house before anything reads it
+        path = list(itertools.takewhile(lambda stage: keeps_model and stage.name not in own, inherited))
+        repeated = {stage.name: stage for stage in inherited[len(path) :]}
+        order = [*repeated, *(name for name in own if name not in repeated)]
+        if vision_language.checkpoint and not path:
+            # a whole model is imported before anything reads it
             order = list(dict.fromkeys([CONSTRUCT, *order]))
-        if not kept and not order:
+        if not path and not order:
             raise ConfigError(f"{recipe.where}: the recipe has no stages")
-        before = {stage.name: stage for stage in repeated}
-        path = kept
         for stage_name in order:
-            base = before[stage_name].settings.model_dump(exclude_unset=True) if stage_name in before else {}
-            stage = self._stage(name, stage_name, recipe, base, before.get(stage_name))
-            path = [
-                *path,
-                StagePlan(
-                    owner=name,
-                    name=stage_name,
-                    kind=stage[0],
-                    settings=stage[1],
-                    vision_language=vision_language,
-                    parent=path[-1] if path else None,
-                    where=recipe.where,
-                    answering=recipe.settings.answering or (inherited[0].answering if inherited else Hardware()),
-                ),
-            ]
+            kind, settings = self._stage(name, stage_name, recipe, repeated.get(stage_name))
+            stage = StagePlan(
+                owner=name,
+                name=stage_name,
+                kind=kind,
+                settings=settings,
+                vision_language=vision_language,
+                parent=path[-1] if path else None,
+                where=recipe.where,
+                answering=recipe.settings.answering or (inherited[0].answering if inherited else Hardware()),
+            )
+            path.append(stage)
         return path
 
-    def _stage(
-        self, owner: str, name: str, recipe: _NamedRecipe, base: dict[str, Any], before: StagePlan | None
-    ) -> tuple[str, Stage]:
+    def _stage(self, owner: str, name: str, recipe: _NamedRecipe, before: StagePlan | None) -> tuple[str, Stage]:
+        """Kind and settings of a stage: its own over the recipe's defaults, over those of the stage ``before`` it repeats."""
         where = f"{recipe.where}: stages.{name}"
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _RESERVED:
             raise ConfigError(f"{where}: a stage name holds a-z, 0-9 and '_' and is none of {sorted(_RESERVED)}")
         own = dict(recipe.settings.stages.get(name) or {})
         kind = own.pop("kind", before.kind if before else name)
-        self._known(kind, stage_kinds(), where, "stage")
-        fields = stage_kinds()[kind].model_fields
-        self._check_defaults(recipe)
+        check_known(kind, stage_kinds(), where, "stage")
+        settings_class = stage_kinds()[kind]
+        own = todays_keys(settings_class, own, where)
         # a repeated stage carries what the parent's defaults gave it
-        common = self._inherited[owner] if before is None else recipe.settings
-        defaults = {key: value for key, value in common.defaults.items() if key in fields}
-        shared = {
-            key: value
-            for key, value in common.hardware.items()
-            if key not in ("gpus", "nodes") or stage_kinds()[kind].ON_GPUS
-        }
+        base = before.settings.model_dump(exclude_unset=True) if before else {}
+        common = recipe.settings if before else self._merged[owner]
+        defaults = {key: value for key, value in common.defaults.items() if key in settings_class.model_fields}
+        on_gpus = settings_class.ON_GPUS
+        shared = {key: value for key, value in common.hardware.items() if on_gpus or key not in ("gpus", "nodes")}
         hardware = _merged(shared, own.get("hardware", {}))
         raw = _merged(_merged(base, defaults), own)
         if hardware:
             raw["hardware"] = _merged(base.get("hardware", {}), hardware)
-        settings: Stage = validate(stage_kinds()[kind], raw, where)
+        settings: Stage = validate(settings_class, raw, where)
         mixture = settings.mixture()
         if mixture is not None:
-            self._known(mixture, self.mixtures, f"{where}.data", "mixture")
+            check_known(mixture, self._catalogues.mixtures, f"{where}.data", "mixture")
         return kind, settings
 
-    @staticmethod
-    def _check_defaults(recipe: _NamedRecipe) -> None:
-        known = {field for kind in stage_kinds().values() for field in kind.model_fields}
-        for key in recipe.settings.defaults:
-            if key not in known:
-                raise ConfigError(f"{recipe.where}: unknown key 'defaults.{key}'{did_you_mean(key, known)}")
+    # ---- checks
 
     def _check_names(self) -> None:
         for name, recipe in self._recipes.items():
             if not NAME.fullmatch(name):
                 raise ConfigError(f"{recipe.where}: the recipe name '{name}' may hold a-z, 0-9, '.', '_', '-' only")
-            if name in self.benchmarks or name in _RESERVED:
+            if name in self._catalogues.benchmarks or name in _RESERVED:
                 raise ConfigError(
                     f"{recipe.where}: the recipe name '{name}' is taken (a benchmark or a folder of results/); "
                     "rename the recipe"
                 )
 
     def _check_references(self) -> None:
+        """References name known checkpoints, none of them a variant, and no stage needs itself."""
         for stage in self.stages():
-            for role, reference in all_references(stage.settings).items():
-                if split(reference, f"{stage.where}: stages.{stage.name}.{role}")[1]:
-                    raise ConfigError(
-                        f"{stage.where}: stages.{stage.name}.{role}: '{reference}': variants answer benchmarks only"
-                    )
-                other = self.checkpoint(reference, f"{stage.where}: stages.{stage.name}.{role}")
-                self._check_no_circle(stage, other, role)
-
-    def _check_no_circle(self, stage: StagePlan, other: StagePlan, role: str) -> None:
-        """A stage must not need itself through its references."""
-        waiting, seen = [other], set()
-        while waiting:
-            current = waiting.pop()
-            if current.id in seen:
-                continue
-            seen.add(current.id)
-            if current.id == stage.id:
-                raise ConfigError(f"{stage.where}: stages.{stage.name}.{role} depends on this stage itself")
-            needed = [self.checkpoint(name, "") for name in all_references(current.settings).values()]
-            waiting += [*needed, *([current.parent] if current.parent else [])]
+            for role, reference in stage.references().items():
+                where = f"{stage.where}: stages.{stage.name}.{role}"
+                if split(reference, where)[1]:
+                    raise ConfigError(f"{where}: '{reference}': variants answer benchmarks only")
+                if stage.id in {other.id for other in self.needed(self.checkpoint(reference, where))}:
+                    raise ConfigError(f"{where} depends on this stage itself")
 
     def _check_nodes(self) -> None:
         for stage in self.stages():
@@ -176,37 +159,24 @@ class Recipes(Catalogues):
                 except ConfigError as error:
                     raise ConfigError(f"{stage.where}: stages.{stage.name}: {error}") from None
 
+    # ---- questions
+
     @property
-    def recipes(self) -> list[str]:
+    def names(self) -> list[str]:
         """All recipe names."""
         return list(self._paths)
-
-    def nodes(self, hardware: Hardware) -> int:
-        """How many machines of the cluster a job runs on.
-
-        Raises ConfigError when its GPUs cannot be spread evenly over them.
-        """
-        per_node = self.config.gpus_per_node
-        nodes = hardware.nodes or -(-hardware.gpus // per_node) or 1
-        if hardware.gpus % nodes or (hardware.nodes is None and nodes > 1 and hardware.gpus % per_node):
-            raise ConfigError(
-                f"hardware.gpus: {hardware.gpus} GPUs do not fill whole machines of {per_node} (gpus_per_node of the "
-                "configuration); ask for a multiple, or say hardware.nodes"
-            )
-        return nodes
 
     def stages(self, recipe: str | None = None) -> list[StagePlan]:
         """The stages of one recipe, or every owned stage of all recipes."""
         if recipe is not None:
-            self._known(recipe, self._paths, self.where, "recipe")
+            check_known(recipe, self._paths, self._where, "recipe")
             return self._paths[recipe]
-        unique = {stage.id: stage for path in self._paths.values() for stage in path}
-        return list(unique.values())
+        return list({stage.id: stage for path in self._paths.values() for stage in path}.values())
 
     def stage(self, owner: str, name: str) -> StagePlan:
         """The stage ``name`` that recipe ``owner`` declares."""
         found = {stage.name: stage for stage in self.stages(owner)}
-        self._known(name, found, f"recipe '{owner}'", "stage")
+        check_known(name, found, f"recipe '{owner}'", "stage")
         if found[name].owner != owner:
             raise ConfigError(
                 f"results/{owner}/{name}: recipe '{owner}' shares this stage; it is made at {found[name].directory()}"
@@ -215,36 +185,94 @@ class Recipes(Catalogues):
 
     def checkpoint(self, reference: str, where: str = "") -> StagePlan:
         """The stage behind ``recipe`` (its last) or ``recipe@stage``, whatever the variant."""
-        base, variant = split(reference, where or self.where)
-        recipe, _, stage = base.partition("@")
-        self._known(recipe, self._paths, where or self.where, "recipe")
-        path = {s.name: s for s in self._paths[recipe]}
-        if stage:
-            self._known(stage, path, where or self.where, f"stage of '{recipe}'")
-        found = path[stage] if stage else self._paths[recipe][-1]
+        where = where or self._where
+        base, variant = split(reference, where)
+        recipe, _, name = base.partition("@")
+        check_known(recipe, self._paths, where, "recipe")
+        path = {stage.name: stage for stage in self._paths[recipe]}
+        if name:
+            check_known(name, path, where, f"stage of '{recipe}'")
+        found = path[name] if name else self._paths[recipe][-1]
         if variant and not found.sparsified:
             raise ConfigError(
-                f"{where or self.where}: '{reference}': the checkpoint has no predictors that could keep more or less; "
+                f"{where}: '{reference}': the checkpoint has no predictors that could keep more or less; "
                 "only what follows a stage 'sparsify' has variants"
             )
         return found
 
+    def needed(self, stage: StagePlan) -> list[StagePlan]:
+        """Every stage that must be made for ``stage``'s checkpoint, itself and those of its teachers included."""
+        found: dict[str, StagePlan] = {}
+        waiting = [stage]
+        while waiting:
+            current = waiting.pop()
+            if current.id not in found:
+                found[current.id] = current
+                waiting += map(self.checkpoint, current.references().values())
+                waiting += [current.parent] if current.parent else []
+        return list(found.values())
+
+    def every_checkpoint(self) -> list[str]:
+        """Every reference to a checkpoint, ``recipe`` and ``recipe@stage``, variants apart."""
+        return [
+            name
+            for recipe, path in self._paths.items()
+            for name in (recipe, *(f"{recipe}@{stage.name}" for stage in path))
+        ]
+
+    def chosen(self) -> list[str]:
+        """The checkpoints to compare, patterns (``demo-*``, ``demo@*``) expanded, in the order of the configuration;
+        sparsified ones also at every rate of ``keep_rates``."""
+        full = {f"{recipe}@{stage.name}": stage for recipe, path in self._paths.items() for stage in path}
+        chosen: dict[str, None] = {}
+        for wanted in self._config.recipes:
+            pattern, variant = split(wanted, f"{self._where}: recipes")
+            names = list(full) if "@" in pattern else self.names
+            # a projector trained on captions alone answers no questions: a pattern does not include it, its name does
+            hits = [
+                hit
+                for hit in fnmatch.filter(names, pattern)
+                if hit == pattern or hit not in full or full[hit].settings.PUBLISHES != "projector"
+            ]
+            if not hits:
+                hint = did_you_mean(pattern, names)
+                raise ConfigError(f"{self._where}: recipes: there is no recipe '{pattern}'{hint}")
+            for hit in hits:
+                recipe, _, stage = hit.partition("@")
+                name = recipe if stage == self._paths[recipe][-1].name else hit
+                chosen |= dict.fromkeys(self._variants(name, variant))
+        return list(chosen)
+
+    def _variants(self, name: str, variant: Variant | None) -> list[str]:
+        """The variant of a checkpoint that is asked for; without one, itself and what ``keep_rates`` adds."""
+        if variant:
+            self.checkpoint(f"{name}{variant.suffix}", f"{self._where}: recipes")
+            return [f"{name}{variant.suffix}"]
+        rates = self._config.keep_rates if self.checkpoint(name).sparsified else []
+        return [name, *(f"{name}{Variant(rate).suffix}" for rate in rates)]
+
     def family(self, reference: str) -> str:
-        """What checkpoints that differ in nothing but their seed have in common: the reference with ``*`` for the value
-        of the matrix axis ``seed``, else itself. A stage shared by the seeds is one checkpoint, not many."""
+        """The common name of checkpoints that differ only in their seed: the reference with ``*`` for the value of the
+        matrix axis ``seed``, else itself. A stage shared by the seeds is one checkpoint."""
         base, variant = split(reference)
         recipe, at, stage = base.partition("@")
         owned = self.checkpoint(base).owner == recipe
         suffix = variant.suffix if variant else ""
         return f"{self._recipes[recipe].family}{at}{stage}{suffix}" if owned else reference
 
+    def nodes(self, hardware: Hardware) -> int:
+        """The number of machines of the cluster a job runs on.
 
-@dataclass(frozen=True)
-class _Inherited:
-    """What a recipe hands on to those that extend it, beside its stages."""
-
-    defaults: dict[str, Any] = field(default_factory=dict)
-    hardware: dict[str, Any] = field(default_factory=dict)
+        Raises ConfigError when its GPUs cannot be spread evenly over them.
+        """
+        per_node = self._config.gpus_per_node
+        nodes = hardware.nodes or -(-hardware.gpus // per_node) or 1
+        if hardware.gpus % nodes or (hardware.nodes is None and nodes > 1 and hardware.gpus % per_node):
+            raise ConfigError(
+                f"hardware.gpus: {hardware.gpus} GPUs do not fill whole machines of {per_node} (gpus_per_node of the "
+                "configuration); ask for a multiple, or say hardware.nodes"
+            )
+        return nodes
 
 
 @dataclass(frozen=True)
@@ -265,20 +293,38 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_recipes(folder: Path) -> dict[str, _NamedRecipe]:
-    """Every recipe of ``config/recipes``, matrices expanded."""
+    """Every recipe of ``config/recipes``, matrices expanded; defaults and hardware under today's keys, to be merged."""
     recipes: dict[str, _NamedRecipe] = {}
     for path in sorted(folder.glob("*.yaml")):
-        raw = read_mapping(path)
-        for name, family, content in _expand_matrix(path, raw):
+        for name, family, content in _expand_matrix(path, read_mapping(path)):
             if name in recipes:
                 raise ConfigError(f"{path}: there is a recipe '{name}' already, from {recipes[name].where}")
-            recipes[name] = _NamedRecipe(validate(Recipe, content, str(path)), str(path), family)
+            recipe: Recipe = validate(Recipe, content, str(path))
+            todays = {
+                "defaults": _todays_defaults(recipe.defaults, path),
+                "hardware": todays_keys(Hardware, recipe.hardware, f"{path}: hardware"),
+            }
+            recipes[name] = _NamedRecipe(recipe.model_copy(update=todays), str(path), family)
     if not recipes:
         raise ConfigError(f"{folder}: no recipe files (*.yaml) found; is this the project directory?")
     return recipes
 
 
-def _expand_matrix(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _todays_defaults(defaults: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Defaults under today's keys. Raises ConfigError for a key that no stage has."""
+    kinds = stage_kinds().values()
+    chosen: dict[type[Stage], dict[str, Any]] = {}
+    for key, value in defaults.items():
+        kind = next((kind for kind in kinds if key in kind.model_fields or key in kind.FORMER_KEYS), None)
+        if kind is None:
+            every = {name for kind in kinds for name in kind.model_fields}
+            raise ConfigError(f"{path}: unknown key 'defaults.{key}'{did_you_mean(key, every)}")
+        chosen.setdefault(kind, {})[key] = value
+    where = f"{path}: defaults"
+    return {key: value for kind, values in chosen.items() for key, value in todays_keys(kind, values, where).items()}
+
+
+def _expand_matrix(path: Path, raw: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Name, family and content of every recipe in a file."""
     content = dict(raw)
     matrix = content.pop("matrix", {})
@@ -286,7 +332,7 @@ def _expand_matrix(path: Path, raw: dict[str, Any]) -> Iterator[tuple[str, str, 
     if not isinstance(matrix, dict) or not all(isinstance(v, list) and v for v in matrix.values()):
         raise ConfigError(f"{path}: matrix: expected 'axis: [value, ...]' lines")
     for axis in matrix:
-        if len(matrix) and f"{{{axis}}}" not in str(pattern):
+        if f"{{{axis}}}" not in str(pattern):
             raise ConfigError(f"{path}: name: '{pattern}' lacks '{{{axis}}}'; variants would share one name")
     for values in itertools.product(*matrix.values()):
         chosen = dict(zip(matrix, values, strict=True))
@@ -307,8 +353,3 @@ def _substitute(value: Any, chosen: Mapping[str, Any]) -> Any:
                 return replacement
             value = value.replace(f"{{{axis}}}", str(replacement))
     return value
-
-
-def all_references(stage: Stage) -> dict[str, str]:
-    """Every other checkpoint a stage needs, directly or through annotations."""
-    return stage.references() | {role: wanted.checkpoint for role, wanted in stage.annotations().items()}

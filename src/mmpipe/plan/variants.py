@@ -1,7 +1,8 @@
-"""Checkpoints answered in another way than they were trained: a suffix of the reference, ``recipe@stage+keep0.5``.
+"""Checkpoints answered with another keep rate than they were trained with: a suffix of the reference,
+``recipe@stage+keep0.5``.
 
-``+keep0.5`` keeps half of each image's tokens, ``+whole`` keeps everything, as the dense model does. Only sparsified
-checkpoints have variants. Plain Python: the plan and the rules read it.
+``+keep0.5`` retains half of each image's tokens, ``+whole`` retains everything, as the dense model does. Only sparsified
+checkpoints have variants.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from dataclasses import dataclass
 from mmpipe.errors import ConfigError
 
 PATTERN = r"\+(?:keep[0-9.]+|whole)"
-"""What the rules accept behind a checkpoint."""
+"""The suffixes that rules accept after a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How much of its context a checkpoint keeps."""
+    """How much of its context a checkpoint retains."""
 
     keep_rate: float | None
-    """Share of each image's tokens; None keeps everything."""
+    """Share of each image's tokens; None retains everything."""
 
     @property
     def suffix(self) -> str:
@@ -31,7 +32,7 @@ class Variant:
 def split(reference: str, where: str = "") -> tuple[str, Variant | None]:
     """A reference without its variant, and the variant if it has one.
 
-    Raises ConfigError, opened by ``where``, for a suffix that is none and for rates outside (0, 1].
+    Raises ConfigError, opened by ``where``, for an unknown suffix and for rates outside (0, 1].
 
     >>> split("demo@sparsify+keep0.5")
     ('demo@sparsify', Variant(keep_rate=0.5))

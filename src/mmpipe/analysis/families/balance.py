@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmpipe.analysis.base import Family, Row, Source, axes, lines_by_layer, read_layers
+from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes, lines_by_layer, read_layers
 from mmpipe.analysis.families.frequency import counts_of, selection_counts
 from mmpipe.losses.collapse import ALARM
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def selection_entropy(counts_N: NDArray[Any]) -> float:
@@ -47,13 +45,13 @@ def most_common_expert_set(indices_TK: NDArray[Any], times_T: NDArray[Any]) -> t
     return tuple(int(e) for e in sets[best]), float(tokens[best] / tokens.sum())
 
 
-class Balance(Family):
+class Balance(MetricFamily):
     """Entropy of the selection frequencies (normalised), load of the busiest expert over the mean, and the share of
     tokens that make the most common choice of experts; above one half the layer has collapsed."""
 
     title = "Load balance and collapse"
 
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         rows = []
         for layer in read_layers(sources[0].path):
             counts = counts_of(layer)

@@ -6,42 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mmpipe.analysis.base import Family, Row, Source, read_layers
+from mmpipe.analysis.base import MetricFamily, MetricInput, Row, read_layers
 from mmpipe.analysis.families.frequency import counts_of
-from mmpipe.analysis.families.modality import divergence, draw_groups
-from mmpipe.plan.experts import ExpertLogs
+from mmpipe.analysis.families.modality import draw_groups, group_rows
 
 
-class Benchmarks(Family):
+class Benchmarks(MetricFamily):
     """The share of the choices on each benchmark that goes to each expert, and the divergence between the benchmarks
     (0: they are routed alike)."""
 
+    reads = "logs of all benchmarks"
+    least_inputs = 2
     per = "checkpoint"
     title = "Specialisation on benchmarks"
 
-    def applies(self, logs: ExpertLogs, checkpoint: str) -> bool:
-        return len(logs.benchmarks) > 1
-
-    def inputs(self, logs: ExpertLogs, out: str, checkpoint: str, benchmark: str) -> list[str]:
-        return [logs.path(out, checkpoint, name) for name in logs.benchmarks]
-
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         counts: dict[tuple[str, int], dict[str, Any]] = {}
         for source in sources:
             for layer in read_layers(source.path):
                 counts.setdefault((layer.part, layer.layer), {})[source.benchmark] = counts_of(layer)
-        rows = []
-        for (part, number), of_benchmarks in counts.items():
-            bits = divergence(np.array(list(of_benchmarks.values())))
-            for name, counts_N in of_benchmarks.items():
-                for expert, count in enumerate(counts_N.tolist()):
-                    rows.append(
-                        {"part": part, "layer": number, "benchmark": name, "expert": expert, "count": count}
-                        | {"share": count / max(1, counts_N.sum()), "divergence_bits": bits}
-                    )
-        return rows
+        return [
+            row
+            for (part, number), of_benchmarks in counts.items()
+            for row in group_rows({"part": part, "layer": number}, "benchmark", of_benchmarks)
+        ]
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
         draw_groups(rows, "benchmark", path)

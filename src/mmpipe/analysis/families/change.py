@@ -1,18 +1,15 @@
-"""How routing changes from checkpoint to checkpoint, and when it has reached what it ends with."""
+"""How routing changes from checkpoint to checkpoint, and when it saturates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmpipe.analysis.base import Family, Layer, Row, Source, axes, by, read_layer, where
-from mmpipe.plan.experts import ExpertLogs
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from mmpipe.analysis.base import Layer, MetricFamily, MetricInput, Row, axes, by, read_layer, where
 
 
 def slot_change(before_TK: NDArray[Any], after_TK: NDArray[Any], times_T: NDArray[Any]) -> float:
@@ -34,8 +31,8 @@ def any_change(before_TK: NDArray[Any], after_TK: NDArray[Any], times_T: NDArray
 
 
 def matched(a: Layer, b: Layer) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Rows of two layers that are the same token of the same question: generated words are left out, they
-    differ from checkpoint to checkpoint, and so is what only one of the two logs has."""
+    """Rows of two layers that are the same token of the same question: generated tokens, which differ
+    from checkpoint to checkpoint, and tokens in only one of the two logs are left out."""
     from mmpipe.analysis.expert_log import GENERATED
 
     def keys(layer: Layer) -> NDArray[Any]:
@@ -49,19 +46,15 @@ def matched(a: Layer, b: Layer) -> tuple[NDArray[Any], NDArray[Any]]:
     return rows_a[prompt], rows_b[prompt]
 
 
-class Change(Family):
+class Change(MetricFamily):
     """How many of a token's experts differ from the checkpoint before (change), and how many are those of the last
     checkpoint already (saturation), over the logged checkpoints on a recipe's path, as a mean over the layers."""
 
+    reads = "logs of the path"
+    least_inputs = 2
     title = "Change and saturation"
 
-    def applies(self, logs: ExpertLogs, checkpoint: str) -> bool:
-        return len(logs.series(checkpoint)) > 1
-
-    def inputs(self, logs: ExpertLogs, out: str, checkpoint: str, benchmark: str) -> list[str]:
-        return [logs.path(out, name, benchmark) for name in logs.series(checkpoint)]
-
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         from mmpipe.analysis.expert_log import places
 
         rows = []

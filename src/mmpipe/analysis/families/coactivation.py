@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmpipe.analysis.base import Family, Row, Source, axes, by, read_layers, where
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes, by, read_layers, where
 
 _MOST_PANELS = 12
 _STRONGEST = 15
@@ -30,13 +28,13 @@ def coactivation(
     return together_NN.astype(np.int64)
 
 
-class Coactivation(Family):
+class Coactivation(MetricFamily):
     """The share of each expert's tokens that another expert sees, too (rows add up to k - 1). At most twelve layers,
     evenly chosen, and the fifteen most paired experts of each are drawn; the table has all."""
 
     title = "Co-activation"
 
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         rows = []
         for layer in read_layers(sources[0].path):
             pairs = coactivation(layer.indices_TK, layer.done_TK, layer.times_T, layer.experts)

@@ -1,17 +1,15 @@
-"""How sure a router weighs the experts it chose."""
+"""How concentrated a router's weights on the chosen experts are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmpipe.analysis.base import Family, Row, Source, axes, lines_by_layer, read_layers
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes, lines_by_layer, read_layers
 
 
 def shares(weights_TK: NDArray[Any]) -> NDArray[Any]:
@@ -42,13 +40,13 @@ def first_share(weights_TK: NDArray[Any], times_T: NDArray[Any]) -> float:
     return float(np.average(shares(weights_TK)[:, 0], weights=times_T))
 
 
-class Confidence(Family):
+class Confidence(MetricFamily):
     """Margin between the two largest weights of a token, and entropy of its weights over the largest possible (ln k).
     A margin near 0 at an entropy near 1 means that the router averages its experts."""
 
     title = "Confidence"
 
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         return [
             layer.place
             | {

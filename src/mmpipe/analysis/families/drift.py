@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmpipe.analysis.base import Family, Row, Source, axes, by, where
-from mmpipe.plan.experts import ExpertLogs
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes, by, where
 
 
 def relative_change(before_ND: NDArray[Any], after_ND: NDArray[Any]) -> float:
@@ -26,20 +23,16 @@ def row_cosine(before_ND: NDArray[Any], after_ND: NDArray[Any]) -> float:
     return float(((before_ND * after_ND).sum(-1) / np.maximum(lengths, 1e-12)).mean())
 
 
-class Drift(Family):
+class Drift(MetricFamily):
     """Relative change of the router's weights since the checkpoint before, and the mean cosine between the experts'
     rows, for the sparse checkpoints on the recipe's path. Tensors of a router that are no matrix are left out."""
 
+    reads = "models of the path"
+    least_inputs = 2
     per = "checkpoint"
     title = "Drift of router weights"
 
-    def applies(self, logs: ExpertLogs, checkpoint: str) -> bool:
-        return len(logs.sparse_path(checkpoint)) > 1
-
-    def inputs(self, logs: ExpertLogs, out: str, checkpoint: str, benchmark: str) -> list[str]:
-        return [str(stage.manifest(out)) for stage in logs.sparse_path(checkpoint)]
-
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         from mmpipe.models.moe.hf import router_tensors
 
         rows = []

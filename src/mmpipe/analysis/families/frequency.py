@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmpipe.analysis.base import Family, Layer, Row, Source, axes, by, read_layers, where
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from mmpipe.analysis.base import Layer, MetricFamily, MetricInput, Row, axes, by, read_layers, where
 
 
 def selection_counts(
@@ -33,18 +31,19 @@ def counts_of(layer: Layer, chosen_T: NDArray[Any] | None = None) -> NDArray[np.
     return selection_counts(layer.indices_TK[some], layer.done_TK[some], layer.times_T[some], layer.experts)
 
 
-class Frequency(Family):
+def share_rows(place: Row, counts_N: NDArray[Any]) -> list[Row]:
+    """One row an expert: the columns of ``place``, its count, and its share of all choices."""
+    total = max(1, counts_N.sum())
+    return [place | {"expert": n, "count": count, "share": count / total} for n, count in enumerate(counts_N.tolist())]
+
+
+class Frequency(MetricFamily):
     """The share of all choices that goes to each expert, per layer; 1/N everywhere is perfect balance."""
 
     title = "Selection frequency"
 
-    def table(self, sources: Sequence[Source]) -> list[Row]:
-        rows = []
-        for layer in read_layers(sources[0].path):
-            counts = counts_of(layer)
-            for expert, count in enumerate(counts.tolist()):
-                rows.append(layer.place | {"expert": expert, "count": count, "share": count / max(1, counts.sum())})
-        return rows
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
+        return [row for layer in read_layers(sources[0].path) for row in share_rows(layer.place, counts_of(layer))]
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
         parts = by(rows, "part")

@@ -1,23 +1,21 @@
-"""Whether experts specialise on image tokens, words of the prompt, or words they say themselves."""
+"""Whether experts specialise on image tokens, prompt tokens, or generated tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmpipe.analysis.base import Family, Layer, Row, Source, axes, by, lines_by_layer, read_layers, where
-from mmpipe.analysis.families.frequency import counts_of
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from mmpipe.analysis.base import Layer, MetricFamily, MetricInput, Row, axes, by, lines_by_layer, read_layers, where
+from mmpipe.analysis.families.frequency import counts_of, share_rows
 
 
 def divergence(counts_GN: NDArray[Any]) -> float:
     """Generalised Jensen-Shannon divergence in bits of the selection frequencies of G groups of tokens, each
-    weighed alike: 0 when all groups use the experts alike, log2 G when they share none (Lin 1991)."""
+    weighted equally: 0 when all groups use the experts alike, log2 G when they share none (Lin 1991)."""
     counts_GN = counts_GN[counts_GN.sum(1) > 0]
     if len(counts_GN) < 2:
         return 0.0
@@ -30,7 +28,7 @@ def divergence(counts_GN: NDArray[Any]) -> float:
 
 
 def groups_of(layer: Layer) -> dict[str, NDArray[Any]]:
-    """Tokens by what they are: kind, and the scale of the view where a tower has several."""
+    """Tokens by kind, and by the scale of the view where a tower has several."""
     from mmpipe.analysis.expert_log import KINDS
 
     scales = np.unique(layer.scale_T)
@@ -43,25 +41,24 @@ def groups_of(layer: Layer) -> dict[str, NDArray[Any]]:
     return groups
 
 
-class Modality(Family):
+def group_rows(place: Row, group: str, counts: Mapping[str, NDArray[Any]]) -> list[Row]:
+    """The shares of every expert in each group of a layer's tokens, and the divergence between the groups."""
+    bits = divergence(np.array(list(counts.values())))
+    rows = (row for name, counts_N in counts.items() for row in share_rows(place | {group: name}, counts_N))
+    return [row | {"divergence_bits": bits} for row in rows]
+
+
+class Modality(MetricFamily):
     """The share of the choices of each kind of token that goes to each expert, and the divergence between the kinds
     (0: no specialisation). Views of a multi-scale tower are kinds of their own."""
 
     title = "Specialisation on modalities"
 
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         rows = []
         for layer in read_layers(sources[0].path):
             counts = {name: counts_of(layer, chosen) for name, chosen in groups_of(layer).items()}
-            bits = divergence(np.array(list(counts.values())))
-            for name, counts_N in counts.items():
-                for expert, count in enumerate(counts_N.tolist()):
-                    share = count / max(1, counts_N.sum())
-                    rows.append(
-                        layer.place
-                        | {"kind": name, "expert": expert, "count": count, "share": share}
-                        | {"divergence_bits": bits}
-                    )
+            rows += group_rows(layer.place, "kind", counts)
         return rows
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:

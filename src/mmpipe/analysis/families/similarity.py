@@ -1,4 +1,4 @@
-"""How alike the outputs of the experts are that a token is sent to."""
+"""Similarity of the outputs of the experts that a token is routed to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmpipe.analysis.base import Family, Row, Source, axes, lines_by_layer
-from mmpipe.plan.experts import ExpertLogs
+from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes, lines_by_layer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,17 +37,15 @@ def _cosines(outputs_TKD: Tensor) -> Tensor:
     return unit_TKD @ unit_TKD.transpose(1, 2)
 
 
-class Similarity(Family):
+class Similarity(MetricFamily):
     """Mean cosine between the outputs of the experts a token is sent to, measured on the prompts of some questions
     spread over the benchmark: experts that are still copies of one network have 1."""
 
+    reads = "model and questions"
     runs_model = True
     title = "Similarity of expert outputs"
 
-    def inputs(self, logs: ExpertLogs, out: str, checkpoint: str, benchmark: str) -> list[str]:
-        return logs.checkpoint_and_questions(out, checkpoint, benchmark)
-
-    def measure(self, sources: Sequence[Source], device: str, questions: int) -> list[Row]:
+    def measure(self, sources: Sequence[MetricInput], device: str, questions: int) -> list[Row]:
         from mmpipe.analysis.expert_outputs import expert_outputs
 
         sums: dict[Any, list[float]] = {}

@@ -1,35 +1,24 @@
-"""What a checkpoint loses when each token's first expert is left out."""
+"""The score that a checkpoint loses when each token's first expert is left out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmpipe.analysis.base import Family, Row, Source, axes
+from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes
 from mmpipe.artifacts.files import read_json, read_jsonl
 from mmpipe.benchmarks.stats import paired_difference
-from mmpipe.plan.experts import WITHOUT_FIRST, ExpertLogs
 
 
-class WithoutFirst(Family):
+class WithoutFirst(MetricFamily):
     """The score without each token's first choice of expert (the others are scaled up) against the score with it: really
     answered again. The interval is a paired bootstrap over the benchmark's units of the mean verdict."""
 
+    reads = "scores with and without the first expert"
     per = "checkpoint"
     title = "Without the first expert"
 
-    def applies(self, logs: ExpertLogs, checkpoint: str) -> bool:
-        return bool(logs.variants)
-
-    def inputs(self, logs: ExpertLogs, out: str, checkpoint: str, benchmark: str) -> list[str]:
-        return [
-            f"{out}/{checkpoint}/eval/{name}/{file}"
-            for variant in logs.variants
-            for name in (variant.removesuffix(WITHOUT_FIRST), variant)
-            for file in ("score.json", "per_item.jsonl")
-        ]
-
-    def table(self, sources: Sequence[Source]) -> list[Row]:
+    def table(self, sources: Sequence[MetricInput]) -> list[Row]:
         rows = []
         for score, items, other_score, other_items in zip(*(sources[i::4] for i in range(4)), strict=True):
             whole, left = read_json(score.path)["headline"], read_json(other_score.path)["headline"]

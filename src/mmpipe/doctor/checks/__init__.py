@@ -1,1 +1,1 @@
-"""One check a file: ``check(machine)`` yields findings."""
+"""Checks by subject: each ``check_topic(machine)`` yields findings."""

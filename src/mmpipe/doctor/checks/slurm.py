@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mmpipe.doctor.base import Finding, Machine
+from mmpipe.doctor.base import Finding, Machine, ok, problem
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class Partition:
     """GPUs of its best node."""
 
 
-def check(machine: Machine) -> Iterator[Finding]:
+def check_slurm(machine: Machine) -> Iterator[Finding]:
     severe = machine.on_slurm
     if severe and importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
-        yield Finding("problem", "Snakemake's plugin for Slurm is not installed", "pip install 'mmpipe[slurm]'")
+        yield problem("Snakemake's plugin for Slurm is not installed", "pip install 'mmpipe[slurm]'")
     ping = machine.ask("scontrol", "ping")
     if ping is None:
-        here = Finding("ok", "no Slurm on this machine")
+        here = ok("no Slurm on this machine")
         hint = "run on the cluster's login node, or use another --profile"
-        yield Finding("problem", here.seen, hint) if severe else here
+        yield problem(here.seen, hint) if severe else here
         return
     if ping.status != 0 or "UP" not in ping.text:
         said = (ping.complaint or ping.text or "no answer").splitlines()[-1]
@@ -48,7 +48,7 @@ def check(machine: Machine) -> Iterator[Finding]:
             "problem" if severe else "warning", "no partition is up", "ask the cluster's administrator: sinfo"
         )
         return
-    yield Finding("ok", "; ".join(f"{p.name}{'*' if p.default else ''}: {p.gpus} GPUs a node" for p in partitions))
+    yield ok("; ".join(f"{p.name}{'*' if p.default else ''}: {p.gpus} GPUs a node" for p in partitions))
     if severe:
         yield from _status(machine)
         yield from _fits(machine, partitions)
@@ -91,7 +91,7 @@ def _status(machine: Machine) -> Iterator[Finding]:
     answer = machine.ask(str(command), "--noheader")
     if answer is None or answer.status != 0:
         said = (answer.complaint or f"status {answer.status}").splitlines()[-1] if answer else "not installed"
-        yield Finding("problem", f"{command}: {said}", "say `slurm-status-command: squeue` in the profile")
+        yield problem(f"{command}: {said}", "say `slurm-status-command: squeue` in the profile")
 
 
 def _fits(machine: Machine, partitions: list[Partition]) -> Iterator[Finding]:
@@ -100,24 +100,22 @@ def _fits(machine: Machine, partitions: list[Partition]) -> Iterator[Finding]:
     wanted = str(defaults.get("slurm_partition", "")) if isinstance(defaults, dict) else ""
     names = {partition.name: partition for partition in partitions}
     if wanted and wanted not in names:
-        yield Finding("problem", f"there is no partition '{wanted}'", f"there are: {', '.join(names)}")
+        yield problem(f"there is no partition '{wanted}'", f"there are: {', '.join(names)}")
         return
     chosen = names.get(wanted) or next((partition for partition in partitions if partition.default), None)
     if chosen is None:
-        yield Finding("problem", "there is no default partition", "name one in the profile: slurm_partition")
+        yield problem("there is no default partition", "name one in the profile: slurm_partition")
         return
     for stage in machine.stages:
         hardware = stage.settings.hardware
         each = hardware.gpus // machine.plan.nodes(hardware)
         if each > chosen.gpus:
-            yield Finding(
-                "problem",
+            yield problem(
                 f"{stage.id} asks for {each} GPUs a node, partition '{chosen.name}' has {chosen.gpus}",
                 f"set gpus_per_node in {machine.configfile}, or name another partition in the profile (slurm_partition)",
             )
         if hardware.runtime_minutes > chosen.minutes:
-            yield Finding(
-                "problem",
+            yield problem(
                 f"{stage.id} asks for {hardware.runtime_minutes} minutes, partition '{chosen.name}' allows {chosen.minutes:.0f}",
                 "lower hardware.runtime_minutes: a training goes on in the next job",
             )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import (
+    BaseModel,
     Field,
     SerializationInfo,
     SerializerFunctionWrapHandler,
@@ -16,7 +17,7 @@ from pydantic import (
 
 from mmpipe import registry
 from mmpipe.errors import ConfigError, did_you_mean
-from mmpipe.settings import Settings, todays_keys
+from mmpipe.settings import Settings, renamed_keys
 
 ROUTERS = "mmpipe.models.moe.routers"
 """The package of the routers: a file each, whose name is the router's."""
@@ -83,10 +84,12 @@ class MoESettings(Settings):
     expert (``second_choice: gumbel``) unless ``router_settings`` say otherwise or ask for LibMoE's code
     (``compat: reference`` there)."""
 
+    FORMER_KEYS_OF: ClassVar[Mapping[str, type[BaseModel]]] = {"router_settings": RouterSettings}
+
     @field_validator("router_settings", mode="before")
     @classmethod
     def _read_former_router_keys(cls, value: Any) -> Any:
-        return todays_keys(RouterSettings, value) if isinstance(value, dict) else value
+        return renamed_keys(RouterSettings, value) if isinstance(value, dict) else value
 
     @model_serializer(mode="wrap")
     def _with_former_keys(self, serialise: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
