@@ -35,14 +35,12 @@ rule all:
         PLAN.report_items(),
 
 
-include: "rules/targets.smk"
 include: "rules/fetch.smk"
 include: "rules/mix.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"
-include: "rules/analysis.smk"
+include: "rules/analyse.smk"
 include: "rules/report.smk"
-include: "rules/sparsity.smk"
 
 
 onstart:

@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from mmpipe.analysis.efficiency import measure_batch
 from mmpipe.models.sparsity.hooks import sparsify
 from mmpipe.models.sparsity.spec import SparsitySettings
-from mmpipe.report.sparsity import TITLES, in_units
+from mmpipe.report.pages import MEASURES, in_units
 
 IMAGE, TEXT, IMAGE_ID = 576, 64, 1
 
@@ -83,7 +83,7 @@ def main() -> None:
         keep = "dense" if row["keep"] is None else f"keep {row['keep']:g}"
         value = "–" if row["value"] is None else in_units(row["value"], row["unit"])
         against = "" if row["ratio"] is None else f"x{row['ratio']:.2f}" + ("" if row["gain"] else ", no gain")
-        print(f"{row['batch']:>3}  {keep:<9}  {TITLES[row['measure']]:<62}  {value:>12}  {against}")
+        print(f"{row['batch']:>3}  {keep:<9}  {MEASURES[row['measure']]:<62}  {value:>12}  {against}")
     print(json.dumps(rows))
 
 

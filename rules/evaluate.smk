@@ -1,11 +1,32 @@
 # Questions -> answers (in chunks) -> gathered answers -> score and submission -> comparison.
 localrules:
+    answers,
+    scores,
+    submissions,
     gather_answers,
     judge_answers,
     score_answers,
     convert_submission,
     compare,
     rank,
+
+
+rule answers:
+    """Answers to every chosen benchmark."""
+    input:
+        PLAN.per_checkpoint("answers.jsonl"),
+
+
+rule scores:
+    """Scores of every chosen benchmark."""
+    input:
+        PLAN.per_checkpoint("score.json"),
+
+
+rule submissions:
+    """Files for the benchmark servers."""
+    input:
+        PLAN.submissions(),
 
 
 rule prepare_benchmark:
@@ -39,7 +60,7 @@ rule answer_chunk:
     resources:
         **resources_of(answer_hardware),
     message:
-        "{wildcards.checkpoint} answers {wildcards.benchmark} ({wildcards.chunk})"
+        "Answering {wildcards.benchmark} with {wildcards.checkpoint} ({wildcards.chunk})"
     script:
         "../workflow/scripts/answer.py"
 
@@ -73,7 +94,7 @@ rule judge_answers:
     params:
         spec=lambda wildcards: PLAN.judge_spec(wildcards.benchmark),
     message:
-        "A judge reads the answers of {wildcards.checkpoint} to {wildcards.benchmark}"
+        "Judging the answers of {wildcards.checkpoint} to {wildcards.benchmark}"
     script:
         "../workflow/scripts/judge.py"
 
@@ -143,6 +164,6 @@ rule rank:
     resources:
         **light(memory_gb=4, minutes=60),
     message:
-        "Ranking the chosen checkpoints over all benchmarks"
+        "Ranking the chosen checkpoints on all benchmarks"
     script:
-        "../workflow/scripts/rank.py"
+        "../workflow/scripts/compare.py"

@@ -1,5 +1,5 @@
-# Bringing backbones and data sets onto this machine; these jobs need the network, so they run where Snakemake runs. They have
-# patience of their own, so Snakemake need not try again.
+# Downloads of backbones and data sets: local rules, since they need the network. They retry by themselves, so the rules have no
+# `retries`.
 localrules:
     fetch_backbone,
     fetch_dataset,

@@ -19,8 +19,8 @@ rule mix_data:
         "../workflow/scripts/mix.py"
 
 
-# Which of the images that benchmarks ask about are trained on.
-rule check_overlap:
+# Contamination: images of the benchmarks that are also trained on.
+rule check_contamination:
     input:
         mixture="resources/mixtures/{mixture}/manifest.json",
         benchmarks=lambda wildcards: PLAN.prepared_benchmarks(wildcards.smoke),
@@ -31,12 +31,12 @@ rule check_overlap:
     resources:
         **light(memory_gb=4, minutes=60),
     message:
-        "Looking for images of the benchmarks in {wildcards.mixture}"
+        "Checking {wildcards.mixture} for images of the benchmarks"
     script:
-        "../workflow/scripts/check_overlap.py"
+        "../workflow/scripts/check_contamination.py"
 
 
-# The same as one model's tokenizer and one template write it; stages that read it alike share it.
+# A mixture encoded with one model's tokenizer and one chat template, shared by all stages that use the same encoding.
 rule tokenise:
     input:
         unpack(lambda wildcards: {role: str(path) for role, path in asked_tokens(wildcards).inputs().items()}),

@@ -1,13 +1,22 @@
-# What the HTML report shows. Nothing here changes a number.
+# Pages and figures of the HTML report, each from one result. Nothing here changes a number. A page has a rule of its own, not a
+# place among its producer's outputs: Snakemake would make the producer's other outputs again for a page of an earlier version.
 localrules:
+    report_items,
     show_training,
     show_checkpoint,
     show_mixture,
     show_tokens,
-    show_overlap,
+    show_contamination,
     show_samples,
     show_comparison,
     show_leaderboard,
+    show_efficiency,
+
+
+rule report_items:
+    """Figures, tables and samples of the report."""
+    input:
+        PLAN.report_items(),
 
 
 rule show_training:
@@ -25,12 +34,12 @@ rule show_training:
     resources:
         **light(memory_gb=2, minutes=10),
     message:
-        "Drawing the training of {wildcards.recipe}: {wildcards.stage}"
+        "Plotting the training curves of {wildcards.recipe}: {wildcards.stage}"
     script:
-        "../workflow/scripts/show_training.py"
+        "../workflow/scripts/show.py"
 
 
-rule show_checkpoint:
+use rule show_training as show_checkpoint with:
     input:
         "results/{smoke}{recipe}/{stage}/model/manifest.json",
     output:
@@ -42,15 +51,11 @@ rule show_checkpoint:
         ),
     log:
         "logs/{smoke}{recipe}/{stage}-settings.log",
-    resources:
-        **light(memory_gb=2, minutes=10),
     message:
-        "Laying out what {wildcards.recipe}: {wildcards.stage} was made from"
-    script:
-        "../workflow/scripts/show_checkpoint.py"
+        "Writing the settings page of {wildcards.recipe}: {wildcards.stage}"
 
 
-rule show_mixture:
+use rule show_training as show_mixture with:
     input:
         report="resources/mixtures/{mixture}/report.json",
     output:
@@ -62,35 +67,27 @@ rule show_mixture:
         ),
     log:
         "logs/mix/{mixture}-report.log",
-    resources:
-        **light(memory_gb=2, minutes=10),
     message:
-        "Laying out the verification of {wildcards.mixture}"
-    script:
-        "../workflow/scripts/show_mixture.py"
+        "Writing the verification page of {wildcards.mixture}"
 
 
-rule show_overlap:
+use rule show_training as show_contamination with:
     input:
         report="results/{smoke}overlap/{mixture}.json",
     output:
         report(
             "results/{smoke}overlap/{mixture}.html",
-            caption="../workflow/report/overlap.rst",
+            caption="../workflow/report/contamination.rst",
             category="Data",
-            labels={"mixture": "{mixture}", "shown": "overlap with benchmarks"},
+            labels={"mixture": "{mixture}", "shown": "contamination"},
         ),
     log:
         "logs/{smoke}overlap/{mixture}-report.log",
-    resources:
-        **light(memory_gb=2, minutes=10),
     message:
-        "Laying out the overlap of {wildcards.mixture}"
-    script:
-        "../workflow/scripts/show_overlap.py"
+        "Writing the contamination page of {wildcards.mixture}"
 
 
-rule show_tokens:
+use rule show_training as show_tokens with:
     input:
         report="resources/tokens/{mixture}/{key}/report.json",
     output:
@@ -104,15 +101,11 @@ rule show_tokens:
         "logs/tokens/{mixture}-{key}-report.log",
     wildcard_constraints:
         key="[0-9a-f]{12}",
-    resources:
-        **light(memory_gb=2, minutes=10),
     message:
-        "Laying out the tokens of {wildcards.mixture}"
-    script:
-        "../workflow/scripts/show_tokens.py"
+        "Writing the token statistics of {wildcards.mixture}"
 
 
-rule show_samples:
+use rule show_training as show_samples with:
     input:
         questions="resources/{smoke}benchmarks/{benchmark}/questions.jsonl",
         answers="results/{smoke}{checkpoint}/eval/{benchmark}/answers.jsonl",
@@ -126,15 +119,11 @@ rule show_samples:
         ),
     log:
         "logs/{smoke}{checkpoint}/eval/{benchmark}/samples.log",
-    resources:
-        **light(memory_gb=2, minutes=10),
     message:
-        "Showing answers of {wildcards.checkpoint} to {wildcards.benchmark}"
-    script:
-        "../workflow/scripts/show_samples.py"
+        "Writing sample answers of {wildcards.checkpoint} to {wildcards.benchmark}"
 
 
-rule show_comparison:
+use rule show_training as show_comparison with:
     input:
         "results/{smoke}{benchmark}.json",
     output:
@@ -146,15 +135,11 @@ rule show_comparison:
         ),
     log:
         "logs/{smoke}compare/{benchmark}-report.log",
-    resources:
-        **light(memory_gb=2, minutes=10),
     message:
-        "Laying out the comparison on {wildcards.benchmark}"
-    script:
-        "../workflow/scripts/show_comparison.py"
+        "Writing the comparison page of {wildcards.benchmark}"
 
 
-rule show_leaderboard:
+use rule show_training as show_leaderboard with:
     input:
         "results/{smoke}leaderboard.json",
     output:
@@ -166,9 +151,27 @@ rule show_leaderboard:
         ),
     log:
         "logs/{smoke}compare/leaderboard-report.log",
-    resources:
-        **light(memory_gb=2, minutes=10),
     message:
-        "Laying out the ranking over all benchmarks"
-    script:
-        "../workflow/scripts/show_leaderboard.py"
+        "Writing the leaderboard page"
+
+
+use rule show_training as show_efficiency with:
+    input:
+        "results/{smoke}{checkpoint}/efficiency/measured.json",
+    output:
+        table=report(
+            "results/{smoke}{checkpoint}/efficiency/table.html",
+            caption="../workflow/report/efficiency.rst",
+            category="Sparsification",
+            labels={"checkpoint": "{checkpoint}", "shown": "efficiency"},
+        ),
+        figure=report(
+            "results/{smoke}{checkpoint}/efficiency/figure.svg",
+            caption="../workflow/report/efficiency.rst",
+            category="Sparsification",
+            labels={"checkpoint": "{checkpoint}", "shown": "efficiency, plotted"},
+        ),
+    log:
+        "logs/{smoke}{checkpoint}/efficiency-page.log",
+    message:
+        "Writing the efficiency page of {wildcards.checkpoint}"

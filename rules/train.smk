@@ -1,9 +1,54 @@
+# Stages of recipes, and what teachers and reference models precompute for them.
 localrules:
-    gather_annotations,
+    pretrained,
+    prefinetuned,
+    finetuned,
+    distilled,
+    preferred,
+    sparsified,
+    gather_precomputed,
 
 
-# One rule a kind of stage. A stage's result depends on its spec and its inputs' manifests, nothing else; its progress lives in
-# results/{recipe}/{stage}/state/, which Snakemake does not know and therefore does not delete.
+# Parts of the whole by name: `snakemake finetuned` makes every fine-tuned checkpoint that the chosen recipes need.
+rule pretrained:
+    """Projectors."""
+    input:
+        trained("pretrain"),
+
+
+rule prefinetuned:
+    """Dense models of which every part was trained."""
+    input:
+        trained("prefinetune"),
+
+
+rule finetuned:
+    """Fine-tuned models."""
+    input:
+        trained("finetune"),
+
+
+rule distilled:
+    """Students distilled from a teacher, dense and sparse."""
+    input:
+        trained("distill_dense"),
+        trained("distill_sparse"),
+
+
+rule preferred:
+    """Preference-tuned models."""
+    input:
+        trained("prefer"),
+
+
+rule sparsified:
+    """Models that prune their context."""
+    input:
+        trained("sparsify"),
+
+
+# One rule for each kind of stage. A result depends on the stage's spec and the manifests of its inputs, nothing else. Progress is
+# kept in results/{recipe}/{stage}/state/, which is no declared output, so that Snakemake does not delete it.
 rule pretrain:
     input:
         unpack(stage_inputs),
@@ -83,9 +128,9 @@ use rule upcycle as construct with:
         "Constructing {wildcards.recipe}: {wildcards.stage}"
 
 
-# What a teacher or a reference model says about a mixture, written down once for any number of students: in chunks that find what an
-# earlier job finished in {mixture}/state/, which Snakemake does not know, then published as one.
-rule annotate:
+# Teacher logits and reference log-probabilities of a mixture, computed once for any number of students: in chunks that resume from
+# {mixture}/state/, which is no declared output, then published as one.
+rule precompute:
     input:
         unpack(annotation_inputs),
     output:
@@ -101,12 +146,12 @@ rule annotate:
     params:
         spec=lambda wildcards: PLAN.annotation_spec(asked_annotation(wildcards)),
     message:
-        "{wildcards.annotator} writes down what it says about {wildcards.mixture} ({wildcards.chunk})"
+        "Precomputing outputs of {wildcards.annotator} on {wildcards.mixture} ({wildcards.chunk})"
     script:
-        "../workflow/scripts/annotate.py"
+        "../workflow/scripts/precompute.py"
 
 
-rule gather_annotations:
+rule gather_precomputed:
     input:
         unpack(annotation_inputs),
         chunks=lambda wildcards: PLAN.annotation_chunks(asked_annotation(wildcards), out(wildcards)),
@@ -123,6 +168,6 @@ rule gather_annotations:
     params:
         spec=lambda wildcards: PLAN.annotation_spec(asked_annotation(wildcards)),
     message:
-        "Gathering what {wildcards.annotator} wrote down about {wildcards.mixture}"
+        "Gathering precomputed outputs of {wildcards.annotator} on {wildcards.mixture}"
     script:
-        "../workflow/scripts/gather_annotations.py"
+        "../workflow/scripts/precompute.py"

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-for place in (Path(__file__).parents[1], Path(__file__).parents[2] / "src"):
+for place in (Path(__file__).parents[1], Path(__file__).parents[2] / "src", Path(__file__).parents[2]):
     sys.path.insert(0, str(place))
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
 
@@ -72,9 +72,9 @@ def train_and_evaluate(folder: Path) -> None:
     """What Snakemake's jobs do: train a stage, answer a benchmark, gather, score; all in the current world."""
     from tiny_project import make_job
 
-    from mmpipe import jobs
     from mmpipe.benchmarks.spec import BenchmarkEntry
     from mmpipe.stages.finetune import Finetune
+    from workflow.scripts import answer, gather, score
 
     stage = Finetune(
         data="mix", template="qwen", batch_size=8, max_steps=STEPS, learning_rate=1e-3, hardware={"checkpoint_every": 1}
@@ -91,11 +91,11 @@ def train_and_evaluate(folder: Path) -> None:
             threads=1, wildcards=wildcards, input=SimpleNamespace(**inputs), output=output, resources={"gpu": 0}
         )
 
-    # the jobs themselves, without the log that the rules' wrapper opens
+    # the steps themselves, without the log that their wrapper opens
     checkpoint = folder / "run/model/manifest.json"
-    jobs.answer.__wrapped__(job([chunk], checkpoint=checkpoint, benchmark=prepared / "manifest.json"), plan)
-    jobs.gather.__wrapped__(job([answers], questions=prepared / "questions.jsonl", chunks=[chunk]), plan)
-    jobs.score.__wrapped__(
+    answer.main.__wrapped__(job([chunk], checkpoint=checkpoint, benchmark=prepared / "manifest.json"), plan)
+    gather.main.__wrapped__(job([answers], questions=prepared / "questions.jsonl", chunks=[chunk]), plan)
+    score.main.__wrapped__(
         job(
             SimpleNamespace(per_item=results / "per_item.jsonl", score=results / "score.json"),
             checkpoint=Path("resources/benchmarks/pope/manifest.json"),

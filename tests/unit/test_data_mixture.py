@@ -564,11 +564,11 @@ def test_a_failure_leaves_its_report_and_says_what_is_known(tmp_path: Path) -> N
 
 
 def test_the_report_page_shows_drops_by_folder_and_what_is_known(tmp_path: Path) -> None:
-    from mmpipe.report.tables import mixture_page
+    from mmpipe.report.pages import table_page
 
     data = data_set(tmp_path / "made", [entry(0, "ocr/0.png"), entry(1)])
     mix(data, tmp_path / "out", max_bad=0.5, known="covers <vanish>")
-    mixture_page(tmp_path / "out/report.json", tmp_path / "page.html")
+    table_page("mixture", tmp_path / "out/report.json", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Known: covers &lt;vanish&gt;" in page
     assert "<code>ocr</code>" in page

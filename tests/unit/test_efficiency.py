@@ -23,7 +23,8 @@ from mmpipe.models.sparsity.hooks import get_sparsifier, sparsify
 from mmpipe.models.sparsity.record import recording
 from mmpipe.models.sparsity.sparsifier import retained_tokens
 from mmpipe.models.sparsity.spec import SparsitySettings
-from mmpipe.report.sparsity import covered, draw_efficiency, efficiency_page, in_units, keep_maps_page
+from mmpipe.report.figures import draw_efficiency
+from mmpipe.report.pages import covered, efficiency_page, in_units, retention_maps_page
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "dynamic_llava"
 SETTINGS = {"d_model": 16, "nhead": 4, "dim_feedforward": 32, "vision_keep_rate": 0.5}
@@ -222,7 +223,7 @@ def test_words_around_maps_are_escaped(tmp_path) -> None:
     row = {"question_id": "<b>", "prompt": "<script>alert(1)</script>", "image": 0, "kept": {"0.5": "0011"}}
     image = Image.new("RGB", (28, 28))
     for places in ((0, 2), None):
-        keep_maps_page("<i>", [row], [image], places, tmp_path / "kept.html")
+        retention_maps_page("<i>", [row], [image], places, tmp_path / "kept.html")
         page = (tmp_path / "kept.html").read_text()
         assert "2 of 4" in page
         assert not [mark for mark in ("<script>", "<b>", "<i>") if mark in page]

@@ -13,7 +13,7 @@ from mmpipe.benchmarks.leaderboard import as_table, leaderboard, ranks
 from mmpipe.benchmarks.stats import paired_difference
 from mmpipe.cli.show import print_comparison
 from mmpipe.errors import DataError
-from mmpipe.report.tables import leaderboard_page
+from mmpipe.report.pages import table_page
 
 
 def items(verdicts: list[float], questions_a_unit: int = 1) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def test_seeds_that_differ_more_than_the_means_are_noise() -> None:
 def test_it_is_laid_out(board: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "leaderboard.json"
     path.write_text(json.dumps(board))
-    leaderboard_page(path, tmp_path / "leaderboard.html")
+    table_page("leaderboard", path, tmp_path / "leaderboard.html")
     page = (tmp_path / "leaderboard.html").read_text()
     assert "within noise of the best" in page
     assert "0.810</b> ± 0.014" in page

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-from mmpipe.report.samples import samples_page
-from mmpipe.report.stage import draw_history
-from mmpipe.report.tables import comparison_page
+from mmpipe.report.figures import draw_history
+from mmpipe.report.pages import samples_page, table_page
 
 
 def test_what_a_model_says_is_escaped(tmp_path):
@@ -42,9 +41,9 @@ def test_means_over_seeds_stand_above_the_checkpoints(tmp_path):
         "seeds": [{"checkpoint": "a-*", "score": 0.5, "sd": 0.125, "low": 0.4, "high": 0.6, "seeds": 2, "control": False}],
     }  # fmt: skip
     (tmp_path / "t.json").write_text(json.dumps(comparison))
-    comparison_page(tmp_path / "t.json", tmp_path / "t.html")
+    table_page("comparison", tmp_path / "t.json", tmp_path / "t.html")
     page = (tmp_path / "t.html").read_text()
     assert page.index("0.500 ± 0.125") < page.index("a-1")
     (tmp_path / "t.json").write_text(json.dumps(comparison | {"seeds": []}))
-    comparison_page(tmp_path / "t.json", tmp_path / "t.html")
+    table_page("comparison", tmp_path / "t.json", tmp_path / "t.html")
     assert "±" not in (tmp_path / "t.html").read_text()

@@ -19,13 +19,14 @@ import yaml
 from PIL import Image
 from source_entries import make_zip
 
-from mmpipe import jobs
 from mmpipe.artifacts import manifest
 from mmpipe.cli.data import print_catalogue
 from mmpipe.errors import ConfigError
 from mmpipe.plan.plan import Plan
 from mmpipe.settings import read_mapping
 from mmpipe.sources.transfer import download
+from workflow.scripts import fetch as fetch_script
+from workflow.scripts import mix as mix_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -262,10 +263,10 @@ def add(catalogue: str, **entries: Any) -> None:
         yaml.safe_dump({name.replace("_", "-"): entry for name, entry in entries.items()}, file)
 
 
-def run(rule: Any, spec: Any, output: dict[str, str], **wildcards: str) -> None:
-    """Call a rule's function as its script does."""
+def run(script: Any, spec: Any, output: dict[str, str], **wildcards: str) -> None:
+    """Run a script as its rule does."""
     config = read_mapping(Path("config/config.yaml"))
-    rule(
+    script(
         SimpleNamespace(
             config=config,
             wildcards=SimpleNamespace(items=wildcards.items, **wildcards),
@@ -290,7 +291,7 @@ class _Output(SimpleNamespace):
 
 def fetch(name: str) -> dict[str, Any]:
     out = f"resources/datasets/{name}/manifest.json"
-    run(jobs.fetch, lambda plan: plan.source_spec(plan.datasets[name]), {"manifest": out}, dataset=name)
+    run(fetch_script.main, lambda plan: plan.source_spec(plan.datasets[name]), {"manifest": out}, dataset=name)
     return manifest.read(Path(out).parent)
 
 
@@ -335,7 +336,7 @@ def test_from_shared_images_on_a_server_to_a_verified_mixture(project: Path) -> 
     assert set(facts["inputs"]) == {f"resources/datasets/small-{name}/manifest.json" for name in ("coco", "vg", "text")}
     out = "resources/mixtures/small"
     outputs = {"records": f"{out}/records.arrow", "report": f"{out}/report.json", "manifest": f"{out}/manifest.json"}
-    run(jobs.mix, lambda plan: plan.mixture_spec("small"), outputs, mixture="small")
+    run(mix_script.main, lambda plan: plan.mixture_spec("small"), outputs, mixture="small")
     report = json.loads(Path(out, "report.json").read_text())
     assert (report["kept"], report["dropped"]) == (3, 1)
     assert report["parts"][0]["expected"] == 5

@@ -18,7 +18,7 @@ from mmpipe.inference.generate import Answerer
 from mmpipe.models.moe.collect import moe_layers
 from mmpipe.models.moe.upcycle import saved_moe_settings
 from mmpipe.models.settings import VisionLanguage
-from mmpipe.report.stage import draw_history
+from mmpipe.report.figures import draw_history
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.prefinetune import Prefinetune
 from mmpipe.stages.pretrain import Pretrain

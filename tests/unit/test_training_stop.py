@@ -11,7 +11,8 @@ import pytest
 
 from mmpipe.artifacts.files import read_json, read_jsonl
 from mmpipe.errors import explained
-from mmpipe.report.stage import draw_history, settings_page
+from mmpipe.report.figures import draw_history
+from mmpipe.report.pages import settings_page
 from mmpipe.stages.finetune import Finetune
 from mmpipe.training import launch, run, stop
 

@@ -139,7 +139,7 @@ def test_llava_mod_runs_from_teacher_to_preferences(project):
     project.edit("config/config.yaml", choose)
     jobs = project.planned("results/pope.json")
     assert "finetune" not in jobs, "the teacher is there already"
-    once = ("distill_dense", "upcycle", "distill_sparse", "annotate", "gather_annotations", "prefer")
+    once = ("distill_dense", "upcycle", "distill_sparse", "precompute", "gather_precomputed", "prefer")
     assert [jobs[kind] for kind in once] == [1] * 6
     project.snakemake("results/pope.json", "all")
     comparison = json.loads((project.root / "results/pope.json").read_text())

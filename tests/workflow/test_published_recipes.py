@@ -39,7 +39,7 @@ def test_llava_mod_trains_a_teacher_a_family_and_shares_the_students_stages(proj
     assert (jobs["pretrain"], jobs["finetune"]) == (2 + 4, 2)
     assert jobs["distill_dense"] == jobs["upcycle"] == jobs["distill_sparse"] == jobs["prefer"] == 4
     # the log-probabilities of a family's teacher serve both of its students
-    assert jobs["annotate"] == 2
+    assert jobs["precompute"] == 2
     assert jobs["fetch_backbone"] == 1 + 2 + 4
     # captions with the mark in front (teachers) and in place (students), LLaVA's 665K, and the three of the distillation
     assert jobs["mix_data"] == 6

@@ -56,9 +56,9 @@ def test_what_is_saved_and_kept_is_shown_of_sparsified_checkpoints_alone(fresh: 
     assert other.efficiency.benchmark == "pope", "the first that is no control"
 
     planned = jobs(fresh, *shown)
-    assert planned["measure_efficiency"] == planned["show_efficiency"] == planned["map_kept"] == 1
+    assert planned["measure_efficiency"] == planned["show_efficiency"] == planned["map_retention"] == 1
     assert not planned["answer_chunk"]
-    assert not {"measure_efficiency", "map_kept"} & set(jobs(fresh, "results/mmbench.json", "submissions"))
+    assert not {"measure_efficiency", "map_retention"} & set(jobs(fresh, "results/mmbench.json", "submissions"))
 
 
 @pytest.mark.slow
@@ -88,4 +88,4 @@ def test_savings_and_maps_of_the_demo(fresh: Project, tmp_path) -> None:
     # other rates: the pages alone
     project.edit("config/demo-dynamic.yaml", lambda c: c.update(keep_rates=[0.4]))
     planned = project.planned(*targets, *config)
-    assert planned == {"measure_efficiency": 1, "show_efficiency": 1, "map_kept": 1}
+    assert planned == {"measure_efficiency": 1, "show_efficiency": 1, "map_retention": 1}

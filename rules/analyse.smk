@@ -1,4 +1,5 @@
-# What experts do. Nothing here is planned unless the configuration says `log_experts`.
+# Expert metrics, planned only with `log_experts` in the configuration, and the efficiency of sparsified checkpoints, planned only where
+# one is chosen. Nothing here changes a result elsewhere.
 localrules:
     gather_experts,
     analyse_answers,
@@ -8,8 +9,8 @@ localrules:
 ruleorder: answer_chunk_and_log > answer_chunk
 
 
-# answers as ever; the choices of the routers beside them. No parameters: whether something is logged must not make answers stale,
-# so what is logged is part of the name
+# The answers of `answer_chunk`, and a log of the routers' choices. No params: enabling the log must not make answers stale, so its
+# settings are part of the file name.
 use rule answer_chunk as answer_chunk_and_log with:
     output:
         answers=temp("results/{smoke}{checkpoint}/eval/{benchmark}/chunks/{chunk}.jsonl"),
@@ -33,9 +34,9 @@ rule gather_experts:
     params:
         spec=PLAN.expert_logs.spec(),
     message:
-        "Gathering the experts that {wildcards.checkpoint} chose on {wildcards.benchmark}"
+        "Gathering the expert log of {wildcards.checkpoint} on {wildcards.benchmark}"
     script:
-        "../workflow/scripts/gather_experts.py"
+        "../workflow/scripts/gather.py"
 
 
 rule analyse_answers:
@@ -94,3 +95,44 @@ use rule analyse_answers as run_experts with:
         **resources_of(answer_hardware),
     params:
         spec=PLAN.expert_logs.probe_spec(),
+
+
+# Times differ from run to run: only the page is made from them.
+rule measure_efficiency:
+    input:
+        unpack(checkpoint_inputs),
+        benchmark=f"resources/{{smoke}}benchmarks/{PLAN.savings.benchmark}/manifest.json",
+    output:
+        json="results/{smoke}{checkpoint}/efficiency/measured.json",
+        csv="results/{smoke}{checkpoint}/efficiency/measured.csv",
+    log:
+        "logs/{smoke}{checkpoint}/efficiency.log",
+    wildcard_constraints:
+        checkpoint=one_of(PLAN.savings.all()),
+    threads: lambda wildcards: answer_hardware(wildcards).cpus
+    resources:
+        **resources_of(answer_hardware),
+    params:
+        spec=PLAN.savings.spec(),
+    message:
+        "Measuring the efficiency of {wildcards.checkpoint}"
+    script:
+        "../workflow/scripts/measure_efficiency.py"
+
+
+use rule measure_efficiency as map_retention with:
+    input:
+        unpack(checkpoint_inputs),
+        benchmark="resources/{smoke}benchmarks/{benchmark}/manifest.json",
+    output:
+        json="results/{smoke}{checkpoint}/eval/{benchmark}/kept.json",
+        page=report(
+            "results/{smoke}{checkpoint}/eval/{benchmark}/kept.html",
+            caption="../workflow/report/retention.rst",
+            category="Sparsification",
+            labels={"checkpoint": "{checkpoint}", "shown": "token retention on {benchmark}"},
+        ),
+    log:
+        "logs/{smoke}{checkpoint}/eval/{benchmark}/kept.log",
+    message:
+        "Mapping the image tokens that {wildcards.checkpoint} retains on {wildcards.benchmark}"

@@ -1,3 +1,0 @@
-from mmpipe.jobs import annotate
-
-annotate(snakemake)  # noqa: F821 - provided by Snakemake

@@ -1,0 +1,39 @@
+"""Precompute teacher logits or reference log-probabilities of a mixture: one chunk, or all chunks published as one."""
+
+from pathlib import Path
+from typing import Any
+
+from mmpipe.jobs import device, mock_snakemake, offline_job, unchanged, with_progress
+from mmpipe.plan.plan import Plan
+
+
+@offline_job
+def main(snakemake: Any, plan: Plan) -> None:
+    from mmpipe.training.precompute import Work, annotate_chunk, publish
+
+    wildcards = snakemake.wildcards
+    wanted = plan.annotations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
+    folder = Path(f"resources/{wildcards.smoke}teacher", wildcards.annotator, wildcards.mixture)
+    work = Work(
+        checkpoint=Path(snakemake.input.checkpoint).parent,
+        tokens=Path(snakemake.input.tokens).parent,
+        spec=unchanged(snakemake, plan.annotation_spec(wanted)),
+        settings=wanted.settings,
+        out=folder / wildcards.key,
+        state=folder / "state" / wildcards.key,
+    )
+    if hasattr(snakemake.output, "manifest"):
+        publish(work, [Path(path) for path in snakemake.input.chunks])
+        return
+    annotate_chunk(
+        work,
+        Path(snakemake.output[0]),
+        device=device(snakemake),
+        workers=plan.checkpoint(wildcards.annotator).answering.workers,
+        report=lambda shards, total: with_progress(shards, total, f"{wildcards.annotator} precomputes"),
+    )
+
+
+if __name__ == "__main__":
+    names = {"annotator": "demo@finetune", "mixture": "shapes-finetune", "key": "1cd5cf41db9e"}
+    main(globals().get("snakemake") or mock_snakemake("precompute", chunk="0000-of-0001", **names))

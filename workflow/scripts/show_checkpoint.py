@@ -1,3 +1,0 @@
-from mmpipe.jobs import show_checkpoint
-
-show_checkpoint(snakemake)  # noqa: F821 - provided by Snakemake

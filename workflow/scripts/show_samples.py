@@ -1,3 +1,0 @@
-from mmpipe.jobs import show_samples
-
-show_samples(snakemake)  # noqa: F821 - provided by Snakemake
