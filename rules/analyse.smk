@@ -1,5 +1,5 @@
-# Expert metrics, planned only with `log_experts` in the configuration, and the efficiency of sparsified checkpoints, planned only where
-# one is chosen. Nothing here changes a result elsewhere.
+# Expert metrics, planned only with `log_experts` in the configuration, and the efficiency of sparsified checkpoints, planned
+# only where one is chosen. Nothing here changes a result elsewhere.
 localrules:
     gather_experts,
     analyse_answers,
@@ -9,8 +9,8 @@ localrules:
 ruleorder: answer_chunk_and_log > answer_chunk
 
 
-# The answers of `answer_chunk`, and a log of the routers' choices. No params: enabling the log must not make answers stale, so its
-# settings are part of the file name.
+# The answers of `answer_chunk`, and a log of the routers' choices. No params: enabling the log must not make answers stale, so
+# its settings are part of the file name.
 use rule answer_chunk as answer_chunk_and_log with:
     output:
         answers=temp("results/{smoke}{checkpoint}/eval/{benchmark}/chunks/{chunk}.jsonl"),

@@ -1,4 +1,4 @@
-"""Helpers of the rules; no rules here. Everything about recipes is answered by the plan."""
+"""Helpers of the rules; no rules here. The plan resolves recipes."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ SOURCE = os.path.join(workflow.basedir, "src")
 # plan and jobs use this checkout, whatever mmpipe is installed beside Snakemake
 sys.path.insert(0, SOURCE)
 
-# Slurm sends SIGTERM to every process of a job. The shell around a job must not die of it while the job saves its progress.
+# Slurm sends SIGTERM to every process of a job: the shell around a job must survive it while the job saves its progress
 shell.prefix("trap '' TERM; ")
 
 from mmpipe.errors import MmpipeError
@@ -63,7 +63,7 @@ def stage_spec(wildcards):
 
 
 def stage_inputs(wildcards):
-    """The manifests a stage is made from; weights are ancient: their manifest tells when they changed."""
+    """The manifests a stage is made from. Weights are ancient: their manifest changes when they do."""
     stage = planned(wildcards)
     inputs = {role: str(path) for role, path in PLAN.inputs(stage, out(wildcards)).items()}
     if stage.parent:
@@ -89,24 +89,24 @@ def checkpoint_inputs(wildcards):
     return {"checkpoint": str(manifest), "weights": ancient(str(manifest.parent / stage.weights))}
 
 
-def asked_tokens(wildcards):
-    """The tokens a stage or an annotation asked for."""
+def wanted_tokens(wildcards):
+    """The tokens that a stage or a precomputation needs."""
     return PLAN.tokens[f"{wildcards.mixture}/{wildcards.key}"]
 
 
-def asked_annotation(wildcards):
-    """The annotation a stage asked for."""
+def wanted_annotation(wildcards):
+    """The precomputed outputs that a stage needs."""
     return PLAN.annotations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
 
 
 def annotation_inputs(wildcards):
-    """The checkpoint that annotates and the mixture it reads."""
+    """The checkpoint whose outputs are precomputed, and the tokens it reads."""
     stage = PLAN.checkpoint(wildcards.annotator)
     manifest = stage.manifest(out(wildcards))
     return {
         "checkpoint": str(manifest),
         "weights": ancient(str(manifest.parent / stage.weights)),
-        "tokens": str(PLAN.annotated_tokens(asked_annotation(wildcards)).directory / "manifest.json"),
+        "tokens": str(PLAN.annotated_tokens(wanted_annotation(wildcards)).directory / "manifest.json"),
     }
 
 
@@ -115,7 +115,7 @@ def annotation_hardware(wildcards):
 
 
 def resources_of(hardware):
-    """The resources of a job. ``hardware(wildcards)`` tells what it needs; keys that do not apply vanish."""
+    """The resources of a job that needs ``hardware(wildcards)``; keys that do not apply are left out."""
     gres = PLAN.config.gpu_request == "gres"
 
     def gpus(wildcards):
@@ -161,7 +161,7 @@ def light(memory_gb, minutes):
 
 
 def announce(jobs):
-    """Say how many stages the ``jobs`` of this run train, smoke runs apart."""
+    """Print how many stages the ``jobs`` of this run train, smoke runs apart."""
     making = [job for job in jobs if job.rule.name in STAGE_RULES]
     for smoke in ("", "smoke/"):
         stages = [planned(job.wildcards) for job in making if job.wildcards.smoke == smoke]

@@ -39,7 +39,7 @@ rule check_contamination:
 # A mixture encoded with one model's tokenizer and one chat template, shared by all stages that use the same encoding.
 rule tokenise:
     input:
-        unpack(lambda wildcards: {role: str(path) for role, path in asked_tokens(wildcards).inputs().items()}),
+        unpack(lambda wildcards: {role: str(path) for role, path in wanted_tokens(wildcards).inputs().items()}),
     output:
         shards=directory("resources/tokens/{mixture}/{key}/shards"),
         report="resources/tokens/{mixture}/{key}/report.json",
@@ -52,7 +52,7 @@ rule tokenise:
     resources:
         **light(memory_gb=8, minutes=240),
     params:
-        spec=lambda wildcards: asked_tokens(wildcards).spec(),
+        spec=lambda wildcards: wanted_tokens(wildcards).spec(),
     message:
         "Tokenising {wildcards.mixture}"
     script:

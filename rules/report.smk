@@ -1,5 +1,5 @@
-# Pages and figures of the HTML report, each from one result. Nothing here changes a number. A page has a rule of its own, not a
-# place among its producer's outputs: Snakemake would make the producer's other outputs again for a page of an earlier version.
+# Pages and figures of the HTML report. Nothing here changes a number. Each has a rule of its own, so that results whose pages were
+# made by an earlier version are kept (docs/architecture.md).
 localrules:
     report_items,
     show_training,

@@ -144,9 +144,9 @@ rule precompute:
     resources:
         **resources_of(annotation_hardware),
     params:
-        spec=lambda wildcards: PLAN.annotation_spec(asked_annotation(wildcards)),
+        spec=lambda wildcards: PLAN.annotation_spec(wanted_annotation(wildcards)),
     message:
-        "Precomputing outputs of {wildcards.annotator} on {wildcards.mixture} ({wildcards.chunk})"
+        "Precomputing log-probabilities of {wildcards.annotator} on {wildcards.mixture} ({wildcards.chunk})"
     script:
         "../workflow/scripts/precompute.py"
 
@@ -154,7 +154,7 @@ rule precompute:
 rule gather_precomputed:
     input:
         unpack(annotation_inputs),
-        chunks=lambda wildcards: PLAN.annotation_chunks(asked_annotation(wildcards), out(wildcards)),
+        chunks=lambda wildcards: PLAN.annotation_chunks(wanted_annotation(wildcards), out(wildcards)),
     output:
         shards=directory("resources/{smoke}teacher/{annotator}/{mixture}/{key}/shards"),
         manifest="resources/{smoke}teacher/{annotator}/{mixture}/{key}/manifest.json",
@@ -166,8 +166,8 @@ rule gather_precomputed:
     resources:
         **light(memory_gb=2, minutes=60),
     params:
-        spec=lambda wildcards: PLAN.annotation_spec(asked_annotation(wildcards)),
+        spec=lambda wildcards: PLAN.annotation_spec(wanted_annotation(wildcards)),
     message:
-        "Gathering precomputed outputs of {wildcards.annotator} on {wildcards.mixture}"
+        "Gathering precomputed log-probabilities of {wildcards.annotator} on {wildcards.mixture}"
     script:
         "../workflow/scripts/precompute.py"

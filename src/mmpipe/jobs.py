@@ -1,7 +1,7 @@
 """What the jobs of the workflow share: log file, plan, GPUs and threads, an offline environment, errors in one line.
 
-A step is a file in ``workflow/scripts`` whose ``main`` takes Snakemake's ``snakemake`` object and the plan. Libraries that
-load torch are imported inside ``main``: threads, GPUs and the offline environment must be set before.
+A step is a file in ``workflow/scripts`` whose ``main`` takes Snakemake's ``snakemake`` object and the plan. Libraries
+that load torch are imported inside ``main``: threads, GPUs and the offline environment must be set before.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ T = TypeVar("T")
 def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
     """Wrap a step: open its log, read the plan, respect threads and GPUs, explain errors.
 
-    An error that the user can mend is printed without a traceback, to the terminal and to the log, and ends the job with
-    status 1. Any other is logged with its traceback and raised.
+    An error that the user can mend is printed without a traceback, to the terminal and to the log, and ends the job
+    with status 1. Any other is logged with its traceback and raised.
     """
 
     @wraps(main)
@@ -146,8 +146,8 @@ def with_progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:
 def mock_snakemake(rule: str, *, configfiles: Sequence[str] = (), **wildcards: str) -> Any:
     """The ``snakemake`` object that Snakemake hands to the script of ``rule``, to step through it in a debugger.
 
-    Call it in the root of the project, with the rule's wildcards (``smoke`` may be left out). Outputs are written where the
-    rule writes them; the rule's inputs must exist. Snakemake does not record such a run.
+    Call it in the root of the project with the rule's wildcards (``smoke`` may be left out). The rule's inputs must exist,
+    its outputs are written in place, and Snakemake does not record the run.
     """
     from snakemake.api import SnakemakeApi
     from snakemake.dag import DAG

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from mmpipe.errors import DataError
-from mmpipe.jobs import job
+from mmpipe.jobs import job, mock_snakemake
+from mmpipe.plan.plan import Plan
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -59,3 +60,13 @@ def test_a_mistake_in_the_configuration_is_told_by_the_job_too(snakemake, capsys
     with pytest.raises(SystemExit):
         failing(AssertionError("never reached"))(snakemake)
     assert "did you mean 'demo'" in capsys.readouterr().err
+
+
+def test_a_script_can_be_run_without_snakemake(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    mocked = mock_snakemake("finetune", recipe="demo", stage="finetune")
+    assert mocked.output.manifest == "results/demo/finetune/model/manifest.json"
+    assert mocked.input.parent == "results/demo/pretrain/model/manifest.json"
+    assert mocked.params.spec == Plan(mocked.config).spec(Plan(mocked.config).stage("demo", "finetune"))
+    assert mocked.log[0] == "logs/demo/finetune.log"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from project_fixtures import REPOSITORY
 
 
 def digest(directory: Path) -> dict[str, str]:
@@ -35,6 +37,17 @@ def test_everything_declared_is_there(finished):
     assert hashlib.sha256(checkpoint.read_bytes()).hexdigest() == row["lineage"]["checkpoint"]["sha256"]
     assert zipfile.is_zipfile(finished.root / "results/demo/submit/mmbench.xlsx")
     assert "<svg" in (finished.root / "results/demo/finetune/report/loss.svg").read_text()
+
+
+def test_a_step_runs_without_snakemake(project):
+    score = project.root / "results/demo/eval/mmbench/score.json"
+    before = score.read_bytes()
+    score.unlink()
+    guide = (REPOSITORY / "docs/architecture.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", guide, re.S)
+    environment = {**os.environ, "PYTHONPATH": "src", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", example], cwd=project.root, env=environment, check=True)
+    assert score.read_bytes() == before
 
 
 def test_the_checkpoint_loads_with_stock_classes(finished):

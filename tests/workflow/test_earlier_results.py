@@ -66,7 +66,9 @@ def jobs_of(project: Path) -> list[dict[str, list[str]]]:
         if (project / output).exists():
             record = {key: json.loads(path.read_text())[key] for key in ("input", "params", "log")}
             jobs.setdefault(json.dumps(record), {"outputs": [], **record})["outputs"].append(output)
-    return sorted(({k: v for k, v in job.items() if k != "log"} for job in jobs.values()), key=lambda job: job["outputs"])
+    return sorted(
+        ({k: v for k, v in job.items() if k != "log"} for job in jobs.values()), key=lambda job: job["outputs"]
+    )
 
 
 if __name__ == "__main__":

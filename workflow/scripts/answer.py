@@ -63,7 +63,7 @@ def main(snakemake: Any, plan: Plan) -> None:
 
 
 def expert_log(snakemake: Any, plan: Plan, model: Any, folder: Path, questions: list[Any], start: int) -> Any:
-    """The log of the routers' choices where the rule declares one, else None; ``start`` is the index of the first question."""
+    """The log of the routers' choices where the rule declares one, else None; ``start`` indexes the first question."""
     from mmpipe.analysis.expert_log import ExpertLog
 
     settings = plan.expert_logs.settings

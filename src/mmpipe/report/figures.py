@@ -27,7 +27,7 @@ _EFFICIENCY = {
 
 
 def draw_history(history: Path, out: Path) -> None:
-    """Draw loss terms, learning rate, gradient norm and, of a mixture of experts, the load of its experts over the steps.
+    """Draw loss terms, learning rate, gradient norm and, of a mixture of experts, expert load over the steps.
 
     Of a long history every n-th step is drawn.
     """
@@ -62,7 +62,7 @@ def draw_history(history: Path, out: Path) -> None:
 
 
 def draw_efficiency(measured: Path, out: Path) -> None:
-    """Draw dense over sparse for each measure and keep rate, a panel for each batch size; points without a gain are hollow."""
+    """Draw dense over sparse by measure and keep rate, a panel for each batch size; points without a gain are hollow."""
     rows = read_json(measured)["rows"]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     with figure(out, 1, len(batches), (4.4 * len(batches), 3.6)) as axes:

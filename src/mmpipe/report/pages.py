@@ -123,7 +123,7 @@ def in_units(value: float, unit: str) -> str:
 
 
 def efficiency_page(measured: Path, page: Path) -> None:
-    """Lay out ``measured.json``, a table for each batch size: value, range, and dense over sparse, or that there is no gain."""
+    """Lay out ``measured.json``, a table for each batch size: value, range, and the gain over dense, if any."""
     content = read_json(measured)
     cells = {(row["batch"], row["measure"], row["keep"]): _cell(row) for row in content["rows"]}
     keeps = list(dict.fromkeys(keep for _, _, keep in cells))
@@ -163,8 +163,8 @@ def retention_maps_page(
 ) -> None:
     """Show which tokens of each image are retained.
 
-    ``maps`` and ``places`` are as :func:`mmpipe.analysis.retention_maps.keep_maps` and its ``grid`` return them, ``images`` in
-    the order of ``maps``.
+    ``maps`` and ``places`` are what :func:`mmpipe.analysis.retention_maps.keep_maps` and its ``grid`` return; ``images``
+    has the order of ``maps``.
     """
     shown = [
         {
