@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from mmpipe import jobs
 from mmpipe.errors import DataError
 from mmpipe.jobs import job, mock_snakemake
 from mmpipe.plan.plan import Plan
@@ -62,11 +65,32 @@ def test_a_mistake_in_the_configuration_is_told_by_the_job_too(snakemake, capsys
     assert "did you mean 'demo'" in capsys.readouterr().err
 
 
-def test_a_script_can_be_run_without_snakemake(monkeypatch):
+@pytest.fixture
+def here(monkeypatch):
+    """The root of the project, without GPUs; what the Snakefile changes in this process is put back."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def test_a_script_can_be_run_without_snakemake(here):
     mocked = mock_snakemake("finetune", recipe="demo", stage="finetune")
     assert mocked.output.manifest == "results/demo/finetune/model/manifest.json"
     assert mocked.input.parent == "results/demo/pretrain/model/manifest.json"
     assert mocked.params.spec == Plan(mocked.config).spec(Plan(mocked.config).stage("demo", "finetune"))
     assert mocked.log[0] == "logs/demo/finetune.log"
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "workflow/scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_each_script_names_a_job_to_try_it_with(script, here, monkeypatch):
+    class Tried(Exception):
+        pass
+
+    def tried(*names, **wildcards):
+        assert mock_snakemake(*names, **wildcards).output
+        raise Tried
+
+    monkeypatch.setattr(jobs, "mock_snakemake", tried)
+    with pytest.raises(Tried):
+        runpy.run_path(str(script), run_name="__main__")

@@ -25,7 +25,6 @@ def main(snakemake: Any, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    names = {"checkpoint": "demo-mod", "benchmark": "mmbench", "family": "balance"}
-    main(
-        globals().get("snakemake") or mock_snakemake("analyse_answers", configfiles=["config/study-mod.yaml"], **names)
-    )
+    configfiles = ["config/demo-libmoe.yaml"]
+    names = {"checkpoint": "demo-libmoe-topk-0", "benchmark": "mmbench", "family": "balance"}
+    main(globals().get("snakemake") or mock_snakemake("analyse_answers", configfiles=configfiles, **names))

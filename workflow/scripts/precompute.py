@@ -35,5 +35,5 @@ def main(snakemake: Any, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    names = {"annotator": "demo@finetune", "mixture": "shapes-finetune", "key": "1cd5cf41db9e"}
+    names = {"annotator": "demo@finetune", "mixture": "shapes-preferences", "key": "eaade87ef160"}
     main(globals().get("snakemake") or mock_snakemake("precompute", chunk="0000-of-0001", **names))
