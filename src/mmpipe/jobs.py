@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mmpipe.errors import ConfigError, MmpipeError, explained
 from mmpipe.gpu_locks import leased, visible_devices
 from mmpipe.plan.plan import Plan
 
 log = logging.getLogger("mmpipe")
-
-T = TypeVar("T")
 
 
 def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
@@ -136,7 +134,7 @@ def failed_report(snakemake: Any) -> Path:
     return Path(snakemake.log[0]).with_suffix(".report.json")
 
 
-def with_progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:
+def with_progress(items: Iterable[Any], total: int, title: str) -> Iterator[Any]:
     """``items``, with a progress bar on a terminal."""
     from tqdm import tqdm
 
