@@ -40,13 +40,10 @@ def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
             try:
                 with leased(gpus(snakemake)):
                     main(snakemake, Plan(snakemake.config))
-            except MmpipeError as error:
-                log.error("%s", error)
-                print(f"mmpipe: {error}", file=sys.stderr)
-                raise SystemExit(1) from None
-            except OSError as error:
-                log.exception("the operating system refused")
-                print(f"mmpipe: {explained(error)}", file=sys.stderr)
+            except (MmpipeError, OSError) as error:
+                text = str(error) if isinstance(error, MmpipeError) else explained(error)
+                log.error("%s", text, exc_info=isinstance(error, OSError))
+                print(f"mmpipe: {text}", file=sys.stderr)
                 raise SystemExit(1) from None
             except Exception as error:
                 log.exception("unexpected failure: %s", explained(error))

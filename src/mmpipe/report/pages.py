@@ -6,7 +6,6 @@ import base64
 import io
 import mimetypes
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +51,18 @@ _TOWER = {"image_flops", "image_seconds"}
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
-@cache
-def _environment() -> Environment:
-    loader = PackageLoader("mmpipe.report")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_TEMPLATES = Environment(
+    loader=PackageLoader("mmpipe.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
     """Fill ``templates/{template}.html`` and write it."""
-    write_text(path, _environment().get_template(f"{template}.html").render(**content))
+    write_text(path, _TEMPLATES.get_template(f"{template}.html").render(**content))
 
 
 def table_page(template: str, source: Path, page: Path) -> None:
