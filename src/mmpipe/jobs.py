@@ -111,21 +111,6 @@ def device(snakemake: Any) -> str:
     return "cuda" if gpus(snakemake) and torch.cuda.is_available() else "cpu"
 
 
-def answerer_of(snakemake: Any) -> Any:
-    """The checkpoint of a job, ready to answer."""
-    import torch
-
-    from mmpipe.checkpoints.load import open_checkpoint
-    from mmpipe.data.templates import get_template
-    from mmpipe.inference.generate import Answerer
-
-    where = device(snakemake)
-    dtype = torch.bfloat16 if where == "cuda" else torch.float32
-    model, processor, card = open_checkpoint(Path(snakemake.input.checkpoint).parent, dtype)
-    template = get_template(card["checkpoint"]["template"], processor.tokenizer)
-    return Answerer(model.to(where), processor, template, model_id=snakemake.wildcards.checkpoint)
-
-
 def failed_report(snakemake: Any) -> Path:
     """Where a job writes its report when it found too many faults to publish: beside its log, which outlives it."""
     return Path(snakemake.log[0]).with_suffix(".report.json")

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmpipe.artifacts import manifest
 from mmpipe.errors import ConfigError
-from mmpipe.jobs import answerer_of, log, mock_snakemake, offline_job, with_progress
+from mmpipe.jobs import device, log, mock_snakemake, offline_job, with_progress
 from mmpipe.plan import variants
 from mmpipe.plan.plan import Plan
 
@@ -20,6 +20,7 @@ def main(snakemake: Any, plan: Plan) -> None:
     from mmpipe.benchmarks.base import get
     from mmpipe.benchmarks.prepare import read_questions
     from mmpipe.inference.chunks import answer_chunk, split
+    from mmpipe.inference.open_answerer import open_answerer
     from mmpipe.models.moe.hooks import without_first
     from mmpipe.models.sparsity.hooks import set_keep_rate
 
@@ -35,7 +36,7 @@ def main(snakemake: Any, plan: Plan) -> None:
     inputs = manifest.input_hashes([checkpoint / manifest.NAME, prepared / manifest.NAME])
     logs = plan.expert_logs.spec() if hasattr(snakemake.output, "experts") else ""
     with open_state(state, manifest.fingerprint(wildcards.chunk + logs, inputs)):
-        answerer = answerer_of(snakemake)
+        answerer = open_answerer(checkpoint, device(snakemake), model_id=wildcards.checkpoint)
         variant = variants.split(wildcards.checkpoint)[1]
         if variant:
             set_keep_rate(answerer.model, variant.keep_rate, wildcards.checkpoint)

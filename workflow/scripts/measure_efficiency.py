@@ -5,26 +5,26 @@ from typing import Any
 
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import write_csv, write_json
-from mmpipe.jobs import answerer_of, mock_snakemake, offline_job, unchanged
+from mmpipe.jobs import device, mock_snakemake, offline_job, unchanged
 from mmpipe.plan.plan import Plan
 
 
 @offline_job
 def main(snakemake: Any, plan: Plan) -> None:
+    from mmpipe.inference.open_answerer import open_answerer
+
     unchanged(snakemake, plan.savings.spec())
-    prepared = Path(snakemake.input.benchmark).parent
-    if hasattr(snakemake.output, "page"):
-        map_retained(snakemake, plan, prepared)
-    else:
-        measure_cost(snakemake, plan, prepared)
+    prepared, checkpoint = (Path(path).parent for path in (snakemake.input.benchmark, snakemake.input.checkpoint))
+    answerer = open_answerer(checkpoint, device(snakemake), model_id=snakemake.wildcards.checkpoint)
+    step = map_retained if hasattr(snakemake.output, "page") else measure_cost
+    step(snakemake, plan, answerer, prepared)
 
 
-def measure_cost(snakemake: Any, plan: Plan, prepared: Path) -> None:
+def measure_cost(snakemake: Any, plan: Plan, answerer: Any, prepared: Path) -> None:
     from mmpipe.analysis.efficiency import facts, measure
     from mmpipe.benchmarks.prepare import read_questions
 
     questions = read_questions(prepared)
-    answerer = answerer_of(snakemake)
     rows = measure(answerer, questions, plan.config.keep_rates)
     where = {"checkpoint": snakemake.wildcards.checkpoint, "benchmark": prepared.name}
     libraries = {"libraries": manifest.library_versions()}
@@ -32,15 +32,14 @@ def measure_cost(snakemake: Any, plan: Plan, prepared: Path) -> None:
     write_csv(Path(snakemake.output.csv), rows)
 
 
-def map_retained(snakemake: Any, plan: Plan, prepared: Path) -> None:
-    from mmpipe.analysis.retention_maps import grid, keep_maps, seen
+def map_retained(snakemake: Any, plan: Plan, answerer: Any, prepared: Path) -> None:
+    from mmpipe.analysis.retention_maps import grid, retention_maps, seen
     from mmpipe.benchmarks.prepare import evenly, read_questions
     from mmpipe.report.pages import SAMPLES, retention_maps_page
 
     # some of those whose answers the samples show
     questions = [question for question in evenly(read_questions(prepared), SAMPLES) if question.images][::2]
-    answerer = answerer_of(snakemake)
-    maps = keep_maps(answerer, questions, plan.config.keep_rates)
+    maps = retention_maps(answerer, questions, plan.config.keep_rates)
     images = [image for question in questions for image in seen(answerer, question)]
     write_json(Path(snakemake.output.json), maps)
     title = f"Image tokens of {prepared.name} that {snakemake.wildcards.checkpoint} retains"

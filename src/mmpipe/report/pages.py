@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from PIL import Image
 
 from mmpipe.artifacts.files import read_json, read_jsonl, write_text
 from mmpipe.benchmarks.prepare import evenly, read_questions
+from mmpipe.data.images import data_url
 
 Row = dict[str, Any]
 
@@ -97,7 +95,7 @@ def samples_page(prepared: Path, answers: Path, per_item: Path, page: Path, show
     samples = [
         {
             "id": question.id,
-            "images": [_data_url(path) for path in question.images if isinstance(path, Path)],
+            "images": [data_url(path) for path in question.images if isinstance(path, Path)],
             "prompt": answer["prompt"][:_LONGEST],
             "text": answer["text"][:_LONGEST],
             "parsed": verdict["parsed"],
@@ -165,20 +163,20 @@ def retention_maps_page(
 ) -> None:
     """Show which tokens of each image are retained.
 
-    ``maps`` and ``places`` are what :func:`mmpipe.analysis.retention_maps.keep_maps` and its ``grid`` return; ``images``
+    ``maps`` and ``places`` are what :func:`mmpipe.analysis.retention_maps.retention_maps` and its ``grid`` return; ``images``
     has the order of ``maps``.
     """
     shown = [
         {
             "question_id": row["question_id"],
             "prompt": row["prompt"],
-            "image": _data_url(_enlarged(image)),
+            "image": data_url(_enlarged(image), "JPEG", quality=88),
             "kept": [
                 {
                     "rate": rate,
                     "count": tokens.count("1"),
                     "of": len(tokens),
-                    "image": _data_url(covered(image, tokens, places)) if places else None,
+                    "image": data_url(covered(image, tokens, places), "JPEG", quality=88) if places else None,
                 }
                 for rate, tokens in row["kept"].items()
             ],
@@ -200,13 +198,3 @@ def covered(image: Image.Image, tokens: str, places: tuple[int, int]) -> Image.I
 def _enlarged(image: Image.Image) -> Image.Image:
     how = Image.Resampling.NEAREST if image.width < _WIDTH else Image.Resampling.BICUBIC
     return image.convert("RGB").resize((_WIDTH, _WIDTH * image.height // image.width), how)
-
-
-def _data_url(image: Path | Image.Image) -> str:
-    """An image inside a page: a file as it is, another as JPEG."""
-    if isinstance(image, Path):
-        kind, content = mimetypes.guess_type(image.name)[0] or "image/jpeg", image.read_bytes()
-    else:
-        image.save(file := io.BytesIO(), "JPEG", quality=88)
-        kind, content = "image/jpeg", file.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
