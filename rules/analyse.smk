@@ -101,19 +101,19 @@ use rule analyse_answers as run_experts with:
 rule measure_efficiency:
     input:
         unpack(checkpoint_inputs),
-        benchmark=f"resources/{{smoke}}benchmarks/{PLAN.savings.benchmark}/manifest.json",
+        benchmark=f"resources/{{smoke}}benchmarks/{PLAN.efficiency.benchmark}/manifest.json",
     output:
         json="results/{smoke}{checkpoint}/efficiency/measured.json",
         csv="results/{smoke}{checkpoint}/efficiency/measured.csv",
     log:
         "logs/{smoke}{checkpoint}/efficiency.log",
     wildcard_constraints:
-        checkpoint=one_of(PLAN.savings.all()),
+        checkpoint=one_of(PLAN.efficiency.all()),
     threads: lambda wildcards: answer_hardware(wildcards).cpus
     resources:
         **resources_of(answer_hardware),
     params:
-        spec=PLAN.savings.spec(),
+        spec=PLAN.efficiency.spec(),
     message:
         "Measuring the efficiency of {wildcards.checkpoint}"
     script:

@@ -10,11 +10,11 @@ from mmpipe.plan.plan import Plan
 
 @offline_job
 def main(snakemake: Any, plan: Plan) -> None:
-    from mmpipe.analysis.base import Source, draw
+    from mmpipe.analysis.base import MetricInput, draw
 
     logs = plan.expert_logs
     family = logs.families[snakemake.wildcards.family]
-    sources = [Source.of(path) for path in snakemake.input]
+    sources = [MetricInput.of(path) for path in snakemake.input]
     if family.runs_model:
         assert logs.settings is not None
         rows = family.measure(sources, device(snakemake), logs.settings.similarity_questions)

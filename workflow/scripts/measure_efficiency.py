@@ -13,7 +13,7 @@ from mmpipe.plan.plan import Plan
 def main(snakemake: Any, plan: Plan) -> None:
     from mmpipe.inference.open_answerer import open_answerer
 
-    unchanged(snakemake, plan.savings.spec())
+    unchanged(snakemake, plan.efficiency.spec())
     prepared, checkpoint = (Path(path).parent for path in (snakemake.input.benchmark, snakemake.input.checkpoint))
     answerer = open_answerer(checkpoint, device(snakemake), model_id=snakemake.wildcards.checkpoint)
     step = map_retained if hasattr(snakemake.output, "page") else measure_cost
