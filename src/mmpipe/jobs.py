@@ -54,14 +54,14 @@ def job(function: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
 
     @wraps(function)
     def run(snakemake: Any) -> None:
-        from mmpipe.gpu_locks import leased
+        from mmpipe.gpu_locks import locked_gpus
 
         # the shell around this process ignores SIGTERM, and what is ignored is inherited
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.setdefault("OMP_NUM_THREADS", str(snakemake.threads))
         with _logging_to(Path(snakemake.log[0])):
             try:
-                with leased(_gpus(snakemake)):
+                with locked_gpus(_gpus(snakemake)):
                     function(snakemake, Plan(snakemake.config))
             except MmpipeError as error:
                 log.error("%s", error)
@@ -228,11 +228,14 @@ def tokenise(snakemake: Any, plan: Plan) -> None:
 @offline_job
 def stage(snakemake: Any, plan: Plan) -> None:
     """Run one stage of a recipe."""
+    from mmpipe.training.run import run_stage
+
     wildcards = snakemake.wildcards
     planned = plan.stage(wildcards.recipe, wildcards.stage)
     _quiet_transformers()
     _unchanged(snakemake, plan.spec(planned))
-    planned.settings.run(
+    run_stage(
+        planned.settings,
         plan.job(
             planned,
             f"results/{wildcards.smoke}".rstrip("/"),
@@ -241,7 +244,7 @@ def stage(snakemake: Any, plan: Plan) -> None:
             hosts=_hosts(snakemake),
             end_time=_end_time(snakemake),
             log=Path(snakemake.log[0]),
-        )
+        ),
     )
 
 
@@ -250,12 +253,12 @@ def annotate(snakemake: Any, plan: Plan) -> None:
     """Let a checkpoint write down what it says about one chunk of a mixture, going on from what an interrupted run left."""
     import torch
 
-    from mmpipe.training.precompute import annotate_chunk
+    from mmpipe.training.precompute import precompute_chunk
 
     torch.set_num_threads(snakemake.threads)
     _quiet_transformers()
     wildcards = snakemake.wildcards
-    annotate_chunk(
+    precompute_chunk(
         _annotation_work(snakemake, plan),
         Path(snakemake.output[0]),
         device=_device(snakemake),
@@ -274,12 +277,12 @@ def gather_annotations(snakemake: Any, plan: Plan) -> None:
 
 def _annotation_work(snakemake: Any, plan: Plan) -> Any:
     """What a job annotates."""
-    from mmpipe.training.precompute import Work
+    from mmpipe.training.precompute import PrecomputeJob
 
     wildcards = snakemake.wildcards
     wanted = plan.annotations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
     folder = Path(f"resources/{wildcards.smoke}teacher", wildcards.annotator, wildcards.mixture)
-    return Work(
+    return PrecomputeJob(
         checkpoint=Path(snakemake.input.checkpoint).parent,
         tokens=Path(snakemake.input.tokens).parent,
         spec=_unchanged(snakemake, plan.annotation_spec(wanted)),

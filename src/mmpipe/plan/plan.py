@@ -21,7 +21,7 @@ from mmpipe.plan.inputs import Precomputations, TokensPlan, backbone_manifest, t
 from mmpipe.plan.recipes import Recipes
 from mmpipe.plan.stages import StagePlan
 from mmpipe.settings import validate
-from mmpipe.stages.base import Annotation, StageJob
+from mmpipe.stages.base import Precomputation, StageJob
 
 __all__ = ["Plan", "StagePlan", "TokensPlan"]
 
@@ -112,7 +112,7 @@ class Plan:
             inputs["tokens"] = tokens.directory / "manifest.json"
         for role, reference in stage.settings.references().items():
             inputs[role] = self.checkpoint(reference).manifest(out)
-        for role, request in stage.settings.annotations().items():
+        for role, request in stage.settings.precomputations().items():
             inputs[f"{role}_annotations"] = self.annotation_directory(request, out) / "manifest.json"
         return inputs
 
@@ -133,7 +133,7 @@ class Plan:
             layouts=self._catalogues.layouts(backbones),
             parent=inputs["parent"].parent if "parent" in inputs else None,
             references={role: inputs[role].parent for role in stage.settings.references()},
-            annotations={role: inputs[f"{role}_annotations"].parent for role in stage.settings.annotations()},
+            precomputed={role: inputs[f"{role}_annotations"].parent for role in stage.settings.precomputations()},
             tokens=inputs["tokens"].parent if "tokens" in inputs else None,
             manifests=tuple(inputs.values()),
             max_steps=self.config.smoke.max_steps if out.endswith("/smoke") else None,
@@ -148,7 +148,7 @@ class Plan:
         return tokens_of(self._catalogues, mixture, stage, encoding) if mixture and encoding else None
 
     @cached_property
-    def annotations(self) -> dict[str, Annotation]:
+    def annotations(self) -> dict[str, Precomputation]:
         """Every precomputation some stage asks for, by ``checkpoint/mixture/key``."""
         return self._precomputations.all()
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mmpipe.artifacts.files import read_json, read_jsonl
-from mmpipe.losses.collapse import ALARM
+from mmpipe.losses import COLLAPSE_ALARM
 from mmpipe.plotting import COLOURS, figure
 from mmpipe.report.page import write_page
 
@@ -48,7 +48,7 @@ def draw_history(history: Path, out: Path) -> None:
             if len(names) > 1:
                 axis.legend()
             if title == _ROUTING_PANELS[_COLLAPSE]:
-                axis.axhline(ALARM, color="grey", linestyle=":", linewidth=1)
+                axis.axhline(COLLAPSE_ALARM, color="grey", linestyle=":", linewidth=1)
                 axis.set_ylim(0, 1.03)
 
 
