@@ -29,9 +29,9 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from mmpipe.artifacts import manifest
 from mmpipe.losses.distillation import cached_distillation_loss, compose, distillation_loss
 from mmpipe.losses.language_modelling import language_modelling_loss
-from mmpipe.losses.teacher import most_likely
+from mmpipe.losses.teacher import most_probable_tokens
 from mmpipe.training.objectives.base import Batch, hidden_states
-from mmpipe.training.precomputed import SHARDS, TOKENS, Annotations
+from mmpipe.training.precomputed import SHARDS, TOKENS, PrecomputedLogProbs
 
 VOCABULARY = 32768
 IMAGE_TOKENS = 64
@@ -72,7 +72,7 @@ def batch(rows: int) -> Batch:
     }
 
 
-def written(ids_RK: torch.Tensor, log_p_RK: torch.Tensor, records: int, out: Path) -> Annotations:
+def written(ids_RK: torch.Tensor, log_p_RK: torch.Tensor, records: int, out: Path) -> PrecomputedLogProbs:
     """What a teacher says of so many records, as the rule publishes it."""
     flat = (ids_RK.numpy().astype(np.int32), log_p_RK.numpy().astype(np.float16))
     lists = [
@@ -86,7 +86,7 @@ def written(ids_RK: torch.Tensor, log_p_RK: torch.Tensor, records: int, out: Pat
     settings = {"kind": "top_k", "k": ids_RK.shape[1]}
     facts = {"settings": settings, "vocabulary": VOCABULARY, "tokenizer": "", "pixels": {}}
     manifest.write(out, kind="annotations", spec="{}", inputs={}, **facts)
-    return Annotations(out)
+    return PrecomputedLogProbs(out)
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -112,7 +112,7 @@ def main() -> None:
             return hidden_states(teacher, rows)
 
     folder = tempfile.TemporaryDirectory()
-    likely = most_likely(teach(), teacher.lm_head.weight, rows["labels"], 64)
+    likely = most_probable_tokens(teach(), teacher.lm_head.weight, rows["labels"], 64)
     notes = written(*likely, options.rows, Path(folder.name))
 
     def step(loss: torch.Tensor) -> None:

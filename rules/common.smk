@@ -96,7 +96,7 @@ def wanted_tokens(wildcards):
 
 def wanted_annotation(wildcards):
     """The precomputed outputs that a stage needs."""
-    return PLAN.annotations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
+    return PLAN.precomputations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
 
 
 def annotation_inputs(wildcards):
@@ -106,7 +106,7 @@ def annotation_inputs(wildcards):
     return {
         "checkpoint": str(manifest),
         "weights": ancient(str(manifest.parent / stage.weights)),
-        "tokens": str(PLAN.annotated_tokens(wanted_annotation(wildcards)).directory / "manifest.json"),
+        "tokens": str(PLAN.precomputation_tokens(wanted_annotation(wildcards)).directory / "manifest.json"),
     }
 
 

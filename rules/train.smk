@@ -144,7 +144,7 @@ rule precompute:
     resources:
         **resources_of(annotation_hardware),
     params:
-        spec=lambda wildcards: PLAN.annotation_spec(wanted_annotation(wildcards)),
+        spec=lambda wildcards: PLAN.precomputation_spec(wanted_annotation(wildcards)),
     message:
         "Precomputing log-probabilities of {wildcards.annotator} on {wildcards.mixture} ({wildcards.chunk})"
     script:
@@ -154,7 +154,7 @@ rule precompute:
 rule gather_precomputed:
     input:
         unpack(annotation_inputs),
-        chunks=lambda wildcards: PLAN.annotation_chunks(wanted_annotation(wildcards), out(wildcards)),
+        chunks=lambda wildcards: PLAN.precomputation_chunks(wanted_annotation(wildcards), out(wildcards)),
     output:
         shards=directory("resources/{smoke}teacher/{annotator}/{mixture}/{key}/shards"),
         manifest="resources/{smoke}teacher/{annotator}/{mixture}/{key}/manifest.json",
@@ -166,7 +166,7 @@ rule gather_precomputed:
     resources:
         **light(memory_gb=2, minutes=60),
     params:
-        spec=lambda wildcards: PLAN.annotation_spec(wanted_annotation(wildcards)),
+        spec=lambda wildcards: PLAN.precomputation_spec(wanted_annotation(wildcards)),
     message:
         "Gathering precomputed log-probabilities of {wildcards.annotator} on {wildcards.mixture}"
     script:

@@ -1,7 +1,7 @@
-"""Leasing GPUs on a machine without a scheduler: two jobs never share a card.
+"""GPU locks on a machine without a scheduler: two jobs never share a card.
 
-Snakemake counts GPUs but does not say which. Each card has a lock file that all users of the machine share; the lock is the
-kernel's, so that it ends with the process that holds it, however that ends.
+Snakemake counts GPUs but does not assign them. Each card has a lock file that all users of the machine share; the kernel
+releases a lock when its process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def visible_devices() -> list[str]:
 
 
 @contextmanager
-def leased(count: int, *, folder: Path = FOLDER, poll: float = 2.0) -> Iterator[None]:
-    """Hold ``count`` cards, and see no others, for as long as the block runs; waits until enough are free.
+def locked_gpus(count: int, *, folder: Path = FOLDER, poll: float = 2.0) -> Iterator[None]:
+    """Lock ``count`` GPUs, and hide all others, for as long as the block runs; waits until enough are free.
 
-    Does nothing for ``count`` 0, and under Slurm, which assigns cards itself. Raises MmpipeError when there are fewer cards.
+    Does nothing for ``count`` 0, and under Slurm, which assigns GPUs itself. Raises MmpipeError when there are fewer GPUs.
     """
     if not count or slurm.job_id():
         yield
@@ -53,7 +53,7 @@ def leased(count: int, *, folder: Path = FOLDER, poll: float = 2.0) -> Iterator[
             f"(--resources gpu={len(devices)}), install a CUDA build of torch, or run on the CPU with --profile local"
         )
     before = os.environ.get(VISIBLE)
-    with _held(devices, count, folder, poll) as cards:
+    with _locks(devices, count, folder, poll) as cards:
         log.info("using GPU %s", ", ".join(cards))
         os.environ[VISIBLE] = ",".join(cards)
         try:
@@ -65,8 +65,10 @@ def leased(count: int, *, folder: Path = FOLDER, poll: float = 2.0) -> Iterator[
 
 
 @contextmanager
-def _held(devices: Sequence[str], count: int, folder: Path, poll: float) -> Iterator[list[str]]:
-    _shared_folder(folder)
+def _locks(devices: Sequence[str], count: int, folder: Path, poll: float) -> Iterator[list[str]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # of another user, open to all
+        folder.chmod(0o1777)
     waited = False
     while True:
         with ExitStack() as locks:
@@ -96,9 +98,3 @@ def _try_lock(folder: Path, device: str) -> IO[bytes] | None:
         file.close()
         return None
     return file
-
-
-def _shared_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(PermissionError):
-        folder.chmod(0o1777)

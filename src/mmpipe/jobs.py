@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.errors import ConfigError, MmpipeError, explained
-from mmpipe.gpu_locks import leased, visible_devices
+from mmpipe.gpu_locks import locked_gpus, visible_devices
 from mmpipe.plan.plan import Plan
 
 log = logging.getLogger("mmpipe")
@@ -38,7 +38,7 @@ def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
         os.environ.setdefault("OMP_NUM_THREADS", str(snakemake.threads))
         with _logging_to(Path(snakemake.log[0])):
             try:
-                with leased(gpus(snakemake)):
+                with locked_gpus(gpus(snakemake)):
                     main(snakemake, Plan(snakemake.config))
             except (MmpipeError, OSError) as error:
                 text = str(error) if isinstance(error, MmpipeError) else explained(error)

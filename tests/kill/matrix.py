@@ -74,12 +74,13 @@ def train_and_evaluate(folder: Path) -> None:
 
     from mmpipe.benchmarks.spec import BenchmarkEntry
     from mmpipe.stages.finetune import Finetune
+    from mmpipe.training.run import run_stage
     from workflow.scripts import answer, gather, score
 
     stage = Finetune(
         data="mix", template="qwen", batch_size=8, max_steps=STEPS, learning_rate=1e-3, hardware={"checkpoint_every": 1}
     )
-    stage.run(make_job(folder))
+    run_stage(stage, make_job(folder))
     entry = BenchmarkEntry(task="pope", data="pope", max_new_tokens=4, batch_size=2)
     plan: Any = SimpleNamespace(benchmarks={"pope": entry}, expert_logs=SimpleNamespace(spec=lambda: "", settings=None))
     prepared, results = Path("resources/benchmarks/pope"), folder / "eval/pope"

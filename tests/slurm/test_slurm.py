@@ -107,7 +107,7 @@ def test_the_demo_runs_on_slurm(finished, fresh, tmp_path):
 @pytest.mark.usefixtures("cluster")
 def test_a_failed_job_shows_its_log(fresh, tmp_path):
     project = fresh.copy(tmp_path / "project")
-    project.edit("config/recipes/demo.yaml", lambda r: r["stages"]["pretrain"].update(minimum_supervised=1.0))
+    project.edit("config/recipes/demo.yaml", lambda r: r["stages"]["pretrain"].update(min_supervised_fraction=1.0))
     project.edit("config/recipes/demo.yaml", lambda r: r["stages"]["pretrain"].update(template="qwen"))
     result = on_slurm(project, "pretrained", "--retries", "0", check=False)
     assert result.returncode != 0

@@ -28,7 +28,7 @@ from mmpipe.analysis.families.frequency import selection_counts
 from mmpipe.analysis.families.modality import divergence
 from mmpipe.analysis.families.similarity import pairwise_cosine, reference_diversity
 from mmpipe.artifacts.files import write_csv
-from mmpipe.losses.collapse import top_set_share
+from mmpipe.losses.routing import most_common_set_share
 
 CHOICES = np.array([[0, 1], [1, 0], [0, 1], [2, 3]])
 DONE = np.ones_like(CHOICES, bool)
@@ -54,9 +54,9 @@ def test_entropy_and_balance() -> None:
 def test_the_most_common_choice_is_ordered() -> None:
     assert most_common_expert_set(CHOICES, TIMES) == ((0, 1), pytest.approx(3 / 5))
     assert most_common_expert_set(CHOICES, np.ones(4)) == ((0, 1), 0.5)
-    as_tensor = top_set_share(torch.tensor(CHOICES).repeat_interleave(torch.tensor(TIMES), 0), 4)
+    as_tensor = most_common_set_share(torch.tensor(CHOICES).repeat_interleave(torch.tensor(TIMES), 0), 4)
     assert as_tensor.item() == pytest.approx(3 / 5)
-    assert top_set_share(torch.zeros(0, 2, dtype=torch.int64), 4).item() == 0
+    assert most_common_set_share(torch.zeros(0, 2, dtype=torch.int64), 4).item() == 0
 
 
 def test_coactivation_counts_pairs_whatever_their_order() -> None:

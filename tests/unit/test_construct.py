@@ -15,6 +15,7 @@ from mmpipe.models.settings import VisionLanguage
 from mmpipe.stages.construct import Construct
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.pretrain import Pretrain
+from mmpipe.training.run import run_stage
 
 TRAINING = {"data": "mix", "batch_size": 8, "max_steps": 2, "template": "chatml"}
 
@@ -41,7 +42,7 @@ def whole(job, tmp_path):
     source = tmp_path / "from-the-hub"
     model = stock_checkpoint(source, torch.bfloat16)
     brought = bringing_in(job, source)
-    Construct(template="chatml").run(brought)
+    run_stage(Construct(template="chatml"), brought)
     return brought.model_dir, source, model
 
 
@@ -57,12 +58,12 @@ def test_a_whole_checkpoint_keeps_every_bit(whole):
 def test_it_can_be_trained_further_and_a_projector_finds_its_way_back(whole, job):
     published, _, original = whole
     aligned = following(job, published, "pretrain", "pretrain")
-    Pretrain(**TRAINING).run(aligned)
+    run_stage(Pretrain(**TRAINING), aligned)
     model, _, card = open_checkpoint(aligned.model_dir)
     assert card["checkpoint"]["base"] == published.as_posix()
     assert torch.equal(model.lm_head.weight, original.lm_head.weight.float())
     tuned = following(job, aligned.model_dir, "finetune", "finetune")
-    Finetune(**TRAINING).run(tuned)
+    run_stage(Finetune(**TRAINING), tuned)
     finetuned, _, _ = open_checkpoint(tuned.model_dir)
     before, after = model.state_dict(), finetuned.state_dict()
     changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
@@ -71,11 +72,11 @@ def test_it_can_be_trained_further_and_a_projector_finds_its_way_back(whole, job
 
 def test_parts_are_joined_and_published(job):
     joined = job("construct", tokens=None)
-    Construct(template="chatml").run(joined)
+    run_stage(Construct(template="chatml"), joined)
     model, _, card = open_checkpoint(joined.model_dir)
     assert card["kind"] == "model"
     aligned = job("pretrain", parent=joined.model_dir)
-    Pretrain(**TRAINING).run(aligned)
+    run_stage(Pretrain(**TRAINING), aligned)
     assert open_checkpoint(aligned.model_dir)[2]["checkpoint"]["base"] == joined.model_dir.as_posix()
     assert model.dtype == torch.float32
 
@@ -93,16 +94,16 @@ def test_missing_and_surplus_tensors_are_listed(whole, job, spoil, said):
     spoil(tensors)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=said):
-        Construct(template="chatml").run(bringing_in(job, source, "again"))
+        run_stage(Construct(template="chatml"), bringing_in(job, source, "again"))
 
 
 def test_a_language_model_is_no_whole_checkpoint(job):
     with pytest.raises(ArtifactError, match="holds a 'qwen2' model"):
-        Construct().run(bringing_in(job, BACKBONES["language"]))
+        run_stage(Construct(), bringing_in(job, BACKBONES["language"]))
 
 
 def test_parts_beside_a_complete_checkpoint_are_refused(whole, job):
     _, source, _ = whole
     crowded = bringing_in(job, source, "crowded", backbones={"checkpoint": source} | BACKBONES)
     with pytest.raises(ConfigError, match=r"is complete; leave model\.vision"):
-        Construct().run(crowded)
+        run_stage(Construct(), crowded)

@@ -235,9 +235,9 @@ def test_what_a_teacher_writes_down_takes_as_much_as_it_is_said_to(tmp_path):
     recipe = {"extends": "demo@pretrain", "stages": {"distill_dense": stage}}
     (tmp_path / "config/recipes/student.yaml").write_text(json.dumps(recipe))
     plan = Plan(read_mapping(REPOSITORY / "config/config.yaml") | {"recipes": ["student"]}, tmp_path)
-    (annotation,) = plan.annotations.values()
+    (annotation,) = plan.precomputations.values()
     assert total_bytes(plan, annotation, tmp_path) is None
-    report = tmp_path / plan.annotated_tokens(annotation).directory / "report.json"
+    report = tmp_path / plan.precomputation_tokens(annotation).directory / "report.json"
     report.parent.mkdir(parents=True)
     report.write_text(json.dumps({"supervised_tokens": 1000}))
     entry = sum(TOKENS.field(name).type.value_type.bit_width for name in ("ids", "log_probabilities")) // 8

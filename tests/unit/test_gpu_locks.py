@@ -12,13 +12,13 @@ import time
 import pytest
 
 from mmpipe.errors import MmpipeError
-from mmpipe.gpu_locks import VISIBLE, leased
+from mmpipe.gpu_locks import VISIBLE, locked_gpus
 
 HOLD = """
 import json, os, sys, time
 from pathlib import Path
-from mmpipe.gpu_locks import leased
-with leased(int(sys.argv[1]), folder=Path(sys.argv[2]), poll=0.02):
+from mmpipe.gpu_locks import locked_gpus
+with locked_gpus(int(sys.argv[1]), folder=Path(sys.argv[2]), poll=0.02):
     print(json.dumps(os.environ["CUDA_VISIBLE_DEVICES"]), flush=True)
     time.sleep(float(sys.argv[3]))
 """
@@ -47,7 +47,7 @@ def test_jobs_hold_different_cards_and_a_killed_one_gives_its_back(tmp_path):
         assert not mine & theirs
         first.kill()
         first.wait()
-        with leased(2, folder=tmp_path, poll=0.02):
+        with locked_gpus(2, folder=tmp_path, poll=0.02):
             assert set(os.environ[VISIBLE].split(",")) == mine
         assert os.environ[VISIBLE] == "0,1,2,MIG-5:3"
     finally:
@@ -60,7 +60,7 @@ def test_a_job_waits_until_enough_cards_are_free(tmp_path):
     with hold(3, tmp_path, 0.4) as other:
         cards_of(other)
         began = time.monotonic()
-        with leased(2, folder=tmp_path, poll=0.02):
+        with locked_gpus(2, folder=tmp_path, poll=0.02):
             assert time.monotonic() - began > 0.2
 
 
@@ -81,14 +81,17 @@ def test_two_jobs_that_want_more_than_a_half_both_finish(tmp_path):
 
 
 def test_too_few_cards_are_an_error(tmp_path):
-    with pytest.raises(MmpipeError, match=r"given 8 GPU\(s\), but this machine shows 4"), leased(8, folder=tmp_path):
+    with (
+        pytest.raises(MmpipeError, match=r"given 8 GPU\(s\), but this machine shows 4"),
+        locked_gpus(8, folder=tmp_path),
+    ):
         pass
 
 
 def test_slurm_and_jobs_without_gpus_need_no_lease(tmp_path, monkeypatch):
-    with leased(0, folder=tmp_path / "none"):
+    with locked_gpus(0, folder=tmp_path / "none"):
         pass
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with leased(64, folder=tmp_path / "none"):
+    with locked_gpus(64, folder=tmp_path / "none"):
         assert os.environ[VISIBLE] == "0,1,2,MIG-5:3"
     assert not (tmp_path / "none").exists()

@@ -22,6 +22,7 @@ from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.models.settings import VisionLanguage
 from mmpipe.stages.construct import Construct
 from mmpipe.stages.pretrain import Pretrain
+from mmpipe.training.run import run_stage
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def bring(job, tmp_path):
             vision_language=VisionLanguage(checkpoint="whole", vision="clip-tiny"),
             **changes,
         )
-        Construct(template="chatml").run(brought)
+        run_stage(Construct(template="chatml"), brought)
         return brought.model_dir
 
     return run
@@ -185,7 +186,7 @@ def test_a_packed_language_model_is_joined_aligned_and_written_as_the_guide_says
         "spec": json.dumps({"stage": "construct", "model": model, "layouts": {"language": "moss2"}}),
     }
     joined = job("construct", tokens=None, manifests=(), **facts)
-    Construct(template="llava_llama_2", image_aspect="square").run(joined)
+    run_stage(Construct(template="llava_llama_2", image_aspect="square"), joined)
     packed = load_file(base / "model.safetensors")
     written = export(joined.model_dir, tmp_path / "constructed", "--language", "moss2", "--binary")
     assert_same({name: written[name] for name in packed}, packed)
@@ -199,7 +200,7 @@ def test_a_packed_language_model_is_joined_aligned_and_written_as_the_guide_says
     tokens = write_tokens(mixture, tmp_path / "tokens", {"checkpoint": joined.model_dir}, "llava_llama_2")
     aligned = job("pretrain", parent=joined.model_dir, manifests=(), tokens=tokens, **facts)
     training = {"data": "mix", "batch_size": 8, "max_steps": 1, "template": "llava_llama_2"}
-    Pretrain(**training, llava_projector=True).run(aligned)
+    run_stage(Pretrain(**training, llava_projector=True), aligned)
     names = {path.name for path in aligned.model_dir.iterdir()}
     assert {"mm_projector.bin", "projector.safetensors"} <= names
     alone = export_projector(aligned.model_dir, tmp_path / "alone")
@@ -300,7 +301,7 @@ def test_configurations_of_something_else_are_refused(bring, job, tmp_path, conf
 def test_parts_that_lie_elsewhere_are_asked_for(job, bring, tmp_path):
     made.whole_llava(tmp_path / "llava", with_tower=False)
     with pytest.raises(ConfigError, match=r"'openai/clip-tiny' lies elsewhere.*model\.vision"):
-        Construct().run(bringing_in(job, tmp_path / "llava", layouts={"checkpoint": "llava"}))
+        run_stage(Construct(), bringing_in(job, tmp_path / "llava", layouts={"checkpoint": "llava"}))
     made.lora_adapter(tmp_path / "adapter", made.llama(tmp_path / "base"))
     with pytest.raises(ConfigError, match=r"an adapter, not a whole.*model\.language.*lmsys/vicuna-tiny"):
         bring(tmp_path / "adapter")
@@ -333,7 +334,7 @@ def test_files_that_hold_anything_but_tensors_are_refused(bring, job, tmp_path, 
 
 def test_what_is_not_there_is_said(job, tmp_path):
     joined = job("construct", tokens=None)
-    Construct(template="chatml").run(joined)
+    run_stage(Construct(template="chatml"), joined)
     made_twice = ["export", str(joined.model_dir), str(tmp_path), "--layout", "llava"]
     for command, said in (
         (made_twice, "exists; name a directory that does not"),

@@ -26,6 +26,7 @@ from mmpipe.models.settings import VisionLanguage
 from mmpipe.models.vision_tower import saved_scales
 from mmpipe.stages.construct import Construct
 from mmpipe.stages.finetune import Finetune
+from mmpipe.training.run import run_stage
 
 ROUTER = {
     "topk": ("smoe", {"weight": "gate.weight"}),
@@ -275,12 +276,12 @@ def test_it_is_published_and_trained_further(parts: dict[str, Path], tmp_path: P
         vision_language=VisionLanguage(checkpoint="c", vision="v"),
         manifests=(),
     )
-    Construct(template="phi3").run(whole)
+    run_stage(Construct(template="phi3"), whole)
     found, _, _ = open_checkpoint(whole.model_dir)
     batch = dummy_inputs(model)
     torch.testing.assert_close(logits(found, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
     tuned = job("tuned", parent=whole.model_dir)
-    Finetune(data="mix", template="qwen", batch_size=4, max_steps=1, trainable=["*"]).run(tuned)
+    run_stage(Finetune(data="mix", template="qwen", batch_size=4, max_steps=1, trainable=["*"]), tuned)
     assert (tuned.model_dir / "manifest.json").is_file()
 
 

@@ -21,6 +21,7 @@ from mmpipe.errors import ConfigError
 from mmpipe.models.settings import LoraSettings
 from mmpipe.stages.pretrain import Pretrain
 from mmpipe.training import launch
+from mmpipe.training.run import run_stage
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
 STAGE = finetune(lora=LORA, seed=3, max_steps=4)
@@ -29,7 +30,7 @@ STAGE = finetune(lora=LORA, seed=3, max_steps=4)
 @pytest.fixture
 def tuned(job):
     made = job("tuned")
-    STAGE.run(made)
+    run_stage(STAGE, made)
     return made
 
 
@@ -69,7 +70,7 @@ def test_the_adapter_can_be_put_on_the_base_by_peft_alone(tuned):
 
 def test_the_next_stage_starts_from_the_merged_checkpoint(tuned, job):
     following = job("following", parent=tuned.model_dir)
-    finetune(max_steps=1, learning_rate=1e-9).run(following)
+    run_stage(finetune(max_steps=1, learning_rate=1e-9), following)
     before, after = (load_file(d / "model.safetensors") for d in (tuned.model_dir, following.model_dir))
     assert before.keys() == after.keys()
 
@@ -84,7 +85,7 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(tuned, job):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     assert not (made.model_dir / "manifest.json").exists()
-    STAGE.run(made)
+    run_stage(STAGE, made)
     for part in ("", "adapter"):
         assert contents(made.model_dir / part) == contents(tuned.model_dir / part)
 
@@ -97,7 +98,7 @@ def contents(directory: Path) -> dict[str, str]:
 def test_two_processes_train_like_one(job):
     stage = finetune(lora=LORA | {"dropout": 0.0}, max_steps=3)
     one, two = job("one"), job("two")
-    stage.run(one)
+    run_stage(stage, one)
     two.state_dir.mkdir(parents=True)
     launch.run_processes(stage, two, 2)
     names = ("model.safetensors", "adapter/adapter_model.safetensors")
@@ -112,7 +113,7 @@ def test_a_misspelt_target_is_named(job):
     with pytest.raises(
         ConfigError, match=r"'language_model\.layers\.\*\.q_prj' matches no linear layer; the nearest names: .*_proj"
     ):
-        wrong.run(job("wrong"))
+        run_stage(wrong, job("wrong"))
 
 
 def test_what_contradicts_adapters_is_refused():

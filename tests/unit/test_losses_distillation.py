@@ -12,8 +12,7 @@ from tiny_llava import tokenizer
 from mmpipe.errors import ArtifactError, ConfigError, DataError
 from mmpipe.losses import positions
 from mmpipe.losses.distillation import cached_distillation_loss, distillation_loss, jsd, sampled_distillation_loss
-from mmpipe.losses.teacher import draws, most_likely
-from mmpipe.losses.vocabulary import shared_rows
+from mmpipe.losses.teacher import most_probable_tokens, sample_tokens, shared_rows
 
 LABELS = torch.tensor([[-100, -100, 3, 4, 8, -100], [-100, 7, -100, -100, -100, -100]])
 
@@ -115,7 +114,7 @@ def test_micro_batches_add_up_under_one_normaliser(pair: dict) -> None:
     parts = []
     for i in range(2):
         half = {k: v[i : i + 1] if k.endswith(("BLD", "BLE")) else v for k, v in pair.items()}
-        parts.append(distillation_loss(**half, labels_BL=LABELS[i : i + 1], normaliser=4)[0])
+        parts.append(distillation_loss(**half, labels_BL=LABELS[i : i + 1], denominator=4)[0])
     torch.testing.assert_close(sum(parts), whole)
 
 
@@ -199,7 +198,7 @@ def test_half_precision_is_enough_for_what_is_written_down(tail: str, sharpness:
     teacher, noise = torch.randn(2, 1, 65, 64, generator=generator)
     head = torch.randn(4096, 64, generator=generator) * sharpness
     labels = torch.ones(1, 65, dtype=torch.long)
-    ids, log_p = most_likely(teacher, head, labels, 64)
+    ids, log_p = most_probable_tokens(teacher, head, labels, 64)
     student = teacher + 0.2 / sharpness * noise
     exact, half = (
         cached_distillation_loss(student, head, labels, ids, values, tail=tail)[0] for values in (log_p, log_p.half())
@@ -235,23 +234,23 @@ def test_draws_with_weights_equal_repeated_draws(pair: dict) -> None:
 def test_what_a_teacher_leaves_behind(pair: dict) -> None:
     log_p = log_probabilities(pair)[0].detach()
     teacher = pair["teacher_hidden_BLE"], pair["teacher_head_UE"], LABELS
-    ids, values = most_likely(*teacher, 3)
+    ids, values = most_probable_tokens(*teacher, 3)
     expected = log_p.topk(3)
     assert torch.equal(ids, expected.indices)
     torch.testing.assert_close(values, expected.values.float())
-    fewer, _ = most_likely(*teacher, 3, vocabulary=4)
+    fewer, _ = most_probable_tokens(*teacher, 3, vocabulary=4)
     assert fewer.max() < 4
 
-    ids, values = draws(*teacher, 20_000, generator=torch.Generator().manual_seed(0))
+    ids, values = sample_tokens(*teacher, 20_000, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(values, log_p.gather(1, ids).float())
     shares = torch.stack([torch.bincount(row, minlength=9) for row in ids]) / 20_000
     torch.testing.assert_close(shares.double(), log_p.exp(), atol=0.02, rtol=0)
 
     with pytest.raises(ConfigError, match="10 tokens a position, of a vocabulary of 9"):
-        most_likely(*teacher, 10)
+        most_probable_tokens(*teacher, 10)
     pair["teacher_head_UE"][0, 0] = math.nan
     with pytest.raises(ArtifactError, match="not finite"):
-        most_likely(*teacher, 3)
+        most_probable_tokens(*teacher, 3)
 
 
 def test_shared_vocabulary_ignores_padding_rows_only() -> None:

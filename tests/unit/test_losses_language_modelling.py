@@ -44,7 +44,7 @@ def test_first_token_is_never_predicted_and_last_row_never_read() -> None:
 def test_micro_batches_with_a_shared_normaliser_add_up() -> None:
     hidden, weight, labels = inputs()
     count = (labels[:, 1:] != -100).sum()
-    parts = [language_modelling_loss(hidden[i : i + 1], weight, labels[i : i + 1], normaliser=count) for i in range(2)]
+    parts = [language_modelling_loss(hidden[i : i + 1], weight, labels[i : i + 1], denominator=count) for i in range(2)]
     torch.testing.assert_close(sum(parts), plain(hidden, weight, labels))
 
 

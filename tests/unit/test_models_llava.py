@@ -15,6 +15,7 @@ from mmpipe.errors import ArtifactError
 from mmpipe.models import projector
 from mmpipe.models.settings import VisionLanguage
 from mmpipe.stages.finetune import Finetune
+from mmpipe.training.run import run_stage
 
 PARTS = VisionLanguage(vision="clip-tiny", language="qwen2-tiny")
 
@@ -84,7 +85,7 @@ def test_a_pickle_that_runs_code_is_refused(model, tmp_path):
 
 def test_the_tokenizer_of_another_checkpoint_is_refused(job):
     made = job("finetune")
-    Finetune(data="mix", template="qwen", batch_size=8, max_steps=1).run(made)
+    run_stage(Finetune(data="mix", template="qwen", batch_size=8, max_steps=1), made)
     config = made.model_dir / "config.json"
     content = json.loads(config.read_text())
     content["image_token_index"] = content["image_token_index"] - 1

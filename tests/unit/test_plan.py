@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,44 @@ def test_defaults_written_out_do_not_change_the_spec(project):
     assert plan.spec(plan.stage("base", "pretrain")) == plan.spec(plan.stage("explicit", "pretrain"))
 
 
+@pytest.mark.parametrize("place", ["stages", "defaults"])
+def test_the_former_name_of_a_setting_is_read_with_a_warning_and_stays_in_the_spec(project, place):
+    def base(key: str) -> dict[str, Any]:
+        stages = {"pretrain": {"data": "mix"}, "finetune": {"data": "mix"}}
+        if place == "defaults":
+            return {"model": MODEL, "defaults": {key: 0.5}, "stages": stages}
+        stages["finetune"][key] = 0.5
+        return {"model": MODEL, "stages": stages}
+
+    with pytest.warns(FutureWarning, match="'minimum_supervised' is now called 'min_supervised_fraction'"):
+        old = project({"base": base("minimum_supervised")})
+    new = project({"base": base("min_supervised_fraction")})
+    stages = [plan.stage("base", "finetune") for plan in (old, new)]
+    assert [stage.settings.min_supervised_fraction for stage in stages] == [0.5, 0.5]
+    assert old.spec(stages[0]) == new.spec(stages[1])
+    assert '"minimum_supervised":0.5' in new.spec(stages[1])
+
+
+@pytest.mark.parametrize("key", ["minimum_supervised", "min_supervised_fraction"])
+def test_a_setting_is_overridden_under_either_name(project, key):
+    base = {"model": MODEL, "defaults": {"min_supervised_fraction": 0.5}, "stages": {"finetune": {"data": "mix"}}}
+    other = {"extends": "base", "defaults": {key: 0.2}, "stages": {"again": {"kind": "finetune", "data": "mix"}}}
+    third = {"extends": "other", "stages": {"again": {key: 0.1}}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        plan = project({"base": base, "other": other, "third": third})
+    found = [plan.stage(name, "again").settings.min_supervised_fraction for name in ("other", "third")]
+    assert found == [0.2, 0.1]
+    both = {
+        "model": MODEL,
+        "stages": {"finetune": {"data": "mix", "minimum_supervised": 1, "min_supervised_fraction": 1}},
+    }
+    with pytest.raises(
+        ConfigError, match=r"stages.finetune: 'minimum_supervised' and 'min_supervised_fraction' are one setting"
+    ):
+        project({"base": both})
+
+
 @pytest.mark.parametrize("key", ["learning_rate", "seed", "template", "image_aspect"])
 def test_every_setting_that_changes_the_result_is_in_the_spec(project, key):
     other = {"learning_rate": 0.1, "seed": 3, "template": "phi3", "image_aspect": "pad"}[key]
@@ -200,8 +239,8 @@ def test_a_teacher_that_writes_down_reads_its_own_tokens(project):
         "stages": {"distill_dense": {"data": "mix", "teacher": "base", "teacher_cache": {"k": 4}}},
     }
     plan = project({"base": BASE, "student": student})
-    (annotation,) = plan.annotations.values()
-    assert plan.annotated_tokens(annotation).directories["vision"] == Path("resources/backbones/eye")
+    (annotation,) = plan.precomputations.values()
+    assert plan.precomputation_tokens(annotation).directories["vision"] == Path("resources/backbones/eye")
     assert plan.tokens_of(plan.stages("student")[0]).directories["vision"] == Path("resources/backbones/ear")
 
 
@@ -210,11 +249,11 @@ def test_in_how_many_jobs_a_teacher_writes_changes_nothing_but_the_jobs(project)
     recipes = {"base": BASE, "student": {"model": MODEL, "stages": stages}}
     one = project(recipes)
     three = project(recipes | {"base": {**BASE, "answering": {"chunks": 3}}})
-    (name,) = one.annotations
-    assert name in three.annotations
+    (name,) = one.precomputations
+    assert name in three.precomputations
     assert one.inputs(one.stages("student")[0]) == three.inputs(three.stages("student")[0])
     checkpoint, mixture, key = name.split("/")
-    assert three.annotation_chunks(three.annotations[name], "results/smoke") == [
+    assert three.precomputation_chunks(three.precomputations[name], "results/smoke") == [
         f"resources/smoke/teacher/{checkpoint}/{mixture}/chunks/{key}/{n:04d}-of-0003.json" for n in range(3)
     ]
 

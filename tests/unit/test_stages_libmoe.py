@@ -23,6 +23,7 @@ from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.prefinetune import Prefinetune
 from mmpipe.stages.pretrain import Pretrain
 from mmpipe.stages.upcycle import Upcycle
+from mmpipe.training.run import run_stage
 
 COMMON = {"data": "mix", "template": "qwen", "batch_size": 8, "max_steps": 2, "learning_rate": 1e-3}
 MODEL = {"vision": "clip-tiny", "language": "qwen2-tiny", "scales": [1, 3]}
@@ -42,13 +43,13 @@ def made(job):
 
 def test_the_whole_path(made, tmp_path: Path):
     pretrained, dense, sparse, tuned = (made(name) for name in ("pretrain", "pft", "sparse", "sft"))
-    Pretrain(**COMMON).run(pretrained)
-    Prefinetune(**COMMON).run(replace(dense, parent=pretrained.model_dir))
+    run_stage(Pretrain(**COMMON), pretrained)
+    run_stage(Prefinetune(**COMMON), replace(dense, parent=pretrained.model_dir))
     moe = {"router": "perturbed_cosine", "z_coefficient": 0.01, "layer_losses": "mean"}
     moe["balance_within"] = "sequence"
     parts = PARTS | {"vision_tower": {"placement": "dense"}}
-    Upcycle(moe=moe, parts=parts).run(replace(sparse, parent=dense.model_dir))
-    Finetune(**COMMON, trainable=["*"]).run(replace(tuned, parent=sparse.model_dir))
+    run_stage(Upcycle(moe=moe, parts=parts), replace(sparse, parent=dense.model_dir))
+    run_stage(Finetune(**COMMON, trainable=["*"]), replace(tuned, parent=sparse.model_dir))
 
     before, after = (open_checkpoint(run.model_dir)[0] for run in (sparse, tuned))
     assert list(moe_layers(after)) == ["vision_tower.encoder.layers.0.mlp", "multi_modal_projector"]
@@ -73,7 +74,7 @@ def test_the_whole_path(made, tmp_path: Path):
 
 def test_images_at_two_scales_are_answered_alike_from_shared_beginnings(made, world: Path):
     dense = made("dense")
-    Prefinetune(**COMMON).run(dense)
+    run_stage(Prefinetune(**COMMON), dense)
     model, processor, _ = open_checkpoint(dense.model_dir)
     assert model.config.image_seq_length == 9, "as many tokens as at one scale"
     image = next(Path("resources/datasets/shapes").rglob("*.jpg"))
@@ -124,6 +125,6 @@ def test_mistakes_in_the_settings_of_a_part_are_named(parts, message):
 
 def test_layers_that_a_part_does_not_have_are_named(made):
     dense = made("dense")
-    Prefinetune(**COMMON).run(dense)
+    run_stage(Prefinetune(**COMMON), dense)
     with pytest.raises(ConfigError, match=r"vision_tower.*layers 0 to 0, not \[1\]"):
-        Upcycle(parts={"vision_tower": {"placement": [1]}}).run(made("sparse", parent=dense.model_dir))
+        run_stage(Upcycle(parts={"vision_tower": {"placement": [1]}}), made("sparse", parent=dense.model_dir))

@@ -21,7 +21,7 @@ from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError, DataError
 from mmpipe.inference.generate import Answerer
-from mmpipe.losses.vocabulary import token_rows
+from mmpipe.losses.teacher import token_rows
 from mmpipe.models.moe.collect import moe_layers
 from mmpipe.settings import validate
 from mmpipe.stages.base import StageJob
@@ -32,8 +32,9 @@ from mmpipe.stages.prefer import Prefer
 from mmpipe.stages.upcycle import Upcycle
 from mmpipe.training import precompute
 from mmpipe.training.objectives.distill_dense import LiveTeacher, resized_images
-from mmpipe.training.precompute import Work, annotate_chunk, publish
-from mmpipe.training.precomputed import Annotations
+from mmpipe.training.precompute import PrecomputeJob, precompute_chunk, publish
+from mmpipe.training.precomputed import PrecomputedLogProbs
+from mmpipe.training.run import run_stage
 
 COMMON = {"template": "qwen", "batch_size": 8, "max_steps": 4, "learning_rate": 1e-2}
 
@@ -42,7 +43,7 @@ COMMON = {"template": "qwen", "batch_size": 8, "max_steps": 4, "learning_rate": 
 def dense(job) -> StageJob:
     """A dense checkpoint, trained a little."""
     made = job("dense")
-    Finetune(data="mix", **COMMON).run(made)
+    run_stage(Finetune(data="mix", **COMMON), made)
     return made
 
 
@@ -50,20 +51,20 @@ def dense(job) -> StageJob:
 def sparse(job, dense) -> StageJob:
     """Its up-cycled child."""
     made = job("sparse", parent=dense.model_dir)
-    Upcycle().run(made)
+    run_stage(Upcycle(), made)
     return made
 
 
 def distill(kind: type[DistillDense], job: StageJob, teacher: Path, **changes: Any) -> list[dict[str, Any]]:
     """Run a distillation stage; returns its history."""
     stage = kind(**{"data": "mix", "teacher": "teacher", **COMMON, **changes})
-    stage.run(replace(job, references={"teacher": teacher}))
+    run_stage(stage, replace(job, references={"teacher": teacher}))
     return read_jsonl(job.report_dir / "history.jsonl")
 
 
-def work(tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any]) -> Work:
+def work(tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any]) -> PrecomputeJob:
     settings = {"template": "qwen", "max_length": 2048, "image_aspect": "pad", **settings}
-    return Work(
+    return PrecomputeJob(
         checkpoint=teacher,
         tokens=Path("resources/tokens", mixture),
         spec="{}",
@@ -79,11 +80,11 @@ def written(tmp_path: Path, teacher: Path, mixture: str, settings: dict[str, Any
     return wanted.out
 
 
-def annotated(work: Work, chunks: int, **how: Any) -> list[Path]:
+def annotated(work: PrecomputeJob, chunks: int, **how: Any) -> list[Path]:
     """Run the jobs that annotate; returns the files by which they say what they wrote."""
     files = [work.state.parent / "chunks" / f"{index:04d}-of-{chunks:04d}.json" for index in range(chunks)]
     for file in files:
-        annotate_chunk(work, file, device="cpu", **how)
+        precompute_chunk(work, file, device="cpu", **how)
     return files
 
 
@@ -161,15 +162,15 @@ def test_upcycling_publishes_a_stock_checkpoint_equal_to_its_parent(dense, spars
 def test_upcycling_fails_when_the_models_differ(job, dense):
     made = job("wrong", parent=dense.model_dir)
     with pytest.raises(ArtifactError, match="differs from its dense parent"):
-        Upcycle(moe={"top_k": 1}).run(made)
+        run_stage(Upcycle(moe={"top_k": 1}), made)
     assert not (made.model_dir / "manifest.json").exists()
 
 
 def test_upcycling_needs_a_dense_parent(job, sparse):
     with pytest.raises(ConfigError, match="put a training stage before it"):
-        Upcycle().run(job("first"))
+        run_stage(Upcycle(), job("first"))
     with pytest.raises(ConfigError, match="already has experts"):
-        Upcycle().run(job("again", parent=sparse.model_dir))
+        run_stage(Upcycle(), job("again", parent=sparse.model_dir))
 
 
 def test_the_dense_student_comes_closer_to_its_teacher(job, dense):
@@ -199,7 +200,7 @@ def test_the_loss_types_are_sums_of_their_parts(job, dense, sparse):
 def test_router_losses_count_as_published_or_as_asked(job, dense, compat, counted, times):
     """The published code adds them to the language-modelling loss, and to the sum of both again."""
     grown = job("grown", parent=dense.model_dir)
-    Upcycle(moe={"compat": compat, "capacity_factor": 1.5}).run(grown)
+    run_stage(Upcycle(moe={"compat": compat, "capacity_factor": 1.5}), grown)
     model, _, _ = open_checkpoint(grown.model_dir)
     (layer,) = moe_layers(model).values()
     assert layer.router.settings.second_choice == ("gumbel" if compat == "reference" else "most_likely")
@@ -246,7 +247,7 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(job, dense):
 
 def test_a_teacher_of_a_larger_head_that_wrote_down_everything_equals_the_live_one(job, dense, tmp_path):
     other = job("other")
-    Finetune(data="mix", seed=1, **COMMON).run(other)
+    run_stage(Finetune(data="mix", seed=1, **COMMON), other)
     tokens = token_rows(open_checkpoint(dense.model_dir)[1].tokenizer)
     small = with_head_of(tokens, other.model_dir, tmp_path / "small")
     large = with_head_of(tokens + 64, dense.model_dir, tmp_path / "large")
@@ -254,7 +255,7 @@ def test_a_teacher_of_a_larger_head_that_wrote_down_everything_equals_the_live_o
     notes = written(tmp_path, large, "mix", {"kind": "top_k", "k": tokens + 64})
     cached = distill(
         DistillDense,
-        job("cached", parent=small, annotations={"teacher": notes}),
+        job("cached", parent=small, precomputed={"teacher": notes}),
         large,
         teacher_cache={"k": tokens + 64},
     )
@@ -263,7 +264,7 @@ def test_a_teacher_of_a_larger_head_that_wrote_down_everything_equals_the_live_o
 
 
 def test_a_student_without_a_row_for_every_token_is_refused(dense, tmp_path):
-    notes = Annotations(written(tmp_path, dense.model_dir, "mix", {"kind": "top_k", "k": 2}))
+    notes = PrecomputedLogProbs(written(tmp_path, dense.model_dir, "mix", {"kind": "top_k", "k": 2}))
     notes.require_rows(notes.vocabulary)
     with pytest.raises(ArtifactError, match="the student's head has 3 rows; give the student a row"):
         notes.require_rows(3)
@@ -272,7 +273,7 @@ def test_a_student_without_a_row_for_every_token_is_refused(dense, tmp_path):
 @pytest.mark.parametrize("kind", ["top_k", "sampled"])
 def test_a_student_learns_from_a_few_written_tokens(job, dense, tmp_path, kind):
     notes = written(tmp_path, dense.model_dir, "mix", {"kind": kind, "k": 8, "seed": 0})
-    made = job("cached", annotations={"teacher": notes})
+    made = job("cached", precomputed={"teacher": notes})
     history = distill(DistillDense, made, dense.model_dir, teacher_cache={"kind": kind, "k": 8}, max_steps=10)
     assert history[-1]["kl"] < history[0]["kl"]
 
@@ -280,12 +281,12 @@ def test_a_student_learns_from_a_few_written_tokens(job, dense, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["log_probabilities", "top_k", "sampled"])
 def test_annotations_do_not_depend_on_the_batch(dense, tmp_path, monkeypatch, kind):
     mixture = "pairs" if kind == "log_probabilities" else "mix"
-    read = Annotations.log_probabilities if kind == "log_probabilities" else Annotations.tokens
+    read = PrecomputedLogProbs.log_probabilities if kind == "log_probabilities" else PrecomputedLogProbs.tokens
     found = []
     for size in (1, 3, 8):
         monkeypatch.setattr(precompute, "BATCH", size)
         settings = {"kind": kind, "k": 5, "seed": 0}
-        notes = Annotations(written(tmp_path / str(size), dense.model_dir, mixture, settings))
+        notes = PrecomputedLogProbs(written(tmp_path / str(size), dense.model_dir, mixture, settings))
         found.append(read(notes, [3, 1, 20]))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-4)
@@ -326,7 +327,7 @@ def test_a_killed_job_goes_on_with_the_next_shard(dense, tmp_path, monkeypatch):
         publish(wanted, chunks)
     assert [chunk.exists() for chunk in chunks] == [False, True]
     publish(wanted, annotated(wanted, 2))
-    assert len(Annotations(wanted.out).tokens([59])[0])
+    assert len(PrecomputedLogProbs(wanted.out).tokens([59])[0])
 
 
 def test_another_number_of_chunks_takes_what_is_published(dense, tmp_path, monkeypatch):
@@ -335,9 +336,9 @@ def test_another_number_of_chunks_takes_what_is_published(dense, tmp_path, monke
     out = written(tmp_path, dense.model_dir, "mix", settings)
     (out / "shards/00001-of-00004.arrow").write_bytes(bytes((out / "shards/00001-of-00004.arrow").stat().st_size))
     made = []
-    write = precompute._Annotator.write
+    write = precompute._ShardWriter.write
     monkeypatch.setattr(
-        precompute._Annotator, "write", lambda self, name, path: (made.append(name), write(self, name, path))
+        precompute._ShardWriter, "write", lambda self, name, path: (made.append(name), write(self, name, path))
     )
     before = (out / "manifest.json").read_bytes()
     written(tmp_path, dense.model_dir, "mix", settings, chunks=2)
@@ -350,10 +351,10 @@ def test_another_number_of_chunks_takes_what_is_published(dense, tmp_path, monke
 
 def test_a_teacher_that_saw_other_images_is_refused(job, dense, tmp_path):
     settings = {"kind": "top_k", "k": 2}
-    with pytest.raises(ConfigError, match=r"dense.*do_pad: stage False, annotating model True"):
+    with pytest.raises(ConfigError, match=r"dense.*do_pad: stage False, precomputing model True"):
         written(tmp_path, dense.model_dir, "mix", settings | {"image_aspect": "square"})
     notes = written(tmp_path, dense.model_dir, "mix", settings)
-    made = job("student", annotations={"teacher": notes})
+    made = job("student", precomputed={"teacher": notes})
     with pytest.raises(ConfigError, match=r"annotations-top_k-mix: the teacher was .* the teacher's image_aspect"):
         distill(DistillDense, made, dense.model_dir, teacher_cache={"k": 2}, image_aspect="square")
 
@@ -361,20 +362,20 @@ def test_a_teacher_that_saw_other_images_is_refused(job, dense, tmp_path):
 def test_a_reference_that_saw_other_images_is_refused(job, dense, tmp_path):
     notes = written(tmp_path, dense.model_dir, "pairs", {"kind": "log_probabilities"})
     made = job(
-        "preferred", parent=dense.model_dir, tokens=Path("resources/tokens/pairs"), annotations={"reference": notes}
+        "preferred", parent=dense.model_dir, tokens=Path("resources/tokens/pairs"), precomputed={"reference": notes}
     )
     with pytest.raises(ConfigError, match=r"annotations-log_probabilities-pairs: the reference was"):
-        Prefer(**COMMON, data="pairs", reference="dense", image_aspect="square").run(made)
+        run_stage(Prefer(**COMMON, data="pairs", reference="dense", image_aspect="square"), made)
 
 
 @pytest.mark.parametrize("loss_type", ["kto_pair", "sigmoid", "hinge", "ipo"])
 def test_preferences_are_learnt_relative_to_the_reference(job, dense, tmp_path, loss_type):
     notes = written(tmp_path, dense.model_dir, "pairs", {"kind": "log_probabilities"})
     made = job(
-        "preferred", parent=dense.model_dir, tokens=Path("resources/tokens/pairs"), annotations={"reference": notes}
+        "preferred", parent=dense.model_dir, tokens=Path("resources/tokens/pairs"), precomputed={"reference": notes}
     )
     settings = {**COMMON, "data": "pairs", "reference": "dense", "loss_type": loss_type, "max_steps": 6}
-    Prefer(**settings).run(made)
+    run_stage(Prefer(**settings), made)
     history = read_jsonl(made.report_dir / "history.jsonl")
     assert history[0]["rewards_margin"] == pytest.approx(0, abs=1e-4)
     assert history[-1]["rewards_margin"] > 0
@@ -383,9 +384,9 @@ def test_preferences_are_learnt_relative_to_the_reference(job, dense, tmp_path, 
 
 def test_preferring_needs_pairs(job, dense, tmp_path):
     notes = written(tmp_path, dense.model_dir, "pairs", {"kind": "log_probabilities"})
-    made = job("wrong", parent=dense.model_dir, annotations={"reference": notes})
+    made = job("wrong", parent=dense.model_dir, precomputed={"reference": notes})
     with pytest.raises(DataError, match="holds conversations, but the stage trains on preferences"):
-        Prefer(**COMMON, data="mix", reference="dense").run(made)
+        run_stage(Prefer(**COMMON, data="mix", reference="dense"), made)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(job, dense):

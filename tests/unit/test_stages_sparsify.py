@@ -29,6 +29,7 @@ from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.sparsify import Sparsify
 from mmpipe.stages.upcycle import Upcycle
 from mmpipe.training import publish
+from mmpipe.training.run import run_stage
 
 COMMON = {"template": "qwen", "batch_size": 8, "max_steps": 4}
 SPARSITY = {
@@ -57,9 +58,9 @@ def family(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, S
     folder = tmp_path_factory.mktemp("family")
     with contextlib.chdir(world):
         dense = make_job(folder, "dense")
-        Finetune(data="mix", learning_rate=1e-2, **COMMON).run(dense)
+        run_stage(Finetune(data="mix", learning_rate=1e-2, **COMMON), dense)
         sparsified = make_job(folder, "sparsified", parent=dense.model_dir)
-        sparsify().run(sparsified)
+        run_stage(sparsify(), sparsified)
     return {"dense": dense, "sparsified": sparsified}
 
 
@@ -164,9 +165,9 @@ def test_resumed_it_ends_with_the_same_weights(job, dense, sparsified, monkeypat
 
     monkeypatch.setattr(StageTrainer, "_save_checkpoint", die)
     with pytest.raises(KeyboardInterrupt):
-        stage.run(made)
+        run_stage(stage, made)
     monkeypatch.setattr(StageTrainer, "_save_checkpoint", real)
-    stage.run(made)
+    run_stage(stage, made)
     for file in ("sparsity.safetensors", "model.safetensors"):
         one, other = load_file(made.model_dir / file), load_file(sparsified.model_dir / file)
         assert all(torch.equal(one[name], other[name]) for name in other)
@@ -176,7 +177,7 @@ def test_cutting_a_batch_changes_nothing(job, dense, unread) -> None:
     histories = []
     for micro in (8, 2):
         made = job(f"cut-{micro}", parent=dense.model_dir)
-        sparsify(hardware={"micro_batch": micro}).run(made)
+        run_stage(sparsify(hardware={"micro_batch": micro}), made)
         histories.append(read_jsonl(made.report_dir / "history.jsonl"))
     for whole_batch, cut in zip(*histories, strict=True):
         for key in ("cross_entropy", "image_mask_loss", "output_text_mask_loss", "image_kept", "gumbel_tau"):
@@ -187,9 +188,9 @@ def test_a_student_with_experts(job, dense) -> None:
     experts = job("experts", parent=dense.model_dir)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(publish, "_read_back", lambda model, out: None)
-        Upcycle().run(experts)
+        run_stage(Upcycle(), experts)
     made = job("sparse-experts", parent=experts.model_dir)
-    sparsify(max_steps=2).run(made)
+    run_stage(sparsify(max_steps=2), made)
     model, _, _ = open_checkpoint(made.model_dir)
     assert get_sparsifier(model) is not None
     assert "router_balance" in read_jsonl(made.report_dir / "history.jsonl")[0]
@@ -213,7 +214,7 @@ def test_damaged_predictors_are_named(sparsified) -> None:
 
 def test_there_must_be_something_to_sparsify(job) -> None:
     with pytest.raises(ConfigError, match="no model to sparsify"):
-        sparsify().run(job("none"))
+        run_stage(sparsify(), job("none"))
 
 
 def test_published_names_are_read(sparsified) -> None:
@@ -230,6 +231,6 @@ def test_published_names_are_read(sparsified) -> None:
 
 def test_a_later_stage_keeps_the_predictors(job, sparsified, unread) -> None:
     made = job("later", parent=sparsified.model_dir)
-    Finetune(data="mix", learning_rate=1e-4, trainable=("multi_modal_projector.*",), **COMMON).run(made)
+    run_stage(Finetune(data="mix", learning_rate=1e-4, trainable=("multi_modal_projector.*",), **COMMON), made)
     one, other = (load_file(j.model_dir / "sparsity.safetensors") for j in (made, sparsified))
     assert all(torch.equal(one[name], other[name]) for name in other)

@@ -22,14 +22,16 @@ from mmpipe.stages.base import StageJob
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.pretrain import Pretrain
 from mmpipe.training import launch
-from mmpipe.training.run import split_batch
+from mmpipe.training.run import run_stage
+from mmpipe.training.trainer import split_batch
 
 RUN = """
 import sys
 from pathlib import Path
-from mmpipe.training.launch import read_description
+from mmpipe.training.worker import read_description
+from mmpipe.training.run import run_stage
 stage, job = read_description(Path(sys.argv[1]))
-stage.run(job)
+run_stage(stage, job)
 """
 
 
@@ -53,7 +55,7 @@ def hashes(directory: Path) -> dict[str, str]:
 def undisturbed(job) -> dict[str, str]:
     """Hashes of what an undisturbed run publishes."""
     made = job("undisturbed")
-    finetune().run(made)
+    run_stage(finetune(), made)
     return hashes(made.model_dir) | hashes(made.report_dir)
 
 
@@ -77,7 +79,7 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(job, undisturbed, at):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     interrupted = not (made.model_dir / "manifest.json").exists()
-    finetune().run(made)
+    run_stage(finetune(), made)
     assert hashes(made.model_dir) | hashes(made.report_dir) == undisturbed
     assert interrupted or at == "checkpoint-8"
     assert not (made.state_dir / "checkpoints").exists()
@@ -89,15 +91,15 @@ def losses(job: StageJob) -> torch.Tensor:
 
 def test_the_loss_does_not_depend_on_how_the_batch_is_cut(job):
     whole, cut = job("whole"), job("cut")
-    finetune().run(whole)
-    finetune(hardware={"micro_batch": 2}).run(cut)
+    run_stage(finetune(), whole)
+    run_stage(finetune(hardware={"micro_batch": 2}), cut)
     torch.testing.assert_close(losses(whole), losses(cut), atol=1e-5, rtol=1e-5)
     assert len(losses(whole)) == 8
 
 
 def test_two_processes_train_like_one(job):
     one, two = job("one"), job("two")
-    finetune().run(one)
+    run_stage(finetune(), one)
     two.state_dir.mkdir(parents=True)
     launch.run_processes(finetune(), two, 2)
     torch.testing.assert_close(losses(one), losses(two), atol=1e-5, rtol=1e-5)
@@ -106,14 +108,16 @@ def test_two_processes_train_like_one(job):
 
 def test_only_what_is_trainable_changes(job, world):
     made = job("projector")
-    Pretrain(data="mix", batch_size=8, max_steps=2, learning_rate=0.1, template="qwen", llava_projector=True).run(made)
+    run_stage(
+        Pretrain(data="mix", batch_size=8, max_steps=2, learning_rate=0.1, template="qwen", llava_projector=True), made
+    )
     assert sorted(p.name for p in made.model_dir.iterdir()) == [
         "manifest.json",
         "mm_projector.bin",
         "projector.safetensors",
     ]
     frozen = job("frozen")
-    finetune(trainable=["language_model.layers.0.*"], max_steps=2).run(frozen)
+    run_stage(finetune(trainable=["language_model.layers.0.*"], max_steps=2), frozen)
     after = load_file(frozen.model_dir / "model.safetensors")
     language = load_file(world / "resources/backbones/qwen2-tiny/model.safetensors")
     changed = {
@@ -127,9 +131,9 @@ def test_only_what_is_trainable_changes(job, world):
 
 def test_the_next_stage_starts_from_the_projector(job):
     first = job("first")
-    Pretrain(data="mix", batch_size=8, max_steps=2, template="qwen").run(first)
+    run_stage(Pretrain(data="mix", batch_size=8, max_steps=2, template="qwen"), first)
     second = job("second", parent=first.model_dir)
-    finetune(max_steps=1, learning_rate=1e-12, trainable=["lm_head.*"]).run(second)
+    run_stage(finetune(max_steps=1, learning_rate=1e-12, trainable=["lm_head.*"]), second)
     before = load_file(first.model_dir / "projector.safetensors")
     after = load_file(second.model_dir / "projector.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -137,7 +141,7 @@ def test_the_next_stage_starts_from_the_projector(job):
 
 def test_smoke_runs_stop_early_and_say_so(job):
     made = job("smoke", max_steps=2)
-    finetune().run(made)
+    run_stage(finetune(), made)
     card = json.loads((made.model_dir / "manifest.json").read_text())
     assert (card["steps"], card["smoke"]) == (2, True)
 
@@ -149,30 +153,30 @@ def test_a_changed_spec_starts_afresh(job):
     (made.state_dir / "checkpoints").mkdir()
     (made.state_dir / "checkpoints/checkpoint-8").mkdir()
     (made.state_dir / "checkpoints/checkpoint-8/complete").touch()
-    finetune(max_steps=1).run(made)
+    run_stage(finetune(max_steps=1), made)
     assert json.loads((made.model_dir / "manifest.json").read_text())["steps"] == 1
 
 
 def test_a_diverging_loss_names_the_records(job):
     with pytest.raises(MmpipeError, match=r"step \d+, records shapes/.*the loss is (nan|inf)"):
-        finetune(learning_rate=1e25, max_steps=4, max_gradient_norm=0, warmup_ratio=0).run(job("run"))
+        run_stage(finetune(learning_rate=1e25, max_steps=4, max_gradient_norm=0, warmup_ratio=0), job("run"))
 
 
 def test_a_template_that_supervises_nothing_stops_the_stage(job):
     with pytest.raises(DataError, match=r"'qwen'.*of the text tokens are supervised"):
-        finetune(minimum_supervised=0.99).run(job("run"))
+        run_stage(finetune(min_supervised_fraction=0.99), job("run"))
 
 
 def test_a_missing_input_names_the_command(job, tmp_path):
     with pytest.raises(ArtifactError, match="snakemake"):
-        finetune().run(job("run", manifests=(tmp_path / "nothing/manifest.json",)))
+        run_stage(finetune(), job("run", manifests=(tmp_path / "nothing/manifest.json",)))
 
 
 def test_gpus_that_are_not_there_are_an_error(job):
     if torch.cuda.device_count() >= 64:
         pytest.skip("this machine has the GPUs")
     with pytest.raises(MmpipeError, match=r"given 64 GPU\(s\), but PyTorch"):
-        finetune().run(job("run", gpus=64))
+        run_stage(finetune(), job("run", gpus=64))
 
 
 @pytest.mark.parametrize(

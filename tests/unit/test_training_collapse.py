@@ -11,7 +11,7 @@ from tiny_llava import batch, llava
 
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
-from mmpipe.training.collapse import LAYERS, CollapseWatch
+from mmpipe.training.progress import LAYERS, CollapseWatch
 
 
 def sparse(router: str = "topk") -> Any:
@@ -34,8 +34,8 @@ def test_a_collapsed_layer_is_named_once_and_so_is_its_recovery(caplog: pytest.L
     def step(number: int) -> dict[str, float]:
         for _ in range(2):  # micro batches
             model(**given)
-            watch.see(model)
-        return watch.take(number)
+            watch.add(model)
+        return watch.metrics(number)
 
     first = step(1)
     assert first[LAYERS] == 0
@@ -59,12 +59,12 @@ def test_choices_that_do_nothing_are_a_choice_of_their_own() -> None:
     with torch.no_grad():
         router.weight.zero_()
     model(**batch())
-    watch.see(model)
-    assert watch.take(1)["routing.language_model.top_set"] == 1.0
+    watch.add(model)
+    assert watch.metrics(1)["routing.language_model.top_set"] == 1.0
 
 
 def test_a_dense_model_logs_nothing() -> None:
     model, watch = llava(), CollapseWatch()
     model(**batch())
-    watch.see(model)
-    assert watch.take(1) == {}
+    watch.add(model)
+    assert watch.metrics(1) == {}

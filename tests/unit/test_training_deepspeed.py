@@ -24,9 +24,9 @@ from mmpipe.stages.prefer import Prefer
 from mmpipe.stages.sparsify import Sparsify
 from mmpipe.stages.upcycle import Upcycle
 from mmpipe.training import launch
-from mmpipe.training.precompute import Work, annotate_chunk, publish
-from mmpipe.training.run import work
-from mmpipe.training.stop import Requests
+from mmpipe.training.precompute import PrecomputeJob, precompute_chunk, publish
+from mmpipe.training.run import run_stage, work
+from mmpipe.training.stop import StopSignal
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,7 +58,7 @@ def on_two(stage: Finetune, job: StageJob) -> None:
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_two_processes_with_deepspeed_train_like_one_without(job, kind):
     one, two = job("one"), job("two")
-    finetune().run(one)
+    run_stage(finetune(), one)
     on_two(finetune(hardware={"deepspeed": kind, "checkpoint_every": 2}), two)
     torch.testing.assert_close(losses(one), losses(two), atol=1e-5, rtol=1e-5)
     ours, theirs = (load_file(made.model_dir / "model.safetensors") for made in (one, two))
@@ -71,8 +71,10 @@ def test_two_processes_with_deepspeed_train_like_one_without(job, kind):
 def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, kind):
     """Experts under stage 3, a teacher nothing spreads, and the same bytes after an interruption."""
     teacher, sparse = job("teacher"), job("sparse")
-    finetune(max_steps=1).run(teacher)
-    Upcycle(moe=MoESettings(experts=4, top_k=2, placement="dense")).run(replace(sparse, parent=teacher.model_dir))
+    run_stage(finetune(max_steps=1), teacher)
+    run_stage(
+        Upcycle(moe=MoESettings(experts=4, top_k=2, placement="dense")), replace(sparse, parent=teacher.model_dir)
+    )
     stage = DistillSparse(
         data="mix", template="qwen", teacher="t", batch_size=8, max_steps=4, learning_rate=1e-2,
         hardware={"deepspeed": kind, "checkpoint_every": 2, "gradient_checkpointing": True},
@@ -80,7 +82,7 @@ def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, 
     facts = {"parent": sparse.model_dir, "references": {"teacher": teacher.model_dir}}
     plain, whole, halved = (job(name, **facts) for name in ("plain", "whole", "halved"))
     # balance losses are means over what is computed at once, so the same four samples at once
-    stage.model_copy(update={"hardware": Hardware(micro_batch=4)}).run(plain)
+    run_stage(stage.model_copy(update={"hardware": Hardware(micro_batch=4)}), plain)
     on_two(stage, whole)
     torch.testing.assert_close(losses(plain), losses(whole), atol=1e-5, rtol=1e-5)
     shutil.rmtree(whole.state_dir / "checkpoints" / "checkpoint-4")
@@ -95,23 +97,23 @@ def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, 
 def test_the_two_passes_of_a_preference_step_train_on_two_processes(job, tmp_path, kind):
     """Each parameter is used twice a step, under checkpointing and whatever spreads it."""
     dense, sparse, notes = job("dense"), job("sparse"), tmp_path / "notes"
-    finetune(max_steps=1).run(dense)
-    Upcycle(moe=MoESettings(placement="dense", capacity_factor=0.6)).run(replace(sparse, parent=dense.model_dir))
+    run_stage(finetune(max_steps=1), dense)
+    run_stage(Upcycle(moe=MoESettings(placement="dense", capacity_factor=0.6)), replace(sparse, parent=dense.model_dir))
     settings = {"kind": "log_probabilities", "template": "qwen", "max_length": 2048, "image_aspect": "pad"}
-    reference = Work(
+    reference = PrecomputeJob(
         dense.model_dir, Path("resources/tokens/pairs"), "{}", settings, notes, state=tmp_path / "annotating"
     )
     chunk = tmp_path / "chunks" / "0000-of-0001.json"
-    annotate_chunk(reference, chunk, device="cpu")
+    precompute_chunk(reference, chunk, device="cpu")
     publish(reference, [chunk])
     stage = Prefer(
         data="pairs", template="qwen", reference="r", batch_size=8, max_steps=3, learning_rate=1e-2,
         hardware={"deepspeed": kind, "gradient_checkpointing": True},
     )  # fmt: skip
-    facts = {"parent": sparse.model_dir, "tokens": Path("resources/tokens/pairs"), "annotations": {"reference": notes}}
+    facts = {"parent": sparse.model_dir, "tokens": Path("resources/tokens/pairs"), "precomputed": {"reference": notes}}
     one, two = job("one", **facts), job("two", **facts)
     # capacity, balance and the means of kto_pair are of what is computed at once
-    stage.model_copy(update={"hardware": Hardware(micro_batch=4)}).run(one)
+    run_stage(stage.model_copy(update={"hardware": Hardware(micro_batch=4)}), one)
     on_two(stage, two)
     torch.testing.assert_close(losses(one), losses(two), atol=1e-5, rtol=1e-5)
 
@@ -119,13 +121,13 @@ def test_the_two_passes_of_a_preference_step_train_on_two_processes(job, tmp_pat
 def test_predictors_learn_under_stage_3(job):
     """The drawing of masks, and hooks on layers whose weights are elsewhere until they run."""
     dense = job("dense")
-    finetune(max_steps=1).run(dense)
+    run_stage(finetune(max_steps=1), dense)
     stage = Sparsify(
         data="mix", template="qwen", batch_size=8, max_steps=3, learning_rate=1e-3,
         sparsity={"sparse_layer": 1, "d_model": 16, "nhead": 2, "dim_feedforward": 32},
     )  # fmt: skip
     one, two = job("one", parent=dense.model_dir), job("two", parent=dense.model_dir)
-    stage.run(one)
+    run_stage(stage, one)
     on_two(stage.model_copy(update={"hardware": Hardware(deepspeed="zero3")}), two)
     torch.testing.assert_close(losses(one), losses(two), atol=1e-4, rtol=1e-4)
     ours, theirs = (load_file(made.model_dir / "sparsity.safetensors") for made in (one, two))
@@ -138,4 +140,4 @@ def test_a_checkpoint_in_pieces_is_not_resumed_in_another_way(job):
     on_two(finetune(hardware={"deepspeed": "zero2", "checkpoint_every": 2}), made)
     shutil.rmtree(made.state_dir / "checkpoints" / "checkpoint-4")
     with pytest.raises(ConfigError, match=r"written by 2 process\(es\) with zero2, and now the stage runs with 1"):
-        work(finetune(), made, Requests())
+        work(finetune(), made, StopSignal())

@@ -17,7 +17,8 @@ from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_la
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
 from mmpipe.stages.prefer import Prefer
-from mmpipe.training.objectives.base import Normaliser, hidden_states
+from mmpipe.training.objectives import objective_class
+from mmpipe.training.objectives.base import LossDenominators, hidden_states
 from mmpipe.training.objectives.prefer import Preference, halves
 
 PAIRS = 2
@@ -56,7 +57,7 @@ def pairs(rejected_seed: int) -> dict[str, Any]:
 
 def step(model: Any, rows: dict[str, Any], **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
     stage = Prefer(data="mix", reference="base", **settings)
-    return Preference(stage, Nothing())(model, rows, Normaliser({"pairs": torch.tensor(PAIRS)}, 1))
+    return Preference(stage, Nothing())(model, rows, LossDenominators({"pairs": torch.tensor(PAIRS)}, 1))
 
 
 @pytest.mark.parametrize("second_choice", ["most_likely", "gumbel"])
@@ -116,4 +117,4 @@ def test_experts_spread_by_stage_3_are_refused(kind: str) -> None:
     stage = Prefer(data="mix", reference="base", hardware={"deepspeed": kind})
     job = make_job(Path("nowhere"))
     with pytest.raises(ConfigError, match=f"'{kind}' cannot train experts here.*take 'zero2'"):
-        stage.objective(job, crowded(), None)
+        objective_class(stage).create(stage, job, crowded(), None)

@@ -24,18 +24,18 @@ from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import MmpipeError
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.finetune import Finetune
-from mmpipe.training import launch, stop
+from mmpipe.training import launch, stop, worker
 
 LAUNCH = """
 import sys, logging
 from pathlib import Path
 from mmpipe.errors import MmpipeError
-from mmpipe.training import launch
+from mmpipe.training import launch, worker
 from mmpipe.training.run import train
 logging.basicConfig(level=logging.INFO)
-stage, job = launch.read_description(Path(sys.argv[1]))
+stage, job = worker.read_description(Path(sys.argv[1]))
 processes = int(sys.argv[2])
-launch.run = lambda stage, job: launch.run_processes(stage, job, processes)
+launch.run = lambda stage, job, work: launch.run_processes(stage, job, processes)
 try:
     train(stage, job)
 except MmpipeError as error:
@@ -153,7 +153,7 @@ def test_the_number_of_processes_is_checked(job, monkeypatch, tmp_path):
     launch.write_description(tmp_path / "job.json", finetune(), job("run"), processes=4)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MmpipeError, match="4 processes were asked for, but WORLD_SIZE is 2"):
-        launch.read_description(tmp_path / "job.json")
+        worker.read_description(tmp_path / "job.json")
 
 
 def half_without_images(job: StageJob, out: Path) -> StageJob:

@@ -14,7 +14,8 @@ from mmpipe.errors import explained
 from mmpipe.report.figures import draw_history
 from mmpipe.report.pages import settings_page
 from mmpipe.stages.finetune import Finetune
-from mmpipe.training import launch, run, stop
+from mmpipe.training import launch, stop
+from mmpipe.training.run import run_stage
 
 
 def finetune(**changes) -> Finetune:
@@ -23,7 +24,7 @@ def finetune(**changes) -> Finetune:
 
 
 def test_sigterm_is_a_request_while_somebody_listens():
-    requests = stop.Requests()
+    requests = stop.StopSignal()
     before = signal.getsignal(signal.SIGTERM)
     with requests.listening():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -45,16 +46,16 @@ def test_the_deadline_leaves_room_for_what_is_slow():
 def test_a_training_whose_time_is_up_saves_and_goes_on(job, monkeypatch):
     asked = []
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(run.slurm, "requeue", lambda job: asked.append(job) or True)
+    monkeypatch.setattr(stop.slurm, "requeue", lambda job: asked.append(job) or True)
     made = job("run", end_time=time.time() - 1)
     with pytest.raises(stop.Stopped, match=r"stopped at step 1 \(time limit\) .* Slurm runs the job again"):
-        finetune().run(made)
+        run_stage(finetune(), made)
     assert asked == ["7"]
-    monkeypatch.setattr(run.slurm, "requeue", lambda job: False)
+    monkeypatch.setattr(stop.slurm, "requeue", lambda job: False)
     with pytest.raises(stop.Stopped, match=r"stopped at step 2 .* run the same command again"):
-        finetune().run(made)
+        run_stage(finetune(), made)
     made = job("run")
-    finetune().run(made)
+    run_stage(finetune(), made)
     assert read_json(made.model_dir / "manifest.json")["steps"] == 6
     assert not (made.state_dir / stop.RECORD).exists()
 
@@ -73,16 +74,16 @@ def test_a_full_disk_is_named_however_it_shows(error):
 
 
 def test_checkpoints_that_are_being_removed_do_not_look_complete(tmp_path, monkeypatch):
-    from mmpipe.training import trainer
+    from mmpipe.training import resume
 
     for step in (1, 2):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / trainer.COMPLETE).touch()
-    assert trainer.last_checkpoint(tmp_path)
-    monkeypatch.setattr(trainer.shutil, "rmtree", lambda *_, **__: None)  # killed before it did anything
-    trainer.drop_checkpoints(tmp_path)
-    assert trainer.last_checkpoint(tmp_path) is None
+        (folder / resume.COMPLETE).touch()
+    assert resume.last_checkpoint(tmp_path)
+    monkeypatch.setattr(resume.shutil, "rmtree", lambda *_, **__: None)  # killed before it did anything
+    resume.drop_checkpoints(tmp_path)
+    assert resume.last_checkpoint(tmp_path) is None
 
 
 @pytest.fixture
@@ -100,11 +101,11 @@ def broken_images(world):
 
 def test_replaced_records_are_counted_over_interruptions_and_processes(job, broken_images, tmp_path):
     whole, stopped, shared = job("run"), job("stopped", end_time=time.time() - 1), job("shared")
-    finetune().run(whole)
+    run_stage(finetune(), whole)
     with pytest.raises(stop.Stopped):
-        finetune().run(stopped)
+        run_stage(finetune(), stopped)
     stopped = replace(stopped, end_time=None)
-    finetune().run(stopped)
+    run_stage(finetune(), stopped)
     shared.state_dir.mkdir(parents=True)
     launch.run_processes(finetune(), shared, 2)
     counted = [read_json(made.model_dir / "manifest.json")["records_replaced"] for made in (whole, stopped, shared)]

@@ -17,6 +17,7 @@ from mmpipe.errors import ConfigError
 from mmpipe.models.moe.collect import moe_layers
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.upcycle import Upcycle
+from mmpipe.training.run import run_stage
 
 PAGE = (Path(__file__).parents[2] / "docs" / "routers.md").read_text()
 SECTION = PAGE.partition("## A router of your own")[2]
@@ -49,11 +50,11 @@ def test_the_example_is_as_short_as_promised():
 
 
 def test_the_example_of_the_documentation_trains(my_router: Path, job):
-    Finetune(**COMMON, max_steps=1).run(dense := job("dense"))
+    run_stage(Finetune(**COMMON, max_steps=1), dense := job("dense"))
     settings = yaml.safe_load(block("yaml"))
     stage = Upcycle(**settings, parts={"vision_tower": {"placement": "dense"}, "language_model": {}})
-    stage.run(sparse := job("sparse", parent=dense.model_dir))
-    Finetune(**COMMON, max_steps=3).run(tuned := job("tuned", parent=sparse.model_dir))
+    run_stage(stage, sparse := job("sparse", parent=dense.model_dir))
+    run_stage(Finetune(**COMMON, max_steps=3), tuned := job("tuned", parent=sparse.model_dir))
 
     model, _, _ = open_checkpoint(tuned.model_dir)
     routers = [layer.router for layer in moe_layers(model).values()]
@@ -82,9 +83,11 @@ class Watched(Sharpened):
         seen.append((round(progress, 3), self.scheduled(1.0, 4.0)))
 """
     )
-    Finetune(**COMMON, max_steps=1).run(dense := job("dense"))
-    Upcycle(moe={"router": "my_router:Watched", "placement": [0]}).run(sparse := job("sparse", parent=dense.model_dir))
-    Finetune(**COMMON, max_steps=4).run(job("tuned", parent=sparse.model_dir))
+    run_stage(Finetune(**COMMON, max_steps=1), dense := job("dense"))
+    run_stage(
+        Upcycle(moe={"router": "my_router:Watched", "placement": [0]}), sparse := job("sparse", parent=dense.model_dir)
+    )
+    run_stage(Finetune(**COMMON, max_steps=4), job("tuned", parent=sparse.model_dir))
     assert sys.modules["my_router"].seen == [(0.0, 1.0), (0.25, 1.75), (0.5, 2.5), (0.75, 3.25)]
 
 

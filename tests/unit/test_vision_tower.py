@@ -17,7 +17,7 @@ from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_la
 from mmpipe.models.moe.context import nothing_counts
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
-from mmpipe.models.vision_tower import enable_multi_scale, freeze_idle, multi_scale_features, saved_scales
+from mmpipe.models.vision_tower import enable_multi_scale, freeze_unused, multi_scale_features, saved_scales
 
 TOWERS = ("clip", "siglip")
 
@@ -157,7 +157,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 def test_what_nobody_reads_does_not_train(tower: str) -> None:
     model = llava(tower=tower).train()
     model.requires_grad_(True)
-    idle = freeze_idle(model)
+    idle = freeze_unused(model)
     model(**batch(), use_cache=False).logits.square().mean().backward()
     named = model.model.vision_tower.named_parameters()
     assert {name for name, p in named if p.requires_grad} == {

@@ -9,24 +9,24 @@ from mmpipe.plan.plan import Plan
 
 @offline_job
 def main(snakemake: Any, plan: Plan) -> None:
-    from mmpipe.training.precompute import Work, annotate_chunk, publish
+    from mmpipe.training.precompute import PrecomputeJob, precompute_chunk, publish
 
     wildcards = snakemake.wildcards
-    wanted = plan.annotations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
+    wanted = plan.precomputations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
     folder = Path(f"resources/{wildcards.smoke}teacher", wildcards.annotator, wildcards.mixture)
-    work = Work(
+    job = PrecomputeJob(
         checkpoint=Path(snakemake.input.checkpoint).parent,
         tokens=Path(snakemake.input.tokens).parent,
-        spec=unchanged(snakemake, plan.annotation_spec(wanted)),
+        spec=unchanged(snakemake, plan.precomputation_spec(wanted)),
         settings=wanted.settings,
         out=folder / wildcards.key,
         state=folder / "state" / wildcards.key,
     )
     if hasattr(snakemake.output, "manifest"):
-        publish(work, [Path(path) for path in snakemake.input.chunks])
+        publish(job, [Path(path) for path in snakemake.input.chunks])
         return
-    annotate_chunk(
-        work,
+    precompute_chunk(
+        job,
         Path(snakemake.output[0]),
         device=device(snakemake),
         workers=plan.checkpoint(wildcards.annotator).answering.workers,

@@ -14,11 +14,14 @@ from mmpipe.plan.plan import Plan
 def main(snakemake: Any, plan: Plan) -> None:
     from transformers.utils.logging import disable_progress_bar
 
+    from mmpipe.training.run import run_stage
+
     disable_progress_bar()
     wildcards = snakemake.wildcards
     planned = plan.stage(wildcards.recipe, wildcards.stage)
     unchanged(snakemake, plan.spec(planned))
-    planned.settings.run(
+    run_stage(
+        planned.settings,
         plan.job(
             planned,
             f"results/{wildcards.smoke}".rstrip("/"),
@@ -27,7 +30,7 @@ def main(snakemake: Any, plan: Plan) -> None:
             hosts=hosts(snakemake),
             end_time=end_time(snakemake),
             log=Path(snakemake.log[0]),
-        )
+        ),
     )
 
 

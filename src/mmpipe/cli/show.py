@@ -17,7 +17,7 @@ from mmpipe.errors import ArtifactError
 from mmpipe.estimate.stage import UTILIZATION, ResourceEstimate, bytes_per_token, estimate, total_bytes
 from mmpipe.estimate.stage import warnings as hopeless_reasons
 from mmpipe.plan.plan import Plan
-from mmpipe.stages.base import Annotation
+from mmpipe.stages.base import Precomputation
 
 
 def print_plan(plan: Plan, recipe: str | None = None) -> None:
@@ -41,7 +41,7 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
             if found := estimate(plan, stage):
                 branch.add(f"[dim]estimate: {_needs(found, stage.settings.hardware.gpus)}[/]")
                 hopeless |= dict.fromkeys(hopeless_reasons(plan, stage, found))
-            for annotation in stage.settings.annotations().values():
+            for annotation in stage.settings.precomputations().values():
                 if room := _room(plan, annotation):
                     branch.add(f"[dim]{escape(annotation.checkpoint)} precomputes: {room}[/]")
             branch.add(f"[dim]{stage.directory() / 'model'}[/]")
@@ -62,7 +62,7 @@ def _needs(found: ResourceEstimate, gpus: int) -> str:
     return f"{size}, about {found.memory.total / 1e9:.0f} GB a GPU ({length}), {hours} GPU-hours at {UTILIZATION:.0%} of the peak"
 
 
-def _room(plan: Plan, annotation: Annotation) -> str | None:
+def _room(plan: Plan, annotation: Precomputation) -> str | None:
     """What written-down tokens take on the disk, in a line."""
     each, total = bytes_per_token(annotation), total_bytes(plan, annotation)
     if each is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from mmpipe.estimate.tensors import Config, heads
-from mmpipe.losses.chunk import CHUNK_BYTES
+from mmpipe.losses import CHUNK_BYTES
 
 _FLOAT, _BFLOAT = 4, 2
 _MOMENTS = 8

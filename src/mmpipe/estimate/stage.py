@@ -11,8 +11,8 @@ from mmpipe.artifacts.files import read_json
 from mmpipe.estimate import flops, memory
 from mmpipe.estimate import tensors as count
 from mmpipe.estimate.model import Model, model_of
-from mmpipe.stages.base import Annotation, TrainStage
-from mmpipe.training import deepspeed
+from mmpipe.stages import zero
+from mmpipe.stages.base import Precomputation, TrainStage
 
 if TYPE_CHECKING:
     from mmpipe.plan.plan import Plan, StagePlan
@@ -138,7 +138,7 @@ def _trained(model: Model, settings: TrainStage) -> tuple[count.Tensors, list[st
 def _spread(kind: str | None, processes: int) -> memory.Spread:
     if kind is None:
         return memory.Spread(processes)
-    chosen: dict[str, Any] = deepspeed.optimization(kind)
+    chosen: dict[str, Any] = zero.optimization(kind)
     return memory.Spread(processes, chosen["stage"], "offload_optimizer" in chosen, "offload_param" in chosen)
 
 
@@ -235,14 +235,14 @@ def _work(model: Model, trained: set[str], lengths: _Lengths) -> flops.SampleWor
 # ---- precomputed teachers
 
 
-def bytes_per_token(annotation: Annotation) -> int | None:
+def bytes_per_token(annotation: Precomputation) -> int | None:
     """Bytes on the disk for every supervised token of the mixture; None for preference pairs (two numbers a pair)."""
     settings = annotation.settings
     return _ENTRY_BYTES * int(settings["k"]) if "k" in settings else None
 
 
-def total_bytes(plan: Plan, annotation: Annotation, root: Path = Path()) -> int | None:
+def total_bytes(plan: Plan, annotation: Precomputation, root: Path = Path()) -> int | None:
     """Bytes of all entries; None until the mixture is tokenised, and for preference pairs."""
     each = bytes_per_token(annotation)
-    report = root / plan.annotated_tokens(annotation).directory / "report.json"
+    report = root / plan.precomputation_tokens(annotation).directory / "report.json"
     return each * int(read_json(report)["supervised_tokens"]) if each and report.is_file() else None

@@ -1,5 +1,18 @@
 """What models are trained for: pure functions of tensors.
 
-Shapes are part of the names: B batch, L length, D and E widths of student and teacher, V and U their
-vocabularies, R rows (the positions that count), K entries a row, C rows of one chunk, T tokens, N experts.
+The last letters of a tensor's name are its shape, here and in the objectives of :mod:`mmpipe.training`:
+
+* B sequences, L positions (M: the teacher's), T tokens that count, S sequences or images of these tokens;
+* D and E widths of student and teacher, V and U rows of their output heads, F image features of a batch;
+* R rows: positions of a batch that enter a loss; C rows of one chunk; K entries a row (choices, cached tokens);
+* N experts, or image tokens where P is images.
+
+The constants here are read without torch.
 """
+
+CHUNK_BYTES = 64 * 2**20
+"""Size of one chunk of float32 logits of the output head: large enough for efficient matrix products, small against the
+head's weight."""
+
+COLLAPSE_ALARM = 0.5
+"""The routing of a layer has collapsed when more than this share of the tokens makes one and the same choice."""

@@ -2,13 +2,11 @@
 
 With p the teacher's and q the student's distribution over the shared vocabulary, at temperature T:
 
-* ``forward_kl``  KL(p || q) = sum p (log p - log q): cover all the teacher says (mimic distillation,
-  LLaVA-MoD);
-* ``reverse_kl``  KL(q || p): say only what the teacher would say;
+* ``forward_kl``  KL(p || q) = sum p (log p - log q): mode-covering (mimic distillation, LLaVA-MoD);
+* ``reverse_kl``  KL(q || p): mode-seeking;
 * ``jsd``         w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q (generalised Jensen-Shannon).
 
-Every divergence is multiplied by T^2, so that the size of its gradient does not depend on T (Hinton et al.
-2015).
+Every divergence is multiplied by T^2, so that the size of its gradient does not depend on T (Hinton et al. 2015).
 """
 
 from __future__ import annotations
@@ -21,26 +19,27 @@ import torch
 from torch import Tensor
 
 from mmpipe.errors import ArtifactError, ConfigError, DataError
-from mmpipe.losses import positions
-from mmpipe.losses.head import CHUNK_BYTES, sum_over_rows
+from mmpipe.losses import CHUNK_BYTES, positions
+from mmpipe.losses.head import RowValues, sum_over_rows
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
-Tokens = Literal["response", "all"]
+DistilledTokens = Literal["response", "all"]
 Compat = Literal["fixed", "reference"]
 Tail = Literal["bucket", "renormalise", "drop"]
+Losses = tuple[Tensor, dict[str, Tensor]]
+"""A loss (scalar with gradient) and its detached metrics, divided like the loss."""
 
 Divergence = Callable[[Tensor, Tensor, float], Tensor]
 """``(log_p_CV, log_q_CV, weight) -> values_C``."""
 
 
 def select_rows(
-    labels_BL: Tensor, attention_mask_BL: Tensor | None, tokens: Tokens, compat: Compat = "fixed"
+    labels_BL: Tensor, attention_mask_BL: Tensor | None, tokens: DistilledTokens, compat: Compat = "fixed"
 ) -> Tensor:
     """The positions to distil, as indices into the batch flattened to B*L.
 
-    ``response``: those that predict a supervised token. ``all``: those of real tokens that predict a real
-    token. LLaVA-MoD (``reference``) reads the position *at* a supervised token instead, and for ``all`` every
-    position, padding included.
+    ``response``: those that predict a supervised token. ``all``: those of real tokens that predict a real token. LLaVA-MoD
+    (``reference``) reads the position *at* a supervised token instead, and for ``all`` every position, padding included.
     """
     if tokens == "response":
         return positions.response(labels_BL)[0] if compat == "fixed" else positions.unshifted(labels_BL)
@@ -62,78 +61,81 @@ def distillation_loss(
     teacher_attention_mask_BM: Tensor | None = None,
     divergence: DivergenceName = "forward_kl",
     temperature: float = 1.0,
-    tokens: Tokens = "response",
+    tokens: DistilledTokens = "response",
     vocabulary: int | None = None,
     jsd_weight: float = 0.5,
-    normaliser: Tensor | float | None = None,
+    denominator: Tensor | float | None = None,
     compat: Compat = "fixed",
     chunk_bytes: int = CHUNK_BYTES,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Divergence of the student from a teacher that ran on the same tokens; returns ``(loss, metrics)``.
+) -> Losses:
+    """Divergence of the student from a teacher that ran on the same text.
 
-    A teacher that gives an image another number of tokens has labels and a mask of its own; its chosen
-    positions stand for the same text, in the same order. Both heads are applied to the chosen positions only,
-    a few at a time. ``vocabulary`` is the number of leading rows the two heads share (see
-    :mod:`mmpipe.losses.vocabulary`); by default both must have the same number. ``normaliser`` defaults to
-    the number of distilled positions. Without any, the loss is zero with zero gradients.
+    A teacher with another number of tokens an image has labels and a mask of its own. Both heads are applied to the chosen
+    positions only, in chunks. ``vocabulary`` is the number of leading rows the heads share (:mod:`mmpipe.losses.vocabulary`),
+    by default all. ``denominator`` defaults to the number of distilled positions; without any, loss and gradients are zero.
+    A token with a student logit of -inf adds only its part of H(p).
 
-    A token to which the student gives probability zero (logit -inf) adds nothing but its share of H(p).
+    Metrics: ``kl``, KL(p || q) at the temperature, and ``teacher_entropy`` H(p). ``compat="reference"`` is LLaVA-MoD's loss:
+    its positions, and the cross entropy H(p) + KL(p || q) as value, with the gradient of forward KL.
 
-    Metrics are divided like the loss: ``kl``, the true KL(p || q) at the temperature, and ``teacher_entropy``
-    H(p).
-
-    ``compat="reference"`` is LLaVA-MoD's loss: its positions, and the cross entropy H(p) + KL(p || q) as
-    value. Its gradient is that of forward KL.
-
-    Raises ConfigError for vocabularies that differ, DataError when the teacher has another number of chosen
-    positions, ArtifactError when its logits are not finite.
+    Raises ConfigError for vocabularies that differ, DataError when the teacher has another number of chosen positions,
+    ArtifactError when its logits are not finite.
     """
     if temperature <= 0:
         raise ConfigError(f"temperature must be positive, not {temperature}")
     if compat == "reference" and divergence != "forward_kl":
         raise ConfigError("the reference implementation knows forward_kl only")
     shared = _shared_rows(len(student_head_VD), len(teacher_head_UE), vocabulary)
-    rows_R = select_rows(labels_BL, attention_mask_BL, tokens, compat)
-    student_RD = student_hidden_BLD.flatten(0, 1)[rows_R]
-    student_SD = _leading(student_head_VD, shared)
-    teacher_rows_R = rows_R
+    rows_R = teacher_rows_R = select_rows(labels_BL, attention_mask_BL, tokens, compat)
     if teacher_labels_BM is not None:
         teacher_rows_R = select_rows(teacher_labels_BM, teacher_attention_mask_BM, tokens, compat)
-        if len(teacher_rows_R) != len(rows_R):
-            raise DataError(
-                f"the teacher has {len(teacher_rows_R)} positions to distil in this batch, the student {len(rows_R)}: "
-                "they do not stand for the same text; a teacher that gives an image another number of tokens "
-                "can teach the response alone ('tokens: response')"
-            )
+        _require_rows(len(teacher_rows_R), len(rows_R))
+    student_RD = student_hidden_BLD.flatten(0, 1)[rows_R]
+    student_SD = _leading(student_head_VD, shared)
     teacher_RE = teacher_hidden_BLE.detach().flatten(0, 1)[teacher_rows_R].to(teacher_head_UE.dtype)
     teacher_SE = _leading(teacher_head_UE.detach(), shared)
-
-    def run(guard: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        def values(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            with torch.no_grad():
-                teacher_CV = (teacher_RE[rows] @ teacher_SE.T).to(logits_CV.dtype)
-                log_p_CV = apply_temperature(teacher_CV, temperature).log_softmax(1)
-                entropy_C = -_dot(log_p_CV.exp(), log_p_CV)
-            log_q_CV = guard(apply_temperature(logits_CV, temperature).log_softmax(1))
-            value_C = DIVERGENCES[divergence](log_p_CV, log_q_CV, jsd_weight)
-            with torch.no_grad():
-                kl_C = value_C if divergence == "forward_kl" else forward_kl(log_p_CV, log_q_CV)
-            if compat == "reference":
-                value_C = value_C + entropy_C
-            return value_C * temperature**2, {"kl": kl_C, "teacher_entropy": entropy_C}
-
-        return sum_over_rows(student_RD, student_SD, values, chunk_bytes=chunk_bytes)
-
-    total, measured = run(lambda log_q_CV: log_q_CV)
+    settings = (divergence, temperature, jsd_weight, compat)
+    values = _divergence_values(teacher_RE, teacher_SE, *settings)
+    total, measured = sum_over_rows(student_RD, student_SD, values, chunk_bytes=chunk_bytes)
     if not torch.isfinite(total):
-        # the rare case: find out whose logits are infinite, and leave the student's out
+        # rare: find out whose logits are infinite, and leave the student's out
         if not torch.isfinite(measured["teacher_entropy"]):
             raise ArtifactError(
                 "the teacher's logits are not finite: its weights are damaged, or too large for their "
                 "precision; run the teacher in float32 or bfloat16"
             )
-        total, measured = run(lambda log_q_CV: log_q_CV.masked_fill(log_q_CV == -math.inf, 0.0))
-    return _divide(total, measured, ("kl", "teacher_entropy"), len(rows_R), normaliser)
+        values = _divergence_values(teacher_RE, teacher_SE, *settings, leave_out_infinite=True)
+        total, measured = sum_over_rows(student_RD, student_SD, values, chunk_bytes=chunk_bytes)
+    return _divide(total, measured, ("kl", "teacher_entropy"), len(rows_R), denominator)
+
+
+def _divergence_values(
+    teacher_RE: Tensor,
+    teacher_SE: Tensor,
+    divergence: DivergenceName,
+    temperature: float,
+    jsd_weight: float,
+    compat: Compat,
+    leave_out_infinite: bool = False,
+) -> RowValues:
+    """The divergence of some rows as a function of the student's logits, and the metrics."""
+
+    def values(logits_CV: Tensor, rows: slice) -> Losses:
+        with torch.no_grad():
+            teacher_CV = (teacher_RE[rows] @ teacher_SE.T).to(logits_CV.dtype)
+            log_p_CV = apply_temperature(teacher_CV, temperature).log_softmax(1)
+            entropy_C = -_dot(log_p_CV.exp(), log_p_CV)
+        log_q_CV = apply_temperature(logits_CV, temperature).log_softmax(1)
+        if leave_out_infinite:
+            log_q_CV = log_q_CV.masked_fill(log_q_CV == -math.inf, 0.0)
+        value_C = DIVERGENCES[divergence](log_p_CV, log_q_CV, jsd_weight)
+        with torch.no_grad():
+            kl_C = value_C if divergence == "forward_kl" else forward_kl(log_p_CV, log_q_CV)
+        if compat == "reference":
+            value_C = value_C + entropy_C
+        return value_C * temperature**2, {"kl": kl_C, "teacher_entropy": entropy_C}
+
+    return values
 
 
 def cached_distillation_loss(
@@ -144,34 +146,27 @@ def cached_distillation_loss(
     teacher_log_probabilities_RK: Tensor,
     *,
     tail: Tail = "bucket",
-    vocabulary: int | None = None,
-    normaliser: Tensor | float | None = None,
+    denominator: Tensor | float | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Forward KL from the K most likely tokens a teacher wrote down for each response position.
+) -> Losses:
+    """Forward KL from the teacher's K most probable tokens of each response position.
 
-    Rows are the positions that predict a supervised token, in order over the batch. The probabilities are
-    those of the teacher's full softmax over the shared vocabulary; what the K do not cover is the residual
-    mass r:
+    Rows are the positions that predict a supervised token, in order over the batch. The probabilities are those of the
+    teacher's full softmax over the student's vocabulary; r is the residual mass that the K tokens do not cover:
 
-    * ``bucket``       all other tokens are one: sum_k p_k (log p_k - log q_k) + r (log r - log(1 - sum_k
-      q_k)). The KL of two coarsened distributions: never more than the true KL, zero when it is, no push on
-      single tail tokens;
-    * ``renormalise``  p_k / (1 - r) in place of p_k: biased, the student is pushed to give the tail nothing;
-    * ``drop``         the tail is left out of the sum: the student is not asked where r goes (a
-      pseudo-divergence that may be negative).
+    * ``bucket``       all other tokens are one: sum_k p_k (log p_k - log q_k) + r (log r - log(1 - sum_k q_k)). The KL of two
+      coarsened distributions: at most the true KL, zero when it is, without a gradient on single tail tokens;
+    * ``renormalise``  p_k / (1 - r) in place of p_k: biased towards a student without a tail;
+    * ``drop``         the tail is left out of the sum: a pseudo-divergence that may be negative.
 
     Metrics: ``kl`` (the value) and ``teacher_residual``, the mean of r.
     """
-    rows_R, _ = positions.response(labels_BL)
-    _require_rows(teacher_ids_RK, len(rows_R))
-    log_p_RK = teacher_log_probabilities_RK.float()
+    rows_R, log_p_RK = _cached_rows(labels_BL, teacher_ids_RK, teacher_log_probabilities_RK)
     if not torch.isfinite(log_p_RK).all():
         raise ArtifactError("the cached teacher has log-probabilities that are not finite; make the cache again")
     residual_R = (1 - log_p_RK.exp().sum(1)).clamp_min(0)
-    student_SD = _leading(student_head_VD, vocabulary or len(student_head_VD))
 
-    def values(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    def values(logits_CV: Tensor, rows: slice) -> Losses:
         ids_CK, log_p_CK, residual_C = teacher_ids_RK[rows], log_p_RK[rows], residual_R[rows]
         total_C = logits_CV.logsumexp(1, keepdim=True)
         log_q_CK = logits_CV.gather(1, ids_CK) - total_C
@@ -185,8 +180,8 @@ def cached_distillation_loss(
         return value_C, {"kl": value_C, "teacher_residual": residual_C}
 
     student_RD = student_hidden_BLD.flatten(0, 1)[rows_R]
-    total, measured = sum_over_rows(student_RD, student_SD, values, chunk_bytes=chunk_bytes)
-    return _divide(total, measured, ("kl", "teacher_residual"), len(rows_R), normaliser)
+    total, measured = sum_over_rows(student_RD, student_head_VD, values, chunk_bytes=chunk_bytes)
+    return _divide(total, measured, ("kl", "teacher_residual"), len(rows_R), denominator)
 
 
 def sampled_distillation_loss(
@@ -197,34 +192,29 @@ def sampled_distillation_loss(
     teacher_log_probabilities_RK: Tensor,
     weights_RK: Tensor | None = None,
     *,
-    vocabulary: int | None = None,
-    normaliser: Tensor | float | None = None,
+    denominator: Tensor | float | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Forward KL estimated from tokens drawn from the teacher's own distribution.
+) -> Losses:
+    """Forward KL estimated from tokens sampled from the teacher's own distribution.
 
-    ``sum_k w_k (log p_k - log q_k)``, with ``w_k`` the share of the draws that gave entry k (default 1/K: K
-    draws with replacement, repeats listed). Unlike the K most likely tokens, draws estimate the KL and its
-    gradient without bias (Anshumann et al. 2025, *Sparse Logit Sampling*). The value is noisy and may be
-    negative.
+    ``sum_k w_k (log p_k - log q_k)``, with ``w_k`` the share of the samples that gave entry k (default 1/K: K samples with
+    replacement, repeats listed). Unlike the K most probable tokens, samples estimate the KL and its gradient without bias
+    (Anshumann et al. 2025, *Sparse Logit Sampling*). The value is noisy and may be negative.
 
     Metrics: ``kl``, the estimate.
     """
-    rows_R, _ = positions.response(labels_BL)
-    _require_rows(teacher_ids_RK, len(rows_R))
-    student_SD = _leading(student_head_VD, vocabulary or len(student_head_VD))
-    log_p_RK = teacher_log_probabilities_RK.float()
+    rows_R, log_p_RK = _cached_rows(labels_BL, teacher_ids_RK, teacher_log_probabilities_RK)
     if weights_RK is None:
         weights_RK = torch.full_like(log_p_RK, 1 / log_p_RK.shape[1])
 
-    def values(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    def values(logits_CV: Tensor, rows: slice) -> Losses:
         log_q_CK = logits_CV.gather(1, teacher_ids_RK[rows]) - logits_CV.logsumexp(1, keepdim=True)
         value_C = (weights_RK[rows] * (log_p_RK[rows] - log_q_CK)).sum(1)
         return value_C, {"kl": value_C}
 
     student_RD = student_hidden_BLD.flatten(0, 1)[rows_R]
-    total, measured = sum_over_rows(student_RD, student_SD, values, chunk_bytes=chunk_bytes)
-    return _divide(total, measured, ("kl",), len(rows_R), normaliser)
+    total, measured = sum_over_rows(student_RD, student_head_VD, values, chunk_bytes=chunk_bytes)
+    return _divide(total, measured, ("kl",), len(rows_R), denominator)
 
 
 def compose(
@@ -238,12 +228,10 @@ def compose(
 ) -> Tensor:
     """The total of a distillation stage: ``only_kd`` or ``kd_lm``, and the router losses once.
 
-    In the reference the language-modelling loss of a sparse student already contains the router losses: with
-    ``kd_lm`` they count twice when switched on and once when switched off.
+    In the reference the language-modelling loss of a sparse student already contains the router losses: with ``kd_lm`` they
+    count twice when switched on and once when switched off.
     """
-    times = int(count_auxiliary)
-    if compat == "reference" and loss_type == "kd_lm":
-        times += 1
+    times = int(count_auxiliary) + int(compat == "reference" and loss_type == "kd_lm")
     total = distillation + times * auxiliary
     return total + language_modelling if loss_type == "kd_lm" else total
 
@@ -269,7 +257,7 @@ DIVERGENCES: dict[DivergenceName, Divergence] = {"forward_kl": forward_kl, "reve
 
 
 def _dot(a_CV: Tensor, b_CV: Tensor) -> Tensor:
-    """Row-wise scalar product, without the product tensor in between."""
+    """Row-wise scalar product, without a tensor of the products."""
     return (a_CV.unsqueeze(1) @ b_CV.unsqueeze(2)).flatten()
 
 
@@ -278,8 +266,7 @@ def apply_temperature(logits_CV: Tensor, temperature: float) -> Tensor:
 
 
 def _leading(head_VD: Tensor, rows: int) -> Tensor:
-    """The first rows; the head itself when that is all of them, for a slice's gradient is a second full
-    tensor."""
+    """The first rows; the head itself when that is all of them: the gradient of a slice is a second full tensor."""
     return head_VD if len(head_VD) == rows else head_VD[:rows]
 
 
@@ -295,17 +282,29 @@ def _shared_rows(student: int, teacher: int, vocabulary: int | None) -> int:
     return shared
 
 
-def _require_rows(ids_RK: Tensor, rows: int) -> None:
-    if len(ids_RK) != rows:
+def _require_rows(teacher: int, student: int) -> None:
+    if teacher != student:
         raise DataError(
-            f"the cached teacher has {len(ids_RK)} positions for this batch, its labels supervise {rows}: "
-            "the cache was made with another template, length or mixture; make it again"
+            f"the teacher has {teacher} positions to distil in this batch, the student {student}: "
+            "they do not stand for the same text; a teacher that gives an image another number of tokens "
+            "can teach the response alone ('tokens: response')"
         )
 
 
+def _cached_rows(labels_BL: Tensor, ids_RK: Tensor, log_probabilities_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[R]`` of the cached positions, and the log-probabilities in float32. Raises DataError when rows are missing."""
+    rows_R, _ = positions.response(labels_BL)
+    if len(ids_RK) != len(rows_R):
+        raise DataError(
+            f"the cached teacher has {len(ids_RK)} positions for this batch, its labels supervise {len(rows_R)}: "
+            "the cache was made with another template, length or mixture; make it again"
+        )
+    return rows_R, log_probabilities_RK.float()
+
+
 def _divide(
-    total: Tensor, measured: dict[str, Tensor], names: tuple[str, ...], rows: int, normaliser: Tensor | float | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    divisor = max(1, rows) if normaliser is None else normaliser
+    total: Tensor, measured: dict[str, Tensor], names: tuple[str, ...], rows: int, denominator: Tensor | float | None
+) -> Losses:
+    divisor = max(1, rows) if denominator is None else denominator
     zero = torch.zeros_like(total.detach())
     return total / divisor, {name: measured.get(name, zero) / divisor for name in names}

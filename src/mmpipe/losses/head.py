@@ -1,9 +1,8 @@
-"""Losses on the output head without ever holding all its logits.
+"""Losses on the output head without all its logits in memory.
 
-For a vocabulary of 150,000 the logits of 2,000 positions are 1.2 GB in float32, and a loss written plainly
-holds several such tensors. Here the head is applied to a few rows at a time; the loss, the gradient of those
-rows and their share of the weight's gradient are computed while the logits are there, then the logits are
-dropped.
+For a vocabulary of 150,000 the logits of 2,000 positions are 1.2 GB in float32, and a plain loss holds several such
+tensors. Here the head is applied to a few rows at a time: loss and gradients of those rows are computed, then their logits
+are freed.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmpipe.losses.chunk import CHUNK_BYTES
+from mmpipe.losses import CHUNK_BYTES
 
 RowValues = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
-"""``(logits_CV, rows) -> (values_C, measurements)``: the float32 logits of some rows to what is summed of
-each row, and to detached measurements, each of shape ``[C]``."""
+"""``(logits_CV, rows) -> (values_C, measurements)``: float32 logits of some rows to each row's value and to detached
+measurements, each ``[C]``."""
 
 
 def sum_over_rows(
@@ -27,9 +26,8 @@ def sum_over_rows(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum ``values`` over the rows of ``hidden_RD @ weight_VD.T``; differentiable in both arguments.
 
-    Returns the sum (a scalar; zero, with zero gradients, when there are no rows) and the sums of the
-    measurements. The gradient exists when this returns, so a second backward pass through the same result is
-    an error.
+    Returns the sum (a scalar; zero, with zero gradients, when there are no rows) and the sums of the measurements. The
+    gradient is computed in the forward pass; a second backward pass through the same result is an error.
     """
     measured: dict[str, Tensor] = {}
     total: Tensor = _SumOverRows.apply(hidden_RD, weight_VD, values, measured, chunk_bytes)
@@ -39,8 +37,7 @@ def sum_over_rows(
 def row_log_probabilities(
     hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, *, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
-    """Log-probability of each row's target, float32, ``[R]``; differentiable in ``hidden_RD`` and
-    ``weight_VD``.
+    """Log-probability of each row's target, float32 ``[R]``; differentiable in ``hidden_RD`` and ``weight_VD``.
 
     For losses that are not a sum over rows. The logits are computed again in the backward pass.
     """
@@ -48,7 +45,7 @@ def row_log_probabilities(
 
 
 def chunks(rows: int, vocabulary: int, chunk_bytes: int) -> Iterator[slice]:
-    """Cut ``rows`` so that the float32 logits of a piece take about ``chunk_bytes``."""
+    """Slices of ``rows``, each with about ``chunk_bytes`` of float32 logits."""
     size = max(1, chunk_bytes // (4 * vocabulary))
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
@@ -111,9 +108,9 @@ class _RowLogProbabilities(torch.autograd.Function):
 
 
 class _Head:
-    """A linear head applied in pieces, with its gradients.
+    """A linear head applied in chunks, with its gradients.
 
-    The matrix product runs in the dtype a linear layer would use; what follows it in float32 or better.
+    The matrix product runs in the dtype a linear layer would use, the rest in float32 or better.
     """
 
     def __init__(
@@ -124,7 +121,9 @@ class _Head:
         weight_trains: bool,
         compute: torch.dtype | None = None,
     ) -> None:
-        self.compute = compute or _compute_dtype(weight_VD)
+        device = weight_VD.device.type
+        linear = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        self.compute = compute or linear
         self.precision = torch.promote_types(self.compute, torch.float32)
         self.hidden_RD = hidden_RD.detach().to(self.compute)
         self.weight_VD = weight_VD.detach().to(self.compute)
@@ -147,9 +146,3 @@ class _Head:
                 self.grad_weight_VD.addmm_(grad_CV.T, self.hidden_RD[rows])
             else:
                 self.grad_weight_VD += grad_CV.T @ self.hidden_RD[rows]
-
-
-def _compute_dtype(weight_VD: Tensor) -> torch.dtype:
-    """The dtype a linear layer with this weight would compute in."""
-    device = weight_VD.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype

@@ -14,14 +14,13 @@ def language_modelling_loss(
     weight_VD: Tensor,
     labels_BL: Tensor,
     *,
-    normaliser: Tensor | float | None = None,
+    denominator: Tensor | float | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """Summed cross entropy (nats) of the tokens whose label is not -100, divided by ``normaliser``.
+    """Summed cross entropy (nats) of the tokens whose label is not -100, divided by ``denominator``.
 
-    ``normaliser`` defaults to the number of supervised tokens, which makes the loss their mean; a trainer
-    gives the count of the global batch. The head is applied to the rows that predict a supervised token only.
-    A batch without supervised tokens has loss zero, with zero gradients.
+    ``denominator`` defaults to the number of supervised tokens (a mean); a trainer gives the count of the global batch. The
+    head is applied to rows that predict a supervised token only. Without any, the loss is zero, with zero gradients.
     """
     rows_R, targets_R = positions.response(labels_BL)
 
@@ -30,4 +29,4 @@ def language_modelling_loss(
 
     hidden_RD = hidden_BLD.flatten(0, 1)[rows_R]
     total, _ = sum_over_rows(hidden_RD, weight_VD, values, chunk_bytes=chunk_bytes)
-    return total / (max(1, len(rows_R)) if normaliser is None else normaliser)
+    return total / (max(1, len(rows_R)) if denominator is None else denominator)

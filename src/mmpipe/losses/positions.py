@@ -1,7 +1,6 @@
-"""Which positions of a batch an objective reads.
+"""The positions of a batch that enter a loss.
 
-A causal language model predicts at position ``t`` what stands at ``t + 1``: the row to read for a supervised
-token is the one before it.
+A causal language model predicts token ``t + 1`` at position ``t``: the row of a supervised token is the one before it.
 """
 
 from __future__ import annotations

@@ -1,21 +1,17 @@
-"""Preference losses: a chosen answer should become more likely than a rejected one, relative to a reference
-model.
+"""Preference losses: the chosen answer becomes more likely than the rejected one, relative to a reference model.
 
-With log pi(y) the sum of the log-probabilities of an answer's tokens, r = log pi_policy(y) - log
-pi_reference(y), and beta how fast preference saturates:
+With log pi(y) the sum of the log-probabilities of an answer's tokens, r = log pi_policy(y) - log pi_reference(y), and beta
+how fast preference saturates:
 
-* ``sigmoid``   -(1 - s) log sigma(beta (r_c - r_r)) - s log sigma(-beta (r_c - r_r)), label smoothing s (DPO,
-  cDPO);
+* ``sigmoid``   -(1 - s) log sigma(beta (r_c - r_r)) - s log sigma(-beta (r_c - r_r)), label smoothing s (DPO, cDPO);
 * ``hinge``     max(0, 1 - beta (r_c - r_r)) (SLiC);
 * ``ipo``       (r_c - r_r - 1 / (2 beta))^2;
-* ``kto_pair``  1 - sigma(beta (r_c - KL_r)) and 1 - sigma(beta (KL_c - r_r)), two losses a pair, where KL_c
-  and KL_r are the batch means of r_c and r_r, not below zero.
+* ``kto_pair``  1 - sigma(beta (r_c - KL_r)) and 1 - sigma(beta (KL_c - r_r)), two losses a pair, where KL_c and KL_r are
+  the batch means of r_c and r_r, not below zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -29,26 +25,10 @@ from mmpipe.losses.head import CHUNK_BYTES, row_log_probabilities
 LossName = Literal["kto_pair", "sigmoid", "hinge", "ipo"]
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The log-ratios of a batch of pairs and how to weigh them."""
-
-    chosen_B: Tensor
-    rejected_B: Tensor
-    beta: float
-    label_smoothing: float
-    detach_kl: bool
-
-    @property
-    def margin_B(self) -> Tensor:
-        return self.chosen_B - self.rejected_B
-
-
 def response_log_probabilities(
     hidden_BLD: Tensor, weight_VD: Tensor, labels_BL: Tensor, *, chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the log-probabilities of each sequence's supervised tokens, ``[B]``, and how many they are,
-    ``[B]``."""
+    """Sum of the log-probabilities of each sequence's supervised tokens, ``[B]``, and their number, ``[B]``."""
     rows_R, targets_R = positions.response(labels_BL)
     log_R = row_log_probabilities(hidden_BLD.flatten(0, 1)[rows_R], weight_VD, targets_R, chunk_bytes=chunk_bytes)
     sequence_R = rows_R // labels_BL.shape[1]
@@ -69,15 +49,13 @@ def preference_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses of a batch of pairs, ``[B]`` (``kto_pair``: ``[2B]``, chosen before rejected), and metrics.
 
-    Arguments are sums of log-probabilities. Gradients flow through the policy's; ``kto_pair``'s batch means
-    are constants, while the reference implementation (LLaVA-MoD) differentiates them as well. They are those
-    of the pairs given: cut into micro batches, a batch has a little another loss.
+    Arguments are sums of log-probabilities. Gradients flow through the policy's. ``kto_pair``'s batch means are those of the
+    given pairs (a micro batch), and constants; the reference implementation (LLaVA-MoD) differentiates them as well.
 
     Metrics, means over the pairs: ``rewards_chosen`` and ``rewards_rejected`` (beta r), their difference
     ``rewards_margin``, and ``rewards_accuracy``, the share of pairs with r_c > r_r.
 
-    Raises ConfigError for a beta that is not positive, or smoothing outside [0, 0.5) or with a loss that has
-    none.
+    Raises ConfigError for a beta that is not positive, or smoothing outside [0, 0.5) or with a loss that has none.
     """
     if beta <= 0:
         raise ConfigError(f"beta must be positive, not {beta}")
@@ -85,16 +63,11 @@ def preference_loss(
         raise ConfigError(f"label_smoothing must be in [0, 0.5), not {label_smoothing}")
     if label_smoothing and loss_type != "sigmoid":
         raise ConfigError(f"label_smoothing belongs to the loss 'sigmoid', not to '{loss_type}'")
-    pairs = Pairs(
-        policy_chosen_B - reference_chosen_B.detach(),
-        policy_rejected_B - reference_rejected_B.detach(),
-        beta,
-        label_smoothing,
-        detach_kl=compat == "fixed",
-    )
-    losses = LOSSES[loss_type](pairs)
+    chosen_B = policy_chosen_B - reference_chosen_B.detach()
+    rejected_B = policy_rejected_B - reference_rejected_B.detach()
+    losses = _losses(chosen_B, rejected_B, loss_type, beta, label_smoothing, detach_kl=compat == "fixed")
     with torch.no_grad():
-        chosen_B, rejected_B = beta * pairs.chosen_B, beta * pairs.rejected_B
+        chosen_B, rejected_B = beta * chosen_B, beta * rejected_B
         metrics = {
             "rewards_chosen": chosen_B.mean(),
             "rewards_rejected": rejected_B.mean(),
@@ -104,32 +77,23 @@ def preference_loss(
     return losses, metrics
 
 
-def _sigmoid(pairs: Pairs) -> Tensor:
-    logits_B = pairs.beta * pairs.margin_B
-    smoothing = pairs.label_smoothing
-    return -(1 - smoothing) * F.logsigmoid(logits_B) - smoothing * F.logsigmoid(-logits_B)
-
-
-def _hinge(pairs: Pairs) -> Tensor:
-    return torch.relu(1 - pairs.beta * pairs.margin_B)
-
-
-def _ipo(pairs: Pairs) -> Tensor:
-    return (pairs.margin_B - 1 / (2 * pairs.beta)) ** 2
-
-
-def _kto_pair(pairs: Pairs) -> Tensor:
-    kl_chosen, kl_rejected = pairs.chosen_B.mean(), pairs.rejected_B.mean()
-    if pairs.detach_kl:
-        kl_chosen, kl_rejected = kl_chosen.detach(), kl_rejected.detach()
-    gain_chosen_B = pairs.chosen_B - kl_rejected.clamp_min(0)
-    gain_rejected_B = kl_chosen.clamp_min(0) - pairs.rejected_B
-    return 1 - torch.sigmoid(pairs.beta * torch.cat([gain_chosen_B, gain_rejected_B]))
-
-
-LOSSES: dict[LossName, Callable[[Pairs], Tensor]] = {
-    "kto_pair": _kto_pair,
-    "sigmoid": _sigmoid,
-    "hinge": _hinge,
-    "ipo": _ipo,
-}
+def _losses(
+    chosen_B: Tensor, rejected_B: Tensor, loss_type: LossName, beta: float, smoothing: float, detach_kl: bool
+) -> Tensor:
+    """The losses of the log-ratios r of chosen and rejected answers."""
+    margin_B = chosen_B - rejected_B
+    match loss_type:
+        case "sigmoid":
+            logits_B = beta * margin_B
+            return -(1 - smoothing) * F.logsigmoid(logits_B) - smoothing * F.logsigmoid(-logits_B)
+        case "hinge":
+            return torch.relu(1 - beta * margin_B)
+        case "ipo":
+            return (margin_B - 1 / (2 * beta)) ** 2
+        case "kto_pair":
+            kl_chosen, kl_rejected = chosen_B.mean(), rejected_B.mean()
+            if detach_kl:
+                kl_chosen, kl_rejected = kl_chosen.detach(), kl_rejected.detach()
+            gain_chosen_B = chosen_B - kl_rejected.clamp_min(0)
+            gain_rejected_B = kl_chosen.clamp_min(0) - rejected_B
+            return 1 - torch.sigmoid(beta * torch.cat([gain_chosen_B, gain_rejected_B]))

@@ -1,7 +1,7 @@
-"""Losses and measurements of routers: is every expert used, and how sure is the choice?
+"""Losses and statistics of routers: how evenly experts are used, and how certain the choices are.
 
-Probabilities ``p_TN`` are over N experts for each of T tokens, ``first_T`` is each token's first choice.
-Padding must be left out by the caller; the functions see the tokens that count.
+``p_TN`` are probabilities over N experts for each of T tokens, ``first_T`` is each token's first choice, both without
+padding.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from torch import Tensor
 def load_balancing_loss(p_TN: Tensor, first_T: Tensor, sequence_T: Tensor | None = None) -> Tensor:
     """N * sum_e mean_t(p_te) * mean_t(first_t = e): 1 for uniform use, N when all tokens take one expert.
 
-    Counts the first choice only, before any is dropped (Switch Transformer, eq. 4-6; as in DeepSpeed and
-    LLaVA-MoD, where the losses of the layers are summed). The gradient flows through the probabilities.
+    Counts the first choice only, before any is dropped (Switch Transformer, eq. 4-6; as in DeepSpeed and LLaVA-MoD, where
+    the losses of the layers are summed). The gradient flows through the probabilities.
 
-    ``sequence_T`` gives the sequence (or image) of each token: the loss is then taken of each one and
-    averaged (LibMoE), which asks for balance within every sequence.
+    With ``sequence_T``, the sequence (or image) of each token, it is the mean of the losses of the sequences (LibMoE).
     """
     experts = p_TN.shape[1]
     if sequence_T is not None:
-        return _balance_of_each(p_TN, first_T, sequence_T)
+        return _balance_within_sequences(p_TN, first_T, sequence_T)
     share_N = torch.bincount(first_T, minlength=experts).to(p_TN.dtype) / max(1, len(first_T))
     return experts * (mean_over_tokens(p_TN) * share_N).sum()
 
 
-def _balance_of_each(p_TN: Tensor, first_T: Tensor, sequence_T: Tensor) -> Tensor:
+def _balance_within_sequences(p_TN: Tensor, first_T: Tensor, sequence_T: Tensor) -> Tensor:
     experts = p_TN.shape[1]
     _, of_T, tokens_S = sequence_T.unique(return_inverse=True, return_counts=True)
     empty_SN = p_TN.new_zeros(len(tokens_S), experts)
@@ -38,13 +37,13 @@ def _balance_of_each(p_TN: Tensor, first_T: Tensor, sequence_T: Tensor) -> Tenso
 
 
 def load_balancing_term(p_TN: Tensor, first_T: Tensor, entry: int, sequence_T: Tensor | None = None) -> Tensor:
-    """What one entry contributes to :func:`load_balancing_loss`."""
+    """The term of one expert in :func:`load_balancing_loss`."""
     alone_N = F.one_hot(torch.tensor(entry, device=p_TN.device), p_TN.shape[1]).to(p_TN.dtype)
     return load_balancing_loss(p_TN * alone_N, first_T, sequence_T)
 
 
 def z_loss(logits_TN: Tensor) -> Tensor:
-    """Mean squared log of the softmax's normaliser; keeps router logits small (ST-MoE, eq. 5)."""
+    """Mean squared log-sum-exp of the logits; keeps router logits small (ST-MoE, eq. 5)."""
     return mean_over_tokens(logits_TN.logsumexp(1).square())
 
 
@@ -54,8 +53,7 @@ def entropy(p_TN: Tensor) -> Tensor:
 
 
 def margin(weights_TK: Tensor) -> Tensor:
-    """Mean distance between the largest two mixture weights of a token; 1 when there is one expert a
-    token."""
+    """Mean difference of a token's two largest mixture weights; 1 with one expert a token."""
     if weights_TK.shape[1] == 1:
         return weights_TK.new_ones(())
     largest_T2 = weights_TK.topk(2, dim=1).values
@@ -65,3 +63,13 @@ def margin(weights_TK: Tensor) -> Tensor:
 def mean_over_tokens(values_T: Tensor) -> Tensor:
     """Mean over the first dimension; zero, still differentiable, when there is no token."""
     return values_T.sum(0) / max(1, len(values_T))
+
+
+def most_common_set_share(indices_TK: Tensor, experts: int) -> Tensor:
+    """Share of the tokens that make the most common ordered choice of k of ``experts``; a scalar, zero without tokens."""
+    code_T = indices_TK[:, 0]
+    for choice in range(1, indices_TK.shape[1]):
+        code_T = code_T * experts + indices_TK[:, choice]
+    if not len(code_T):
+        return code_T.new_zeros((), dtype=code_T.dtype).float()
+    return code_T.unique(return_counts=True)[1].max() / len(code_T)

@@ -1,32 +1,73 @@
-"""What a teacher leaves behind for students to come: a few tokens and their log-probabilities a position.
+"""What a student takes from a teacher: the rows of the output head they share, and cached distributions.
 
-Rows are the positions that predict a supervised token, in order over the batch, as the cached losses of
-:mod:`mmpipe.losses.distillation` expect them. Probabilities are those of the softmax over the first ``vocabulary``
-rows of the teacher's head, by default all of them.
+Heads are padded to round sizes (Qwen2-7B has 152064 rows, Qwen2-0.5B 151936, with the same tokenizer), so distributions are
+compared over the leading rows that both have. That requires equal tokens under equal ids.
+
+A cached distribution is a few tokens and their log-probabilities for each position that predicts a supervised token, in
+order over the batch, as in the cached losses of :mod:`mmpipe.losses.distillation`. Probabilities are those of the softmax
+over the first ``vocabulary`` rows of the teacher's head, by default all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mmpipe.errors import ArtifactError, ConfigError
-from mmpipe.losses import positions
-from mmpipe.losses.head import CHUNK_BYTES, chunks
+from mmpipe.losses import CHUNK_BYTES, positions
+from mmpipe.losses.head import chunks
 
 
-def most_likely(
+class HasVocabulary(Protocol):
+    """A tokenizer, as far as it is used here."""
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+def shared_rows(student: HasVocabulary, teacher: HasVocabulary, student_rows: int, teacher_rows: int) -> int:
+    """The number of leading rows both heads have. Rows beyond a tokenizer's last token are padding and may differ in number.
+
+    Raises ConfigError when an id below that number is another token for the teacher than for the student, or when a token's
+    id is beyond it.
+    """
+    of_student = {i: token for token, i in student.get_vocab().items()}
+    of_teacher = {i: token for token, i in teacher.get_vocab().items()}
+    rows = min(student_rows, teacher_rows)
+    different = sorted(
+        i for i in of_student.keys() | of_teacher.keys() if of_student.get(i) != of_teacher.get(i) or i >= rows
+    )
+    if different:
+
+        def name(tokens: dict[int, str], i: int) -> str:
+            return repr(tokens[i]) if i in tokens else "nothing"
+
+        shown = ", ".join(f"{i} ({name(of_student, i)} / {name(of_teacher, i)})" for i in different[:5])
+        raise ConfigError(
+            f"student and teacher do not share a vocabulary: of the {rows} rows both heads have, "
+            f"{len(different)} ids differ, the first (student / teacher): {shown}. "
+            "Distillation compares distributions id by id: take a teacher with the student's tokenizer"
+        )
+    return rows
+
+
+def token_rows(tokenizer: HasVocabulary) -> int:
+    """The number of leading rows of a head that stand for tokens; those beyond are padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def most_probable_tokens(
     hidden_BLE: Tensor, head_UE: Tensor, labels_BL: Tensor, k: int, *, vocabulary: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k most likely tokens of each row: ids (int64) and log-probabilities (float32), both ``[R, K]``."""
+    """The k most probable tokens of each row: ids (int64) and log-probabilities (float32), both ``[R, K]``."""
     if not 0 < k <= (vocabulary or len(head_UE)):
         raise ConfigError(f"{k} tokens a position, of a vocabulary of {vocabulary or len(head_UE)}")
     return _rows(hidden_BLE, head_UE, labels_BL, k, vocabulary, lambda log_p_CV: log_p_CV.topk(k, dim=1).indices)
 
 
-def draws(
+def sample_tokens(
     hidden_BLE: Tensor,
     head_UE: Tensor,
     labels_BL: Tensor,
@@ -35,15 +76,12 @@ def draws(
     generator: torch.Generator,
     vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """k tokens a row drawn with replacement: ids and log-probabilities as of :func:`most_likely`."""
-    return _rows(
-        hidden_BLE,
-        head_UE,
-        labels_BL,
-        k,
-        vocabulary,
-        lambda log_p_CV: torch.multinomial(log_p_CV.exp(), k, replacement=True, generator=generator),
-    )
+    """k tokens a row sampled with replacement: ids and log-probabilities as of :func:`most_probable_tokens`."""
+
+    def choose(log_p_CV: Tensor) -> Tensor:
+        return torch.multinomial(log_p_CV.exp(), k, replacement=True, generator=generator)
+
+    return _rows(hidden_BLE, head_UE, labels_BL, k, vocabulary, choose)
 
 
 @torch.no_grad()

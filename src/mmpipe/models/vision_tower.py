@@ -39,7 +39,7 @@ def used_blocks(model: LlavaForConditionalGeneration) -> int:
     return max(i % (layers + 1) for i in ([chosen] if isinstance(chosen, int) else chosen))
 
 
-def freeze_idle(model: LlavaForConditionalGeneration) -> list[str]:
+def freeze_unused(model: LlavaForConditionalGeneration) -> list[str]:
     """Freeze the parameters that the projected features do not depend on: they get no gradient, which DDP waits for.
 
     Returns the names, within the tower, of what would have trained.

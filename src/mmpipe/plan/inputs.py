@@ -13,7 +13,7 @@ from mmpipe.models.settings import VisionLanguage
 from mmpipe.plan.catalogues import Catalogues
 from mmpipe.plan.recipes import Recipes
 from mmpipe.plan.stages import StagePlan
-from mmpipe.stages.base import Annotation, Encoding
+from mmpipe.stages.base import Encoding, Precomputation
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ class Precomputations:
         self._recipes = recipes
         self._catalogues = catalogues
 
-    def all(self) -> dict[str, Annotation]:
+    def all(self) -> dict[str, Precomputation]:
         """All of them, by ``checkpoint/mixture/key``."""
         return {
             self.directory(request).relative_to("resources/teacher").as_posix(): request
             for stage in self._recipes.stages()
-            for request in stage.settings.annotations().values()
+            for request in stage.settings.precomputations().values()
         }
 
-    def spec(self, request: Annotation) -> str:
+    def spec(self, request: Precomputation) -> str:
         """What determines the log-probabilities, the manifests of checkpoint and mixture apart."""
         return canonical_json(
             {
@@ -119,19 +119,19 @@ class Precomputations:
             }
         )
 
-    def directory(self, request: Annotation, out: str = "results") -> Path:
+    def directory(self, request: Precomputation, out: str = "results") -> Path:
         """Where they are published."""
         resources = out.replace("results", "resources", 1)
         checkpoint = self._recipes.checkpoint(request.checkpoint).id
         return Path(resources, "teacher", checkpoint, request.mixture, short_hash(self.spec(request), 12))
 
-    def chunks(self, request: Annotation, out: str = "results") -> list[str]:
+    def chunks(self, request: Precomputation, out: str = "results") -> list[str]:
         """The reports of the jobs that share the work."""
         directory = self.directory(request, out)
         jobs = self._recipes.checkpoint(request.checkpoint).answering.chunks
         return chunk_files(f"{directory.parent}/chunks/{directory.name}", jobs, ".json")
 
-    def tokens(self, request: Annotation) -> TokensPlan:
+    def tokens(self, request: Precomputation) -> TokensPlan:
         """The mixture as the teacher reads it."""
         encoding = Encoding(request.settings["template"], request.settings["max_length"])
         return tokens_of(self._catalogues, request.mixture, self._recipes.checkpoint(request.checkpoint), encoding)

@@ -21,7 +21,7 @@ from mmpipe.plan.inputs import Precomputations, TokensPlan, backbone_manifest, t
 from mmpipe.plan.recipes import Recipes
 from mmpipe.plan.stages import StagePlan
 from mmpipe.settings import validate
-from mmpipe.stages.base import Annotation, StageJob
+from mmpipe.stages.base import Precomputation, StageJob
 
 __all__ = ["Plan", "StagePlan", "TokensPlan"]
 
@@ -48,8 +48,8 @@ class Plan:
         self.needed, self.family, self.nodes = recipes.needed, recipes.family, recipes.nodes
 
         requests = self._precomputations = Precomputations(recipes, catalogues)
-        self.annotation_spec, self.annotation_directory = requests.spec, requests.directory
-        self.annotation_chunks, self.annotated_tokens = requests.chunks, requests.tokens
+        self.precomputation_spec, self.precomputation_directory = requests.spec, requests.directory
+        self.precomputation_chunks, self.precomputation_tokens = requests.chunks, requests.tokens
 
         chosen, entries = catalogues.chosen_benchmarks, catalogues.benchmarks
         self.expert_logs = ExpertLogs(
@@ -112,8 +112,8 @@ class Plan:
             inputs["tokens"] = tokens.directory / "manifest.json"
         for role, reference in stage.settings.references().items():
             inputs[role] = self.checkpoint(reference).manifest(out)
-        for role, request in stage.settings.annotations().items():
-            inputs[f"{role}_annotations"] = self.annotation_directory(request, out) / "manifest.json"
+        for role, request in stage.settings.precomputations().items():
+            inputs[f"{role}_annotations"] = self.precomputation_directory(request, out) / "manifest.json"
         return inputs
 
     def job(self, stage: StagePlan, out: str = "results", **use: Any) -> StageJob:
@@ -133,7 +133,7 @@ class Plan:
             layouts=self._catalogues.layouts(backbones),
             parent=inputs["parent"].parent if "parent" in inputs else None,
             references={role: inputs[role].parent for role in stage.settings.references()},
-            annotations={role: inputs[f"{role}_annotations"].parent for role in stage.settings.annotations()},
+            precomputed={role: inputs[f"{role}_annotations"].parent for role in stage.settings.precomputations()},
             tokens=inputs["tokens"].parent if "tokens" in inputs else None,
             manifests=tuple(inputs.values()),
             max_steps=self.config.smoke.max_steps if out.endswith("/smoke") else None,
@@ -148,14 +148,14 @@ class Plan:
         return tokens_of(self._catalogues, mixture, stage, encoding) if mixture and encoding else None
 
     @cached_property
-    def annotations(self) -> dict[str, Annotation]:
+    def precomputations(self) -> dict[str, Precomputation]:
         """Every precomputation some stage asks for, by ``checkpoint/mixture/key``."""
         return self._precomputations.all()
 
     @cached_property
     def tokens(self) -> dict[str, TokensPlan]:
         """All tokens some stage or precomputation needs, by key."""
-        wanted = [*map(self.tokens_of, self.stages()), *map(self.annotated_tokens, self.annotations.values())]
+        wanted = [*map(self.tokens_of, self.stages()), *map(self.precomputation_tokens, self.precomputations.values())]
         return {tokens.key: tokens for tokens in wanted if tokens}
 
     # ---- the report and warnings

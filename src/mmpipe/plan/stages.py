@@ -53,7 +53,7 @@ class StagePlan:
 
     def references(self) -> dict[str, str]:
         """Every other checkpoint this stage needs by role, directly or through precomputed log-probabilities."""
-        wanted = self.settings.annotations()
+        wanted = self.settings.precomputations()
         return self.settings.references() | {role: request.checkpoint for role, request in wanted.items()}
 
     @property
@@ -64,4 +64,4 @@ class StagePlan:
     @property
     def sparse(self) -> bool:
         """Whether the checkpoint has experts."""
-        return any(stage.settings.grows_experts() for stage in self.path())
+        return any(stage.settings.adds_experts() for stage in self.path())

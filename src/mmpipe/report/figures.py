@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import read_json, read_jsonl
-from mmpipe.losses.collapse import ALARM
+from mmpipe.losses import COLLAPSE_ALARM
 from mmpipe.plotting import COLOURS, figure
 
 _NOT_LOSSES = {"step", "tokens", "loss", "learning_rate", "grad_norm", "records_replaced"}
@@ -57,7 +57,7 @@ def draw_history(history: Path, out: Path) -> None:
             if len(names) > 1:
                 axis.legend()
             if title == _ROUTING_PANELS[_COLLAPSE]:
-                axis.axhline(ALARM, color="grey", linestyle=":", linewidth=1)
+                axis.axhline(COLLAPSE_ALARM, color="grey", linestyle=":", linewidth=1)
                 axis.set_ylim(0, 1.03)
 
 

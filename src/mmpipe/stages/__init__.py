@@ -1,4 +1,7 @@
-"""The stages a recipe can be made of, one file a stage, found by looking."""
+"""What can be set: one settings class a stage of a recipe, one file a stage, without torch.
+
+What is done stands in :mod:`mmpipe.training`: the objective of a stage in ``training/objectives/`` under the stage's name.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""What the stages share: their settings, and the job they are handed.
-
-This package is imported while Snakemake builds its plan: torch and transformers are imported inside the functions that
-run a stage, never at the top.
-"""
+"""What the stages share: their settings, and the job that runs one. Read while Snakemake builds its plan: no torch."""
 
 from __future__ import annotations
 
@@ -16,14 +12,15 @@ from pydantic import Field, field_validator, model_validator
 from mmpipe.errors import did_you_mean
 from mmpipe.models.settings import LoraSettings, VisionLanguage
 from mmpipe.settings import Settings
+from mmpipe.stages import zero
 
 
 class Hardware(Settings):
     """What a stage runs on. Nothing here makes a stage stale.
 
-    How a batch is cut (``gpus``, ``micro_batch``) changes the rounding of sums, and what by its nature belongs to the
-    samples computed at once: router losses, what experts have no room for, the batch means of ``kto_pair``, random draws,
-    and every mean of ``compat: reference``. Compare runs of one cut where such small differences matter.
+    How a batch is split (``gpus``, ``micro_batch``) changes the rounding of sums, and what is computed per micro batch:
+    router losses, tokens dropped by experts, the batch means of ``kto_pair``, random draws, and every mean of
+    ``compat: reference``. Compare runs of one split where such small differences matter.
     """
 
     gpus: int = Field(0, ge=0)
@@ -33,37 +30,34 @@ class Hardware(Settings):
     cpus: int = Field(2, ge=1)
     """CPU cores of each machine; what ``workers`` leaves over computes."""
     memory_gb: int = Field(8, ge=1)
-    """Main memory of each machine."""
+    """CPU RAM of each machine."""
     gpu_memory_gb: float | None = Field(None, gt=0)
-    """Memory of each GPU, where it is another than the configuration says; only ``mmpipe plan`` reads it, to warn."""
+    """Memory of each GPU; default: as in the configuration. Only ``mmpipe plan`` reads it, to warn."""
     runtime_minutes: int = Field(60, ge=1)
-    """Time limit of a job. A training that needs longer saves in time and goes on in the next job."""
+    """Time limit of a job. A longer training saves a checkpoint in time and continues in the next job."""
     micro_batch: int | None = Field(None, ge=1)
     """Samples a process computes at once; the rest of the batch is accumulated. Default: the whole batch on a CPU."""
     workers: int = Field(0, ge=0)
     """Data-loading processes per training process."""
     gradient_checkpointing: bool = False
     deepspeed: str | None = None
-    """``zero2``, ``zero2_offload``, ``zero3`` or ``zero3_offload`` spread the training over the processes with DeepSpeed.
+    """``zero2``, ``zero2_offload``, ``zero3`` or ``zero3_offload`` partition the training over the processes with DeepSpeed.
     Without the package the same recipe trains with plain data parallelism."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """How a training attends: ``auto`` takes flash attention 2 where it is installed and supported, and PyTorch's own
-    (``sdpa``) elsewhere."""
+    """Attention in training: ``auto`` is flash attention 2 where it is installed and supported, else PyTorch's ``sdpa``."""
     tf32: bool = False
-    """Let GPUs multiply float32 matrices with shortened mantissas (TensorFloat-32)."""
+    """Let GPUs multiply float32 matrices in TensorFloat-32."""
     checkpoint_every: int = Field(500, ge=1)
-    """Optimizer steps between checkpoints in progress."""
+    """Optimizer steps between checkpoints to resume from."""
     chunks: int = Field(1, ge=1)
-    """Of ``answering``: jobs that share the work when this checkpoint writes down what it says about a mixture. (How many
-    answer a benchmark is said in ``benchmarks.yaml``.)"""
+    """Of ``answering``: jobs that share the work when this checkpoint's log-probabilities on a mixture are precomputed.
+    (``benchmarks.yaml`` gives the jobs that answer a benchmark.)"""
 
     @field_validator("deepspeed")
     @classmethod
     def _known_kind(cls, kind: str | None) -> str | None:
-        from mmpipe.training.deepspeed import kinds
-
-        if kind is not None and kind not in kinds():
-            raise ValueError(f"there is no kind '{kind}'{did_you_mean(kind, kinds())}")
+        if kind is not None and kind not in zero.kinds():
+            raise ValueError(f"there is no kind '{kind}'{did_you_mean(kind, zero.kinds())}")
         return kind
 
 
@@ -78,7 +72,7 @@ class StageJob:
     model_dir: Path
     """Where the checkpoint is published."""
     state_dir: Path
-    """Where progress survives interruptions."""
+    """Where progress is kept across interruptions."""
     report_dir: Path
     vision_language: VisionLanguage
     backbones: Mapping[str, Path]
@@ -88,11 +82,11 @@ class StageJob:
     references: Mapping[str, Path] = field(default_factory=dict)
     """Other checkpoints by their role (``teacher``)."""
     layouts: Mapping[str, str] = field(default_factory=dict)
-    """How the backbones name their tensors, by role, where that is not the stock way."""
-    annotations: Mapping[str, Path] = field(default_factory=dict)
-    """What other checkpoints wrote down about the mixture, by role."""
+    """The backbones' checkpoint layouts, by role, where they are not transformers' own."""
+    precomputed: Mapping[str, Path] = field(default_factory=dict)
+    """Log-probabilities of other checkpoints on the mixture, by role."""
     tokens: Path | None = None
-    """The mixture this stage trains on, in tokens."""
+    """The tokenised mixture this stage trains on."""
     manifests: tuple[Path, ...] = ()
     """Manifests of all inputs."""
     threads: int = 1
@@ -119,10 +113,10 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Annotation:
-    """What a checkpoint is to write down about a mixture before a stage can run.
+class Precomputation:
+    """Log-probabilities of a checkpoint on a mixture (a teacher's, a reference's) that a stage needs computed beforehand.
 
-    ``VERSION`` is raised when a change of code changes what is written.
+    ``VERSION`` is raised when a change of code changes them.
     """
 
     VERSION: ClassVar[int] = 2
@@ -133,7 +127,7 @@ class Annotation:
 
 
 class Stage(Settings):
-    """Base of all stages: the settings a recipe may give, and how to run them.
+    """Base of all stages: the settings a recipe may give.
 
     A subclass raises ``VERSION`` when a change of code changes its results.
     """
@@ -141,9 +135,9 @@ class Stage(Settings):
     VERSION: ClassVar[int] = 1
     PUBLISHES: ClassVar[Literal["projector", "model"]] = "model"
     SPARSIFIES: ClassVar[bool] = False
-    """Whether checkpoints from here on have predictors of what to keep of a context."""
+    """Whether checkpoints from this stage on have token predictors."""
     ON_GPUS: ClassVar[bool] = True
-    """Whether the GPUs of a recipe's ``hardware`` are of use to this stage."""
+    """Whether this stage uses the GPUs of a recipe's ``hardware``."""
 
     hardware: Hardware = Hardware()
     seed: int = 0
@@ -153,37 +147,35 @@ class Stage(Settings):
         return None
 
     def encoding(self) -> Encoding | None:
-        """How the mixture's text becomes tokens; None for a stage that reads none."""
+        """How the mixture is tokenised; None for a stage that reads none."""
         return None
 
     def references(self) -> dict[str, str]:
         """Other checkpoints this stage reads: role -> ``recipe`` or ``recipe@stage``."""
         return {}
 
-    def annotations(self) -> dict[str, Annotation]:
-        """What other checkpoints must write down first, by role."""
+    def precomputations(self) -> dict[str, Precomputation]:
+        """Log-probabilities of other checkpoints that this stage reads, by role."""
         return {}
 
-    def grows_experts(self) -> bool:
+    def adds_experts(self) -> bool:
         """Whether the stage makes a dense model sparse."""
         return False
 
     def spec(self) -> dict[str, Any]:
-        """The settings that change the result, without those at their default."""
-        return self.model_dump(mode="json", exclude_defaults=True, exclude={"hardware"})
-
-    def run(self, job: StageJob) -> None:
-        """Make the checkpoint and publish it."""
-        raise NotImplementedError
+        """The settings that change the result, without those at their default, under the keys they were introduced with."""
+        return self.identity(exclude={"hardware"})
 
 
 class TrainStage(Stage):
     """A stage that trains on a mixture."""
 
+    FORMER_KEYS: ClassVar[Mapping[str, str]] = {"minimum_supervised": "min_supervised_fraction"}
+
     data: str
     """A mixture of ``mixtures.yaml``."""
     template: str = "vicuna_v1"
-    """The conversation template; ``tokenizer`` takes the tokenizer's own."""
+    """The conversation template; ``tokenizer`` is the tokenizer's own."""
     image_aspect: Literal["pad", "square"] = "pad"
     """``pad`` pads images to a square; ``square`` crops the centre."""
     max_length: int = Field(2048, ge=16)
@@ -208,9 +200,9 @@ class TrainStage(Stage):
     """Gradients are clipped to this norm; 0 switches clipping off."""
     precision: Literal["float32", "bfloat16"] = "float32"
     grouping: Literal["none", "length", "modality_length"] = "none"
-    """Batches of like length, or of like length and kind (with or without images)."""
-    minimum_supervised: float = Field(0.001, ge=0, le=1)
-    """Training stops at once when a smaller share of the text tokens is supervised: the template does not fit."""
+    """Batches of similar length, or of similar length and kind (with or without images)."""
+    min_supervised_fraction: float = Field(0.001, ge=0, le=1)
+    """Training does not start when a smaller fraction of the text tokens is supervised: the template does not fit."""
     llava_projector: bool = False
     """Also write the projector as ``mm_projector.bin``, under LLaVA's names."""
 
@@ -230,36 +222,10 @@ class TrainStage(Stage):
     def mixture(self) -> str | None:
         return self.data
 
-    def annotation(self, checkpoint: str, settings: Mapping[str, Any]) -> Annotation:
-        """A request for annotations of this stage's mixture, encoded as this stage encodes it."""
-        encoding = {"template": self.template, "max_length": self.max_length, "image_aspect": self.image_aspect}
-        return Annotation(checkpoint, self.data, {**settings, **encoding})
-
-    def prepare(self, model: Any, job: StageJob) -> None:
-        """Change the starting model before it trains, in place."""
-
     def encoding(self) -> Encoding:
         return Encoding(self.template, self.max_length)
 
-    def dataset(self, tokens: Any, processor: Any) -> Any:
-        """The samples of a mixture's records (:class:`mmpipe.data.tokens.TokenTable`)."""
-        from mmpipe.data.dataset import SupervisedDataset
-
-        return SupervisedDataset(tokens, processor)
-
-    def collator(self, pad_token_id: int, image_size: tuple[int, int]) -> Any:
-        """What puts samples into a batch."""
-        from mmpipe.data.dataset import Collator
-
-        return Collator(pad_token_id, image_size)
-
-    def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
-        """What is optimised (:class:`mmpipe.training.objectives.base.Objective`)."""
-        from mmpipe.training.objectives.base import LanguageModelling
-
-        return LanguageModelling()
-
-    def run(self, job: StageJob) -> None:
-        from mmpipe.training.run import train
-
-        train(self, job)
+    def precomputation(self, checkpoint: str, settings: Mapping[str, Any]) -> Precomputation:
+        """A request for ``checkpoint``'s log-probabilities on this stage's mixture, encoded as this stage encodes it."""
+        encoding = {"template": self.template, "max_length": self.max_length, "image_aspect": self.image_aspect}
+        return Precomputation(checkpoint, self.data, {**settings, **encoding})

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from mmpipe.stages.base import Stage, StageJob
+from mmpipe.stages.base import Stage
 
 
 class Construct(Stage):
-    """Brings a whole checkpoint in, whatever its layout, or joins a tower and a language model with a fresh projector.
+    """Imports a whole checkpoint of any layout, or joins a tower and a language model with a fresh projector.
 
     A recipe whose `model` names a `checkpoint` begins with this stage, named or not. A whole checkpoint keeps its
     precision; parts are joined in float32.
@@ -17,14 +17,9 @@ class Construct(Stage):
     ON_GPUS: ClassVar[bool] = False
 
     template: str = "vicuna_v1"
-    """The conversation template the model was trained with; ``tokenizer`` takes the tokenizer's own."""
+    """The conversation template the model was trained with; ``tokenizer`` is the tokenizer's own."""
     image_aspect: Literal["pad", "square"] = "pad"
     """``pad`` pads images to a square; ``square`` crops the centre."""
-
-    def run(self, job: StageJob) -> None:
-        from mmpipe.training.construct import construct_stage
-
-        construct_stage(self, job)
 
 
 STAGE = Construct

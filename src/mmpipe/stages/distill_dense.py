@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from mmpipe.settings import Settings
-from mmpipe.stages.base import Annotation, StageJob, TrainStage
+from mmpipe.stages.base import Precomputation, TrainStage
 
 
-class WrittenTeacherSettings(Settings):
-    """Let the teacher write down its distribution once, for any number of students, instead of running in every step."""
+class TeacherCacheSettings(Settings):
+    """Precompute the teacher's log-probabilities once, for any number of students, instead of running it in every step."""
 
     kind: Literal["top_k", "sampled"] = "top_k"
-    """The k most likely tokens (biased: says little about the rest), or k drawn ones (unbiased, noisier)."""
+    """The k most probable tokens (biased: the tail is unknown), or k sampled ones (unbiased, noisier)."""
     k: int = Field(64, ge=1)
     """Tokens kept for every response position."""
     seed: int = 0
@@ -34,9 +34,9 @@ class DistillDense(TrainStage):
     temperature: float = Field(1.0, gt=0)
     jsd_weight: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``jsd``."""
-    teacher_cache: WrittenTeacherSettings | None = None
+    teacher_cache: TeacherCacheSettings | None = None
     tail: Literal["bucket", "renormalise", "drop"] = "bucket"
-    """What becomes of the probability that the most likely tokens of ``teacher_cache`` do not cover."""
+    """How the probability that the ``top_k`` tokens of ``teacher_cache`` do not cover enters the loss."""
     router_losses: bool = True
     """Train on the router losses of a student with experts (LLaVA-MoD's ``moe_loss_enable``); they are logged anyway."""
     compat: Literal["fixed", "reference"] = "fixed"
@@ -46,21 +46,17 @@ class DistillDense(TrainStage):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> DistillDense:
         """A setting that would change nothing stays at its default."""
-        cache = self.teacher_cache
-        written = "what a teacher wrote down ('teacher_cache') gives forward KL on the response at temperature 1 alone"
+        cache, reference = self.teacher_cache, self.compat == "reference"
+        fixed = ("divergence", "temperature")
         for void, names, why in (
-            (cache is not None, ("divergence", "temperature", "tokens", "compat"), written),
             (
-                self.compat == "reference",
-                ("divergence", "temperature"),
-                "the published loss ('compat: reference') is forward KL at temperature 1",
+                cache is not None,
+                (*fixed, "tokens", "compat"),
+                "precomputed logits ('teacher_cache') give forward KL on the response at temperature 1 alone",
             ),
+            (reference, fixed, "the published loss ('compat: reference') is forward KL at temperature 1"),
             (self.divergence != "jsd", ("jsd_weight",), "only 'divergence: jsd' has a weight"),
-            (
-                cache is None or cache.kind != "top_k",
-                ("tail",),
-                "only a 'teacher_cache' of the kind 'top_k' leaves a tail",
-            ),
+            (not cache or cache.kind != "top_k", ("tail",), "only a 'teacher_cache' of the kind 'top_k' leaves a tail"),
         ):
             for name in names if void else ():
                 value, default = getattr(self, name), type(self).model_fields[name].default
@@ -71,21 +67,13 @@ class DistillDense(TrainStage):
     def references(self) -> dict[str, str]:
         return {} if self.teacher_cache else {"teacher": self.teacher}
 
-    def annotations(self) -> dict[str, Annotation]:
+    def precomputations(self) -> dict[str, Precomputation]:
         if self.teacher_cache is None:
             return {}
         settings = self.teacher_cache.model_dump(mode="json")
         if self.teacher_cache.kind == "top_k":
             del settings["seed"]
-        return {"teacher": self.annotation(self.teacher, settings)}
-
-    def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
-        from mmpipe.training.objectives.distill_dense import Distillation, LiveTeacher, WrittenTeacher
-        from mmpipe.training.precomputed import Annotations
-
-        if self.teacher_cache:
-            return Distillation(self, WrittenTeacher(Annotations(job.annotations["teacher"]), model, processor))
-        return Distillation(self, LiveTeacher(job.references["teacher"], model, processor, self.tokens))
+        return {"teacher": self.precomputation(self.teacher, settings)}
 
 
 STAGE = DistillDense

@@ -1,13 +1,13 @@
-"""Learned sparsification: predictors behind the first layers learn which tokens of images and answers later layers need."""
+"""Learned sparsification: predictors after the first layers learn which image and answer tokens the later layers need."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from mmpipe.models.sparsity.spec import SparsitySettings
-from mmpipe.stages.base import StageJob, TrainStage
+from mmpipe.stages.base import TrainStage
 
 
 class Sparsify(TrainStage):
@@ -31,26 +31,6 @@ class Sparsify(TrainStage):
     learning_rate: float = Field(5e-6, gt=0)
     learning_rates: dict[str, float] = {"language_model.sparsifier.*": 2e-4}
     batch_size: int = Field(64, ge=1)
-
-    def prepare(self, model: Any, job: StageJob) -> None:
-        from mmpipe.errors import ConfigError
-        from mmpipe.models.sparsity.hooks import sparsify
-
-        if job.parent is None:
-            raise ConfigError(
-                f"{job.recipe}: {job.stage}: there is no model to sparsify; put a training stage before it"
-            )
-        sparsify(model, self.sparsity, seed=self.seed)
-
-    def dataset(self, tokens: Any, processor: Any) -> Any:
-        from mmpipe.data.dataset import SupervisedDataset
-
-        return SupervisedDataset(tokens.with_images() if self.requires_image else tokens, processor)
-
-    def objective(self, job: StageJob, model: Any, processor: Any) -> Any:
-        from mmpipe.training.objectives.sparsify import Sparsification
-
-        return Sparsification(self, model)
 
 
 STAGE = Sparsify

@@ -11,7 +11,7 @@ from mmpipe.errors import ConfigError
 from mmpipe.models.moe.spec import ModelPart, MoESettings, with_former_keys
 from mmpipe.registry import source_file
 from mmpipe.settings import validate
-from mmpipe.stages.base import Stage, StageJob
+from mmpipe.stages.base import Stage
 
 
 class Upcycle(Stage):
@@ -65,13 +65,8 @@ class Upcycle(Stage):
                 changes["router_settings"] = with_former_keys(changes["router_settings"])
         return found | {key: value for key, value in further.items() if value}
 
-    def grows_experts(self) -> bool:
+    def adds_experts(self) -> bool:
         return True
-
-    def run(self, job: StageJob) -> None:
-        from mmpipe.training.upcycle import upcycle_stage
-
-        upcycle_stage(self, job)
 
 
 STAGE = Upcycle

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 
 from mmpipe.checkpoints.load import build_model
 from mmpipe.errors import ConfigError
+from mmpipe.stages.base import StageJob
+from mmpipe.stages.construct import Construct
 from mmpipe.training.publish import publish
-
-if TYPE_CHECKING:
-    from mmpipe.stages.base import StageJob
-    from mmpipe.stages.construct import Construct
 
 log = logging.getLogger(__name__)
 

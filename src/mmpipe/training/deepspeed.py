@@ -1,10 +1,7 @@
-"""DeepSpeed's ZeRO: optimizer states, gradients and (stage 3) parameters spread over the processes.
+"""DeepSpeed's ZeRO: optimizer states, gradients and (stage 3) parameters partitioned over the processes.
 
-One JSON file here is one way to do it, and its name is what a recipe says (``hardware: {deepspeed: zero2}``). Everything that
-could change a result (batch, clipping, precision, optimizer, schedule) comes from the stage: parameters stay in float32 and
-compute under autocast, exactly as without DeepSpeed, so that only the rounding of sums tells the two apart.
-
-This module is read while planning: torch and deepspeed are imported inside the functions.
+Everything that could change a result (batch, clipping, precision, optimizer, schedule) comes from the stage: parameters
+stay in float32 and compute under autocast, exactly as without DeepSpeed; the results differ in the rounding of sums only.
 """
 
 from __future__ import annotations
@@ -14,55 +11,47 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import read_json
 from mmpipe.errors import MmpipeError
+from mmpipe.stages import zero
+from mmpipe.stages.base import TrainStage
 
 log = logging.getLogger(__name__)
 
-_ZERO = Path(__file__).parent.parent / "stages/zero"
+
+def usable(kind: str | None) -> str | None:
+    """The kind of ZeRO to train with; None for plain data parallelism, also where DeepSpeed is not installed."""
+    if kind and importlib.util.find_spec("deepspeed") is None:
+        log.info(
+            "DeepSpeed is not installed: training with plain data parallelism instead of %s; the result is the same, "
+            "the memory is not (pip install 'mmpipe[deepspeed]')",
+            kind,
+        )
+        return None
+    return kind
 
 
-def kinds() -> list[str]:
-    """The names a recipe can give."""
-    return sorted(path.stem for path in _ZERO.glob("*.json"))
-
-
-def installed() -> bool:
-    """Whether DeepSpeed can be used here."""
-    return importlib.util.find_spec("deepspeed") is not None
-
-
-def optimization(kind: str) -> dict[str, Any]:
-    """What a kind spreads: ``stage``, and ``offload_optimizer`` and ``offload_param`` where they wait in main memory."""
-    chosen: dict[str, Any] = read_json(_ZERO / f"{kind}.json")["zero_optimization"]
-    return chosen
-
-
-def settings(
-    kind: str, *, micro_batch: int, accumulation: int, world: int, clipping: float, precision: str
-) -> dict[str, Any]:
+def settings(kind: str, stage: TrainStage, micro_batch: int, accumulation: int, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration for one run; nothing in it is ``auto``."""
-    chosen: dict[str, Any] = read_json(_ZERO / f"{kind}.json")
-    return chosen | {
+    autocast = stage.precision == "bfloat16"
+    return zero.configuration(kind) | {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch * accumulation * world,
-        "gradient_clipping": clipping,
+        "gradient_clipping": stage.max_gradient_norm,
         # what is sent between processes stays in float32: no module is "safe" for less
-        "torch_autocast": {"enabled": precision == "bfloat16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
 
 
 def join_processes(on_gpu: bool) -> dict[str, Any]:
-    """Connect the processes of this run; returns what TrainingArguments must be told.
+    """Connect the processes of this run; returns the TrainingArguments this needs.
 
-    accelerate knows gloo only without DeepSpeed. So on a CPU the process group and accelerate's state are made here, and the
-    trainer is told to take them as they are.
+    accelerate offers gloo only without DeepSpeed. So on a CPU the process group and accelerate's state are made here, and
+    the trainer uses them as they are.
     """
     if on_gpu:
         return {}
@@ -77,9 +66,9 @@ def join_processes(on_gpu: bool) -> dict[str, Any]:
 
 
 def mark_experts(model: Any) -> None:
-    """Let stage 3 fetch all parameters of a layer of experts at once, ours and transformers' own.
+    """Let stage 3 gather all parameters of an MoE layer at once, of ours and of transformers'.
 
-    It learns the order of modules in the first step, and which experts run differs from step to step and from rank to rank.
+    It records the order of modules in the first step, but which experts run differs by step and by rank.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -90,7 +79,7 @@ def mark_experts(model: Any) -> None:
 
 @contextmanager
 def whole(parameter: Any) -> Iterator[None]:
-    """The full tensor of a parameter that stage 3 may have spread; every rank must enter."""
+    """The full tensor of a parameter that stage 3 may have partitioned; every rank must enter."""
     if not hasattr(parameter, "ds_id"):
         yield
         return
@@ -101,9 +90,9 @@ def whole(parameter: Any) -> Iterator[None]:
 
 
 def require_engine(trainer: Any) -> None:
-    """Raise MmpipeError unless DeepSpeed really runs the model over all processes.
+    """Raise MmpipeError unless DeepSpeed runs the model over all processes.
 
-    transformers and accelerate can fall back without a word: to plain DDP, or to ranks that all believe to be the only one.
+    transformers and accelerate may fall back silently: to plain DDP, or to ranks that each train alone.
     """
     kind, wrapped = trainer.args.deepspeed, type(trainer.model_wrapped).__name__
     if (wrapped == "DeepSpeedEngine") != bool(kind):
@@ -120,7 +109,7 @@ def require_engine(trainer: Any) -> None:
 
 
 def forget() -> None:
-    """End stage 3's hold on models that are loaded from now on."""
+    """Load models from now on whole: stage 3 would partition them."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

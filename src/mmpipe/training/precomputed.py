@@ -1,16 +1,16 @@
-"""What a frozen model wrote down about a mixture, as those who train read it.
+"""Precomputed log-probabilities of a frozen model on a mixture, as training reads them.
 
 Kinds:
 
 * ``log_probabilities``  of a preference pair's chosen and rejected answer (sums over the response, natural logarithm);
-* ``top_k``              the k most likely tokens at every response position with their log-probabilities (softmax over
-                         all tokens of the tokenizer, so that what they do not cover is known: the residual mass);
-* ``sampled``            k tokens drawn with replacement from the same distribution: an unbiased estimate of the
+* ``top_k``              the k most probable tokens of every response position and their log-probabilities (softmax over
+                         all tokens of the tokenizer, so that the residual probability is known);
+* ``sampled``            k tokens sampled with replacement from the same distribution: an unbiased estimate of the
                          divergence, which ``top_k`` is not.
 
-One row a record, named by its place in the mixture, in shards of :data:`RECORDS_PER_SHARD` records. An entry is an id
-(int32) and a log-probability (float16): 6 k bytes a position. float16 is off by at most 2^-11 of a logarithm, less than
-the bfloat16 logits it is computed from.
+One row a record, by its index in the mixture, in shards of :data:`RECORDS_PER_SHARD` records. An entry is an id (int32)
+and a log-probability (float16): 6 k bytes a position. float16 is off by at most 2^-11 of a logarithm, less than the bfloat16
+logits it is computed from.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ TOKENS = pa.schema(
 )
 
 
-class Annotations:
-    """Published annotations, memory mapped, by a record's place in the mixture."""
+class PrecomputedLogProbs:
+    """Published log-probabilities, memory mapped, by a record's index in the mixture."""
 
     def __init__(self, directory: Path) -> None:
         card = manifest.read(directory)
         self.directory = directory
         self.settings: dict[str, Any] = card["settings"]
         self.vocabulary: int = card["vocabulary"]
-        """Rows of the head, from the first, that the distributions are over."""
+        """Leading rows of the head that the distributions are over."""
         self._tokenizer: str = card["tokenizer"]
         self._pixels: dict[str, Any] = card["pixels"]
         self._table = pa.concat_tables(
@@ -58,7 +58,7 @@ class Annotations:
         self._row_of[index] = np.arange(len(index))
 
     def require_tokenizer(self, tokenizer: Any) -> None:
-        """Raise ArtifactError unless the annotating model had the same tokens under the same ids."""
+        """Raise ArtifactError unless the precomputing model had the same tokens under the same ids."""
         if tokenizer_hash(tokenizer) != self._tokenizer:
             raise ArtifactError(
                 f"{self.directory}: written by a model with another tokenizer than the student's; "
@@ -66,8 +66,7 @@ class Annotations:
             )
 
     def require_pixels(self, processor: Any, whose: str) -> None:
-        """Raise ConfigError when the annotating model, ``whose`` part is named, saw other images than ``processor``
-        makes."""
+        """Raise ConfigError when the precomputing model, called ``whose``, read other pixels than ``processor`` makes."""
         require_same_pixels(self.directory, pixel_settings(processor), self._pixels, whose)
 
     def require_rows(self, rows: int) -> None:
@@ -84,18 +83,17 @@ class Annotations:
         return torch.tensor(pairs["chosen"].to_numpy()), torch.tensor(pairs["rejected"].to_numpy())
 
     def tokens(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Token ids (int64) and log-probabilities (float32) ``[R, K]`` of the response positions of the records, in
-        order."""
+        """Token ids (int64) and log-probabilities (float32) ``[R, K]`` of the records' response positions, in order."""
         rows, k = self._rows(indices), min(self.settings["k"], self.vocabulary)
 
         def joined(name: str) -> Tensor:
             column = self._table.column(name)
-            return torch.from_numpy(np.concatenate([column[row].values.to_numpy() for row in rows]))
+            return torch.from_numpy(np.concatenate([column[row].values.to_numpy() for row in rows])).view(-1, k)
 
-        return joined("ids").long().view(-1, k), joined("log_probabilities").float().view(-1, k)
+        return joined("ids").long(), joined("log_probabilities").float()
 
     def _rows(self, indices: Sequence[int]) -> list[int]:
-        """Where records stand by their places in the mixture. Raises ArtifactError for one that does not."""
+        """Rows of the table by index in the mixture. Raises ArtifactError for a record without a row."""
         known = len(self._row_of)
         missing = [index for index in indices if index >= known or self._row_of[index] < 0]
         if missing:

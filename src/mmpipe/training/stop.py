@@ -1,8 +1,8 @@
-"""Stopping in time: a request to end (SIGTERM, a time limit that comes near) becomes a checkpoint and a clean exit.
+"""Stopping in time: a request to stop (SIGTERM, a near time limit) becomes a checkpoint and a clean exit.
 
-Requests come from three sides. Slurm sends SIGTERM to every process when it preempts or cancels a job; the process that
-started the ranks leaves a file when it alone is told; and the clock tells when the job's time is nearly up. The ranks agree
-after each step, so that all of them save the same one.
+There are three sources: the SIGTERM that Slurm sends to every process when it preempts or cancels a job; a file, written by
+the process that started the ranks when it alone gets the signal; and the job's time limit. The ranks agree after each step,
+so that all of them save the same one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmpipe import slurm
+from mmpipe.artifacts.files import read_json, write_json
 from mmpipe.errors import MmpipeError
+from mmpipe.stages.base import StageJob
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 REQUEST = "stop-requested"
-"""A file in the state directory: please stop."""
+"""A file in the state directory: training should stop."""
 RECORD = "stopped.json"
 """A file in the state directory: training stopped early, at which step and why."""
 TIME_LIMIT = "time limit"
@@ -34,22 +37,34 @@ _KILLED = 128 + signal.SIGTERM
 
 
 class Stopped(MmpipeError):
-    """Training was asked to stop, wrote a checkpoint and did."""
+    """Training was asked to stop, and stopped after writing a checkpoint."""
 
 
-class Requests:
-    """What this process was told."""
+def require_finished(job: StageJob) -> None:
+    """Raise Stopped when training stopped early; a job at its time limit requeues itself with Slurm."""
+    if not (job.state_dir / RECORD).is_file():
+        return
+    stopped = read_json(job.state_dir / RECORD)
+    message = f"{job.recipe} {job.stage}: stopped at step {stopped['step']} ({stopped['reason']}) with a checkpoint; "
+    slurm_job = slurm.job_id()
+    if stopped["reason"] == TIME_LIMIT and slurm_job and slurm.requeue(slurm_job):
+        raise Stopped(f"{message}Slurm runs the job again, and it goes on from there")
+    raise Stopped(f"{message}run the same command again, and it goes on from there")
+
+
+class StopSignal:
+    """Whether this process got a SIGTERM."""
 
     def __init__(self) -> None:
         self.signalled = threading.Event()
 
     @contextmanager
-    def listening(self, *, leave_with_parent: bool = False) -> Iterator[Requests]:
-        """Take SIGTERM as a request for as long as the block runs.
+    def listening(self, *, leave_with_parent: bool = False) -> Iterator[StopSignal]:
+        """Take SIGTERM as a request to stop for as long as the block runs.
 
         A thread waits for the signal, because the main one may be inside a collective operation that never ends when
-        another rank died. With ``leave_with_parent``, a SIGTERM of the parent means just that (torchrun clears up after
-        a rank that failed), and the process ends at once.
+        another rank died. With ``leave_with_parent``, a SIGTERM from the parent (torchrun, after a rank failed) ends the
+        process at once.
         """
         handler = signal.signal(signal.SIGTERM, lambda *_: self.signalled.set())
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -75,15 +90,15 @@ class Requests:
             self.signalled.set()
 
 
-def as_helper(number: int = 0) -> None:
-    """In a data-loading process: end when the training process says so or dies, and not when all are told to stop."""
+def worker_init(number: int = 0) -> None:
+    """For data-loading processes: end with the training process or at its SIGTERM, and not when all ranks get one."""
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=Requests()._wait, args=(threading.Event(), True), daemon=True).start()
+    threading.Thread(target=StopSignal()._wait, args=(threading.Event(), True), daemon=True).start()
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, however that happens: nobody trains unseen (Linux only)."""
+    """Let the kernel kill this process when its parent dies, however that happens (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -91,8 +106,8 @@ def die_with_parent() -> None:
 class Deadline:
     """When to stop so that a last checkpoint still fits before ``end`` (seconds since the epoch).
 
-    The reserve is two steps and two checkpoints as slow as the slowest so far, and a tenth of the time, two minutes at most,
-    for everything else. Before the first checkpoint its duration is guessed from its size.
+    The reserve is two steps and two checkpoints as slow as the slowest so far, and a tenth of the time, at most two
+    minutes, for everything else. Before the first checkpoint its duration is estimated from its size.
     """
 
     def __init__(self, end: float, checkpoint_bytes: int) -> None:
@@ -106,10 +121,10 @@ class Deadline:
         return time.time() > self.end - self.rest - 2 * self.step - 2 * self.checkpoint
 
 
-def make_callback(requests: Requests, state_dir: Path, end: float | None, checkpoint_bytes: int) -> Any:
-    """A trainer callback that stops training, with a checkpoint, when any rank was told to.
+def make_callback(stop_signal: StopSignal, state_dir: Path, end: float | None, checkpoint_bytes: int) -> Any:
+    """A trainer callback that stops training, with a checkpoint, when any rank has a reason to.
 
-    Its ``reason`` tells afterwards why training stopped early; None when it did not.
+    Its ``reason`` is why training stopped early; None when it did not.
     """
     from transformers import TrainerCallback
 
@@ -123,9 +138,7 @@ def make_callback(requests: Requests, state_dir: Path, end: float | None, checkp
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.began = time.monotonic()
 
-        def on_step_end(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-        ) -> None:
+        def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
             if self.deadline:
                 self.deadline.step = max(self.deadline.step, time.monotonic() - self.began)
             self.began = time.monotonic()
@@ -138,8 +151,12 @@ def make_callback(requests: Requests, state_dir: Path, end: float | None, checkp
             if self.deadline:
                 self.deadline.checkpoint = max(self.deadline.checkpoint, time.monotonic() - self.began)
 
+        def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+            if self.reason and state.is_world_process_zero:
+                write_json(state_dir / RECORD, {"step": state.global_step, "reason": self.reason})
+
         def _own_reason(self, first: bool) -> str | None:
-            if requests.signalled.is_set() or (first and (state_dir / REQUEST).exists()):
+            if stop_signal.signalled.is_set() or (first and (state_dir / REQUEST).exists()):
                 return SIGNAL
             return TIME_LIMIT if first and self.deadline and self.deadline.near() else None
 

@@ -1,62 +1,132 @@
-"""The trainer: transformers' own, told how we sample, weigh, save and log."""
+"""The trainer: transformers' own, with our sampling, loss denominators, checkpoints and logs."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import math
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mmpipe.artifacts.files import read_json, sync, write_json
+from mmpipe.data.dataset import Batch
+from mmpipe.data.sampler import BatchPlan
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.models.schedule import set_progress
 from mmpipe.models.trainable import learning_rate_groups
-from mmpipe.training import deepspeed, stop
-from mmpipe.training.collapse import CollapseWatch
-from mmpipe.training.objectives.base import Batch, Normaliser, Task
+from mmpipe.stages.base import StageJob, TrainStage
+from mmpipe.training import deepspeed, resume, stop
+from mmpipe.training.objectives.base import LossDenominators, Task
+from mmpipe.training.progress import HISTORY, REPLACED, CollapseWatch, Progress
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = "trainable.safetensors"
-COMPLETE = "complete"
-REPLACED = "records_replaced"
-"""Of a step in the history, over all processes: records whose images could not be read, see
-:class:`mmpipe.data.dataset.RecordDataset`."""
-LAYOUT = "layout.json"
-
 
 @dataclass(frozen=True)
-class Layout:
-    """How a training is spread: checkpoints of DeepSpeed can be resumed only as they were written."""
+class BatchSplit:
+    """How a batch is split: ``micro`` samples a process computes at once, ``accumulation`` times a step."""
 
-    engine: str | None
-    """A kind of :mod:`mmpipe.training.deepspeed`; None for plain training."""
-    world: int
-    """Processes."""
+    micro: int
+    accumulation: int
 
-    def require_resumable(self, checkpoint: Path) -> None:
-        """Raise ConfigError when the optimizer's state in ``checkpoint`` cannot be read in this layout."""
-        written = Layout(**read_json(checkpoint / LAYOUT)) if (checkpoint / LAYOUT).is_file() else Layout(None, 1)
-        if written == self or (written.engine is None and self.engine is None):
-            return
+
+def split_batch(batch_size: int, processes: int, wanted: int | None, on_gpu: bool) -> BatchSplit:
+    """Split ``batch_size`` over ``processes``, at most ``wanted`` samples at once, keeping the batch exactly.
+
+    Raises ConfigError when the processes cannot share the batch evenly.
+    """
+    share, rest = divmod(batch_size, processes)
+    if rest or share == 0:
         raise ConfigError(
-            f"{checkpoint}: written by {written}, and now the stage runs with {self}. DeepSpeed keeps the optimizer's state in "
-            "pieces that fit no other number of processes or kind. Give the stage its former hardware until it is done, or "
-            f"delete {checkpoint.parent} to train it afresh"
+            f"a batch of {batch_size} cannot be shared evenly by {processes} processes; "
+            "change hardware.gpus (or nodes), or batch_size (which changes the result)"
         )
+    most = min(share, wanted or (8 if on_gpu else share))
+    micro = next(size for size in range(most, 0, -1) if share % size == 0)
+    return BatchSplit(micro, share // micro)
 
-    def __str__(self) -> str:
-        return f"{self.world} process(es) with {self.engine or 'plain data parallelism'}"
+
+def make_trainer(stage: TrainStage, job: StageJob, task: Task, dataset: Any, collator: Any) -> StageTrainer:
+    """The trainer of a stage, not yet started.
+
+    Raises ConfigError when the batch cannot be split, or the last checkpoint not be resumed, on this hardware.
+    """
+    layout = resume.ParallelLayout(deepspeed.usable(stage.hardware.deepspeed), int(os.environ.get("WORLD_SIZE", "1")))
+    split = split_batch(stage.batch_size, layout.world, stage.hardware.micro_batch, job.gpus > 0)
+    plan = BatchPlan(
+        lengths=dataset.lengths,
+        has_image=dataset.has_image,
+        micro_batch=split.micro,
+        accumulation=split.accumulation,
+        world_size=layout.world,
+        grouping=stage.grouping,
+        seed=stage.seed,
+    )
+    steps = job.max_steps or stage.max_steps or max(1, round(stage.epochs * plan.steps_per_epoch))
+    found = resume.last_checkpoint(job.state_dir / "checkpoints")
+    if found:
+        layout.require_resumable(found[0])
+    start = found[1] if found else 0
+    args = _arguments(stage, job, split, layout, steps)
+    if stage.hardware.gradient_checkpointing:
+        model: Any = task.model
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.world_size != layout.world:
+        raise MmpipeError(f"started {layout.world} processes, but the trainer sees {args.world_size}")
+    log.info(
+        "%d steps of %d samples: %d process(es) x %d accumulated x %d%s; from step %d",
+        *(steps, stage.batch_size, layout.world, split.accumulation, split.micro),
+        *(f", {layout.engine}" if layout.engine else "", start),
+    )
+    batches = plan.batches(int(os.environ.get("RANK", "0")), start, steps - start)
+    progress = Progress(job.state_dir / HISTORY, f"{job.recipe} {job.stage}", start)
+    return StageTrainer(stage, task, args, dataset, collator, batches, layout, callbacks=[progress])
+
+
+def _arguments(
+    stage: TrainStage, job: StageJob, split: BatchSplit, layout: resume.ParallelLayout, steps: int
+) -> TrainingArguments:
+    """The trainer's arguments; learning rates and weight decay are set by :meth:`StageTrainer.create_optimizer`."""
+    engine: dict[str, Any] = {"bf16": stage.precision == "bfloat16", "use_cpu": job.gpus == 0}
+    optimizer = "adamw_torch"
+    if layout.engine:  # DeepSpeed's own autocast gives the precision
+        configuration = deepspeed.settings(layout.engine, stage, split.micro, split.accumulation, layout.world)
+        if "offload_optimizer" in configuration["zero_optimization"]:
+            optimizer = "adamw_torch_fused"  # moments in CPU RAM: the fused update runs on all cores
+        engine = {"deepspeed": configuration, **deepspeed.join_processes(job.gpus > 0)}
+    return TrainingArguments(
+        output_dir=str(job.state_dir / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=split.micro,
+        gradient_accumulation_steps=split.accumulation,
+        optim=optimizer,
+        lr_scheduler_type=stage.schedule,
+        # rounded up, as transformers does
+        warmup_steps=math.ceil(stage.warmup_ratio * steps),
+        adam_beta1=stage.adam_betas[0],
+        adam_beta2=stage.adam_betas[1],
+        max_grad_norm=stage.max_gradient_norm,
+        seed=stage.seed,
+        save_strategy="steps",
+        save_steps=stage.hardware.checkpoint_every,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        ignore_data_skip=True,
+        dataloader_num_workers=stage.hardware.workers,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        **engine,
+    )
 
 
 class StageTrainer(Trainer):
@@ -64,33 +134,43 @@ class StageTrainer(Trainer):
 
     ``batches`` gives the micro batches of this process as index lists, from the step to start at to the end; the order
     is a pure function of seed, epoch and step, so that resuming has nothing to restore. Checkpoints hold what trains,
-    the optimizer, the schedule and the random state; one is complete when it carries the file ``complete``.
+    the optimizer, the schedule and the random state; one is complete when it holds the file ``complete``.
     """
 
     def __init__(
         self,
+        stage: TrainStage,
         task: Task,
         args: TrainingArguments,
         dataset: Dataset,
         collate: Any,
         batches: Any,
-        learning_rates: dict[str, float],
-        layout: Layout,
+        layout: resume.ParallelLayout,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=task, args=args, train_dataset=dataset, data_collator=collate, **kwargs)
         self.remove_callback(PrinterCallback)
+        self.stage = stage
         self.task = task
         self.dataset = dataset
         self.batches = batches
-        self.learning_rates = learning_rates
         self.layout = layout
-        self.add_callback(_Start(self))
+        self.add_callback(_EngineCheck(self))
         self.loss_is_scaled_for_ga = True
         self._sums: dict[str, Tensor] = {}
         self.collapse = CollapseWatch()
         if layout.engine:
             deepspeed.mark_experts(task)
+
+    def train_to_end(self) -> None:
+        """Train to the last step, from the last complete checkpoint if there is one."""
+        found = resume.last_checkpoint(Path(str(self.args.output_dir)))
+        if found and found[1] >= self.args.max_steps:
+            # nothing is left to train, so no engine has partitioned the parameters
+            resume.load_trainable(self.task, found[0])
+            self.state = type(self.state).load_from_json(str(found[0] / "trainer_state.json"))
+            return
+        self.train(resume_from_checkpoint=str(found[0]) if found else None)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -102,7 +182,7 @@ class StageTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_num_workers > 0,
-            worker_init_fn=stop.as_helper,
+            worker_init_fn=stop.worker_init,
         )
 
     def _get_num_items_in_batch(  # type: ignore[override]
@@ -112,7 +192,7 @@ class StageTrainer(Trainer):
         totals = {name: torch.tensor(sum(c[name] for c in counted), device=device) for name in counted[0]}
         if self.args.world_size > 1:
             totals = {name: self.accelerator.gather(count).sum() for name, count in totals.items()}
-        # a batch without supervised tokens contributes nothing, and not NaN
+        # a batch without supervised tokens contributes zero, not NaN
         return {name: count.clamp_min(1) for name, count in totals.items()}
 
     # --- loss -------------------------------------------------------------------------------------------------------
@@ -122,22 +202,22 @@ class StageTrainer(Trainer):
     ) -> Any:
         world = self.args.world_size
         set_progress(self.task.model, self.state.global_step / max(1, self.state.max_steps))
-        normaliser = Normaliser(num_items_in_batch, self.current_gradient_accumulation_steps * world)
+        denominators = LossDenominators(num_items_in_batch, self.current_gradient_accumulation_steps * world)
         for fault in inputs["replaced"]:
             log.warning("a record was replaced: %s", fault)
         replaced = torch.tensor(float(len(inputs["replaced"])), device=self.args.device)
         self._sums[REPLACED] = self._sums.get(REPLACED, torch.zeros_like(replaced)) + replaced
         where = f"step {self.state.global_step + 1}, records {', '.join(inputs['ids'])}"
-        # dropout and the like follow from seed, step and records: who resumes draws the same
+        # dropout and the like depend on seed, step and records only: a resumed training draws the same
         digest = hashlib.sha256(f"{self.args.seed} {where}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7]))
         try:
-            loss, metrics = model(inputs, normaliser)
+            loss, metrics = model(inputs, denominators)
         except MmpipeError as error:
             raise type(error)(f"{where}: {error}") from error
         if not torch.isfinite(loss):
             raise MmpipeError(f"{where}: the loss is {loss.item()}; lower the learning rate, or look at these records")
-        self.collapse.see(self.task.model)
+        self.collapse.add(self.task.model)
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value
         # gradients are averaged over processes, our sums are not
@@ -150,24 +230,26 @@ class StageTrainer(Trainer):
                 total = self.accelerator.gather(total[None]).sum(0)
             if total.ndim == 0:
                 logs[name] = total.item()
-            elif total[1] > 0:  # a mean over something that this step had
+            elif total[1] > 0:  # a mean, if this step had anything to average
                 logs[name] = (total[0] / total[1]).item()
         self._sums = {}
-        if not logs.get(REPLACED, 1):  # only steps that had some say so
+        if not logs.get(REPLACED, 1):  # logged only in steps that had some
             del logs[REPLACED]
-        logs |= self.collapse.take(self.state.global_step)
+        logs |= self.collapse.metrics(self.state.global_step)
         super().log(logs, start_time)
 
     # --- optimizer --------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over groups of parameters; each group carries its own learning rate and weight decay."""
         if self.optimizer is None:
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
+            del kwargs["lr"]
             groups = learning_rate_groups(
                 self.task.model,
-                base=self.args.learning_rate,
-                others=self.learning_rates,
-                weight_decay=self.args.weight_decay,
+                base=self.stage.learning_rate,
+                others=self.stage.learning_rates,
+                weight_decay=self.stage.weight_decay,
             )
             self.optimizer = kind(groups, **kwargs)
         return self.optimizer
@@ -177,11 +259,7 @@ class StageTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trains, and how the training is spread."""
         folder = Path(output_dir or str(self.args.output_dir))
-        tensors = trainable_state(self.task, keep=self.args.should_save)
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, folder / WEIGHTS)
-            write_json(folder / LAYOUT, asdict(self.layout))
+        resume.save_trainable(self.task, folder, self.layout, self.args.should_save)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.layout.engine:
@@ -194,84 +272,22 @@ class StageTrainer(Trainer):
             torch.save(schedule.state_dict(), Path(output_dir, "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trainable(self.task, Path(resume_from_checkpoint))
+        resume.load_trainable(self.task, Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.world_size > 1:
-            # complete only when every process has written its share
+            # complete only when every process has written its part
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            for path in sorted(folder.rglob("*")):
-                sync(path)
-            (folder / COMPLETE).touch()
-            sync(folder)
+            resume.mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
 
 
-class _Start(TrainerCallback):
-    """What must hold before the first step."""
+class _EngineCheck(TrainerCallback):
+    """Checks before the first step that the wanted engine runs."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         deepspeed.require_engine(self.trainer)
-
-
-def trainable_state(task: Task, keep: bool = True) -> dict[str, Tensor]:
-    """The parameters that train, by name, on the CPU; a tensor shared by two names is kept once.
-
-    Every process must call it when they are spread over processes; those with ``keep`` false get nothing.
-    """
-    state = {}
-    for name, parameter in task.model.named_parameters():
-        if parameter.requires_grad:
-            with deepspeed.whole(parameter):
-                if keep:
-                    state[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    return state
-
-
-def trainable_bytes(task: Task) -> int:
-    """Size of what trains."""
-    return sum(p.numel() * p.element_size() for p in task.model.parameters() if p.requires_grad)
-
-
-def load_trainable(task: Task, checkpoint: Path) -> None:
-    """Put a checkpoint's parameters back; names and shapes must match exactly."""
-    put_trainable(task.model, load_file(checkpoint / WEIGHTS), where=str(checkpoint))
-
-
-def put_trainable(model: Any, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Give the parameters that train new values; names and shapes must match exactly."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if parameters.keys() != tensors.keys():
-        raise MmpipeError(
-            f"{where}: the checkpoint holds other parameters than this stage trains; delete the stage's folder 'state'"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
-def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest complete checkpoint and its step."""
-    found = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in folder.glob("checkpoint-*")
-        if (path / COMPLETE).is_file()
-    ]
-    return (max(found)[1], max(found)[0]) if found else None
-
-
-def drop_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints. Their marks go first: a kill in between must not leave one that looks complete and is not."""
-    for mark in folder.glob(f"checkpoint-*/{COMPLETE}"):
-        mark.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def warmup_steps(ratio: float, steps: int) -> int:
-    """Warm-up steps for a share of the run, rounded up as transformers does."""
-    return math.ceil(ratio * steps)

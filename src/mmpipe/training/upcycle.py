@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,11 +10,9 @@ from mmpipe.checkpoints.dummy_inputs import dummy_inputs
 from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.errors import ConfigError
 from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
+from mmpipe.stages.base import StageJob
+from mmpipe.stages.upcycle import Upcycle
 from mmpipe.training.publish import publish
-
-if TYPE_CHECKING:
-    from mmpipe.stages.base import StageJob
-    from mmpipe.stages.upcycle import Upcycle
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mmpipe.analysis.base import MetricFamily, MetricInput, Row, axes, lines_by_layer, read_layers
 from mmpipe.analysis.families.frequency import counts_of, selection_counts
-from mmpipe.losses.collapse import ALARM
+from mmpipe.losses import COLLAPSE_ALARM
 
 
 def selection_entropy(counts_N: NDArray[Any]) -> float:
@@ -69,7 +69,7 @@ class Balance(MetricFamily):
                     "unused_experts": int((counts == 0).sum()),
                     "top_set": " ".join(map(str, experts)),
                     "top_set_share": share,
-                    "collapsed": share > ALARM,
+                    "collapsed": share > COLLAPSE_ALARM,
                 }
             )
         return rows
@@ -86,7 +86,7 @@ class Balance(MetricFamily):
                 axis.set_title(title)
             panels[0].set_ylim(0, 1.03)
             panels[2].set_ylim(0, 1.03)
-            panels[2].axhline(ALARM, color="grey", linestyle=":", linewidth=1)
+            panels[2].axhline(COLLAPSE_ALARM, color="grey", linestyle=":", linewidth=1)
             for row in rows:
                 if row["collapsed"]:
                     panels[2].annotate("collapsed", (row["layer"], row["top_set_share"]), color="#D55E00")

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from mmpipe.losses.collapse import top_set_share
+from mmpipe.losses.routing import most_common_set_share
 from mmpipe.models.moe.context import LayerReport, latest
 from mmpipe.models.moe.layer import MoELayer
 
@@ -69,7 +69,9 @@ def collect_collapse(model: nn.Module) -> dict[str, Tensor]:
     name; near one, the layer has collapsed."""
     layers = moe_layers(model)
     return {
-        name: top_set_share(torch.cat([report.indices_TK for report in reports]), layers[name].router.experts + 1)
+        name: most_common_set_share(
+            torch.cat([report.indices_TK for report in reports]), layers[name].router.experts + 1
+        )
         for name, reports in _reports(model).items()
     }
 

@@ -1,82 +1,105 @@
-"""What a stage optimises, as the trainer sees it.
+"""The objective of a stage, and language modelling, the objective of stages that have no other.
 
 An objective turns a batch into a loss and the terms to log. Token-wise terms are summed and divided by the number of
-supervised tokens in the *global* batch, so that the loss does not depend on how the batch is cut over steps and devices.
+supervised tokens in the *global* batch: the loss does not depend on how the batch is split over micro batches and devices.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mmpipe.data.dataset import Batch, Collator, Padding, RecordDataset, SupervisedDataset
+from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import MmpipeError
 from mmpipe.losses.language_modelling import language_modelling_loss
 from mmpipe.models.moe.collect import collect_losses, collect_statistics, part_of
 from mmpipe.models.moe.context import nothing_counts
+from mmpipe.stages.base import StageJob
 
 ROUTING = "routing."
 """How the names of measured, not optimised, metrics begin."""
 
-Batch = dict[str, Any]
 Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Normaliser:
-    """How one micro batch's share of the global batch is weighed."""
+class LossDenominators:
+    """What the terms of one micro batch are divided by, so that they add up over the global batch."""
 
     counts: Mapping[str, Tensor]
-    """What :meth:`Objective.counts` counts, over the global batch: divisors of sums."""
+    """What :meth:`Objective.counts` counts, over the global batch: denominators of sums."""
     micro_batches: int
-    """Micro batches of the global batch over all devices: the divisor of terms that are means already."""
+    """Micro batches of the global batch over all devices: the denominator of terms that are means already."""
 
 
-class Objective(Protocol):
-    """An objective; ``metrics`` are detached and add up to the global value over the micro batches.
+class Objective(ABC):
+    """What a stage optimises, the data it reads, and what it changes in the model first."""
 
-    A metric of two numbers is a mean: a weighted sum and its weight, each added up before they are divided.
-    """
+    COLLATOR: ClassVar[type[Padding]] = Collator
+    """What makes a batch of samples."""
 
+    @classmethod
+    def create(cls, stage: Any, job: StageJob, model: Any, processor: Any) -> Objective:
+        """The objective of one job; ``stage`` is the settings class of the same name."""
+        return cls()
+
+    @staticmethod  # noqa: B027 - most stages change nothing
+    def prepare(stage: Any, job: StageJob, model: Any) -> None:
+        """Change the starting model before it trains, in place."""
+
+    @staticmethod
+    def dataset(stage: Any, tokens: TokenTable, image_processor: Any) -> RecordDataset[Any]:
+        """The samples of a tokenised mixture."""
+        return SupervisedDataset(tokens, image_processor)
+
+    @abstractmethod
     def counts(self, batch: Batch) -> dict[str, int]:
         """What the terms of a micro batch are divided by, once summed over the global batch."""
-        ...
 
-    def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
-        """Loss (scalar with gradient) and metrics of a micro batch."""
-        ...
+    @abstractmethod
+    def __call__(self, model: Any, batch: Batch, denominators: LossDenominators) -> tuple[Tensor, Metrics]:
+        """Loss (scalar with gradient) and metrics of a micro batch.
+
+        Metrics are detached and add up to the global value over the micro batches. A metric of two numbers is a mean:
+        a weighted sum and its weight, each added up before they are divided.
+        """
 
 
-class LanguageModelling:
+class LanguageModelling(Objective):
     """Cross entropy of the supervised tokens, and the router losses of a sparse model."""
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"response": response_tokens(batch)}
 
-    def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
+    def __call__(self, model: Any, batch: Batch, denominators: LossDenominators) -> tuple[Tensor, Metrics]:
         hidden_BLD = hidden_states(model, batch)
         loss = language_modelling_loss(
-            hidden_BLD, model.lm_head.weight, batch["labels"], normaliser=normaliser.counts["response"]
+            hidden_BLD, model.lm_head.weight, batch["labels"], denominator=denominators.counts["response"]
         )
-        auxiliary, parts = router_losses(model, normaliser)
+        auxiliary, parts = router_losses(model, denominators)
         return loss + auxiliary, {"cross_entropy": loss.detach(), **parts}
 
 
+OBJECTIVE = LanguageModelling
+
+
 def response_tokens(batch: Batch) -> int:
-    """Tokens of a micro batch that are supervised; the first position has nothing that predicts it."""
+    """Supervised tokens of a micro batch, without the first position, which nothing predicts."""
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
-def router_losses(model: nn.Module, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
-    """The router losses of the last forward pass, their parts and what routers measured; zero and nothing for a dense
-    model."""
+def router_losses(model: nn.Module, denominators: LossDenominators) -> tuple[Tensor, Metrics]:
+    """The router losses of the last forward pass, their parts, and routing statistics; zero and none for a dense model."""
     total, parts = collect_losses(model)
-    losses = {f"router_{name}": value / normaliser.micro_batches for name, value in parts.items()}
-    return total / normaliser.micro_batches, losses | routing_statistics(model)
+    losses = {f"router_{name}": value / denominators.micro_batches for name, value in parts.items()}
+    return total / denominators.micro_batches, losses | routing_statistics(model)
 
 
 def routing_statistics(model: nn.Module) -> Metrics:
@@ -100,8 +123,8 @@ def routing_statistics(model: nn.Module) -> Metrics:
 def image_features(model: Any, batch: Batch) -> Tensor:
     """The projected features of all images of a batch, ``[image tokens, width]``, in order.
 
-    The vision tower and the projector run for every batch, one without images has one of zeros: devices that wait for
-    each other's gradients must see the same parameters used in every step.
+    The vision tower and the projector run for every batch (one without images has an image of zeros): all devices must
+    use the same parameters in every step, or their gradient reduction hangs.
     """
     with nothing_counts() if batch["dummy_image"] else nullcontext():
         output = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
@@ -111,10 +134,8 @@ def image_features(model: Any, batch: Batch) -> Tensor:
 def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, /, **further: Any) -> Tensor:
     """Run the vision-language model without its head; returns hidden states ``[rows, length, width]``.
 
-    ``features_FD`` are the batch's :func:`image_features` where they are known already; ``further`` arguments reach the
-    decoder layers.
-
-    A batch of preference pairs has each image once and two rows for it: the features are repeated as a whole.
+    ``features_FD`` are the batch's :func:`image_features`, if computed already; ``further`` arguments reach the decoder
+    layers. A batch of preference pairs has each image once and two rows for it: the features are repeated as a whole.
     """
     body = model.model
     if features_FD is None:
@@ -157,5 +178,5 @@ class Task(nn.Module):
             raise MmpipeError(f"the checkpoint holds other parameters than this stage trains: {wrong[:5]}")
         return loaded
 
-    def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
-        return self.objective(self.model, batch, normaliser)
+    def forward(self, batch: Batch, denominators: LossDenominators) -> tuple[Tensor, Metrics]:
+        return self.objective(self.model, batch, denominators)

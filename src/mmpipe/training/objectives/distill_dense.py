@@ -1,90 +1,99 @@
-"""Mimic distillation: the student learns from a frozen teacher, live or from what the teacher wrote down."""
+"""Mimic distillation: the student learns from a frozen teacher, run live or with precomputed log-probabilities."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mmpipe.checkpoints.load import open_checkpoint
+from mmpipe.data.dataset import Batch
 from mmpipe.data.images import pixel_settings, require_same_pixels
 from mmpipe.errors import ConfigError
 from mmpipe.inference.open_answerer import inference_dtype
 from mmpipe.losses import positions
 from mmpipe.losses.distillation import (
-    Tokens,
+    DistilledTokens,
     cached_distillation_loss,
     compose,
     distillation_loss,
     sampled_distillation_loss,
 )
 from mmpipe.losses.language_modelling import language_modelling_loss
-from mmpipe.losses.vocabulary import shared_rows
+from mmpipe.losses.teacher import shared_rows
 from mmpipe.models import attention
-from mmpipe.training.objectives.base import Batch, Metrics, Normaliser, hidden_states, response_tokens, router_losses
-from mmpipe.training.precomputed import Annotations
+from mmpipe.stages.base import StageJob
+from mmpipe.stages.distill_dense import DistillDense
+from mmpipe.training.objectives import base
+from mmpipe.training.precomputed import PrecomputedLogProbs
 
-if TYPE_CHECKING:
-    from mmpipe.stages.distill_dense import DistillDense
 
+class Distillation(base.Objective):
+    """Divergence from the teacher, with the cross entropy under ``loss_type: kd_lm``, and the router losses."""
 
-class Distillation:
-    """Divergence from the teacher, by ``loss_type`` with or without the cross entropy, and the router losses."""
-
-    def __init__(self, settings: DistillDense, teacher: LiveTeacher | WrittenTeacher) -> None:
+    def __init__(self, settings: DistillDense, teacher: LiveTeacher | CachedTeacher) -> None:
         self.settings = settings
         self.teacher = teacher
 
+    @classmethod
+    def create(cls, stage: DistillDense, job: StageJob, model: Any, processor: Any) -> Distillation:
+        if stage.teacher_cache:
+            return cls(stage, CachedTeacher(PrecomputedLogProbs(job.precomputed["teacher"]), model, processor))
+        return cls(stage, LiveTeacher(job.references["teacher"], model, processor, stage.tokens))
+
     def counts(self, batch: Batch) -> dict[str, int]:
-        distilled = response_tokens(batch)
+        response = distilled = base.response_tokens(batch)
         if self.settings.tokens == "all":
             distilled = len(positions.every_token(batch["attention_mask"]))
-        return {"response": response_tokens(batch), "distilled": distilled}
+        return {"response": response, "distilled": distilled}
 
-    def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
+    def __call__(self, model: Any, batch: Batch, denominators: base.LossDenominators) -> tuple[Tensor, base.Metrics]:
         reference = self.settings.compat == "reference"
-        hidden_BLD = hidden_states(model, batch)
-        share = 1 / normaliser.micro_batches if reference else 1.0
+        hidden_BLD = base.hidden_states(model, batch)
+        share = 1 / denominators.micro_batches if reference else 1.0
         distilled, metrics = self.teacher.loss(
-            self.settings, model, hidden_BLD, batch, None if reference else normaliser.counts["distilled"]
+            self.settings, model, hidden_BLD, batch, None if reference else denominators.counts["distilled"]
         )
-        learnt = hidden_BLD.new_zeros((), dtype=torch.float32)
+        cross_entropy = hidden_BLD.new_zeros((), dtype=torch.float32)
         if self.settings.loss_type == "kd_lm":
-            learnt = language_modelling_loss(
+            cross_entropy = language_modelling_loss(
                 hidden_BLD,
                 model.lm_head.weight,
                 batch["labels"],
-                normaliser=None if reference else normaliser.counts["response"],
+                denominator=None if reference else denominators.counts["response"],
             )
-        auxiliary, parts = router_losses(model, normaliser)
-        # the parts are divided already
+        # divided already
+        auxiliary, parts = base.router_losses(model, denominators)
         loss = compose(
             self.settings.loss_type,
             distilled * share,
-            learnt * share,
+            cross_entropy * share,
             auxiliary,
             compat=self.settings.compat,
             count_auxiliary=self.settings.router_losses,
         )
         metrics = {name: value * share for name, value in metrics.items()}
         if self.settings.loss_type == "kd_lm":
-            metrics["cross_entropy"] = learnt.detach() * share
+            metrics["cross_entropy"] = cross_entropy.detach() * share
         return loss, metrics | parts
+
+
+OBJECTIVE = Distillation
 
 
 class LiveTeacher:
     """A frozen teacher that runs once on every batch, on the student's images.
 
-    It may have its own tower and give an image another number of tokens, as long as it takes the same pixels and the
-    response alone is distilled. Not a module: nothing wraps, trains or saves it.
+    Its tower may differ and give an image another number of tokens, as long as it takes the same pixels and the response
+    alone is distilled. Not a module: it is not wrapped, trained or saved with the student.
 
-    Raises ConfigError for a teacher that sees other pixels, has other tokens, or, with ``tokens="all"``, another number
+    Raises ConfigError for a teacher with another image processor or tokenizer, or, with ``tokens="all"``, another number
     of positions.
     """
 
-    def __init__(self, checkpoint: Path, student: Any, processor: Any, tokens: Tokens = "response") -> None:
+    def __init__(self, checkpoint: Path, student: Any, processor: Any, tokens: DistilledTokens = "response") -> None:
         model, teacher_processor, _ = open_checkpoint(checkpoint)
         require_same_pixels(
             checkpoint, pixel_settings(processor.image_processor), pixel_settings(teacher_processor.image_processor)
@@ -105,13 +114,14 @@ class LiveTeacher:
         self.model: nn.Module = model.requires_grad_(False).eval()
 
     def loss(
-        self, settings: DistillDense, model: Any, hidden_BLD: Tensor, batch: Batch, normaliser: Tensor | None
-    ) -> tuple[Tensor, Metrics]:
+        self, settings: DistillDense, model: Any, hidden_BLD: Tensor, batch: Batch, denominator: Tensor | None
+    ) -> tuple[Tensor, base.Metrics]:
         """The divergence on a batch whose student hidden states are given."""
-        teacher = self._on(hidden_BLD.device)
-        seen = self._as_teacher_sees(batch, model.config.image_token_id)
+        teacher = self._on_device(hidden_BLD.device)
+        ours, theirs = self.image_tokens
+        seen = batch if ours == theirs else resized_images(batch, model.config.image_token_id, ours, theirs)
         with torch.no_grad():
-            teacher_hidden_BME = hidden_states(teacher, seen)
+            teacher_hidden_BME = base.hidden_states(teacher, seen)
         return distillation_loss(
             hidden_BLD,
             model.lm_head.weight,
@@ -126,66 +136,58 @@ class LiveTeacher:
             tokens=settings.tokens,
             jsd_weight=settings.jsd_weight,
             vocabulary=self.vocabulary,
-            normaliser=normaliser,
+            denominator=denominator,
             compat=settings.compat,
         )
 
-    def _on(self, device: torch.device) -> Any:
+    def _on_device(self, device: torch.device) -> Any:
         if self.model.device != device:
             dtype = inference_dtype(str(device))
             self.model.to(device=device, dtype=dtype)
             attention.use(self.model, attention.choose("auto", device.type, dtype))
         return self.model
 
-    def _as_teacher_sees(self, batch: Batch, image_token: int) -> Batch:
-        """The batch with as many tokens an image as the teacher gives it."""
-        ours, theirs = self.image_tokens
-        return batch if ours == theirs else resized_images(batch, image_token, ours, theirs)
 
+class CachedTeacher:
+    """Precomputed log-probabilities of a teacher: the most probable, or sampled, tokens of every response position.
 
-class WrittenTeacher:
-    """The most likely, or drawn, tokens that a teacher wrote down for every response position.
-
-    The teacher's distribution is over the tokens of the tokenizer. The student's is over its whole head: rows that pad
-    it stand for no token, and learn to say nothing.
+    The teacher's distribution is over the tokens of the tokenizer, the student's over all rows of its head: padding rows,
+    which are no tokens, learn a probability of zero.
     """
 
-    def __init__(self, written: Annotations, student: Any, processor: Any) -> None:
-        written.require_tokenizer(processor.tokenizer)
-        written.require_pixels(processor.image_processor, "teacher")
-        written.require_rows(len(student.get_output_embeddings().weight))
-        self.written = written
-        self.sampled = written.settings["kind"] == "sampled"
+    def __init__(self, precomputed: PrecomputedLogProbs, student: Any, processor: Any) -> None:
+        precomputed.require_tokenizer(processor.tokenizer)
+        precomputed.require_pixels(processor.image_processor, "teacher")
+        precomputed.require_rows(len(student.get_output_embeddings().weight))
+        self.precomputed = precomputed
+        self.sampled = precomputed.settings["kind"] == "sampled"
 
     def loss(
-        self, settings: DistillDense, model: Any, hidden_BLD: Tensor, batch: Batch, normaliser: Tensor | None
-    ) -> tuple[Tensor, Metrics]:
+        self, settings: DistillDense, model: Any, hidden_BLD: Tensor, batch: Batch, denominator: Tensor | None
+    ) -> tuple[Tensor, base.Metrics]:
         """The divergence on a batch whose student hidden states are given."""
         ids_RK, log_probabilities_RK = (
-            tensor.to(hidden_BLD.device) for tensor in self.written.tokens(batch["indices"])
+            tensor.to(hidden_BLD.device) for tensor in self.precomputed.tokens(batch["indices"])
         )
         common = (hidden_BLD, model.lm_head.weight, batch["labels"], ids_RK, log_probabilities_RK)
         if self.sampled:
-            return sampled_distillation_loss(*common, normaliser=normaliser)
-        return cached_distillation_loss(*common, tail=settings.tail, normaliser=normaliser)
+            return sampled_distillation_loss(*common, denominator=denominator)
+        return cached_distillation_loss(*common, tail=settings.tail, denominator=denominator)
 
 
 def resized_images(batch: Batch, image_token: int, ours: int, theirs: int) -> Batch:
-    """The batch with ``theirs`` image tokens in the place of every ``ours``; padded on the right as before."""
-    rows = [
-        _resized(ids[mask.bool()], labels[mask.bool()], image_token, ours, theirs)
-        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
-    ]
+    """The batch with ``theirs`` image tokens in place of every ``ours``; padded on the right."""
+    rows = []
+    for ids_L, labels_L, mask_L in zip(
+        batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
+    ):
+        images_T = ids_L[mask_L] == image_token
+        first_T = images_T & (images_T.cumsum(0) % ours == 1 % ours)
+        counts_T = torch.where(images_T, torch.where(first_T, theirs, 0), 1)
+        rows.append((ids_L[mask_L].repeat_interleave(counts_T), labels_L[mask_L].repeat_interleave(counts_T)))
     lengths = torch.tensor([len(ids) for ids, _ in rows], device=batch["input_ids"].device)
     pad = nn.utils.rnn.pad_sequence
     ids_BM = pad([ids for ids, _ in rows], batch_first=True)
     labels_BM = pad([labels for _, labels in rows], batch_first=True, padding_value=-100)
     mask_BM = (torch.arange(ids_BM.shape[1], device=ids_BM.device) < lengths[:, None]).long()
-    return batch | {"input_ids": ids_BM, "labels": labels_BM, "attention_mask": mask_BM}
-
-
-def _resized(ids_L: Tensor, labels_L: Tensor, image_token: int, ours: int, theirs: int) -> tuple[Tensor, Tensor]:
-    images_L = ids_L == image_token
-    first_L = images_L & (images_L.cumsum(0) % ours == 1 % ours)
-    counts_L = torch.where(images_L, torch.where(first_L, theirs, 0), 1)
-    return ids_L.repeat_interleave(counts_L), labels_L.repeat_interleave(counts_L)
+    return cast(Batch, {**batch, "input_ids": ids_BM, "labels": labels_BM, "attention_mask": mask_BM})

@@ -2,45 +2,69 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from mmpipe.data.dataset import Batch, Padding, PreferenceCollator, PreferenceDataset
+from mmpipe.data.tokens import TokenTable
+from mmpipe.errors import ConfigError
 from mmpipe.losses.preference import preference_loss, response_log_probabilities
-from mmpipe.training.objectives.base import Batch, Metrics, Normaliser, hidden_states, image_features, router_losses
-from mmpipe.training.precomputed import Annotations
+from mmpipe.models.moe.collect import moe_layers
+from mmpipe.stages import zero
+from mmpipe.stages.base import StageJob
+from mmpipe.stages.prefer import Prefer
+from mmpipe.training.objectives import base
+from mmpipe.training.precomputed import PrecomputedLogProbs
 
-if TYPE_CHECKING:
-    from mmpipe.stages.prefer import Prefer
 
-
-class Preference:
-    """A preference loss over pairs, and the router losses; the reference's log-probabilities were written down once.
+class Preference(base.Objective):
+    """A preference loss over pairs with precomputed reference log-probabilities, and the router losses.
 
     Chosen and rejected answers run one after the other, as in the reference implementation: in one pass they would
     compete for the experts' capacity, and the later ones lose. So the router losses are those of two passes, added up.
     ``kto_pair``'s batch means are over the pairs a device computes at once, as there.
     """
 
-    def __init__(self, settings: Prefer, reference: Annotations) -> None:
+    COLLATOR: ClassVar[type[Padding]] = PreferenceCollator
+
+    def __init__(self, settings: Prefer, reference: PrecomputedLogProbs) -> None:
         self.settings = settings
         self.reference = reference
+
+    @classmethod
+    def create(cls, stage: Prefer, job: StageJob, model: Any, processor: Any) -> Preference:
+        """Raises ConfigError for experts under ZeRO stage 3, and for a reference that reads other pixels."""
+        kind = stage.hardware.deepspeed
+        if kind and zero.optimization(kind)["stage"] == 3 and moe_layers(model):
+            raise ConfigError(
+                f"{job.recipe}: {job.stage}: hardware.deepspeed: '{kind}' cannot train experts here: DeepSpeed reduces "
+                "their gradients once a pass, and a preference step has two; take 'zero2' or 'zero2_offload'"
+            )
+        reference = PrecomputedLogProbs(job.precomputed["reference"])
+        reference.require_tokenizer(processor.tokenizer)
+        reference.require_pixels(processor.image_processor, "reference")
+        return cls(stage, reference)
+
+    @staticmethod
+    def dataset(stage: Prefer, tokens: TokenTable, image_processor: Any) -> PreferenceDataset:
+        return PreferenceDataset(tokens, image_processor)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"pairs": len(batch["ids"])}
 
-    def __call__(self, model: Any, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Metrics]:
-        features_FD = image_features(model, batch)
+    def __call__(self, model: Any, batch: Batch, denominators: base.LossDenominators) -> tuple[Tensor, base.Metrics]:
+        features_FD = base.image_features(model, batch)
         sums: list[Tensor] = []
         auxiliary = features_FD.new_zeros((), dtype=torch.float32)
-        parts: Metrics = {}
+        parts: base.Metrics = {}
         for half in halves(batch):
-            hidden_BLD = hidden_states(model, half, features_FD)
+            hidden_BLD = base.hidden_states(model, half, features_FD)
             sums += response_log_probabilities(hidden_BLD, model.lm_head.weight, half["labels"])[:1]
             # read before the next pass takes their place
-            of_pass, its_parts = router_losses(model, normaliser)
-            auxiliary = auxiliary + of_pass
+            added, its_parts = base.router_losses(model, denominators)
+            auxiliary = auxiliary + added
             parts = {name: value + parts.get(name, 0) for name, value in its_parts.items()}
         losses, metrics = preference_loss(
             *sums,
@@ -50,20 +74,23 @@ class Preference:
             label_smoothing=self.settings.label_smoothing,
             compat=self.settings.compat,
         )
-        share = torch.as_tensor(len(batch["ids"]) / normaliser.counts["pairs"], device=losses.device)
+        share = torch.as_tensor(len(batch["ids"]) / denominators.counts["pairs"], device=losses.device)
         loss = losses.mean() * share
         scaled = {name: value * share for name, value in metrics.items()}
         total = loss + auxiliary if self.settings.router_losses else loss
         return total, {"preference": loss.detach(), **scaled, **parts}
 
 
+OBJECTIVE = Preference
+
+
 def halves(batch: Batch) -> tuple[Batch, Batch]:
     """The chosen and the rejected answers of a batch of pairs, each padded to its own longest row."""
+
+    def rows(chosen: slice) -> Batch:
+        length = int(batch["attention_mask"][chosen].sum(1).max())
+        cut = {name: batch[name][chosen, :length] for name in ("input_ids", "attention_mask", "labels")}
+        return cast(Batch, {**batch, **cut})
+
     pairs = len(batch["ids"])
-    return _rows(batch, slice(pairs)), _rows(batch, slice(pairs, None))
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    length = int(batch["attention_mask"][rows].sum(1).max())
-    cut = {name: batch[name][rows, :length] for name in ("input_ids", "attention_mask", "labels")}
-    return batch | cut
+    return rows(slice(pairs)), rows(slice(pairs, None))

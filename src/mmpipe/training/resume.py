@@ -1,0 +1,114 @@
+"""Checkpoints to resume from: what trains, and how the training was spread over processes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmpipe.artifacts.files import read_json, sync, write_json
+from mmpipe.errors import ConfigError, MmpipeError
+from mmpipe.training import deepspeed
+from mmpipe.training.objectives.base import Task
+
+WEIGHTS = "trainable.safetensors"
+COMPLETE = "complete"
+LAYOUT = "layout.json"
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How a training is spread: a checkpoint of DeepSpeed can be resumed only as it was written."""
+
+    engine: str | None
+    """A kind of :mod:`mmpipe.stages.zero`; None for plain training."""
+    world: int
+    """Processes."""
+
+    def require_resumable(self, checkpoint: Path) -> None:
+        """Raise ConfigError when the optimizer's state in ``checkpoint`` cannot be read in this layout."""
+        written = ParallelLayout(None, 1)
+        if (checkpoint / LAYOUT).is_file():
+            written = ParallelLayout(**read_json(checkpoint / LAYOUT))
+        if written == self or (written.engine is None and self.engine is None):
+            return
+        raise ConfigError(
+            f"{checkpoint}: written by {written}, and now the stage runs with {self}. DeepSpeed keeps the optimizer's state in "
+            "pieces that fit no other number of processes or kind. Give the stage its former hardware until it is done, or "
+            f"delete {checkpoint.parent} to train it afresh"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.world} process(es) with {self.engine or 'plain data parallelism'}"
+
+
+def trainable_state(task: Task, keep: bool = True) -> dict[str, Tensor]:
+    """The parameters that train, by name, on the CPU; a tensor shared by two names is kept once.
+
+    Every process must call it when parameters are partitioned; those with ``keep`` false get nothing.
+    """
+    state = {}
+    for name, parameter in task.model.named_parameters():
+        if parameter.requires_grad:
+            with deepspeed.whole(parameter):
+                if keep:
+                    state[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return state
+
+
+def trainable_bytes(task: Task) -> int:
+    """Size of the parameters that train."""
+    return sum(p.numel() * p.element_size() for p in task.model.parameters() if p.requires_grad)
+
+
+def save_trainable(task: Task, folder: Path, layout: ParallelLayout, writes: bool) -> None:
+    """Write what trains and the layout, in the process that ``writes``; every process must call it."""
+    tensors = trainable_state(task, keep=writes)
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS)
+        write_json(folder / LAYOUT, asdict(layout))
+
+
+def load_trainable(task: Task, checkpoint: Path) -> None:
+    """Load a checkpoint's parameters; names and shapes must match exactly."""
+    set_trainable(task.model, load_file(checkpoint / WEIGHTS), where=str(checkpoint))
+
+
+def set_trainable(model: Any, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Give the parameters that train new values. Raises MmpipeError, opened by ``where``, when the names differ."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if parameters.keys() != tensors.keys():
+        raise MmpipeError(
+            f"{where}: the checkpoint holds other parameters than this stage trains; delete the stage's folder 'state'"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def mark_complete(folder: Path) -> None:
+    """Write all files of a checkpoint to the disk, then the mark that makes it one to resume from."""
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    (folder / COMPLETE).touch()
+    sync(folder)
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
+    """The newest complete checkpoint and its step."""
+    steps = [int(mark.parent.name.removeprefix("checkpoint-")) for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return (folder / f"checkpoint-{max(steps)}", max(steps)) if steps else None
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints, their marks first: a kill in between must not leave an incomplete one that looks complete."""
+    for mark in folder.glob(f"checkpoint-*/{COMPLETE}"):
+        mark.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
