@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,8 +68,10 @@ def test_the_same_recipe_gives_the_same_bytes(finished, fresh, tmp_path):
         assert digest(again.root / folder) == digest(finished.root / folder)
 
 
-def test_killed_with_everything_it_goes_on_and_ends_the_same(finished, fresh, tmp_path):
-    project = fresh.copy(tmp_path / "project")
+def test_killed_with_everything_it_goes_on_and_ends_the_same(finished, project):
+    shutil.rmtree(project.root / "results/demo/finetune")
+    shutil.rmtree(project.root / "results/demo/eval")
+    (project.root / "results/mmbench.json").unlink()
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "results/mmbench.json"]
     with subprocess.Popen(
         command, cwd=project.root, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -124,7 +127,7 @@ def test_a_bad_record_below_the_threshold_is_counted(project):
 def test_why_says_what_changed_in_words(project, words):
     project.edit("config/recipes/demo.yaml", lambda r: r["stages"]["finetune"].update(learning_rate=0.5))
     result = subprocess.run(
-        [sys.executable, "-m", "mmpipe.cli", *words], cwd=project.root, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "mmpipe.cli.main", *words], cwd=project.root, capture_output=True, text=True, check=True
     )
     assert "Training demo: finetune" in result.stdout
     assert "learning_rate: 0.003 -> 0.5" in result.stdout

@@ -155,7 +155,7 @@ def test_planning_is_quick_and_imports_nothing_heavy(fresh):
 
     code = (
         "import sys, yaml; sys.path.insert(0, 'src')\n"
-        "from mmpipe.plan import Plan\n"
+        "from mmpipe.plan.plan import Plan\n"
         "Plan(yaml.safe_load(open('config/config.yaml')))\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'matplotlib') if m in sys.modules])"
     )
