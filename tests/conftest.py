@@ -20,6 +20,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that the workers of a run end together; tests on Slurm share one cluster."""
+    long = ("tests/workflow/", "tests/kill/", "unit/test_stages_", "unit/test_training", "unit/test_lora")
+    items.sort(key=lambda item: not any(part in item.path.as_posix() for part in long))
+    for item in items:
+        if item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with tiny backbones, a data set and a mixture, laid out as the rules lay them out."""
