@@ -18,7 +18,7 @@ from mmpipe.models.sparsity.context import KEYWORD, TrainingPass
 from mmpipe.models.sparsity.hooks import FAMILIES, get_sparsifier, set_keep_rate, sparsify, without_sparsity
 from mmpipe.models.sparsity.record import recording
 from mmpipe.models.sparsity.segments import Segments, of_batch
-from mmpipe.models.sparsity.sparsifier import kept_tokens
+from mmpipe.models.sparsity.sparsifier import retained_tokens
 from mmpipe.models.sparsity.spec import SparsitySettings
 
 SMALL = {"d_model": 16, "nhead": 4, "dim_feedforward": 32}
@@ -239,7 +239,7 @@ def test_the_cache_is_as_large_as_predicted() -> None:
 
 
 def test_an_image_keeps_at_least_one_token() -> None:
-    assert [kept_tokens(576, rate) for rate in (0.2, 0.001)] == [115, 1]
+    assert [retained_tokens(576, rate) for rate in (0.2, 0.001)] == [115, 1]
     model, given = sparse(vision_keep_rate=0.1), rows(mixed(), 1)
     with recording(model) as record:
         greedy(model, 1, **given)
@@ -258,13 +258,13 @@ def test_every_image_of_a_sample_is_judged_by_itself() -> None:
         greedy(model, 1, **given)
     assert kept_by_image(record, given) == [2, 2], "the rate holds for each image"
     # the same two images in one row and in a row each: the same decisions, in generation and in training
-    sparsifier, generator = of_model(model), torch.Generator().manual_seed(2)
+    sparsifier, generator = get_sparsifier(model), torch.Generator().manual_seed(2)
     hidden = torch.randn(2, 6, 32, generator=generator) * torch.tensor([1.0, 5.0])[:, None, None]
     noise = torch.randn(2, 6, 2, generator=generator)
     images = torch.tensor([[False, True, True, True, True, False]]).repeat(2, 1)
     one_row = hidden.view(1, 12, 32), images.view(1, 12)
-    apart = sparsifier.keep_of_prompt(hidden, torch.ones_like(images), images, True)
-    together = sparsifier.keep_of_prompt(one_row[0], torch.ones_like(one_row[1]), one_row[1], True)
+    apart = sparsifier.retain_prompt(hidden, torch.ones_like(images), images, True)
+    together = sparsifier.retain_prompt(one_row[0], torch.ones_like(one_row[1]), one_row[1], True)
     assert torch.equal(together.view(2, 6), apart)
     nothing = torch.zeros_like(images)
     drawn = sparsifier.draw(hidden, Segments(images, nothing, nothing), 1.0, noise)[0]
