@@ -30,10 +30,10 @@ demo: install
 	@echo "To go on:        source $(VENV)/bin/activate && snakemake --cores $(CORES) results/mmbench.json"
 
 test: install
-	OMP_NUM_THREADS=1 pytest -m "not slow" --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 pytest -m "not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slow: install
-	pytest -m slow
+	OMP_NUM_THREADS=1 pytest -m slow --numprocesses 2 --dist loadgroup --durations=10
 
 check: install
 	ruff check .

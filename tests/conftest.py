@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import warm_python
 from tiny_project import make_job, make_world
 
 from mmpipe.stages.base import StageJob
@@ -18,14 +20,40 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that the workers of a run end together; tests on Slurm share one cluster."""
+    long = ("tests/workflow/", "tests/kill/", "unit/test_stages_", "unit/test_training", "unit/test_lora")
+    items.sort(key=lambda item: not any(part in item.path.as_posix() for part in long))
+    for item in items:
+        if item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with tiny backbones, a data set and a mixture, laid out as the rules lay them out."""
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A command like ``sys.executable`` whose processes have the heavy libraries already (see :mod:`warm_python`)."""
+    with warm_python.started(tmp_path_factory.mktemp("warm")) as command:
+        yield command
+
+
+@pytest.fixture(scope="module")
+def quick_readback(quick_python: str) -> Iterator[None]:
+    """Published checkpoints are read back by processes that start quickly."""
+    from mmpipe.checkpoints import roundtrip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roundtrip, "sys", SimpleNamespace(executable=quick_python))
+        yield
+
+
 @pytest.fixture
-def job(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageJob]:
+def job(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_readback: None) -> Callable[..., StageJob]:
     """Make a job that publishes below the test's own directory."""
     monkeypatch.chdir(world)
     return lambda name="run", **changes: make_job(tmp_path, name, **changes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,12 @@ PARTS = ("Snakefile", "rules", "workflow", "profiles", "config", "envs", "src", 
 class Project:
     """A working copy in which Snakemake runs."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, python: str = sys.executable) -> None:
+        self.root, self.python = root, python
 
     def snakemake(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run Snakemake here; output and errors in one text."""
-        command = [sys.executable, "-m", "snakemake", "--nocolor", *arguments]
+        command = [self.python, "-m", "snakemake", "--nocolor", *arguments]
         if "--profile" not in arguments:
             command += ["--cores", "2"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -37,6 +39,10 @@ class Project:
         if check:
             assert result.returncode == 0, result.stdout
         return result
+
+    def interpreted_by(self, python: str) -> Project:
+        """This project, run by another Python."""
+        return Project(self.root, python)
 
     def planned(self, *targets: str) -> Counter[str]:
         """How many jobs of each rule a dry run lists."""
@@ -57,7 +63,7 @@ class Project:
     def copy(self, target: Path) -> Project:
         """The same state of affairs elsewhere, time stamps and Snakemake's memory included."""
         shutil.copytree(self.root, target, symlinks=True)
-        return Project(target)
+        return Project(target, self.python)
 
 
 def shrink(project: Project) -> None:
@@ -95,38 +101,47 @@ def shrink(project: Project) -> None:
     project.edit("config/backbones.yaml", small_backbones)
 
 
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that ``make`` fills once for all workers of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    made = folder.with_name(f"{name}.made")
+    with folder.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def fresh(tmp_path_factory: pytest.TempPathFactory, quick_python: str) -> Project:
     """The shrunken project before anything ran. Not to be changed: copy it."""
-    root = tmp_path_factory.mktemp("fresh") / "project"
-    root.mkdir()
-    for part in PARTS:
-        source = REPOSITORY / part
-        if source.is_symlink():
-            (root / part).symlink_to(os.readlink(source))
-        elif source.is_dir():
-            shutil.copytree(source, root / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        else:
-            shutil.copy2(source, root / part)
-    project = Project(root)
-    shrink(project)
-    return project
+
+    def make(root: Path) -> None:
+        root.mkdir()
+        for part in PARTS:
+            source = REPOSITORY / part
+            if source.is_symlink():
+                (root / part).symlink_to(os.readlink(source))
+            elif source.is_dir():
+                shutil.copytree(source, root / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            else:
+                shutil.copy2(source, root / part)
+        shrink(Project(root))
+
+    return Project(once(tmp_path_factory, "fresh", make), quick_python)
 
 
 @pytest.fixture(scope="session")
 def finished(fresh: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The shrunken project after the whole demo ran. Not to be changed: copy it."""
-    project = fresh.copy(tmp_path_factory.mktemp("finished") / "project")
-    project.snakemake("results/mmbench.json", "all")
-    return project
+    """The shrunken project after the whole demo ran, every job a new interpreter. Not to be changed: copy it."""
 
+    def make(root: Path) -> None:
+        fresh.copy(root).interpreted_by(sys.executable).snakemake("results/mmbench.json", "all")
 
-@pytest.fixture(scope="session")
-def pretrained(fresh: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The shrunken project after its first stage. Not to be changed: copy it."""
-    project = fresh.copy(tmp_path_factory.mktemp("pretrained") / "project")
-    project.snakemake("results/demo/pretrain/model/manifest.json")
-    return project
+    return Project(once(tmp_path_factory, "finished", make), fresh.python)
 
 
 @pytest.fixture

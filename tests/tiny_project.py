@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,24 @@ def make_world(root: Path) -> Path:
     finally:
         os.chdir(here)
     return root
+
+
+def half_without_images(job: StageJob, out: Path) -> StageJob:
+    """The job on a mixture whose every second record is text alone."""
+    from mmpipe.data.record_table import RecordTable, write_records
+
+    records = [
+        replace(
+            record,
+            images=(),
+            turns=tuple(replace(turn, text=turn.text.replace("<image>", "")) for turn in record.turns),
+        )
+        if number % 2
+        else record
+        for number, record in enumerate(RecordTable(Path("resources/mixtures/mix/records.arrow")))
+    ]
+    write_records(out / "records.arrow", records)
+    return replace(job, tokens=write_tokens(out, out / "tokens", TINY))
 
 
 def make_job(folder: Path, name: str = "run", **changes: Any) -> StageJob:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -61,6 +62,84 @@ CASES = [
     Case("head_moepp", "moepp", MOEPP),
     Case("head_moepp", "moepp", MOEPP, REFERENCE),
 ]
+
+
+# ---- routers without a published vector, or for one setting only: the published formulas, token by token in float64
+
+Choice = tuple[list[int], list[float]]
+
+
+def best(scores: np.ndarray, k: int) -> list[int]:
+    return sorted(range(len(scores)), key=lambda expert: -scores[expert])[:k]
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    e = np.exp(values - values.max())
+    return e / e.sum()
+
+
+def sigmoid_reference(x: np.ndarray, w: dict[str, np.ndarray], k: int) -> Choice:
+    """Sigmoid-R: ``p = softmax(sigmoid(W x + b))``, the k best, ``p / sum of the chosen p``."""
+    p = softmax(1 / (1 + np.exp(-(w["weight"] @ x + w["bias"]))))
+    chosen = best(p, k)
+    return chosen, [p[i] / sum(p[chosen]) for i in chosen]
+
+
+def shared_v3(x: np.ndarray, w: dict[str, np.ndarray], k: int) -> Choice:
+    """SharedE-V3: the k - 1 best of ``sigmoid(W x)``, scaled to one, and the last expert; half of each."""
+    s = 1 / (1 + np.exp(-w["weight"] @ x))
+    chosen = best(s, k - 1)
+    return [*chosen, len(s)], [*(0.5 * s[i] / sum(s[chosen]) for i in chosen), 0.5]
+
+
+def hyper(x: np.ndarray, w: dict[str, np.ndarray], k: int) -> Choice:
+    """Hyper-R: ``[W; b]`` from the hypernet, the k best logits, softmax over them."""
+    inner = np.maximum(w["inner_weight"] @ w["embedding"][0] + w["inner_bias"], 0)
+    made = (w["outer_weight"] @ inner + w["outer_bias"]).reshape(-1, len(x) + 1)
+    logits = made[:, :-1] @ x + made[:, -1]
+    chosen = best(logits, k)
+    return chosen, softmax(logits[chosen]).tolist()
+
+
+BY_FORMULA = {
+    "sigmoid reference": (sigmoid_reference, "sigmoid", REFERENCE, "v11_smoe", 2, 0.0),
+    "shared sigmoid, k 2": (shared_v3, "shared", {"scores": "sigmoid"}, "head_share_v2", 2, 0.0),
+    "shared sigmoid, k 3": (shared_v3, "shared", {"scores": "sigmoid"}, "head_share_v2", 3, 0.0),
+    "hyper, k 2": (hyper, "hyper", REFERENCE, "v11_hyper_step3of10", 2, 0.8),
+    "hyper, k 3": (hyper, "hyper", REFERENCE, "v11_hyper_step3of10", 3, 0.8),
+}
+
+
+@pytest.mark.parametrize("name", BY_FORMULA)
+def test_choices_weights_and_output_by_the_published_formula(name: str) -> None:
+    formula, kind, options, vector, k, progress = BY_FORMULA[name]
+    x = torch.tensor(load(vector)["inputs"]["x"]).flatten(0, 1)
+    settings = MoESettings(experts=4, top_k=k, router=kind, router_settings=options)
+    torch.manual_seed(4)
+    router, experts = build(settings, x.shape[1]), MLPExperts(ExpertsConfig(4, x.shape[1], 16, "gelu"))
+    tensors = dict(router.named_parameters()) | dict(router.named_buffers())
+    for tensor in (*tensors.values(), *experts.parameters()):
+        tensor.data = torch.randn_like(tensor)
+    router.step(progress)
+    layer = MoELayer(experts, router, settings).train()
+    layer.forward_pass = ForwardPass()
+    routing, output = router(x), layer(x)
+    weights = {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
+    network = {name: parameter.detach().double() for name, parameter in experts.named_parameters()}
+    for token, values in enumerate(x.double()):
+        chosen, shares = formula(values.numpy(), weights, k)
+        assert routing.indices_TK[token].tolist() == chosen
+        assert routing.weights_TK[token].tolist() == pytest.approx(shares, rel=1e-5)
+        expected = sum(
+            share
+            * (
+                network["down_proj"][i]
+                @ torch.nn.functional.gelu(network["up_proj"][i] @ values + network["up_proj_bias"][i])
+                + network["down_proj_bias"][i]
+            )
+            for i, share in zip(chosen, shares, strict=True)
+        )
+        torch.testing.assert_close(output[token].double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def name_of(case: Case) -> str:
@@ -243,14 +322,15 @@ def test_free_experts_are_no_load() -> None:
 
 
 def test_hyper_router_grows_its_choices_in_training_only() -> None:
+    """``round((k - 1) * progress) + 1`` of the published code: half of a choice is rounded to even before one is added."""
     router = build(MoESettings(experts=4, top_k=3, router="hyper"), 8).train()
     router.reset_parameters(torch.Generator().manual_seed(0))
     x = torch.randn(5, 8)
     widths = []
-    for progress in (0.0, 0.5, 1.0):
+    for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
         router.step(progress)
         widths.append(router(x).indices_TK.shape[1])
-    assert widths == [1, 2, 3]
+    assert widths == [1, 1, 2, 3, 3]
     router.step(0.0)
     assert router.eval()(x).indices_TK.shape[1] == 3
     assert [name for name, _ in router.named_parameters()] == ["embedding"], "the hypernet does not train"

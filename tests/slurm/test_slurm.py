@@ -42,7 +42,7 @@ MANIFEST = "results/demo/pretrain/model/manifest.json"
 
 
 def on_slurm(project, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return project.snakemake(*QUICK, *arguments, check=check)
+    return project.interpreted_by(sys.executable).snakemake(*QUICK, *arguments, check=check)
 
 
 def slurm(*command: str) -> str:
@@ -115,21 +115,21 @@ def test_a_failed_job_shows_its_log(fresh, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_two_nodes_train_one_stage(pretrained, tmp_path):
-    project = pretrained.copy(tmp_path / "project")
+def test_two_nodes_train_one_stage(finished, tmp_path):
+    project = finished.copy(tmp_path / "project")
     training = Training(project, steps=3, nodes=2)
-    project.snakemake(MANIFEST, *QUICK, "--forcerun", "pretrain")
+    on_slurm(project, MANIFEST, "--forcerun", "pretrain")
     assert "3 steps of 8 samples: 2 process(es) x 1 accumulated x 4" in training.log()
     here, there = (
         torch.tensor([row["loss"] for row in read_jsonl(p.root / "results/demo/pretrain/report/history.jsonl")])
-        for p in (pretrained, project)
+        for p in (finished, project)
     )
     torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_preempted_training_goes_on_after_it_was_queued_again(pretrained, tmp_path):
-    training = Training(pretrained.copy(tmp_path / "project"), steps=600)
+def test_a_preempted_training_goes_on_after_it_was_queued_again(finished, tmp_path):
+    training = Training(finished.copy(tmp_path / "project"), steps=600)
     with training.start("--retries", "0") as process:
         wait_for(lambda: training.steps() >= 5)
         job = training.job()
@@ -146,8 +146,8 @@ def test_a_preempted_training_goes_on_after_it_was_queued_again(pretrained, tmp_
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_cancelled_training_goes_on_when_it_is_run_again(pretrained, tmp_path):
-    training = Training(pretrained.copy(tmp_path / "project"), steps=600)
+def test_a_cancelled_training_goes_on_when_it_is_run_again(finished, tmp_path):
+    training = Training(finished.copy(tmp_path / "project"), steps=600)
     with training.start("--retries", "0") as process:
         wait_for(lambda: training.steps() >= 5)
         slurm("scancel", training.job())
@@ -160,9 +160,9 @@ def test_a_cancelled_training_goes_on_when_it_is_run_again(pretrained, tmp_path)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_training_longer_than_its_time_limit_queues_itself_again(pretrained, tmp_path):
+def test_a_training_longer_than_its_time_limit_queues_itself_again(finished, tmp_path):
     # more than any machine trains in a minute
-    training = Training(pretrained.copy(tmp_path / "project"), steps=100_000, runtime_minutes=1)
+    training = Training(finished.copy(tmp_path / "project"), steps=100_000, runtime_minutes=1)
     with training.start("--retries", "0") as process:
         job = wait_for(training.job)
         wait_for(lambda: slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "PENDING", 90)

@@ -187,6 +187,13 @@ def test_every_family_of_logs_makes_a_table_and_a_figure(tmp_path: Path) -> None
     assert change["r@upcycle"]["saturation"] == "1"
 
 
+def test_entropy_of_allocation_counts_all_choices_and_first_choices_beside_it(tmp_path: Path) -> None:
+    path = made_log(tmp_path / "experts.parquet", [[0, 1], [2, 3]] * 5)
+    row = families()["balance"].table([MetricInput(path, "c", "b")])[0]
+    assert row["entropy_normalised"] == pytest.approx(1), "four experts alike"
+    assert row["first_choice_entropy_normalised"] == pytest.approx(0.5), "two of four"
+
+
 def test_a_collapsed_layer_is_marked(tmp_path: Path) -> None:
     path = made_log(tmp_path / "experts.parquet", [[1, 0]] * 6 + [[2, 3]] * 4)
     row = families()["balance"].table([MetricInput(path, "c", "b")])[0]

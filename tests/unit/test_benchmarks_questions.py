@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_layouts import FORMS, LAYOUTS, VERDICTS, lines, parquet, pope, vqav2_llava
+from benchmark_layouts import FORMS, LAYOUTS, VERDICTS, lines, mmbench, parquet, pope, text64, vqav2_llava
 
 from mmpipe.benchmarks.base import Question, get, names
 from mmpipe.benchmarks.jsonl import read_document
@@ -196,3 +196,27 @@ def test_adopted_folders_are_links(name, tmp_path):
     for path in (tmp_path / "disk").iterdir():
         (tmp_path / "data" / path.name).symlink_to(path)
     assert prepare(entry(name), tmp_path / "data", tmp_path / "out")["questions"] == len(right)
+
+
+@pytest.mark.parametrize("content", ["!!", "aGVsbG8gaGVsbG8gaGVsbG8="], ids=["not base64", "no image"])
+def test_an_unreadable_image_of_mmbench_is_an_error(content, tmp_path):
+    """The published script takes the image before it."""
+    mmbench(tmp_path)
+    (table,) = tmp_path.glob("*.tsv")
+    table.write_text(table.read_text().replace(text64(2), content))
+    with pytest.raises(DataError, match=r"\b2\b.*(JPEG|base64)"):
+        prepare(entry("mmbench"), tmp_path, tmp_path / "out")
+
+
+def test_object_halbench_of_replies_that_name_nothing_is_zero(tmp_path):
+    LAYOUTS["objhal"][0](tmp_path)
+    prepare(entry("objhal"), tmp_path, tmp_path / "out")
+    lines(tmp_path / "answers.jsonl", [{"question_id": q.id, "text": "No."} for q in read_questions(tmp_path / "out")])
+    lines(tmp_path / "judge.jsonl", [])
+    result = score_files(
+        "objhal", [tmp_path / "out/references.jsonl"], [tmp_path / "answers.jsonl"], judge=tmp_path / "judge.jsonl"
+    )
+    assert result["headline"]["value"] == 0
+    rates = [value for name, value in result["metrics"].items() if "rate" in name]
+    assert rates
+    assert not any(rates), result["metrics"]

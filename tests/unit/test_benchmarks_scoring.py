@@ -99,6 +99,21 @@ def test_pope_numbers_are_unique_across_categories(tmp_path):
     assert get("pope").score(asked, by_category).as_json()["missing"] == 3
 
 
+def test_pope_without_a_single_yes_is_zero():
+    labels = [{"question_id": n, "image": "a.jpg", "text": "?", "label": label} for n, label in ((1, "yes"), (2, "no"))]
+    asked = get("pope").parse_references([Document("coco_pope_random.json", labels)])
+    for protocol in ("llava", "lmms", "vlmevalkit"):
+        for answers in ([], [{"question_id": row["question_id"], "text": "No"} for row in asked]):
+            score = get("pope").score(asked, answers, protocol).as_json()
+            numbers = json.loads(json.dumps(score, allow_nan=False))
+            assert numbers["missing"] == 2 - len(answers)
+            if protocol == "llava":
+                assert numbers["headline"]["value"] == 0
+                of_all = score["metrics"]["random"]
+                assert (of_all["precision"], of_all["recall"], of_all["f1"]) == (0, 0, 0)
+                assert of_all["accuracy"] == (0.5 if answers else 0)
+
+
 def test_mme_needs_prompts():
     asked = [{"question_id": "count/1.jpg", "category": "count", "question": "One?", "answer": "Yes"}]
     with pytest.raises(DataError, match="has no 'prompt'"):

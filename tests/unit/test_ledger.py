@@ -1,27 +1,87 @@
-"""What the ledger says it is pinned by is there."""
+"""Each row of the parity ledger names tests that exist."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
 
+import pytest
 from project_fixtures import REPOSITORY
 
 TESTS = REPOSITORY / "tests"
+LEDGER = [*(REPOSITORY / "docs").glob("parity.md"), *(REPOSITORY / "docs").glob("parity/*.md")]
+NOT_PINNED = "–"
+"""For rows about what does not exist here, so that nothing can be run."""
+
+NAME = re.compile(r"`((?:\w+/)?(?:test_)?[\w*…]+(?:\.py)?/?)`")
 
 
-def test_every_test_of_the_ledger_exists() -> None:
-    """Files below ``tests`` and functions; ``…`` and ``*`` stand for any text."""
-    ledger = (REPOSITORY / "docs/parity.md").read_text()
-    named = set(re.findall(r"`((?:\w+/)?test_[\w*…]+(?:\.py)?)`", ledger))
+def rows(text: str) -> Iterator[tuple[str, str, str]]:
+    """Of the tables with a column ``pinned by``: what a row is about, what mmpipe does, and the last cell with "same" replaced
+    by the cell it repeats."""
+    pinned, before = False, ""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if not cells:
+            pinned, before = False, ""
+        elif cells[-1] == "pinned by":
+            pinned = True
+        elif pinned and set(line) - set("|-: "):
+            if re.match(r"same\b", cells[-1]):
+                assert before.strip(NOT_PINNED), f"'same' repeats nothing: {line}"
+                cells[-1] = before + cells[-1].removeprefix("same")
+            before = cells[-1]
+            yield " | ".join(cells[:-2]), cells[-2], cells[-1]
+
+
+def known() -> tuple[set[str], set[str]]:
+    """The test files below ``tests``, and the functions in them."""
     files = {path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     functions = {name for file in files for name in re.findall(r"^def (test_\w+)", (TESTS / file).read_text(), re.M)}
-    assert len(named) > 50, "is the ledger written in another way?"
-    lost = [
-        name
-        for name in sorted(named)
-        if not any(
-            fnmatchcase(there, name.replace("…", "*")) for there in (files if name.endswith(".py") else functions)
-        )
+    return files, functions
+
+
+def fault(pinned_by: str, files: set[str], functions: set[str]) -> str | None:
+    """What is wrong with a cell; ``…`` and ``*`` stand for any text."""
+    if pinned_by == NOT_PINNED:
+        return None
+    named = NAME.findall(pinned_by)
+    if not named:
+        return "names no test"
+    for name in named:
+        among = files if name.endswith(".py") else functions
+        if not any(fnmatchcase(there, name.replace("…", "*")) for there in among):
+            return f"'{name}' is no test file and no test function"
+    return None
+
+
+@pytest.mark.parametrize("page", LEDGER, ids=lambda path: path.name)
+def test_every_row_of_the_ledger_is_pinned(page: Path) -> None:
+    files, functions = known()
+    faults = [
+        f"{about}: {found}" for about, _, cell in rows(page.read_text()) if (found := fault(cell, files, functions))
     ]
-    assert not lost
+    assert not faults
+
+
+def test_the_ledger_has_its_rows() -> None:
+    found = [row for page in LEDGER for row in rows(page.read_text())]
+    assert len(found) > 90, "is the ledger written in another way?"
+    assert sum(cell == NOT_PINNED for *_, cell in found) <= 8, (
+        "a row without a test is about something that does not exist"
+    )
+
+
+@pytest.mark.parametrize(
+    "cell", ["", "`config/recipes/`", "`parity/`", "`test_gone`", "`unit/test_gone.py`", "the code"]
+)
+def test_a_cell_that_pins_nothing_is_refused(cell: str) -> None:
+    assert fault(cell, *known())
+
+
+@pytest.mark.parametrize("first", ["| a | b | c | same |", "| a | b | c | – |\n| d | e | f | same |"])
+def test_same_must_repeat_something(first: str) -> None:
+    with pytest.raises(AssertionError, match="repeats nothing"):
+        list(rows(f"| what | published | here | pinned by |\n|---|---|---|---|\n{first}"))

@@ -11,12 +11,15 @@ from PIL import Image
 from tiny_llava import llava, processor
 from transformers import Qwen2Config, SiglipVisionConfig
 
+from mmpipe.benchmarks.base import Question
 from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
 from mmpipe.data.images import image_processor
 from mmpipe.data.labels import IGNORE
 from mmpipe.data.record_table import write_records
 from mmpipe.data.records import PreferenceRecord, Turn
+from mmpipe.data.templates import get_template
 from mmpipe.errors import ConfigError
+from mmpipe.inference.generate import Answerer
 from mmpipe.models.llava import joined_config
 from mmpipe.settings import validate
 from mmpipe.stages.distill_sparse import DistillSparse
@@ -68,3 +71,13 @@ def test_questions_show_images_as_training_did(aspect: str, tmp_path: Path) -> N
     np.testing.assert_array_equal(*pixels)
     other = image_processor(tmp_path / "tower", "square" if aspect == "pad" else "pad")
     assert not np.array_equal(pixels[0], other(wide, return_tensors="np")["pixel_values"])
+    # what answers questions shows these pixels to the model
+    wide.save(tmp_path / "wide.png")
+    model, template = llava(layers=2), get_template("vicuna_v1")
+    seen = []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda tower, args, kwargs: seen.append((*args, *kwargs.values())[0]), with_kwargs=True
+    )
+    question = Question(id=1, text="<image>What?", images=(tmp_path / "wide.png",))
+    list(Answerer(model, loaded, template).answer([question], max_new_tokens=1))
+    np.testing.assert_array_equal(seen[0].numpy(), pixels[0])

@@ -17,7 +17,8 @@ from mmpipe.models.moe.upcycle import upcycle
 from mmpipe.models.sparsity.context import KEYWORD, TrainingPass
 from mmpipe.models.sparsity.hooks import FAMILIES, get_sparsifier, set_keep_rate, sparsify, without_sparsity
 from mmpipe.models.sparsity.record import recording
-from mmpipe.models.sparsity.segments import of_batch
+from mmpipe.models.sparsity.segments import Segments, of_batch
+from mmpipe.models.sparsity.sparsifier import retained_tokens
 from mmpipe.models.sparsity.spec import SparsitySettings
 
 SMALL = {"d_model": 16, "nhead": 4, "dim_feedforward": 32}
@@ -237,6 +238,41 @@ def test_the_cache_is_as_large_as_predicted() -> None:
     ]
 
 
+def test_an_image_keeps_at_least_one_token() -> None:
+    assert [retained_tokens(576, rate) for rate in (0.2, 0.001)] == [115, 1]
+    model, given = sparse(vision_keep_rate=0.1), rows(mixed(), 1)
+    with recording(model) as record:
+        greedy(model, 1, **given)
+    assert kept_by_image(record, given) == [1, 1]
+
+
+def kept_by_image(record: Any, given: dict[str, Tensor]) -> list[int]:
+    """How many tokens of each image of one row were kept."""
+    keep = torch.tensor(record.passes[0].keep[0])
+    return keep[given["input_ids"][0] == IMAGE_TOKEN].view(-1, 4).sum(1).tolist()
+
+
+def test_every_image_of_a_sample_is_judged_by_itself() -> None:
+    model, given = sparse(), rows(mixed(), 1)
+    with recording(model) as record:
+        greedy(model, 1, **given)
+    assert kept_by_image(record, given) == [2, 2], "the rate holds for each image"
+    # the same two images in one row and in a row each: the same decisions, in generation and in training
+    sparsifier, generator = get_sparsifier(model), torch.Generator().manual_seed(2)
+    hidden = torch.randn(2, 6, 32, generator=generator) * torch.tensor([1.0, 5.0])[:, None, None]
+    noise = torch.randn(2, 6, 2, generator=generator)
+    images = torch.tensor([[False, True, True, True, True, False]]).repeat(2, 1)
+    one_row = hidden.view(1, 12, 32), images.view(1, 12)
+    apart = sparsifier.retain_prompt(hidden, torch.ones_like(images), images, True)
+    together = sparsifier.retain_prompt(one_row[0], torch.ones_like(one_row[1]), one_row[1], True)
+    assert torch.equal(together.view(2, 6), apart)
+    nothing = torch.zeros_like(images)
+    drawn = sparsifier.draw(hidden, Segments(images, nothing, nothing), 1.0, noise)[0]
+    both = Segments(one_row[1], nothing.view(1, 12), nothing.view(1, 12))
+    assert torch.equal(sparsifier.draw(one_row[0], both, 1.0, noise.view(1, 12, 2))[0].view(2, 6), drawn)
+    assert 0 < drawn[images].sum() < 8
+
+
 # ---- training
 
 
@@ -296,6 +332,36 @@ def test_predictors_count_as_used_when_a_batch_has_nothing_for_them() -> None:
     out.last_hidden_state.sum().backward()
     assert all(p.grad is not None for p in get_sparsifier(model).parameters())
     assert current.decisions == {}
+
+
+def test_padding_is_masked_in_every_layer_of_training() -> None:
+    """Padding on the left, which causality does not hide: rows compute what they compute without it."""
+    model, width = sparse(output_text_len_for_training=2).train(), 3
+    given = batch(padded=0)
+    labels = torch.full_like(given["input_ids"], -100)
+    labels[:, 9:] = given["input_ids"][:, 9:]
+    noise = torch.randn(*labels.shape, 2, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.randn(*labels.shape, 32, generator=torch.Generator().manual_seed(1))
+
+    def hidden(padding: int) -> list[Tensor]:
+        """Hidden states behind every layer, those of padding left out."""
+
+        def padded(values: Tensor, by: float) -> Tensor:
+            return torch.cat([values.new_full((len(values), padding, *values.shape[2:]), by), values], 1)
+
+        ids, mask = padded(given["input_ids"], PAD), padded(given["attention_mask"], 0)
+        found = of_batch(ids, padded(labels, -100), mask, IMAGE_TOKEN)
+        current = TrainingPass(found, padded(noise, 0.0))
+        text, seen = model.model.language_model, []
+        hooks = [layer.register_forward_hook(lambda m, a, out: seen.append(out[:, padding:])) for layer in text.layers]
+        arguments = {"inputs_embeds": padded(embeddings, 3.0), "attention_mask": mask, "use_cache": False}
+        model.model(**arguments, **{KEYWORD: current})
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    for layer, (alone, behind_padding) in enumerate(zip(hidden(0), hidden(width), strict=True)):
+        torch.testing.assert_close(behind_padding, alone, rtol=1e-4, atol=1e-4, msg=f"layer {layer} sees padding")
 
 
 def test_segments_follow_the_labels() -> None:

@@ -106,6 +106,11 @@ def test_each_part_has_settings_of_its_own():
     assert published["parts"] == former
 
 
+def test_a_router_that_computes_something_else_than_before_makes_its_stages_new():
+    assert Upcycle(moe={"router": "hyper"}).spec()["router_versions"] == {"language_model": 2}
+    assert "router_versions" not in Upcycle(moe={"router": "cosine"}).spec()
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [

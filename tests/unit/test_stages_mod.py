@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_project import make_job
 
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_json, read_jsonl, write_json
@@ -39,20 +41,34 @@ from mmpipe.training.run import run_stage
 COMMON = {"template": "qwen", "batch_size": 8, "max_steps": 4, "learning_rate": 1e-2}
 
 
+@pytest.fixture(scope="module")
+def family(world: Path, tmp_path_factory: pytest.TempPathFactory, quick_readback: None) -> dict[str, StageJob]:
+    """A dense checkpoint, trained a little, and its up-cycled child."""
+    folder = tmp_path_factory.mktemp("family")
+    with contextlib.chdir(world):
+        dense = make_job(folder, "dense")
+        run_stage(Finetune(data="mix", **COMMON), dense)
+        sparse = make_job(folder, "sparse", parent=dense.model_dir)
+        run_stage(Upcycle(), sparse)
+    return {"dense": dense, "sparse": sparse}
+
+
+def own(job: StageJob, folder: Path) -> StageJob:
+    """The job's checkpoint in a folder of the test's own, which may change it."""
+    shutil.copytree(job.model_dir, folder / job.stage / "model")
+    return replace(job, model_dir=folder / job.stage / "model")
+
+
 @pytest.fixture
-def dense(job) -> StageJob:
+def dense(job, family, tmp_path) -> StageJob:
     """A dense checkpoint, trained a little."""
-    made = job("dense")
-    run_stage(Finetune(data="mix", **COMMON), made)
-    return made
+    return own(family["dense"], tmp_path)
 
 
 @pytest.fixture
-def sparse(job, dense) -> StageJob:
+def sparse(job, family, tmp_path) -> StageJob:
     """Its up-cycled child."""
-    made = job("sparse", parent=dense.model_dir)
-    run_stage(Upcycle(), made)
-    return made
+    return own(family["sparse"], tmp_path)
 
 
 def distill(kind: type[DistillDense], job: StageJob, teacher: Path, **changes: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_project import make_job
+from tiny_project import half_without_images, make_job
 
 from mmpipe.artifacts.files import read_jsonl
 from mmpipe.benchmarks.base import Question
@@ -53,7 +53,7 @@ def sparsify(**changes: Any) -> Sparsify:
 
 
 @pytest.fixture(scope="module")
-def family(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageJob]:
+def family(world: Path, tmp_path_factory: pytest.TempPathFactory, quick_readback: None) -> dict[str, StageJob]:
     """A dense checkpoint, trained a little, and its sparsified child. Not to be changed: copy them."""
     folder = tmp_path_factory.mktemp("family")
     with contextlib.chdir(world):
@@ -210,6 +210,16 @@ def test_damaged_predictors_are_named(sparsified) -> None:
     (folder / "sparsity.safetensors").rename(folder / "elsewhere")
     with pytest.raises(ArtifactError, match=r"sparsity\.safetensors is missing"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("requires_image", "records"), [(True, 30), (False, 60)])
+def test_records_without_images_are_left_out_unless_wanted(
+    job, dense, tmp_path, unread, requires_image, records
+) -> None:
+    """An epoch is all records with an image, once each."""
+    made = half_without_images(job("half", parent=dense.model_dir), tmp_path)
+    run_stage(sparsify(requires_image=requires_image, max_steps=None, batch_size=10), made)
+    assert len(read_jsonl(made.report_dir / "history.jsonl")) == records // 10
 
 
 def test_there_must_be_something_to_sparsify(job) -> None:

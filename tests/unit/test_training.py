@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,15 +16,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_project import make_job
 
 from mmpipe.artifacts.files import read_jsonl, sha256
+from mmpipe.artifacts.state import open_state
 from mmpipe.errors import ArtifactError, ConfigError, DataError, MmpipeError
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.pretrain import Pretrain
-from mmpipe.training import launch
-from mmpipe.training.run import run_stage
-from mmpipe.training.trainer import split_batch
+from mmpipe.training import launch, publish, trainer
+from mmpipe.training.resume import ParallelLayout
+from mmpipe.training.run import run_stage, work
+from mmpipe.training.stop import StopSignal
+from mmpipe.training.trainer import StageTrainer, split_batch
 
 RUN = """
 import sys
@@ -51,11 +56,12 @@ def hashes(directory: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in directory.iterdir() if path.name != "perf.json"}
 
 
-@pytest.fixture
-def undisturbed(job) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Hashes of what an undisturbed run publishes."""
-    made = job("undisturbed")
-    run_stage(finetune(), made)
+    made = make_job(tmp_path_factory.mktemp("undisturbed"), "undisturbed")
+    with contextlib.chdir(world):
+        run_stage(finetune(), made)
     return hashes(made.model_dir) | hashes(made.report_dir)
 
 
@@ -104,6 +110,29 @@ def test_two_processes_train_like_one(job):
     launch.run_processes(finetune(), two, 2)
     torch.testing.assert_close(losses(one), losses(two), atol=1e-5, rtol=1e-5)
     assert (two.model_dir / "manifest.json").is_file()
+
+
+def test_one_process_publishes(job, monkeypatch):
+    monkeypatch.setattr(StageTrainer, "is_world_process_zero", lambda self: False)
+    other = job("other")
+    with open_state(other.state_dir, "fingerprint"):
+        work(finetune(max_steps=1), other, StopSignal())
+    assert not other.model_dir.exists()
+    assert not other.report_dir.exists()
+
+
+def test_nothing_is_at_its_place_until_it_is_whole(job, monkeypatch):
+    made = job("run")
+
+    def fail(out: Path, **_: Any) -> None:
+        assert (out / "model.safetensors").is_file()
+        assert not made.model_dir.exists()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(publish.manifest, "write", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run_stage(finetune(max_steps=1), made)
+    assert not made.model_dir.exists()
 
 
 def test_only_what_is_trainable_changes(job, world):
@@ -177,6 +206,21 @@ def test_gpus_that_are_not_there_are_an_error(job):
         pytest.skip("this machine has the GPUs")
     with pytest.raises(MmpipeError, match=r"given 64 GPU\(s\), but PyTorch"):
         run_stage(finetune(), job("run", gpus=64))
+
+
+@pytest.mark.parametrize(("kind", "optimizer"), [("zero2", "adamw_torch"), ("zero2_offload", "adamw_torch_fused")])
+def test_what_deepspeed_is_told(job, kind, optimizer, monkeypatch):
+    """Nothing is left to ``auto``: clipping is the stage's, and offloaded moments are updated by torch's fused AdamW."""
+    stage = finetune(max_gradient_norm=0.3, precision="bfloat16")
+    monkeypatch.setattr(trainer, "TrainingArguments", dict)
+    monkeypatch.setattr(trainer.deepspeed, "join_processes", lambda on_gpu: {})
+    split, layout = split_batch(8, 2, 2, on_gpu=True), ParallelLayout(kind, 2)
+    told = trainer._arguments(stage, job("run", gpus=2), split, layout, 4)
+    assert told["optim"] == optimizer
+    assert told["deepspeed"]["gradient_clipping"] == 0.3
+    assert told["deepspeed"]["train_batch_size"] == 8
+    assert told["deepspeed"]["torch_autocast"]["enabled"]
+    assert "auto" not in json.dumps(told["deepspeed"]).replace("torch_autocast", "")
 
 
 @pytest.mark.parametrize(

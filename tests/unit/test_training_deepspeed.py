@@ -67,6 +67,32 @@ def test_two_processes_with_deepspeed_train_like_one_without(job, kind):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=1e-3)
 
 
+def test_gradients_are_clipped_with_deepspeed_as_without(job):
+    """To a norm at which AdamW's epsilon counts: otherwise its steps hardly depend on the length of gradients."""
+    clipped = {"max_gradient_norm": 1e-8, "max_steps": 2, "warmup_ratio": 0}
+    one, two, free = job("one"), job("two"), job("free")
+    run_stage(finetune(**clipped), one)
+    run_stage(finetune(**clipped | {"max_gradient_norm": 0}), free)
+    on_two(finetune(**clipped, hardware={"deepspeed": "zero2"}), two)
+    torch.testing.assert_close(losses(one), losses(two), atol=1e-5, rtol=1e-5)
+    assert abs(losses(one)[1] - losses(free)[1]) > 1e-3
+
+
+def test_in_bfloat16_frozen_bytes_stay_and_trained_weights_are_float32(job):
+    trained = "language_model.layers.1."
+    parent, made = job("parent"), job("made")
+    run_stage(finetune(max_steps=1), parent)
+    stage = finetune(max_steps=2, precision="bfloat16", trainable=[f"{trained}*"], hardware={"deepspeed": "zero3"})
+    on_two(stage, replace(made, parent=parent.model_dir))
+    before, after = (load_file(run.model_dir / "model.safetensors") for run in (parent, made))
+    assert before.keys() == after.keys()
+    learnt = {name for name in after if not torch.equal(before[name], after[name])}
+    assert learnt == {name for name in after if ".layers.1." in name and name.startswith("language_model")}
+    for name in learnt:
+        assert after[name].dtype == torch.float32
+        assert not torch.equal(after[name], after[name].bfloat16().float()), f"{name} was kept in 16 bits"
+
+
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, kind):
     """Experts under stage 3, a teacher nothing spreads, and the same bytes after an interruption."""

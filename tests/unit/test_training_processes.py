@@ -9,16 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from made_tokens import TINY, write_tokens
+from tiny_project import half_without_images
 
 from mmpipe.artifacts.files import read_json, read_jsonl, sha256
-from mmpipe.data.record_table import RecordTable, write_records
 from mmpipe.data.sampler import BatchPlan
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import MmpipeError
@@ -28,7 +25,6 @@ from mmpipe.training import launch, stop, worker
 
 LAUNCH = """
 import sys, logging
-from pathlib import Path
 from mmpipe.errors import MmpipeError
 from mmpipe.training import launch, worker
 from mmpipe.training.run import train
@@ -154,22 +150,6 @@ def test_the_number_of_processes_is_checked(job, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MmpipeError, match="4 processes were asked for, but WORLD_SIZE is 2"):
         worker.read_description(tmp_path / "job.json")
-
-
-def half_without_images(job: StageJob, out: Path) -> StageJob:
-    """The job on a mixture whose every second record is text alone."""
-    records = [
-        replace(
-            record,
-            images=(),
-            turns=tuple(replace(turn, text=turn.text.replace("<image>", "")) for turn in record.turns),
-        )
-        if number % 2
-        else record
-        for number, record in enumerate(RecordTable(Path("resources/mixtures/mix/records.arrow")))
-    ]
-    write_records(out / "records.arrow", records)
-    return replace(job, tokens=write_tokens(out, out / "tokens", TINY))
 
 
 @pytest.mark.parametrize("kind", [None, "zero3"])

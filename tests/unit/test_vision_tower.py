@@ -14,10 +14,10 @@ from torch import nn
 from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
 from mmpipe.models.moe import hf
 from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_layers
-from mmpipe.models.moe.context import nothing_counts
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
 from mmpipe.models.vision_tower import enable_multi_scale, freeze_unused, multi_scale_features, saved_scales
+from mmpipe.training.objectives.base import image_features
 
 TOWERS = ("clip", "siglip")
 
@@ -128,12 +128,14 @@ def test_the_image_that_stands_in_for_none_is_not_counted() -> None:
     model = multi_scale("clip")
     for part in ("vision_tower", "multi_modal_projector"):
         upcycle(model, MoESettings(placement="dense"), part=part)  # type: ignore[arg-type]
-    with nothing_counts():
-        features = model.train().model.get_image_features(pixel_values=batch()["pixel_values"])
+    pixels = {"pixel_values": batch()["pixel_values"]}
+    image_features(model.train(), {**pixels, "dummy_image": False})
+    assert collect_losses(model)[0].item() > 0
+    features = image_features(model, {**pixels, "dummy_image": True})
     total, _ = collect_losses(model)
     assert total.item() == 0
     assert all(s["tokens"].item() == 0 for s in collect_statistics(model).values())
-    (total + 0.0 * torch.cat(list(features.pooler_output)).sum()).backward()
+    (total + 0.0 * features.sum()).backward()
     trained = [p for layer in moe_layers(model).values() for p in layer.parameters()]
     assert all(p.grad is not None and not p.grad.any() for p in trained), "every parameter takes part"
 

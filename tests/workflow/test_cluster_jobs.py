@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ MANIFEST = "results/demo/pretrain/model/manifest.json"
 
 
 @pytest.fixture
-def asked(pretrained, tmp_path, monkeypatch):
+def asked(finished, tmp_path, monkeypatch):
     """What the stage ``pretrain`` asks sbatch for on some hardware: its options, as the Slurm plugin writes them."""
-    project = pretrained.copy(tmp_path / "project")
+    project = finished.copy(tmp_path / "project")
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, script in {
@@ -61,7 +62,7 @@ def test_gpus_that_do_not_fill_machines_are_an_error(fresh, tmp_path):
 
 def test_jobs_run_the_code_the_plan_was_made_with(fresh, tmp_path):
     """Another mmpipe is installed in this environment; jobs use the checkout beside the Snakefile."""
-    project = fresh.copy(tmp_path / "project")
+    project = fresh.copy(tmp_path / "project").interpreted_by(sys.executable)
     card = "resources/backbones/qwen2-tiny/manifest.json"
     (project.root / "src/mmpipe/__init__.py").write_text('__version__ = "of this checkout"\n')
     project.snakemake(card)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,8 +81,10 @@ def test_the_same_recipe_gives_the_same_bytes(finished, fresh, tmp_path):
         assert digest(again.root / folder) == digest(finished.root / folder)
 
 
-def test_killed_with_everything_it_goes_on_and_ends_the_same(finished, fresh, tmp_path):
-    project = fresh.copy(tmp_path / "project")
+def test_killed_with_everything_it_goes_on_and_ends_the_same(finished, project):
+    shutil.rmtree(project.root / "results/demo/finetune")
+    shutil.rmtree(project.root / "results/demo/eval")
+    (project.root / "results/mmbench.json").unlink()
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "results/mmbench.json"]
     with subprocess.Popen(
         command, cwd=project.root, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

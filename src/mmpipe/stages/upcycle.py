@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from mmpipe.errors import ConfigError
-from mmpipe.models.moe.spec import ModelPart, MoESettings, with_former_keys
+from mmpipe.models.moe.spec import ROUTER_VERSIONS, ModelPart, MoESettings, with_former_keys
 from mmpipe.registry import source_file
 from mmpipe.settings import validate
 from mmpipe.stages.base import Stage
@@ -58,7 +58,8 @@ class Upcycle(Stage):
             for part, its in parts.items()
             if its.router_options != its.router_settings
         }
-        further = {"router_code": code, "router_options": added}
+        versions = {part: ROUTER_VERSIONS[its.router] for part, its in parts.items() if its.router in ROUTER_VERSIONS}
+        further = {"router_code": code, "router_options": added, "router_versions": versions}
         found = super().spec()
         for changes in found.get("parts", {}).values():
             if "router_settings" in changes:

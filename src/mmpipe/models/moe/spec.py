@@ -22,6 +22,9 @@ from mmpipe.settings import Settings, renamed_keys
 ROUTERS = "mmpipe.models.moe.routers"
 """The package of the routers: a file each, whose name is the router's."""
 
+ROUTER_VERSIONS = {"hyper": 2}
+"""Routers that compute something else than in their first version; part of what identifies an up-cycled model."""
+
 ModelPart = Literal["language_model", "vision_tower", "multi_modal_projector"]
 """The parts of a vision-language model that can have experts."""
 

@@ -46,7 +46,9 @@ class HyperRouter(BaseRouter):
     @property
     def current_k(self) -> int:
         """Experts a token at this point of training."""
-        return round(self.scheduled(min(self.settings.first_k, self.top_k), self.top_k))
+        first = min(self.settings.first_k, self.top_k)
+        # the growth is rounded, as in the published code: half of a choice goes to the even number
+        return first + round(self.scheduled(0, self.top_k - first))
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:
         buffer = {name: tensor.float() for name, tensor in self.named_buffers()}
