@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"
 PAGES = [README, REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 # pages on parity name files of the published systems
-OWN_PAGES = [page for page in PAGES if "parity" not in page.as_posix()]
+OWN_PAGES = [page for page in PAGES if "parity" not in page.relative_to(REPOSITORY).as_posix()]
 FOLDERS = ("src", "config", "perf", "rules", "workflow", "tests", "profiles", "envs", "docs")
 LIBRARY = REPOSITORY / "src/mmpipe"
 WRITTEN_BY_USERS = {"config/lock.json"}
