@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from ledger import PAGES, entries
 from project_fixtures import REPOSITORY
 
 TESTS = REPOSITORY / "tests"
-LEDGER = [*(REPOSITORY / "docs").glob("parity.md"), *(REPOSITORY / "docs").glob("parity/*.md")]
 NOT_PINNED = "–"
 """For rows about what does not exist here, so that nothing can be run."""
 
@@ -19,21 +19,20 @@ NAME = re.compile(r"`((?:\w+/)?(?:test_)?[\w*…]+(?:\.py)?/?)`")
 
 
 def rows(text: str) -> Iterator[tuple[str, str, str]]:
-    """Of the tables with a column ``pinned by``: what a row is about, what mmpipe does, and the last cell with "same" replaced
-    by the cell it repeats."""
-    pinned, before = False, ""
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
-        if not cells:
-            pinned, before = False, ""
-        elif cells[-1] == "pinned by":
-            pinned = True
-        elif pinned and set(line) - set("|-: "):
-            if re.match(r"same\b", cells[-1]):
-                assert before.strip(NOT_PINNED), f"'same' repeats nothing: {line}"
-                cells[-1] = before + cells[-1].removeprefix("same")
-            before = cells[-1]
-            yield " | ".join(cells[:-2]), cells[-2], cells[-1]
+    """Of the entries with a fact ``pinned by``: what an entry is about, what mmpipe does, and its tests with "same" replaced by
+    those of the entry before."""
+    before = heading = ""
+    for entry in entries(text):
+        if entry.heading != heading:
+            before, heading = "", entry.heading
+        if "pinned by" not in entry.facts:
+            continue
+        pinned = entry.facts["pinned by"]
+        if re.match(r"same\b", pinned):
+            assert before.strip(NOT_PINNED), f"'same' repeats nothing: {entry.term}"
+            pinned = before + pinned.removeprefix("same")
+        before = pinned
+        yield entry.term, entry.facts.get("here", ""), pinned
 
 
 def known() -> tuple[set[str], set[str]]:
@@ -57,7 +56,7 @@ def fault(pinned_by: str, files: set[str], functions: set[str]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("page", LEDGER, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_row_of_the_ledger_is_pinned(page: Path) -> None:
     files, functions = known()
     faults = [
@@ -67,7 +66,7 @@ def test_every_row_of_the_ledger_is_pinned(page: Path) -> None:
 
 
 def test_the_ledger_has_its_rows() -> None:
-    found = [row for page in LEDGER for row in rows(page.read_text())]
+    found = [row for page in PAGES for row in rows(page.read_text())]
     assert len(found) > 90, "is the ledger written in another way?"
     assert sum(cell == NOT_PINNED for *_, cell in found) <= 8, (
         "a row without a test is about something that does not exist"
@@ -81,7 +80,7 @@ def test_a_cell_that_pins_nothing_is_refused(cell: str) -> None:
     assert fault(cell, *known())
 
 
-@pytest.mark.parametrize("first", ["| a | b | c | same |", "| a | b | c | – |\n| d | e | f | same |"])
+@pytest.mark.parametrize("first", ["same", "–\n* b\n  * pinned by: same"])
 def test_same_must_repeat_something(first: str) -> None:
     with pytest.raises(AssertionError, match="repeats nothing"):
-        list(rows(f"| what | published | here | pinned by |\n|---|---|---|---|\n{first}"))
+        list(rows(f"# head\n\n* a\n  * pinned by: {first}\n"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ledger import entries
 from project_fixtures import REPOSITORY
 
 from mmpipe.plan.plan import Plan, StagePlan
@@ -110,9 +111,10 @@ TABLES = {
 @pytest.mark.parametrize("head", TABLES)
 def test_the_ledger_says_the_same_and_where_sources_disagree(head: str) -> None:
     role, columns = TABLES[head]
-    rows = (REPOSITORY / "docs/parity.md").read_text().split(f"\n| {head} |")[1].split("\n\n")[0].splitlines()[2:]
-    cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
-    written = {name.strip("`"): values for name, *values in cells}
+    page = (REPOSITORY / "docs/parity/llava-mod.md").read_text()
+    written = {
+        entry.term.strip("`"): list(entry.facts.values()) for entry in entries(page) if entry.heading.lower() == head
+    }
     wanted = list(dict.fromkeys(setting for stage in columns for setting in TABLE[role][stage]))
     assert sorted(written) == sorted(wanted)
     for setting, (*values, source) in written.items():
