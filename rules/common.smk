@@ -15,7 +15,6 @@ shell.prefix("trap '' TERM; ")
 
 from mmpipe.errors import MmpipeError
 from mmpipe.plan.plan import Plan
-from mmpipe.cli.announcement import announcement
 from mmpipe.stages.base import Hardware
 from mmpipe.plan.variants import PATTERN as VARIANT
 
@@ -166,5 +165,5 @@ def announce(jobs):
     for smoke in ("", "smoke/"):
         stages = [planned(job.wildcards) for job in making if job.wildcards.smoke == smoke]
         trained = [stage for stage in stages if stage.settings.mixture()]
-        if said := announcement(PLAN, trained, bool(smoke)):
+        if said := PLAN.announcement(trained, bool(smoke)):
             print(said, file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_records import data_set, entry, image, mix
 
-from mmpipe.benchmarks.contamination import overlap
+from mmpipe.benchmarks.contamination import contamination
 
 
 def prepared(folder: Path, questions: dict[str, list[Path]]) -> Path:
@@ -28,7 +28,7 @@ def test_a_image_trained_on_is_found_under_another_name(tmp_path: Path) -> None:
     trained, fresh = tmp_path / "made/img/1.png", image(tmp_path / "fresh.png", seed=99)
     both = prepared(tmp_path / "both", {"a": [fresh], "b": [fresh, trained], "c": [trained], "d": []})
     clean = prepared(tmp_path / "clean", {"a": [fresh]})
-    found = overlap(tmp_path / "mixture", {"both": both, "clean": clean})
+    found = contamination(tmp_path / "mixture", {"both": both, "clean": clean})
     assert found["images"] == 3
     assert found["benchmarks"]["clean"]["shared_images"] == 0
     shared = found["benchmarks"]["both"]
@@ -43,4 +43,4 @@ def test_images_of_dropped_records_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "made/img/gone.png").unlink(missing_ok=True)
     mix(source, tmp_path / "mixture", max_bad=0.9)
     asked = prepared(tmp_path / "b", {"a": [tmp_path / "made/img/1.png"]})
-    assert overlap(tmp_path / "mixture", {"b": asked})["benchmarks"]["b"]["shared_images"] == 0
+    assert contamination(tmp_path / "mixture", {"b": asked})["benchmarks"]["b"]["shared_images"] == 0

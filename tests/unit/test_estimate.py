@@ -211,15 +211,11 @@ def test_a_fetched_configuration_counts_more_than_the_catalogue(tmp_path):
 
 
 def test_a_run_announces_what_it_trains():
-    from mmpipe.cli.announcement import announcement
-
     plan = plan_of("config")
     stages = plan.stages("demo")
-    assert announcement(plan, [], smoke=False) == ""
-    assert "trains 2 stages on the CPU, in full: demo@finetune, demo@pretrain" in announcement(
-        plan, stages, smoke=False
-    )
-    assert "2 steps each (smoke)" in announcement(plan, stages, smoke=True)
+    assert plan.announcement([], smoke=False) == ""
+    assert "trains 2 stages on the CPU, in full: demo@finetune, demo@pretrain" in plan.announcement(stages, smoke=False)
+    assert "2 steps each (smoke)" in plan.announcement(stages, smoke=True)
 
 
 def test_what_a_teacher_writes_down_takes_as_much_as_it_is_said_to(tmp_path):

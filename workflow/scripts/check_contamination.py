@@ -10,10 +10,10 @@ from mmpipe.plan.plan import Plan
 
 @offline_job
 def main(snakemake: Any, plan: Plan) -> None:
-    from mmpipe.benchmarks.contamination import overlap
+    from mmpipe.benchmarks.contamination import contamination
 
     benchmarks = {Path(path).parent.name: Path(path).parent for path in snakemake.input.benchmarks}
-    found = overlap(Path(snakemake.input.mixture).parent, benchmarks)
+    found = contamination(Path(snakemake.input.mixture).parent, benchmarks)
     for name, facts in found["benchmarks"].items():
         if facts["shared_images"]:
             log.warning("%s: %d images are also trained on", name, facts["shared_images"])

@@ -37,15 +37,11 @@ def retention_maps(answerer: Answerer, questions: Sequence[Question], rates: Seq
                 "question_id": question.id,
                 "prompt": question.recorded_prompt,
                 "image": number,
-                "kept": {f"{rate:g}": _as_text(maps[number]) for rate, maps in retained.items()},
+                "kept": {f"{rate:g}": "".join("01"[keep] for keep in maps[number]) for rate, maps in retained.items()},
             }
             for number in range(len(question.images))
         ]
     return found
-
-
-def _as_text(keep: Sequence[bool]) -> str:
-    return "".join("01"[retained] for retained in keep)
 
 
 def seen(answerer: Answerer, question: Question) -> list[Image.Image]:

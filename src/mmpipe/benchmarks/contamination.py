@@ -14,7 +14,7 @@ from mmpipe.benchmarks.prepare import read_questions
 from mmpipe.data.report import EXAMPLES
 
 
-def overlap(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
+def contamination(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
     """How many images of each prepared benchmark are in the mixture, and how many questions they touch.
 
     Only the images of the benchmarks are held in memory; a mixture may have millions.

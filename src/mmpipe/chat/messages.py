@@ -65,7 +65,7 @@ class Completion:
     """``stop``: ended by the model or a stop text; ``length``: cut at the limit; ``stopped``: cancelled."""
     expert_loads: dict[str, list[float]] = field(default_factory=dict)
     """Of each MoE layer, each expert's share of the token assignments it carried out, prompt and answer together."""
-    keep_maps: list[list[bool]] = field(default_factory=list)
+    retention_maps: list[list[bool]] = field(default_factory=list)
     """Of each image of the conversation, which of its tokens a sparsified model retained, row by row."""
 
 

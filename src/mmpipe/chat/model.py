@@ -98,7 +98,7 @@ class ChatModel:
             tokens=len(streamer.ids),
             finish="stopped" if answer.is_cancelled and finish != "stop" else finish,
             expert_loads={name: (load / load.sum().clamp(min=1)).tolist() for name, load in loads.items()},
-            keep_maps=[keep_map for done in record.passes for keep_map in done.images],
+            retention_maps=[retained for done in record.passes for retained in done.images],
         )
 
     def _encode(self, messages: Sequence[Message]) -> dict[str, Any]:

@@ -160,6 +160,18 @@ class Plan:
 
     # ---- the report and warnings
 
+    def announcement(self, stages: Iterable[StagePlan], smoke: bool) -> str:
+        """The line printed before the first job of a run that trains ``stages``; empty without stages."""
+        found = sorted({stage.id: stage for stage in stages}.items())
+        if not found:
+            return ""
+        names = ", ".join(name for name, _ in found[:8]) + (", ..." if len(found) > 8 else "")
+        gpus = max(stage.settings.hardware.gpus for _, stage in found)
+        length = f"{self.config.smoke.max_steps} steps each (smoke)" if smoke else "in full"
+        where = f"on up to {gpus} GPUs" if gpus else "on the CPU"
+        count = "1 stage" if len(found) == 1 else f"{len(found)} stages"
+        return f"This run trains {count} {where}, {length}: {names}. What each needs: mmpipe plan"
+
     def report_items(self, out: str = "results") -> list[str]:
         """The pages of the report beside the comparisons."""
         stages = self.chosen_stages()
