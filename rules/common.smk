@@ -15,12 +15,11 @@ shell.prefix("trap '' TERM; ")
 
 from mmpipe.errors import MmpipeError
 from mmpipe.plan.plan import Plan
+from mmpipe.registry import export_source_dir
 from mmpipe.stages.base import Hardware
 from mmpipe.plan.variants import PATTERN as VARIANT
 
-# every process started from here imports mmpipe from this checkout too
-others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", SOURCE)]
-os.environ["PYTHONPATH"] = os.pathsep.join([SOURCE, *others])
+export_source_dir(SOURCE)
 
 try:
     PLAN = Plan(config, Path(workflow.basedir))

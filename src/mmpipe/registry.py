@@ -76,3 +76,9 @@ def load_object(path: str, where: str) -> Any:
         public = [n for n in vars(module) if not n.startswith("_")]
         hint = did_you_mean(name, public)
         raise ConfigError(f"{where}: '{module_name}' has no '{name}'{hint}") from None
+
+
+def export_source_dir(source: str) -> None:
+    """Let every process started from here import mmpipe from ``source``, whatever is installed."""
+    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", source)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([source, *others])
