@@ -1,1 +1,1 @@
-"""Checkpoints on disk: opened, written, and proven readable."""
+"""Opening, writing and verifying checkpoints."""

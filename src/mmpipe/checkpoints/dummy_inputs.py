@@ -1,4 +1,4 @@
-"""Made inputs to compare two models by: the same every time, for a model of any size."""
+"""Deterministic dummy inputs for comparing models of any size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PROMPT_TOKENS = 48
 
 
 def dummy_inputs(model: Any, rows: int = 2) -> dict[str, Tensor]:
-    """Made prompts with an image each, the same every time; ``rows`` of different length, padded on the right."""
+    """Dummy prompts with an image each; ``rows`` of different length, padded on the right."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.vision_config.image_size
     ids = torch.randint(0, model.config.image_token_id, (rows, _PROMPT_TOKENS), generator=generator)

@@ -53,7 +53,7 @@ def build_model(
     image_aspect: Aspect,
     seed: int,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model a recipe starts from, and its processor.
+    """The starting model of a recipe, and its processor.
 
     ``backbones`` gives checkpoint directories by role, ``layouts`` how they name their tensors. ``vision`` and
     ``language`` are joined with a fresh projector, drawn from ``seed`` with PyTorch's default for linear layers, as
@@ -90,7 +90,7 @@ def _join_backbones(parts: Mapping[str, BackboneFiles], settings: VisionLanguage
 
 
 def _import_checkpoint(parts: dict[str, BackboneFiles], image_aspect: Aspect, seed: int) -> tuple[Any, Any, Path]:
-    """The same; rows of the vocabulary that the model has no use for are drawn from ``seed``."""
+    """The same; unused rows of the vocabulary are drawn from ``seed``."""
     source = parts.pop("checkpoint")
     whole = source.layout.whole(source.directory, parts)
     if whole.image_aspect not in (None, image_aspect):
@@ -114,7 +114,7 @@ def _parts(backbones: Mapping[str, Path], layouts: Mapping[str, str]) -> dict[st
 def load_tokenizer(
     directories: Mapping[str, Path], settings: VisionLanguage, layouts: Mapping[str, str] = {}
 ) -> tuple[PreTrainedTokenizerBase, int]:
-    """The tokenizer of a model, and how many tokens it gives an image; no weights are read.
+    """The tokenizer of a model, and its number of tokens per image; weights are not read.
 
     ``directories`` gives a published ``checkpoint``, or the ``vision`` and ``language`` backbones it is built from.
     """
@@ -133,8 +133,8 @@ def open_checkpoint(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Open a published checkpoint of either kind: ``(model, processor, manifest)``.
 
-    A projector alone is put on the checkpoint or the backbones its manifest names. ``placement`` is what
-    ``from_pretrained`` takes to put a model elsewhere (``device_map``, ``quantization_config``). Raises ArtifactError
+    A projector alone is joined with the checkpoint or the backbones its manifest names. ``placement`` are arguments of
+    ``from_pretrained`` for other devices or precisions (``device_map``, ``quantization_config``). Raises ArtifactError
     when files are missing or do not fit.
     """
     card = manifest.read(directory)
@@ -167,7 +167,7 @@ def open_checkpoint(
 
 
 def _placed(model: Any, device_map: Any) -> Any:
-    """A model that was built in CPU RAM, on the devices of ``device_map``."""
+    """Move a model from CPU RAM to the devices of ``device_map``."""
     if device_map is None:
         return model
     from accelerate import dispatch_model, infer_auto_device_map
@@ -186,7 +186,7 @@ def preprocessor_directory(directory: Path, card: Mapping[str, Any]) -> Path:
 
 
 def projector_base(directory: Path, card: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries for the manifest of a projector trained from a checkpoint: what it belongs on."""
+    """Manifest entries of a projector trained from a checkpoint: its base."""
     if card["kind"] != "projector":
         return {"base": directory.as_posix()}
     return {key: card["checkpoint"][key] for key in ("base", "backbones") if key in card["checkpoint"]}

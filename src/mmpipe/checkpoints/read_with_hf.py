@@ -1,4 +1,4 @@
-"""Open a checkpoint as any user of transformers would; run as a script, in a process of its own.
+"""Open a checkpoint with stock transformers; run as a script, in its own process.
 
 ``read_with_hf.py CHECKPOINT GIVEN GOT MAX_NEW_TOKENS DEVICE``: reads the samples ``{i}.{input name}`` in the
 safetensors file GIVEN, writes ``{i}.logits`` and ``{i}.tokens`` to GOT. It must not import anything of this package.

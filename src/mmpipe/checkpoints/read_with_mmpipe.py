@@ -1,4 +1,4 @@
-"""Open a checkpoint as this package does, in a process of its own; otherwise like :mod:`read_with_hf`."""
+"""Open a checkpoint with this package, in its own process; otherwise like :mod:`read_with_hf`."""
 
 from __future__ import annotations
 

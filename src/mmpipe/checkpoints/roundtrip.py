@@ -1,4 +1,4 @@
-"""The round trip before publication: a fresh process must compute what the model in memory computed.
+"""Round-trip check before publication: a fresh process must reproduce the outputs of the model in memory.
 
 The files are read with stock transformers classes, without network, by a process that never imports this package; its
 logits and greedy answers are compared. Predictors of a sparsified model, which stock classes do not compute, are read
@@ -35,7 +35,7 @@ Reader = Literal["stock transformers", "mmpipe"]
 
 @dataclass(frozen=True)
 class Reference:
-    """What a checkpoint must reproduce: samples (one row each, no padding), their logits and greedy continuations."""
+    """Expected outputs of a checkpoint: samples (one row each, no padding), their logits and greedy continuations."""
 
     samples: list[dict[str, Tensor]]
     logits: list[Tensor]
@@ -48,7 +48,7 @@ class Reference:
 def reference(
     model: LlavaForConditionalGeneration, samples: Sequence[Mapping[str, Tensor]], *, max_new_tokens: int = 16
 ) -> Reference:
-    """Run ``model`` on ``samples`` in evaluation mode and float32, and leave it as it was."""
+    """Run ``model`` on ``samples`` in evaluation mode and float32; mode and precision are restored."""
     was_training = model.training
     run: Any = model.eval()
     with _widened(model):
@@ -64,7 +64,7 @@ def reference(
 
 @contextmanager
 def _widened(model: torch.nn.Module) -> Iterator[None]:
-    """Parameters in float32 for a while. That is exact, and so is the way back; buffers keep their own precision."""
+    """Context manager: parameters in float32, exact in both directions; buffers keep their precision."""
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
     for parameter in dtypes:
         parameter.data = parameter.data.float()
@@ -81,8 +81,8 @@ def check_roundtrip(
     """Read the checkpoint ``path`` in a fresh process and compare; returns the largest difference of logits, relative
     to the largest logit when that is above one.
 
-    Raises ArtifactError when the reader cannot read the directory, when tensors are missing or left over, when logits
-    differ by more than ``tolerance`` or an answer is another one.
+    Raises ArtifactError when the reader cannot read the directory, when tensors are missing or surplus, when logits
+    differ by more than ``tolerance`` or an answer differs.
     """
     with tempfile.TemporaryDirectory(prefix="mmpipe-roundtrip-") as folder:
         given, got = Path(folder, "given.safetensors"), Path(folder, "got.safetensors")

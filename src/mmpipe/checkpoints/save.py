@@ -1,13 +1,13 @@
-"""Checkpoints on disk: one directory that every reader of LLaVA checkpoints understands.
+"""Writing checkpoints: one directory that every reader of LLaVA checkpoints understands.
 
 transformers 5 loads what transformers 4 wrote, but not the reverse, and other engines (vLLM, llama.cpp, older
 scripts) read version 4's names. So a checkpoint is written the way version 4 wrote it:
 
 * tensors are named ``language_model.model.*``, ``vision_tower.vision_model.*``, ``multi_modal_projector.*``;
-* ``text_config`` says its ``architectures`` and carries ``rope_theta`` beside ``rope_parameters``;
-* ``preprocessor_config.json`` stands beside a flat ``processor_config.json``, and the tokenizer names a class
-  version 4 knows;
-* the weights are one ``model.safetensors``, its bytes depend on nothing but them, and every file has the
+* ``text_config`` has ``architectures``, and ``rope_theta`` beside ``rope_parameters``;
+* ``preprocessor_config.json`` is beside a flat ``processor_config.json``, and the tokenizer names a class
+  of version 4;
+* the weights are one ``model.safetensors``, whose bytes depend only on them, and every file has the
   mode the umask asks for (transformers writes weights that only their owner can read).
 """
 
@@ -41,8 +41,8 @@ def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProces
 
     A sparse model is written as a stock one when there is a class for it, and under the model type
     ``mmpipe_llava`` otherwise (see :mod:`mmpipe.models.moe.modeling_mmpipe_llava`;
-    :func:`mmpipe.models.moe.hf.why_not_stock` gives the reason). Predictors of what to keep stand in files of their
-    own (see :mod:`mmpipe.models.sparsity.io`).
+    :func:`mmpipe.models.moe.hf.why_not_stock` gives the reason). Token predictors are in separate files
+    (see :mod:`mmpipe.models.sparsity.io`).
 
     The same weights and configuration give the same bytes. The caller publishes the directory (see
     :func:`mmpipe.artifacts.files.staged_directory`).
@@ -69,8 +69,8 @@ def load_checkpoint(
     Images are processed with Pillow on every machine, so that pixels do not depend on what is installed.
     ``placement`` goes to ``from_pretrained`` (``device_map``, ``quantization_config``).
 
-    Raises ArtifactError when the directory is not a LLaVA checkpoint, or naming the tensors on which its
-    configuration and its weights do not agree.
+    Raises ArtifactError when the directory is not a LLaVA checkpoint, or naming the tensors for which its
+    configuration and its weights disagree.
     """
     path = Path(path)
     load: Any = _model_class(path).from_pretrained
@@ -87,7 +87,7 @@ def load_checkpoint(
 
 
 def empty_model(path: Path) -> LlavaForConditionalGeneration:
-    """The model of a checkpoint directory with fresh weights; on the meta device it costs nothing."""
+    """The model of a checkpoint directory with fresh weights; without cost on the meta device."""
     kind: Any = _model_class(path)
     return kind(kind.config_class.from_pretrained(path, local_files_only=True))
 
@@ -135,7 +135,7 @@ def _write_config(model: LlavaForConditionalGeneration, text: PreTrainedConfig, 
 
 
 def _text_config(text: PreTrainedConfig) -> dict[str, Any]:
-    """The language model's configuration, complete for readers that know only one way to state a fact."""
+    """The language model's configuration, with all spellings that readers expect."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = text.to_diff_dict()
@@ -150,7 +150,7 @@ def _text_config(text: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """Drop what describes this run rather than the model."""
+    """Drop entries that describe this run rather than the model."""
     local = ("_name_or_path", "_attn_implementation_autoset", "_experts_implementation", "_attn_implementation")
     kept = {key: value for key, value in config.items() if key not in local}
     return {key: _portable(value) if isinstance(value, dict) else value for key, value in kept.items()}
@@ -165,7 +165,7 @@ def _write_processor(processor: LlavaProcessor, out: Path) -> None:
     write_json(out / "preprocessor_config.json", image_processor, sort_keys=True)
 
     tokenizer = read_json(out / "tokenizer_config.json")
-    # The class that takes ``tokenizer.json`` as it stands in both versions; others may rebuild it.
+    # The class that takes ``tokenizer.json`` unchanged in both versions; others may rebuild it.
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer["model_input_names"] = list(processor.tokenizer.model_input_names)
     for key in ("backend", "is_local", "local_files_only", "name_or_path", "model_specific_special_tokens"):
@@ -177,7 +177,7 @@ def _write_processor(processor: LlavaProcessor, out: Path) -> None:
 
 
 def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:
-    """The class of a checkpoint directory; ArtifactError when it is none of ours."""
+    """The class of a checkpoint directory; ArtifactError for an unknown one."""
     for name in ("config.json", WEIGHTS):
         if not (path / name).is_file() and not (path / f"{name}.index.json").is_file():
             raise ArtifactError(f"{path}: not a checkpoint: {name} is missing")

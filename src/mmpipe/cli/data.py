@@ -23,7 +23,7 @@ _NARROW = 100
 _PIPED = 160
 """Columns without a terminal: enough for ``grep``."""
 _LEGEND = (
-    "[dim]! its use is restricted, or terms must be accepted. `mmpipe data NAME` shows an entry in full, and what must be "
+    "[dim]! use is restricted, or terms must be accepted. `mmpipe data NAME` shows an entry in full, and what must be "
     "fetched for a mixture, a recipe or a benchmark.[/]"
 )
 
@@ -88,7 +88,7 @@ def _nearest(name: str, known: set[str]) -> str:
 
 def _entry(plan: Plan, one: InventoryItem, width: int) -> list[Any]:
     settings: dict[str, Any] = one.source.model_dump(mode="json", exclude_defaults=True)
-    settings.pop("how", None)  # shown as what is in the way
+    settings.pop("how", None)  # shown as the obstacle
     facts = {
         "state": f"{one.state}, {one.directory}/",
         "size": _size(one),
@@ -154,7 +154,7 @@ def _table(entries: Iterable[InventoryItem], width: int) -> Table:
 
 
 def _facts(facts: Mapping[str, Any]) -> Table:
-    """Facts by name, one a line, those that are empty left out."""
+    """Facts by name, one per line, empty ones left out."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -178,7 +178,7 @@ def _terms(one: InventoryItem) -> Text:
 
 
 def _size(one: InventoryItem) -> str:
-    """Bytes here of those announced; ``?`` when unknown."""
+    """Local of announced bytes; ``?`` when unknown."""
     if one.parts:
         summary = DownloadSummary(one.parts)
         return f"{'> ' if summary.unknown else ''}{format_size(summary.bytes_here + summary.to_fetch)}"

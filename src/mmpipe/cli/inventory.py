@@ -1,4 +1,4 @@
-"""The entries of the catalogues on this machine: what is here, what is still to be fetched, under which terms."""
+"""The local state of the catalogues' entries: bytes present, bytes to fetch, terms."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mmpipe.sources.transfer.staging import staged_bytes
 
 @dataclass(frozen=True)
 class InventoryItem:
-    """An entry of a catalogue and what of it is here."""
+    """An entry of a catalogue and its local state."""
 
     kind: str
     """``datasets`` or ``backbones``."""
     name: str
     source: Source
     parts: tuple[InventoryItem, ...] = ()
-    """Of a joined data set: what must be fetched for it, each once, itself not joined."""
+    """Of a joined data set: the data sets to fetch for it, each once, none of them joined."""
 
     @property
     def directory(self) -> Path:
@@ -38,12 +38,12 @@ class InventoryItem:
 
     @property
     def here(self) -> bool:
-        """Whether all of it is here."""
+        """Whether all of it is present."""
         return bool(self._manifest)
 
     @cached_property
     def bytes_here(self) -> int:
-        """Bytes of the files and of what came out of archives, or of an unfinished fetch."""
+        """Bytes of the files, unpacked archives included, or of an unfinished fetch."""
         if not self.here:
             return staged_bytes(self.directory)
         if "below" in self._manifest:  # an adopted folder: links have no size
@@ -53,7 +53,7 @@ class InventoryItem:
 
     @property
     def announced(self) -> float | None:
-        """Bytes by the publisher's account, 0 for what is made here; None when unknown."""
+        """Bytes as announced by the publisher, 0 for synthetic data; None when unknown."""
         if self.source.kind in ("made", "path"):
             return 0
         return self.source.size_gb * 1e9 if self.source.size_gb else None
@@ -67,7 +67,7 @@ class InventoryItem:
 
     @property
     def state(self) -> str:
-        """``fetched``, ``missing``, ``partial``, ``manual`` (a person has to fetch it) or how many parts are here."""
+        """``fetched``, ``missing``, ``partial``, ``manual`` (to be downloaded by hand) or the number of parts present."""
         if self.here:
             return "fetched"
         if self.parts:
@@ -78,7 +78,7 @@ class InventoryItem:
 
     @property
     def obstacle(self) -> str:
-        """Why the fetch will stop and wait for a person; empty when it will not."""
+        """Why the fetch needs a manual step; empty when it does not."""
         if self.here:
             return ""
         if how := getattr(self.source, "how", ""):
@@ -104,15 +104,15 @@ class Inventory:
         return [self.item(kind, name) for name in getattr(self._plan, kind)]
 
     def for_datasets(self, names: Iterable[str]) -> list[InventoryItem]:
-        """What must be fetched for some data sets, each entry once."""
+        """The entries to fetch for some data sets, each once."""
         return [self.item("datasets", name) for name in self._plan.fetched_datasets(names)]
 
     def for_mixture(self, name: str) -> list[InventoryItem]:
-        """What must be fetched for a mixture."""
+        """The entries to fetch for a mixture."""
         return self.for_datasets(part.dataset for part in self._plan.mixtures[name].parts)
 
     def for_recipe(self, reference: str) -> list[InventoryItem]:
-        """What must be fetched to make a recipe's checkpoint: for its stages, those of its teachers, and so on."""
+        """The entries to fetch for a recipe's checkpoint: for its stages, those of its teachers, and so on."""
         needed = self._plan.fetched_sources(self._plan.needed(self._plan.checkpoint(reference)))
         return [self.item(kind, name) for kind, name in needed]
 
@@ -125,7 +125,7 @@ class DownloadSummary:
 
     @property
     def bytes_here(self) -> int:
-        """Bytes that are here, those of unfinished fetches too."""
+        """Bytes present, those of unfinished fetches included."""
         return sum(item.bytes_here for item in self.items)
 
     @property
@@ -140,7 +140,7 @@ class DownloadSummary:
 
     @property
     def licences(self) -> dict[str, list[str]]:
-        """The entries under each licence, those without one under ``not stated``; what is made here has none."""
+        """The entries under each licence, those without one under ``not stated``; synthetic data is left out."""
         return _grouped(
             (item.source.licence or "not stated", item.name)
             for item in self.items
@@ -154,7 +154,7 @@ class DownloadSummary:
 
     @property
     def obstacles(self) -> dict[str, str]:
-        """Entries that will not come without a person, and what that person has to do."""
+        """Entries that need a manual step, and that step."""
         return {item.name: item.obstacle for item in self.items if item.obstacle}
 
 

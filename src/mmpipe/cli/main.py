@@ -1,4 +1,4 @@
-"""The command line ``mmpipe``: the plan, catalogues and results explained, offline scoring, export, chat, and a check of
+"""The command line ``mmpipe``: plan, catalogues, results, offline scoring, export, chat, and a check of
 the machine. Snakemake makes the results: ``snakemake results/mmbench.json``."""
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def chat(
     sampling: SamplingOptions,
     image: Annotated[list[str] | None, typer.Option(help="A file or address; repeat it for several images.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Ask this once and end; '-' reads it from the standard input.")
+        str | None, typer.Option(help="Answer this one question and exit; '-' reads it from standard input.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print everything as JSON.")] = False,
     configfile: ConfigFile = Path("config/config.yaml"),
@@ -294,7 +294,7 @@ def serve(
     checkpoint: Annotated[str, typer.Argument(help="A directory, recipe, recipe@stage, or owner/name on the hub.")],
     load: LoadOptions,
     sampling: SamplingOptions,
-    other: Annotated[str | None, typer.Argument(help="Another one, to see answers side by side.")] = None,
+    other: Annotated[str | None, typer.Argument(help="Another one, to compare answers side by side.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 7860,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:

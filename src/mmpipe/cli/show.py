@@ -63,7 +63,7 @@ def _needs(found: ResourceEstimate, gpus: int) -> str:
 
 
 def _room(plan: Plan, annotation: Precomputation) -> str | None:
-    """What written-down tokens take on the disk, in a line."""
+    """The disk space of precomputed log-probabilities, in a line."""
     each, total = bytes_per_token(annotation), total_bytes(plan, annotation)
     if each is None:
         return None

@@ -92,7 +92,7 @@ def _changed_settings(details: str) -> list[str]:
 
 
 def _json_objects(text: str) -> list[str]:
-    """The JSON objects that stand in a text, one after the other."""
+    """The JSON objects in a text, one after the other."""
     decoder = json.JSONDecoder()
     found, start = [], text.find("{")
     while start >= 0:

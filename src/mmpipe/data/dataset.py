@@ -1,4 +1,4 @@
-"""From records in tokens and their images to the batches of the trainer.
+"""Batches for the trainer, from tokenised records and their images.
 
 Shapes: T tokens of a sample, B samples and N images of a batch, H x W pixels of a processed image.
 """
@@ -28,32 +28,32 @@ log = logging.getLogger(__name__)
 S = TypeVar("S")
 _KINDS = {False: "conversations", True: "preferences"}
 MAX_REPLACEMENTS = 32
-"""So many unreadable records in a row are an error."""
+"""Number of consecutive unreadable records that is an error."""
 
 
 class TokenTensors(TypedDict):
-    """A conversation in tokens."""
+    """A tokenised conversation."""
 
     input_ids: torch.Tensor
     """[T] int64; every image takes as many positions as it has image tokens."""
     labels: torch.Tensor
-    """[T] int64; -100 where nothing is supervised."""
+    """[T] int64; -100 where not supervised."""
 
 
 class Facts(TypedDict):
-    """A record but for its text."""
+    """A record without its text."""
 
     id: str
     index: int
-    """The record's place in the mixture."""
+    """The record's index in the mixture."""
     pixel_values: list[torch.Tensor]
     """Each [3, H, W] float32, in the order of the marks."""
     replaced: tuple[str, ...]
-    """Messages of the unreadable records that this one replaces."""
+    """Error messages of the unreadable records that this one replaces."""
 
 
 class Sample(TokenTensors, Facts):
-    """One record, ready to be put into a batch."""
+    """One record as tensors."""
 
 
 class PreferenceSample(Facts):
@@ -92,7 +92,7 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
 
     @abstractmethod
     def sample(self, encoded: Sequence[Encoded], facts: Facts) -> S:
-        """Put together what was read of one record; ``encoded`` has an entry for each conversation."""
+        """Build the sample of one record; ``encoded`` has an entry for each conversation."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -126,7 +126,7 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
 
 
 class SupervisedDataset(RecordDataset[Sample]):
-    """Conversations whose answers are learnt."""
+    """Conversations whose answers are supervised."""
 
     preferences = False
 
@@ -150,24 +150,24 @@ class Batch(TypedDict):
 
     ids: list[str]
     indices: list[int]
-    """The records' places in the mixture."""
+    """The records' indices in the mixture."""
     input_ids: torch.Tensor
     """[B, T] int64, padded on the right."""
     attention_mask: torch.Tensor
     """[B, T] int64, 1 for tokens and 0 for padding."""
     labels: torch.Tensor
-    """[B, T] int64, -100 where nothing is supervised."""
+    """[B, T] int64, -100 where not supervised."""
     pixel_values: torch.Tensor
     """[N, 3, H, W] float32, in the order of the samples; one of zeros if no sample has an image."""
     dummy_image: bool
-    """The image is of zeros and belongs to no token: every rank has to run the tower."""
+    """The only image is a placeholder of zeros, without tokens: every rank has to run the tower."""
     replaced: list[str]
     """Why records were replaced, for the trainer to count."""
 
 
 @dataclass(frozen=True)
 class Padding:
-    """How rows of different lengths become a batch."""
+    """Padding of rows of different lengths to a batch."""
 
     pad_token_id: int
     image_size: tuple[int, int]

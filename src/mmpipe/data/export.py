@@ -1,6 +1,6 @@
-"""Mixtures as other programs read them: LLaVA's JSON, chat messages in Parquet, LLaVA-MoD's preference pairs.
+"""Export of mixtures: LLaVA's JSON, chat messages in Parquet, LLaVA-MoD's preference pairs.
 
-Records are written as they are read: memory does not grow with their number. The file appears whole or not at all,
+Records are streamed: memory does not grow with their number. The file is written atomically,
 after the images that it names.
 """
 
@@ -26,7 +26,7 @@ from mmpipe.errors import ArtifactError, ConfigError, DataError, did_you_mean
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
 _ROWS = 512
 _GROUP_BYTES = 32 << 20
-"""Embedded images of a row group of Parquet, which is written at once."""
+"""Bytes of embedded images in a Parquet row group."""
 
 R = TypeVar("R", Record, PreferenceRecord)
 
@@ -57,7 +57,7 @@ def place_in_folder(folder: Path, copy: bool = False) -> ImageNames:
         target = folder / relative
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)  # a link to nothing
+            target.unlink(missing_ok=True)  # a dangling link
             if copy:
                 copy_file(Path(stored), target)
             else:
@@ -72,7 +72,7 @@ def export_mixture(mixture: Path, out: Path, layout: str, names: ImageNames, *, 
 
     ``layout`` is a name of :data:`LAYOUTS`; ``embed`` puts the images themselves into the file, where the layout can
     hold them. Raises ArtifactError for a mixture that is not there, ConfigError for an unknown or unfit layout,
-    DataError for an image that is not where it should be.
+    DataError for an image that is missing.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"there is no layout '{layout}'{did_you_mean(layout, LAYOUTS)}")
@@ -149,7 +149,7 @@ def _of_kind(record: AnyRecord, kind: type[R], others: str) -> R:
 
 
 def _head(record: AnyRecord, turns: Sequence[Turn], names: ImageNames) -> dict[str, Any]:
-    """What stands before the conversation. A system message goes beside it, as ShareGPT has it; LLaVA reads none."""
+    """The fields before the conversation. A system message is a field of its own, as in ShareGPT; LLaVA ignores it."""
     images = [names(stored) for stored in record.images]
     system = turns[0].text if turns[0].role == "system" else None
     return {
@@ -183,7 +183,7 @@ def _image(stored: str, names: ImageNames, embed: bool) -> dict[str, Any]:
 
 
 def _message_schema(columns: Sequence[str]) -> Any:
-    """The columns with what ``datasets`` needs to know that ``images`` are images."""
+    """The columns, with the metadata by which ``datasets`` recognises ``images``."""
     from datasets import Features, Image, List, Value
 
     text = Value("string")
@@ -194,7 +194,7 @@ def _message_schema(columns: Sequence[str]) -> Any:
 
 
 def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Rows to be written at once: many, but few large images."""
+    """Rows per write, fewer with large images."""
     group: list[dict[str, Any]] = []
     size = 0
     for row in rows:

@@ -21,11 +21,11 @@ from mmpipe.data.records import BadRecord
 from mmpipe.errors import DataError
 
 _EMBEDDED = "\x00"
-"""Begins the names of images that were written out; no name in annotations may hold it."""
+"""Prefix of the names of extracted images; forbidden in annotations."""
 
 _LONGEST_NAME = 200
 REMEMBERED = 16_384
-"""So many inspected images are remembered; one that comes back later is decoded again."""
+"""Size of the cache of inspected images."""
 
 
 class ImageInfo(NamedTuple):
@@ -37,8 +37,8 @@ class ImageInfo(NamedTuple):
 
 
 class EmbeddedImages:
-    """Images that annotations contain, written out as files named after their content, equal ones once. They are
-    written into ``folder``, which will later be found at ``published``."""
+    """Images embedded in annotations, extracted to files named after their content, equal ones once. They are
+    written into ``folder``, which will be published as ``published``."""
 
     def __init__(self, folder: Path, published: Path) -> None:
         self.folder = folder
@@ -75,7 +75,7 @@ class ImageFinder:
         """Find and decode these images, except those of the latest calls."""
         wanted = dict.fromkeys(names)
         new = [name for name in wanted if name not in self._found]
-        # the latest ones stand last
+        # the latest ones are last
         kept = {name: self._found.pop(name) for name in wanted if name in self._found}
         self._found |= kept
         self._found.update(zip(new, pool.map(self._find, new), strict=True))
@@ -102,7 +102,7 @@ class ImageFinder:
             try:
                 there = path.is_file()
             except OSError as error:
-                if error.errno == errno.ENAMETOOLONG:  # no file can be called so
+                if error.errno == errno.ENAMETOOLONG:  # no valid file name
                     continue
                 raise DataError(f"{path}: cannot be looked at ({error.strerror})") from error
             if there:
@@ -118,7 +118,7 @@ def _suffix(content: bytes) -> str:
 
 
 def _short(name: str) -> str:
-    """A name for messages: a text that took the place of a name can be long."""
+    """A name shortened for messages: malformed ones can be long."""
     return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 

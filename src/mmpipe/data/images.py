@@ -1,4 +1,4 @@
-"""Images: opened, inspected, stored by content, as data URLs; and the image processor of a vision tower."""
+"""Opening, inspecting, hashing and encoding images, and the image processor of a vision tower."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _DEEP_GREY = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 
 @dataclass(frozen=True, slots=True)
 class OpenedImage:
-    """An opened image. ``notes`` say what is odd about the file without being an error."""
+    """An opened image. ``notes`` are peculiarities of the file that are not errors."""
 
     image: Image.Image
     """Mode RGB."""
@@ -142,14 +142,14 @@ def _identify(path: Path, content: bytes) -> tuple[Image.Image, tuple[str, ...]]
 
 
 def _has_deep_samples(image: Image.Image) -> bool:
-    """Whether the file has 16 bits a sample, of which a decoder keeps eight."""
+    """Whether the file has 16 bits per sample, which decoding reduces to eight."""
     tiles: Any = getattr(image, "tile", ())
     return any(";16" in str(tile[3]) for tile in tiles)
 
 
 def _orientation(image: Image.Image) -> int:
-    """How EXIF says that the stored pixels lie; 1 is upright."""
-    if "exif" not in image.info:  # else Pillow decodes a PNG to look behind its pixels
+    """The EXIF orientation of the stored pixels; 1 is upright."""
+    if "exif" not in image.info:  # otherwise Pillow decodes a PNG to find EXIF after its pixels
         return 1
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -201,13 +201,13 @@ def image_processor(vision_dir: Path, aspect: Aspect) -> LlavaImageProcessorPil:
     settings = {key: value for key, value in own.to_dict().items() if key in _PROCESSOR_SETTINGS}
     settings["do_center_crop"] = bool(settings.get("do_center_crop"))
     if not settings["do_center_crop"]:
-        # Nothing is cropped; `crop_size` only tells a processor how large the result is.
+        # No cropping; `crop_size` only states the size of the result to a processor.
         settings["crop_size"] = settings["size"]
     return LlavaImageProcessorPil(**settings, do_pad=aspect == "pad")
 
 
 def pixel_settings(processor: Any) -> dict[str, Any]:
-    """The settings by which an image processor changes pixels, as read back from JSON."""
+    """The settings of an image processor that affect pixels, as read back from JSON."""
     settings = processor.to_dict()
     kept: dict[str, Any] = json.loads(json.dumps({key: settings.get(key) for key in _PIXEL_SETTINGS}))
     return kept

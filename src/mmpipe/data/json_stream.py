@@ -16,13 +16,13 @@ from mmpipe.errors import DataError
 
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
-# The decoder reports a text cut inside a literal or an escape up to this far before the cut.
+# For text cut inside a literal or an escape, the decoder's position is up to this far before the cut.
 _LONGEST_LEXEME = 12
 
 
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON array, or the values of a JSON-lines file, each with the line it begins on. Which of the
-    two it is shows in the first character, not in the file's name. Raises DataError, naming file, line and column, when
+    """The elements of a JSON array, or the values of a JSON-lines file, each with its first line. The
+    first character decides, not the file's name. Raises DataError, naming file, line and column, when
     the file cannot be read, is not UTF-8, is not JSON or ends too early."""
     try:
         # UTF-8 with a byte order mark occurs in files made on Windows.
@@ -87,7 +87,7 @@ class _Window:
                 raise self.fault(error.msg, error.pos) from error
             except RecursionError as error:
                 raise self.fault("nested too deeply") from error
-            # A number at the end may go on in the next chunk: of "1.5e-7" the text "1.5e-" gives 1.5 too.
+            # A number at the end may continue in the next chunk: of "1.5e-7" the text "1.5e-" gives 1.5 too.
             if isinstance(value, int | float) and end >= len(self._text) - 2 and self._read_on():
                 continue
             line = self._line
@@ -95,7 +95,7 @@ class _Window:
             return line, value
 
     def fault(self, what: str, position: int | None = None) -> DataError:
-        """An error that names the place."""
+        """An error with line and column."""
         position = self._position if position is None else min(position, len(self._text))
         line = self._line + self._text.count("\n", self._position, position)
         column = position - self._text.rfind("\n", 0, position)
@@ -111,7 +111,7 @@ class _Window:
         self._position = position
 
     def _read_on(self) -> bool:
-        """Drop what has been read and read as much again as is left, so that long values cost little."""
+        """Drop the parsed part and read as much again as is left, so that long values cost little."""
         rest = self._text[self._position :]
         more = self._file.read(max(_CHUNK, len(rest)))
         if not more:

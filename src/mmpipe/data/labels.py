@@ -1,4 +1,4 @@
-"""Text with spans to supervise -> token ids and labels.
+"""Token ids and labels from text with supervised spans.
 
 The text is tokenised once and labels come from the tokenizer's character offsets, never from counting the
 tokens of separately tokenised pieces: they hold for any tokenizer, and for answers with role markers.
@@ -47,7 +47,7 @@ class Encoded:
 
     @property
     def supervised(self) -> int:
-        """How many positions are supervised."""
+        """Number of supervised positions."""
         return len(self.labels) - self.labels.count(IGNORE)
 
 
@@ -67,8 +67,8 @@ def encode(
     """Tokenise a conversation and label the tokens that begin inside a supervised span.
 
     Every image mark becomes ``tokens_per_image`` times the id of ``image_token``, never supervised.
-    What the tokenizer adds by itself (BOS) is kept, not supervised, and not added to a text that begins with
-    BOS already: the rule of a processor's ``apply_chat_template``.
+    A token the tokenizer adds (BOS) is retained, not supervised, and not added to a text that begins with
+    BOS: the rule of a processor's ``apply_chat_template``.
 
     With ``max_length``, text is cut from the right. Raises BadRecord if that would cut an image or leave
     nothing to learn; DataError if the tokenizer cannot be used.

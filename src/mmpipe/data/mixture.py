@@ -33,7 +33,7 @@ def build_mixture(
     """Write ``records.arrow``, ``images.arrow`` and ``report.json`` into ``out`` and return the report.
 
     ``datasets`` gives the directory of each data set by name. Images are decoded by ``workers`` threads;
-    the result does not depend on their number, and memory hardly grows with that of the records. Each dropped record is
+    the result does not depend on their number, and memory use hardly depends on that of the records. Each dropped record is
     a line of ``log``. Images that annotations contain are written to ``out/images``; ``published`` is where ``out``
     will be, if not there.
 

@@ -29,7 +29,7 @@ _DIGESTS_PER_BATCH = 4096
 
 
 class ArrowWriter(AbstractContextManager["ArrowWriter"]):
-    """Writes rows of one schema as an Arrow stream; ``size`` of them are held at once."""
+    """Writes rows of one schema as an Arrow stream, in batches of ``size``."""
 
     def __init__(self, path: Path, schema: pa.Schema, size: int) -> None:
         self.schema, self.size, self.count = schema, size, 0
@@ -78,7 +78,7 @@ def _row(record: AnyRecord) -> dict[str, Any]:
 
 
 class RecordTable:
-    """The records of a file, memory mapped: quick to open, shared by all workers."""
+    """The records of a file, memory mapped: fast to open, shared by all workers."""
 
     def __init__(self, path: Path) -> None:
         import datasets

@@ -1,4 +1,4 @@
-"""The record, into which every data format is read and from which every batch is made."""
+"""The record: the common form of all data formats, from which batches are made."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal, get_args
 from mmpipe.errors import DataError
 
 IMAGE_MARK = "<image>"
-"""Stands in a turn's text where an image goes; the k-th mark of a record is its k-th image."""
+"""Position of an image in a turn's text; the k-th mark of a record is its k-th image."""
 
 WORDS_PER_IMAGE = 128
-"""What an image counts for in the length of a record, in words (LLaVA's length grouping)."""
+"""Length of an image in words, for the length of a record (LLaVA's length grouping)."""
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -79,7 +79,7 @@ AnyRecord = Record | PreferenceRecord
 
 
 class BadRecord(DataError):
-    """A record that cannot be trained on. ``reason`` is the kind of fault, by which faults are counted."""
+    """A record that cannot be trained on. Faults are counted by their kind, ``reason``."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")

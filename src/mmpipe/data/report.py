@@ -1,4 +1,4 @@
-"""Counting records by what happened to them, with a few examples of each."""
+"""Counts of records by outcome, with a few examples each."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mmpipe.errors import DataError
 
 Log = Callable[[str], None]
 EXAMPLES = 10
-"""So many records are named for each reason; all of them are in the log."""
+"""Number of examples per reason; the log names all records."""
 
 
 @dataclass
 class ReasonCounts:
-    """How often each reason occurred, with the first examples."""
+    """The count of each reason, with the first examples."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class ReasonCounts:
             examples.append(example)
 
     def update(self, later: ReasonCounts) -> None:
-        """Add what was counted after this."""
+        """Add later counts."""
         self.counts += later.counts
         for what, examples in later.examples.items():
             own = self.examples.setdefault(what, [])
@@ -57,7 +57,7 @@ class ReasonCounts:
 
 
 class Throughput:
-    """Records per second of processor time, for logs: of this process and of those that it waited for."""
+    """Records per second of processor time, for logs: of this process and its finished children."""
 
     def __init__(self) -> None:
         self._start = sum(os.times()[:4])

@@ -1,4 +1,4 @@
-"""Which records make up which batch: a pure function of seed, epoch and step; resuming restores nothing.
+"""Batch composition: a pure function of seed, epoch and step, so resuming restores no state.
 
 The grouping is that of LLaVA's trainer (``group_by_length``, ``group_by_modality_length``): records are shuffled, cut
 into global batches, sorted by length inside each and dealt out so that all micro batches are about equally long.
@@ -25,7 +25,7 @@ class BatchPlan:
 
     The set of records in each global batch depends on ``seed``, ``grouping`` and the global batch size alone,
     not on how that is divided into ranks and accumulation steps. Every epoch is a new permutation; its last
-    global batch is filled up with records from the beginning of the same epoch, so that each record is seen
+    global batch is filled up with records from the beginning of the same epoch, so that each record is used
     and every step has the same size.
     """
 
@@ -60,7 +60,7 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in which every record is seen."""
+        """Optimiser steps per epoch."""
         return -(-len(self.lengths) // self.global_batch)
 
     def step(self, step: int, rank: int) -> list[list[int]]:

@@ -47,7 +47,7 @@ class MixtureSourceSpec(Settings):
     images: InnerPaths = (".",)
     """The folder or folders that image names are relative to; the first that holds an image gives it."""
     format: str = "llava"
-    """How the annotations are written: a module of ``mmpipe.data.formats``."""
+    """The format of the annotations: a module of ``mmpipe.data.formats``."""
     take: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, le=1)] | None = None
     """A number of records, or a share of them, chosen at random; None takes all."""
     with_images: bool | None = None
@@ -58,13 +58,13 @@ class MixtureSourceSpec(Settings):
     without: Patterns = ()
     """Leaves out records with an image whose name matches one of these."""
     prefix: str = ""
-    """Put before the text of every question, behind the images at its head."""
+    """Put before the text of every question, after its leading images."""
     suffix: str = ""
     """Appended to every question, e.g. the instruction to answer with a single word."""
     expected: Annotated[int, Field(gt=0)] | None = None
-    """How many records the publishers or a paper name; the report sets it beside what was found."""
+    """Number of records according to publishers or a paper; the report compares it with the number found."""
     known: str = ""
-    """Why records are known to be dropped, with the source; shown beside the drops in report and failure."""
+    """Known reason of dropped records, with its source; shown beside the drops in report and failure."""
     image_position: Literal["keep", "first"] = "keep"
     """``first`` moves the images of a question to its head, as LLaVA does; ``keep`` leaves them."""
 
@@ -73,10 +73,10 @@ class MixtureSpec(Settings):
     """A training set. The order of training is the sampler's, not that of the parts."""
 
     VERSION: ClassVar[int] = 1
-    """Raised when a change of code changes which records are kept or what is written about them."""
+    """Raised when a change of code changes the selected records or their content."""
 
     description: str = ""
-    """What it is, in one line."""
+    """Description in one line."""
     parts: Annotated[tuple[MixtureSourceSpec, ...], Field(min_length=1)]
     """The sources, each a part of a data set."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Conversation templates: turns -> one text with the spans to supervise.
+"""Conversation templates: from turns to one text with supervised spans.
 
 One description gives three things: ``render`` the training text, ``prompt`` the text to
 generate from, and ``jinja`` the chat template stored with a checkpoint, which renders the same characters anywhere.
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Template(ABC):
-    """A way to write a conversation as text."""
+    """A text format of conversations."""
 
     name: str
     """Its name in recipes."""
     stop: str
     """The text that ends an answer: generation stops here."""
     captions: bool = False
-    """Whether nothing but images precedes an answer."""
+    """Whether only images precede an answer."""
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """The text of a whole conversation. Raises BadRecord for turns in an odd order or without text."""
@@ -61,7 +61,7 @@ class TextTemplate(Template):
     name: str
     stop: str
     stop_is_token: bool = True
-    """``stop`` must be one token, or the model would learn to spell it."""
+    """``stop`` must be one token; otherwise the model would learn to spell it."""
     default_system: str = ""
     """The system message of a conversation without one; empty: no system message."""
     system_before: str = ""
@@ -131,7 +131,7 @@ class TextTemplate(Template):
 
 
 class TokenizerTemplate(Template):
-    """The chat template that a tokenizer brings. Spans are what it encloses in ``{% generation %}``. Raises DataError
+    """The chat template of a tokenizer. Its ``{% generation %}`` blocks are the supervised spans. Raises DataError
     when it has none, when they leave out the end of the answer, or when its generation prompt is not how its training
     text begins."""
 
@@ -182,7 +182,7 @@ class TokenizerTemplate(Template):
 
 
 def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
-    """The template called ``name``; ``tokenizer`` stands for the one that the given tokenizer brings. Raises
+    """The template called ``name``; ``tokenizer`` is the given tokenizer's own chat template. Raises
     ConfigError for an unknown name."""
     if name == TokenizerTemplate.name:
         if tokenizer is None:
@@ -232,7 +232,7 @@ def _flattening(*, captions: bool) -> str:
 _JINJA_STRINGS: tuple[str, ...] = ("system_before", "system_after", "default_system", "first_user_before")
 _JINJA_STRINGS += ("user_before", "user_after", "answer_before", "answer_lead", "answer_end", "answer_after")
 
-# `set` inside a loop is seen outside of it only through a namespace.
+# `set` inside a loop affects the outside only through a namespace.
 _FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -365,7 +365,7 @@ _TEMPLATES = {
         # LibMoE, after the model cards of Phi-3 and Phi-3.5.
         _PHI,
         replace(_PHI, name="phi35", default_system="You are a helpful assistant."),
-        # The chat template of Qwen2 and Qwen2.5, whose own file does not mark what to supervise.
+        # The chat template of Qwen2 and Qwen2.5, whose own file lacks generation marks.
         _chatml("chatml", "You are a helpful assistant.", separator="\n"),
     )
 }

@@ -1,4 +1,4 @@
-"""A mixture in tokens: every record encoded once, in shards that training reads memory mapped.
+"""Tokenised mixtures: every record encoded once, in shards that training memory-maps.
 
 On disk an image is one token, however many positions it takes in the model, and labels are the ranges that are
 supervised: a record costs a few bytes a word. Images stay files, by reference. Equal records and settings give equal
@@ -35,7 +35,7 @@ SHARDS = "shards"
 REPORT = "report.json"
 ROWS_PER_SHARD = 65_536
 _ROWS_PER_BATCH = 256
-"""Rows that are held as Python lists before they are written: one of 500 tokens takes 20 KB so."""
+"""Rows held as Python lists before a write: one of 500 tokens takes 20 KB."""
 
 _INTEGERS = pa.list_(pa.int32())
 _CONVERSATIONS = pa.list_(pa.struct({"ids": _INTEGERS, "supervised": _INTEGERS}))
@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """How text becomes tokens and labels."""
+    """The tokenisation of text, with labels."""
 
     template: Template
     tokenizer: PreTrainedTokenizerBase
@@ -79,14 +79,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 class Packed(NamedTuple):
-    """A conversation on disk: one token an image, and ``[start, end)`` pairs of what is supervised, flat."""
+    """A conversation on disk: one token per image, and the supervised ``[start, end)`` ranges, flat."""
 
     ids: list[int]
     supervised: list[int]
 
 
 def pack(encoded: Encoded, image_id: int, image_tokens: int) -> Packed:
-    """Leave one token of every image, and the ranges of the labels.
+    """Reduce every image to one token, and the labels to ranges.
 
     >>> pack(Encoded([9, 9, 9, 5, 6], [-100, -100, -100, -100, 6]), image_id=9, image_tokens=3)
     Packed(ids=[9, 5, 6], supervised=[2, 3])
@@ -107,7 +107,7 @@ def pack(encoded: Encoded, image_id: int, image_tokens: int) -> Packed:
 
 
 def unpack(packed: Packed, image_id: int, image_tokens: int) -> Encoded:
-    """What :func:`pack` was given."""
+    """The inverse of :func:`pack`."""
     input_ids: list[int] = []
     labels: list[int] = []
     ranges = iter(packed.supervised)
@@ -209,7 +209,7 @@ def _encoded(jobs: Sequence[_Job], workers: int) -> Iterator[_Counts]:
 
 
 def _shard(job: _Job) -> _Counts:
-    """Encode the records of some places into one file."""
+    """Encode the records of some indices into one file."""
     records, encoder, places, file = job
     table, counts = RecordTable(records), _Counts()
     with ArrowWriter(file, SCHEMA, _ROWS_PER_BATCH) as writer:
@@ -253,7 +253,7 @@ def _row(place: int, record: AnyRecord, encoder: TextEncoder, counts: _Counts) -
 
 
 def _check(records: Path, encoder: TextEncoder, counts: _Counts, max_bad: float) -> None:
-    """Raise DataError when too much was dropped, or when the template does not fit what was found."""
+    """Raise DataError when too many records were dropped, or when the template does not fit."""
     dropped = counts.dropped.total()
     if not counts.of["kept"] or dropped > max_bad * counts.of["records"]:
         lines = [f"  {line}" for line in counts.dropped.lines()]
@@ -271,7 +271,7 @@ def _check(records: Path, encoder: TextEncoder, counts: _Counts, max_bad: float)
 
 
 class TokenRow(NamedTuple):
-    """One record in tokens."""
+    """One tokenised record."""
 
     place: int
     """In the mixture."""
@@ -282,7 +282,7 @@ class TokenRow(NamedTuple):
 
 
 class TokenTable:
-    """The records of a mixture in tokens, memory mapped: quick to open, shared by all workers."""
+    """The tokenised records of a mixture, memory mapped: fast to open, shared by all workers."""
 
     def __init__(self, directory: Path) -> None:
         import datasets
@@ -301,7 +301,7 @@ class TokenTable:
             )
 
     def with_images(self) -> TokenTable:
-        """The records with images alone. Raises DataError when there is none."""
+        """Only the records with images. Raises DataError when there is none."""
         chosen = [row for row, has_image in enumerate(self.has_image) if has_image]
         if not chosen:
             raise DataError(

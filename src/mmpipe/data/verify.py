@@ -1,4 +1,4 @@
-"""One source of a mixture: its records read, chosen, verified, and counted."""
+"""Reading, selecting, verifying and counting the records of one source of a mixture."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from mmpipe.data.spec import MixtureSourceSpec
 from mmpipe.errors import ConfigError, DataError, did_you_mean
 
 _BLOCK = 1024
-"""Records that are held at once while their images are decoded."""
+"""Records held in memory while their images are decoded."""
 _SIDES = (64, 128, 224, 336, 448, 672, 1024, 2048, 4096)
 """Upper bounds of the longer side in the histogram of image sizes."""
 _FOLDERS = 1000
-"""So many folders of images are counted apart."""
+"""Number of image folders that are counted separately."""
 _FOLDERS_SHOWN = 20
 _OFTEN = 8
-"""An id that comes back more often has its last number remembered: counting up from 2 each time would take for ever."""
+"""Repetitions of an id above which its last number is stored: counting up from 2 each time would be quadratic."""
 _HEAD = re.compile(rf"(?:{re.escape(IMAGE_MARK)}\s*)*")
 _BUCKET_BITS = 17
 _REST = 6
-"""Bytes of a hash that are stored: the last ones, which with the bucket's number are all of it."""
+"""Stored bytes of a hash: the last ones; the bucket's number has the rest."""
 EQUAL_IMAGE = "image equal to one of another name"
 
 
@@ -104,7 +104,7 @@ class Deduplicator:
         return "record of another data set, kept again" if anywhere else None
 
     def image(self, image: ImageInfo) -> str | None:
-        """Write the digest of an image of a new name; a note if an image of another name has the same content."""
+        """Write the digest of an image with a new name; a note if an image of another name has the same content."""
         if not self._hashes.add("image", image.name):
             return None
         self._digests.add({"name": image.name, "digest": image.inspection.digest})
@@ -262,7 +262,7 @@ class MixtureSource:
             self.notes.add(oddity, image.name)
 
     def reasons(self) -> Iterator[str]:
-        """Reasons of dropped records, their folders, and what is known about them, a line each."""
+        """Reasons of dropped records, their folders, and known explanations, a line each."""
         yield from self.dropped.lines()
         for folder, facts in self._lacking_folders().items():
             yield f"in {folder}: {facts['dropped']} of {facts['records']} records lack an image"
@@ -305,7 +305,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _first_folder(name: str) -> str:
-    """What stands before the first slash: the data set an image is from, where a mixture joins several."""
+    """The part before the first slash: an image's data set, where a mixture joins several."""
     parts = PurePosixPath(name.lstrip("\x00")).parts
     return parts[0] if len(parts) > 1 else "."
 
@@ -318,7 +318,7 @@ def _format(name: str) -> FormatReader:
 
 
 def _files(directory: Path, name: str) -> list[Path]:
-    """The annotation files that ``name`` stands for: one, or all that match it if it is a pattern."""
+    """The annotation files of ``name``: one, or all matches if it is a pattern."""
     if not any(sign in name for sign in "*?["):
         return [directory / name]
     found = sorted(directory.glob(name))

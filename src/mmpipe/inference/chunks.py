@@ -1,7 +1,7 @@
-"""Answering in chunks that can be interrupted: split, append, resume, publish, gather.
+"""Answering in resumable chunks: split, append, resume, publish, gather.
 
 A chunk's progress is ``answers.partial.jsonl`` in its state directory, one line an answer, appended as answers come.
-After an interruption the answered questions are not asked again; a last line that was cut off is dropped.
+After an interruption answered questions are skipped; a truncated last line is dropped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def answer_chunk(
 ) -> dict[str, int]:
     """Answer ``questions`` by ``ask``, which yields one record each in any order, and publish them as ``out``.
 
-    Records that ``state`` holds already are kept, those alone that ``keep`` chooses if given. The caller makes sure
+    Records in ``state`` are reused, only those that ``keep`` accepts if given. The caller makes sure
     that ``state`` belongs to the same model and settings. Returns how many were resumed and asked. Raises ArtifactError
     when ``ask`` leaves a question unanswered.
     """
@@ -101,7 +101,7 @@ def _answer_key(answer: Answer) -> Key:
 
 
 def _recover(partial: Path) -> Iterator[Answer]:
-    """The whole records of a partial file; what follows the last of them is cut off."""
+    """The complete records of a partial file, which is truncated after them."""
     for number, line in enumerate(recover_lines(partial, _is_record), start=1):
         if not _is_record(line):
             raise ArtifactError(f"{partial}, line {number}: not an answer; remove the file to start this chunk afresh")

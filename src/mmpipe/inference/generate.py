@@ -1,9 +1,9 @@
-"""Greedy answers to questions: batched, sorted by length, the image's part of the cache shared.
+"""Greedy answers to questions: batched, sorted by length, with a shared prefix cache per image.
 
-Questions about one image begin alike: the template's first words, the image, often some text. That common prefix is run
-through the model once; its keys and values are then repeated for each question (all questions of an image stand in one
-batch, images of similar length side by side). Every row has its own positions and mask, so an answer does not depend on
-its neighbours.
+Questions about one image have a common prefix: the template's first words, the image, often some text. It is run
+through the model once; its keys and values are then repeated for each question (all questions of an image are in one
+batch, with images of similar length). Every row has its own positions and mask, so an answer does not depend on
+the other rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class EncodedQuestion:
-    """A question ready for the model."""
+    """A tokenised question."""
 
     question: Question
     ids: tuple[int, ...]
@@ -52,7 +52,7 @@ class PrefixGroup:
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """Generated tokens without the end, and whether an end was reached within the limit."""
+    """Generated tokens without the end token, and whether it was reached within the limit."""
 
     ids: list[int]
     ended: bool
@@ -62,7 +62,7 @@ class Answerer:
     """Answers questions with a checkpoint.
 
     ``model`` and ``processor`` behave like ``LlavaForConditionalGeneration`` and ``LlavaProcessor``;
-    ``template`` writes the prompt and says where an answer stops. ``model_id`` is recorded with every answer.
+    ``template`` defines the prompt and the stop text. ``model_id`` is recorded with every answer.
     """
 
     def __init__(self, model: Any, processor: Any, template: Template, *, model_id: str = "") -> None:
@@ -114,7 +114,7 @@ class Answerer:
     def likelihood(
         self, pairs: Sequence[tuple[Question, str]], *, batch_size: int = 16
     ) -> Iterator[tuple[float, bool]]:
-        """Of each continuation after its question's prompt: the sum of its tokens' log-probabilities, and whether
+        """For each continuation after its question's prompt: the sum of its tokens' log-probabilities, and whether
         greedy decoding would give it (0 and True for an empty one).
 
         Prompt and continuation are tokenised together; the tokens that differ from the prompt alone are the
@@ -312,7 +312,7 @@ class Answerer:
 
 
 def _batches(groups: Sequence[PrefixGroup], batch_size: int) -> Iterator[list[PrefixGroup]]:
-    """Families by length, so many together that they have at most ``batch_size`` rows; a larger one is alone."""
+    """Batches of prefix groups, by length, of at most ``batch_size`` rows; a larger group is alone."""
     batch: list[PrefixGroup] = []
     for group in sorted(groups, key=lambda group: (max(len(row.ids) for row in group.rows), group.shared)):
         if batch and sum(len(member.rows) for member in batch) + len(group.rows) > batch_size:
@@ -324,18 +324,18 @@ def _batches(groups: Sequence[PrefixGroup], batch_size: int) -> Iterator[list[Pr
 
 
 def _common(rows: Sequence[EncodedQuestion]) -> int:
-    """Length of the rows' common beginning; each keeps at least one token of its own."""
+    """Length of the rows' common prefix, shorter than every row."""
     shortest = min(len(row.ids) for row in rows) - 1
     return min(shortest, *(_agreeing(rows[0].ids, row.ids) for row in rows))
 
 
 def _agreeing(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning of two sequences."""
+    """Length of the common prefix of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Positions (B, L) that count real tokens only; padding has position 0, which no real token looks at."""
+    """Positions (B, L) that count real tokens only; padding has position 0 and is masked."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
@@ -346,7 +346,7 @@ def _open(image: bytes | Path) -> Image.Image:
 
 
 def _answer_id(model_id: str, question: Question) -> str:
-    """The same whenever the same model is asked the same."""
+    """An answer id, a pure function of its arguments."""
     text = f"{model_id}\x00{question.id}\x00{question.recorded_prompt}"
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:22]
 

@@ -1,4 +1,4 @@
-"""The questions a model is asked, and the interface of a log of its experts."""
+"""Questions for a model, and the interface of a log of its experts."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Key = tuple[str, str]
-"""Id and prompt of a question: some benchmarks ask two things under one id."""
+"""Id and prompt of a question: some benchmarks have two prompts under one id."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question as the model is asked it."""
+    """One question."""
 
     id: int | str
     text: str
-    """The user's turn without chat template. Where ``<image>`` does not stand in it, the images come first."""
+    """The user's turn without chat template. Without ``<image>`` marks, the images come first."""
     images: tuple[bytes | Path, ...] = ()
     """Encoded image files, or paths of them."""
     prompt: str | None = None
-    """What the answer record stores as ``prompt`` where that is not ``text``."""
+    """``prompt`` of the answer record, where that is not ``text``."""
     group: str = ""
-    """Questions that belong together (the rotations of one circular question); empty: it stands alone."""
+    """Key of questions that belong together (the rotations of a circular question); empty: none."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The benchmark's own fields of the answer record."""
 
     @property
     def recorded_prompt(self) -> str:
-        """What the answer record stores as ``prompt``."""
+        """``prompt`` of the answer record."""
         return self.text if self.prompt is None else self.prompt
 
     @property
     def key(self) -> Key:
-        """Identifies the question among all of its benchmark."""
+        """Identifies the question within its benchmark."""
         return str(self.id), self.recorded_prompt
 
 
 Owner = tuple[Question, int]
-"""What a row of a batch is computed for: a question, and how many questions share it."""
+"""Sharing of a batch row: a question, and how many questions share the row."""
 
 
 class ChoiceLog(Protocol):
-    """Notes which experts a model chooses while it answers (see :class:`mmpipe.analysis.expert_log.ExpertLog`)."""
+    """Records the experts chosen during generation (see :class:`mmpipe.analysis.expert_log.ExpertLog`)."""
 
     def prompts(self, owners: Sequence[Owner], ids: Tensor, real: Tensor, positions: Tensor) -> None:
-        """Note the forward pass just made of prompts ``ids`` ``[B, L]``."""
+        """Record the last forward pass, over prompts ``ids`` ``[B, L]``."""
 
     def generated(self, owners: Sequence[Owner], alive: Sequence[bool], positions: Tensor) -> None:
-        """Note the forward pass just made of one generated token a row."""
+        """Record the last forward pass, over one generated token per row."""
 
     def generate(self, owners: Sequence[Owner], ids: Tensor, mask: Tensor, lengths: Sequence[int]) -> None:
-        """Note all forward passes of a call of the model's own ``generate``."""
+        """Record all forward passes of a call of the model's own ``generate``."""
 
     def write(self, questions: Iterable[Question]) -> None:
-        """Store what was noted of these questions."""
+        """Store the records of these questions."""

@@ -39,7 +39,7 @@ def select_rows(
     """The positions to distil, as indices into the batch flattened to B*L.
 
     ``response``: those that predict a supervised token. ``all``: those of real tokens that predict a real token. LLaVA-MoD
-    (``reference``) reads the position *at* a supervised token instead, and for ``all`` every position, padding included.
+    (``reference``) takes the position *at* a supervised token instead, and for ``all`` every position, padding included.
     """
     if tokens == "response":
         return positions.response(labels_BL)[0] if compat == "fixed" else positions.unshifted(labels_BL)
@@ -70,7 +70,7 @@ def distillation_loss(
 ) -> Losses:
     """Divergence of the student from a teacher that ran on the same text.
 
-    A teacher with another number of tokens an image has labels and a mask of its own. Both heads are applied to the chosen
+    A teacher with another number of tokens per image has its own labels and mask. Both heads are applied to the chosen
     positions only, in chunks. ``vocabulary`` is the number of leading rows the heads share (:mod:`mmpipe.losses.vocabulary`),
     by default all. ``denominator`` defaults to the number of distilled positions; without any, loss and gradients are zero.
     A token with a student logit of -inf adds only its part of H(p).
@@ -98,7 +98,7 @@ def distillation_loss(
     values = _divergence_values(teacher_RE, teacher_SE, *settings)
     total, measured = sum_over_rows(student_RD, student_SD, values, chunk_bytes=chunk_bytes)
     if not torch.isfinite(total):
-        # rare: find out whose logits are infinite, and leave the student's out
+        # rare: tell the teacher's infinite logits, an error, from the student's, which are left out
         if not torch.isfinite(measured["teacher_entropy"]):
             raise ArtifactError(
                 "the teacher's logits are not finite: its weights are damaged, or too large for their "
@@ -154,12 +154,12 @@ def cached_distillation_loss(
     Rows are the positions that predict a supervised token, in order over the batch. The probabilities are those of the
     teacher's full softmax over the student's vocabulary; r is the residual mass that the K tokens do not cover:
 
-    * ``bucket``       all other tokens are one: sum_k p_k (log p_k - log q_k) + r (log r - log(1 - sum_k q_k)). The KL of two
+    * ``bucket``       all other tokens form one: sum_k p_k (log p_k - log q_k) + r (log r - log(1 - sum_k q_k)). The KL of two
       coarsened distributions: at most the true KL, zero when it is, without a gradient on single tail tokens;
     * ``renormalise``  p_k / (1 - r) in place of p_k: biased towards a student without a tail;
     * ``drop``         the tail is left out of the sum: a pseudo-divergence that may be negative.
 
-    Metrics: ``kl`` (the value) and ``teacher_residual``, the mean of r.
+    Metrics: ``kl`` (the value) and ``teacher_residual``, the mean r.
     """
     rows_R, log_p_RK = _cached_rows(labels_BL, teacher_ids_RK, teacher_log_probabilities_RK)
     if not torch.isfinite(log_p_RK).all():
@@ -266,7 +266,7 @@ def apply_temperature(logits_CV: Tensor, temperature: float) -> Tensor:
 
 
 def _leading(head_VD: Tensor, rows: int) -> Tensor:
-    """The first rows; the head itself when that is all of them: the gradient of a slice is a second full tensor."""
+    """The first rows; the head itself when these are all: the gradient of a slice is a second full tensor."""
     return head_VD if len(head_VD) == rows else head_VD[:rows]
 
 

@@ -1,4 +1,4 @@
-"""Losses on the output head without all its logits in memory.
+"""Losses on the output head without materialising all logits.
 
 For a vocabulary of 150,000 the logits of 2,000 positions are 1.2 GB in float32, and a plain loss holds several such
 tensors. Here the head is applied to a few rows at a time: loss and gradients of those rows are computed, then their logits

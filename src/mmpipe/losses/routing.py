@@ -1,4 +1,4 @@
-"""Losses and statistics of routers: how evenly experts are used, and how certain the choices are.
+"""Losses and statistics of routers: balance of the experts and certainty of the choices.
 
 ``p_TN`` are probabilities over N experts for each of T tokens, ``first_T`` is each token's first choice, both without
 padding.
@@ -66,7 +66,7 @@ def mean_over_tokens(values_T: Tensor) -> Tensor:
 
 
 def most_common_set_share(indices_TK: Tensor, experts: int) -> Tensor:
-    """Share of the tokens that make the most common ordered choice of k of ``experts``; a scalar, zero without tokens."""
+    """Share of the tokens with the most common ordered choice of k of ``experts``; a scalar, zero without tokens."""
     code_T = indices_TK[:, 0]
     for choice in range(1, indices_TK.shape[1]):
         code_T = code_T * experts + indices_TK[:, choice]

@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def image_loss(keep_PN: Tensor, rate: float, denominator: Tensor) -> Tensor:
-    """``sum over images of (rate - share kept)^2 / denominator``; keep is 0 or 1 for each of N tokens."""
+    """``sum over images of (rate - share retained)^2 / denominator``; keep is 0 or 1 for each of N tokens."""
     return ((rate - keep_PN.mean(1)) ** 2).sum() / denominator
 
 
 def text_loss(keep_T: Tensor, row_T: Tensor, rate: float, minimum: int, denominator: Tensor) -> Tensor:
-    """The same over the rows with at least ``minimum`` tokens; shorter ones are kept whole and add zero, but count.
+    """The same over the rows with at least ``minimum`` tokens; shorter ones are retained whole: zero, but counted.
 
     ``row_T`` is the row of each token. As published: a batch of short answers weighs less than one of long ones.
     """

@@ -1,4 +1,4 @@
-"""What a student takes from a teacher: the rows of the output head they share, and cached distributions.
+"""Shared vocabularies of student and teacher, and cached teacher distributions.
 
 Heads are padded to round sizes (Qwen2-7B has 152064 rows, Qwen2-0.5B 151936, with the same tokenizer), so distributions are
 compared over the leading rows that both have. That requires equal tokens under equal ids.
@@ -22,7 +22,7 @@ from mmpipe.losses.head import chunks
 
 
 class HasVocabulary(Protocol):
-    """A tokenizer, as far as it is used here."""
+    """The part of a tokenizer's interface used here."""
 
     def get_vocab(self) -> dict[str, int]: ...
 

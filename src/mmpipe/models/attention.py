@@ -1,4 +1,4 @@
-"""Choosing the attention implementation: flash attention where it runs, PyTorch's own otherwise."""
+"""Selection of the attention implementation: flash attention where available, PyTorch's own otherwise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLASH = "flash_attention_2"
 
 
 def choose(wanted: str, device: str, dtype: torch.dtype) -> str:
-    """The implementation to use; ``auto`` takes flash attention when it is installed and knows device and dtype.
+    """The implementation to use; ``auto`` takes flash attention when it is installed and supports device and dtype.
 
     Raises ConfigError when flash attention is asked for by name and cannot be used.
     """
@@ -45,7 +45,7 @@ def why_not_flash(device: str, dtype: torch.dtype) -> str | None:
 
 
 def use(model: Any, implementation: str) -> None:
-    """Set the attention of the language model and, where possible, the tower; custom attention stays."""
+    """Set the attention of the language model and, where possible, the tower; custom attention is left as it is."""
     for part in (model.model.language_model, model.model.vision_tower):
         if part.config._attn_implementation not in (FLASH, "sdpa", "eager"):
             continue

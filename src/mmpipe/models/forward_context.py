@@ -1,6 +1,6 @@
-"""Handing an object to the decoder layers for one forward pass of a text model.
+"""A context object passed to the decoder layers for one forward pass of a text model.
 
-The object travels as a keyword argument of every decoder layer, and into its attention, so nothing stays in the model
+The object is a keyword argument of every decoder layer and its attention, so no state remains in the model
 between two calls. Gradient checkpointing wraps a layer's ``forward``: hooks of the layer itself run once, those of its
 attention again when the layer is computed again during the backward pass, with the same object, even if other forward
 passes came in between.
@@ -18,7 +18,7 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 HookResult = tuple[Args, Kwargs]
 Receiver = Callable[[Any, Any, Args, Kwargs], HookResult]
-"""A module's use of its context (None: the pass has none): ``(module, context, args, kwargs) -> (args, kwargs)``."""
+"""A module's pre-hook with its context (None: no context): ``(module, context, args, kwargs) -> (args, kwargs)``."""
 
 
 def hand_over(
@@ -27,10 +27,9 @@ def hand_over(
     begin: Callable[[Any, Args, Kwargs], HookResult],
     receivers: Iterable[tuple[nn.Module, Receiver | None]],
 ) -> None:
-    """Connect a text model with the modules that take the context which ``begin``, its pre-hook, puts under
-    ``keyword``.
+    """Connect a text model with the modules that receive the context of ``begin``, its pre-hook, as ``keyword``.
 
-    ``receivers`` names a module of every decoder layer; it never sees the keyword itself. None ignores the context.
+    ``receivers`` lists a module of every decoder layer and its receiver; with None the module ignores the context.
     """
     text.register_forward_pre_hook(begin, with_kwargs=True)
     for module, receiver in receivers:
@@ -43,6 +42,6 @@ def _receive(keyword: str, receiver: Receiver | None, module: nn.Module, args: A
 
 
 def input_of(args: Args, kwargs: Kwargs) -> Tensor:
-    """What a text model was called with: embeddings ``[B, L, D]`` or token ids ``[B, L]``."""
+    """The input of a text model: embeddings ``[B, L, D]`` or token ids ``[B, L]``."""
     given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
     return next(value for value in given if isinstance(value, Tensor))

@@ -59,22 +59,22 @@ def joined_config(
 
 
 def resize_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-    """Give the embeddings a row for every token of ``tokenizer``; new rows are drawn from ``seed``."""
+    """Resize the embeddings to a row for every token of ``tokenizer``; new rows are drawn from ``seed``."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= rows:
         return
-    # for readers without our tokens: the number of rows the model came with
+    # for readers without our tokens: the model's original number of rows
     model.config.get_text_config().original_vocab_size = rows
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # whole multiples of 64 suit GPUs; a row more than the tokens need costs nothing
+        # multiples of 64 suit GPUs; surplus rows cost nothing
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
 
 
 def assemble(
     config: LlavaConfig, vision: nn.Module, language: nn.Module, seed: int, scales: tuple[int, ...]
 ) -> LlavaForConditionalGeneration:
-    """Put loaded parts into an empty shell, so that nothing large is initialised in vain."""
+    """Join loaded parts in an empty model, without initialising weights that are replaced anyway."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = vision
@@ -101,7 +101,7 @@ def vision_tower(path: Path, dtype: torch.dtype | Literal["auto"] = torch.float3
 
 
 def image_tokens(config: Any, select: str) -> int:
-    """Tokens an image has in a tower. ConfigError where dropping the class token would drop a patch of the image."""
+    """Tokens per image of a tower. ConfigError where dropping the class token would drop a patch of the image."""
     patches = (config.image_size // config.patch_size) ** 2
     has_class_token = config.model_type == "clip_vision_model"
     if select == "patch" and not has_class_token:
@@ -143,7 +143,7 @@ def make_processor(
 
 
 def greedy_generation(base: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Greedy decoding by default; sampling settings of the backbone would contradict it and stop the saving."""
+    """Greedy decoding by default; sampling settings of the backbone would contradict it and make saving fail."""
     eos = base.eos_token_id if base is not None and base.eos_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id

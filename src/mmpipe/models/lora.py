@@ -15,14 +15,14 @@ from mmpipe.errors import ArtifactError, first_of
 from mmpipe.models.settings import LoraSettings
 from mmpipe.models.trainable import matching
 
-_CONFIGS = "peft_config"  # the attribute with peft's settings of a model
+_CONFIGS = "peft_config"  # the attribute that holds peft's settings of a model
 
 FOLDER = "adapter"
-"""The folder of a published checkpoint for the adapter that is merged into it."""
+"""Subfolder of a published checkpoint with the adapter that is merged into it."""
 
 
 def add_adapters(model: nn.Module, settings: LoraSettings, seed: int) -> None:
-    """Add fresh adapters to the chosen linear layers of ``model``, in place; until they train, they change nothing.
+    """Add fresh adapters to the chosen linear layers of ``model``, in place; before training, outputs are unchanged.
 
     Raises ConfigError for a pattern that names no linear layer.
     """
@@ -44,7 +44,7 @@ def add_adapters(model: nn.Module, settings: LoraSettings, seed: int) -> None:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether there are adapters on ``model``."""
+    """Whether ``model`` has adapters."""
     return hasattr(model, _CONFIGS)
 
 
@@ -66,7 +66,7 @@ def save(model: nn.Module, out: Path, *, base: str) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Add the adapters on ``model`` to its weights and remove them."""
+    """Merge the adapters of ``model`` into its weights."""
     from peft.tuners.lora import LoraLayer
 
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]

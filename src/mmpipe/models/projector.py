@@ -1,4 +1,4 @@
-"""The projector (adaptor) on its own, under our names and under LLaVA's."""
+"""Projector (adaptor) files, with our tensor names and with LLaVA's."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         if not separator:
             continue
         number, _, rest = tail.partition(".")
-        # MoE-LLaVA's lineage keeps the projector one level deeper, beside a video projector
+        # MoE-LLaVA and its derivatives nest the projector one level deeper, beside a video projector
         if number == "image_spatial_proj":
             number, _, rest = rest.partition(".")
         tensors[f"{back.get(number, number)}.{rest}"] = tensor

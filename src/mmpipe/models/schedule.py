@@ -1,4 +1,4 @@
-"""Modules that change with the progress of training: routing schedules, temperatures."""
+"""Modules with a schedule over the training: routing, temperatures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FollowsTraining(nn.Module):
 
 
 def set_progress(model: nn.Module, progress: float) -> None:
-    """Set the progress of all modules of ``model`` that follow training."""
+    """Set the training progress of all scheduled modules of ``model``."""
     for module in model.modules():
         if isinstance(module, FollowsTraining):
             module.step(progress)

@@ -1,4 +1,4 @@
-"""Settings of a model in a recipe: its parts, and the adapters that train in place of its weights."""
+"""Model settings of a recipe: parts, and adapters that train in place of the weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from mmpipe.settings import Settings
 
 
 class VisionLanguage(Settings):
-    """The start of a recipe: parts and how they are joined, or a whole model."""
+    """The starting model of a recipe: parts and how they are joined, or a whole model."""
 
     vision: str | None = None
     """A vision backbone of ``backbones.yaml``."""
     language: str | None = None
     """A language backbone of ``backbones.yaml``."""
     checkpoint: str | None = None
-    """A whole vision-language model of ``backbones.yaml``. ``vision`` and ``language`` then name what it leaves out:
+    """A whole vision-language model of ``backbones.yaml``. ``vision`` and ``language`` then name the parts it lacks:
     the tower that original LLaVA checkpoints refer to, the base of an adapter or of a lone projector."""
     feature_layer: int = -2
     """Hidden state of the vision tower that is projected; -2 is the output of the block before the last."""
@@ -26,8 +26,8 @@ class VisionLanguage(Settings):
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     """Two linear layers with a GELU between, as in LLaVA-1.5."""
     scales: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1)
-    """Scales at which images are seen, ``[1, 3]`` for LibMoE's S2: at scale 3, nine tiles of an image of three times
-    the size; their features stand beside those of scale 1, the number of image tokens stays."""
+    """Scales at which images are encoded, ``[1, 3]`` for LibMoE's S2: at scale 3, nine tiles of an image of three times
+    the size; features are concatenated with those of scale 1, the number of image tokens is unchanged."""
 
     @model_validator(mode="after")
     def _parts_or_whole(self) -> VisionLanguage:

@@ -1,8 +1,8 @@
-"""Which parameters train, and how fast: chosen by glob patterns of their names.
+"""Trainable parameters and their learning rates, by glob patterns of their names.
 
 Names are those of the model without the leading ``model.``: ``language_model.layers.0.mlp.up_proj.weight``,
 ``multi_modal_projector.linear_1.bias``, ``lm_head.weight``. ``*`` also matches dots. A tensor with several
-names (tied embeddings) is meant by each of them.
+names (tied embeddings) matches by each of them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mmpipe.errors import ConfigError
 
 
 def select(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Let the parameters that match a pattern train and freeze all others; returns the names of what trains.
+    """Make the parameters that match a pattern trainable and freeze all others; returns the trainable names.
 
-    Raises ConfigError for a pattern that matches nothing: a misspelt name would silently freeze what it meant.
+    Raises ConfigError for a pattern that matches nothing: a misspelt name would silently freeze its parameters.
     """
     named = _named(model)
     chosen = {name for pattern in patterns for name in matching(pattern, named)}
@@ -34,9 +34,9 @@ def select(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 def learning_rate_groups(
     model: nn.Module, *, base: float, others: Mapping[str, float], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of the parameters that train, each with its ``lr`` and ``weight_decay``.
+    """Optimizer groups of the trainable parameters, each with its ``lr`` and ``weight_decay``.
 
-    ``others`` maps patterns to learning rates, the last match wins; the rest learns with ``base``. Biases and
+    ``others`` maps patterns to learning rates, the last match wins; the default is ``base``. Biases and
     normalisation weights, which have one dimension, are not decayed.
 
     Raises ConfigError when a pattern matches nothing, or when nothing trains.
@@ -63,7 +63,7 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def matching(pattern: str, names: Iterable[str], what: str = "parameter") -> list[str]:
-    """The names a pattern matches. ConfigError, with the nearest names, when there is none."""
+    """The names that a pattern matches. Raises ConfigError, with the nearest names, when there is none."""
     names = list(names)
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:

@@ -1,6 +1,6 @@
 """The vision tower as the language model uses it: multi-scale image features; unused parameters are frozen.
 
-LLaVA projects the output of the tower's last block but one. The modules behind it (the last block, the final
+LLaVA projects the output of the tower's last block but one. The modules after it (the last block, the final
 normalisation, a pooling head) do not affect the result and get no gradient. A stock checkpoint keeps them, because
 every reader of LLaVA checkpoints counts the blocks from the end; here they never train. A tower that no stock class
 computes anyway is built without them.
@@ -21,7 +21,7 @@ from mmpipe.errors import ConfigError
 from mmpipe.models.moe.context import next_pass
 
 _BEHIND = ("post_layernorm", "head")
-"""What CLIP and SigLIP towers apply to the last block's output."""
+"""Modules that CLIP and SigLIP towers apply to the last block's output."""
 
 
 def blocks(tower: nn.Module) -> nn.ModuleList:
@@ -33,16 +33,16 @@ def blocks(tower: nn.Module) -> nn.ModuleList:
 
 
 def used_blocks(model: LlavaForConditionalGeneration) -> int:
-    """How many of the tower's blocks the projected features depend on."""
+    """Number of the tower's blocks that the projected features depend on."""
     layers = len(blocks(model.model.vision_tower))
     chosen = model.config.vision_feature_layer
     return max(i % (layers + 1) for i in ([chosen] if isinstance(chosen, int) else chosen))
 
 
 def freeze_unused(model: LlavaForConditionalGeneration) -> list[str]:
-    """Freeze the parameters that the projected features do not depend on: they get no gradient, which DDP waits for.
+    """Freeze parameters that the projected features do not depend on: they get no gradient, which DDP waits for.
 
-    Returns the names, within the tower, of what would have trained.
+    Returns their names, within the tower, where they were trainable.
     """
     tower: Any = model.model.vision_tower
     try:
@@ -64,10 +64,10 @@ def saved_scales(model: LlavaForConditionalGeneration) -> tuple[int, ...] | None
 
 
 def enable_multi_scale(model: LlavaForConditionalGeneration, scales: Sequence[int]) -> None:
-    """Let the tower encode every image at several scales (S2, Shi et al. 2024), in place.
+    """Make the tower encode every image at several scales (S2, Shi et al. 2024), in place.
 
-    The tower is cut behind the projected block. The projector's first layer, when its width changes, is a new one
-    without values. The number of image tokens stays. ``(1,)`` cuts the tower and changes nothing else.
+    The tower ends with the projected block. The projector's first layer, when its width changes, is a new one
+    without values. The number of image tokens is unchanged. ``(1,)`` only cuts the tower.
 
     Raises ConfigError when several blocks are projected at once.
     """
@@ -95,12 +95,12 @@ def enable_multi_scale(model: LlavaForConditionalGeneration, scales: Sequence[in
 
 
 class _MultiScale:
-    """The base that :func:`_multi_scale` puts before a tower's class."""
+    """Mixin of the classes that :func:`_multi_scale` makes."""
 
     scales: tuple[int, ...]
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Features of all scales side by side, as the only hidden state: ``[B, tokens, scales * width]``."""
+        """Concatenated features of all scales, as the only hidden state: ``[B, tokens, scales * width]``."""
         kwargs = {k: v for k, v in kwargs.items() if k not in ("return_dict", "output_hidden_states")}
         one_scale: Any = super().forward  # type: ignore[misc]
         passes = 0
@@ -110,7 +110,7 @@ class _MultiScale:
             if passes:
                 next_pass(self)  # type: ignore[arg-type]
             passes += 1
-            # nothing stands behind the projected block: it is the last
+            # the projected block is the last one
             return one_scale(pixels_BCHW, **kwargs).last_hidden_state
 
         class_tokens = 1 if hasattr(getattr(self, "embeddings", None), "class_embedding") else 0
@@ -119,7 +119,7 @@ class _MultiScale:
 
 
 def _multi_scale(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a tower's class that sees several scales; its tensors keep their names."""
+    """The multi-scale subclass of a tower's class; its tensors keep their names."""
     if issubclass(kind, _MultiScale):
         return kind
     return type(f"MultiScale{kind.__name__}", (_MultiScale, kind), {"__module__": __name__})
@@ -132,7 +132,7 @@ def multi_scale_features(
 
     For scale s the images are enlarged s times (bicubic, float32) and cut into s x s tiles of the original
     size; the tiles of all images go through ``encode`` as one batch (first tile of every image, second tile
-    of every image, ...). Their maps of tokens are put together again and averaged down to the first map's size
+    of every image, ...). Their maps of tokens are joined and averaged down to the first map's size
     (``area``). Class tokens, which come first, are averaged over the tiles.
     """
     maps: list[Tensor] = []
@@ -151,7 +151,7 @@ def multi_scale_features(
 
 
 def tiles(pixels_BCHW: Tensor, scale: int) -> Tensor:
-    """The tiles of the enlarged images, ``[scale² * B, C, H, W]``: by place row by row, then by image."""
+    """The tiles of the enlarged images, ``[scale² * B, C, H, W]``: by position, row by row, then by image."""
     if scale == 1:
         return pixels_BCHW
     side = pixels_BCHW.shape[-1]

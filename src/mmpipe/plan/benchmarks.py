@@ -1,4 +1,4 @@
-"""The benchmarks of a configuration: what determines their questions, and the files of answers and scores."""
+"""The benchmarks of a configuration: specs of their questions, and the files of answers and scores."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Evaluation:
         self.scored = [name for name in chosen if entries[name].scored]
         """Chosen benchmarks that can be scored here."""
         self.compared = [name for name in self.scored if not entries[name].control]
-        """Chosen benchmarks with a comparison of their own; controls stand in that of another."""
+        """Chosen benchmarks with their own comparison; controls are in that of another."""
         self.uncontrolled = [name for name in chosen if not entries[name].control]
-        """Chosen benchmarks that are no control."""
+        """Chosen benchmarks that are not controls."""
 
     def entry(self, name: str, smoke: bool = False) -> BenchmarkEntry:
-        """A benchmark's settings; smoke runs ask a few questions only."""
+        """A benchmark's settings; smoke runs have fewer questions."""
         entry = self.entries[name]
         return entry.model_copy(update={"limit": self._smoke_questions}) if smoke else entry
 
@@ -68,7 +68,7 @@ class Evaluation:
         return chunk_files(f"{out}/{checkpoint}/eval/{benchmark}/chunks", self.entries[benchmark].chunks, ".jsonl")
 
     def controls(self, benchmark: str) -> list[str]:
-        """Chosen benchmarks that ask the same questions under a control, to be shown beside ``benchmark``."""
+        """Chosen controls with the same questions, shown beside ``benchmark``."""
         entry = self.entries[benchmark]
         if entry.control:
             return []
@@ -99,7 +99,7 @@ class Evaluation:
         return [f"{out}/{checkpoint}/eval/{benchmark}/judge.jsonl"] if self.entries[benchmark].judge else []
 
     def judge_spec(self, benchmark: str) -> str:
-        """What determines a judge's replies: retries and budgets do not."""
+        """Spec of a judge's replies, without retries and budgets."""
         judge = self.entries[benchmark].judge
         return canonical_json(judge.model_dump(include={"base_url", "model", "temperature"}) if judge else None)
 
@@ -117,7 +117,7 @@ class Evaluation:
         ]
 
     def submissions(self, out: str = "results") -> list[str]:
-        """The submission of every chosen checkpoint, as it was trained, to every chosen benchmark that is no control."""
+        """The submission of every chosen checkpoint, variants left out, to every chosen benchmark that is not a control."""
         return [
             f"{out}/{checkpoint}/submit/{benchmark}.{get(self.entries[benchmark].task).submission}"
             for checkpoint in self._checkpoints

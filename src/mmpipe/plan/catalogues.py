@@ -1,4 +1,4 @@
-"""The catalogues of a project: what recipes and configurations can name."""
+"""The catalogues of a project: the entries that recipes and configurations can name."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Catalogues:
             place = f"{where}: benchmarks.{name}" if changes else self._place("benchmarks", name)
             content, changes = (todays_keys(BenchmarkEntry, values or {}, place) for values in (entry, changes))
             if {"data", "files"} & set(changes):
-                content.pop("questions", None)  # the number of questions belongs to the files of the catalogue
+                content.pop("questions", None)  # the number of questions is a fact of the catalogue's files
             entries[name] = validate(BenchmarkEntry, content | changes, place)
             check_known(entries[name].data, self.datasets, f"{place}: data", "data set")
             _check_protocol(entries[name], place, chosen=name in overrides)

@@ -1,4 +1,4 @@
-"""What is measured and shown of sparsified checkpoints."""
+"""Efficiency measurements and pages of sparsified checkpoints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Efficiency:
         self._keep_rates = list(keep_rates)
         bases = dict.fromkeys(split(name)[0] for name in chosen)
         self.checkpoints = [name for name in bases if recipes.checkpoint(name).sparsified]
-        """The chosen ones, whatever their variant."""
+        """The chosen checkpoints, without their variants."""
         self.benchmark = (evaluation.uncontrolled or evaluation.chosen)[0]
         """The benchmark whose prompts are measured: the first chosen one."""
 
     def all(self) -> list[str]:
-        """Every sparsified checkpoint there is, chosen or not."""
+        """Every sparsified checkpoint, chosen or not."""
         return [name for name in self._recipes.every_checkpoint() if self._recipes.checkpoint(name).sparsified]
 
     def spec(self) -> str:
@@ -33,6 +33,6 @@ class Efficiency:
         return canonical_json({"keep_rates": self._keep_rates})
 
     def report_items(self, out: str = "results") -> list[str]:
-        """The pages on the chosen checkpoints."""
+        """The pages about the chosen checkpoints."""
         files = ("efficiency/table.html", "efficiency/figure.svg", f"eval/{self.benchmark}/kept.html")
         return [f"{out}/{checkpoint}/{file}" for checkpoint in self.checkpoints for file in files]

@@ -1,4 +1,4 @@
-"""What stages read beside other checkpoints: tokenised mixtures and precomputed log-probabilities."""
+"""Inputs of stages besides checkpoints: tokenised mixtures and precomputed log-probabilities."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmpipe.stages.base import Encoding, Precomputation
 
 @dataclass(frozen=True)
 class TokensPlan:
-    """A mixture in the tokens of one model, for all stages that read it so."""
+    """A mixture tokenised for one model, shared by all stages with the same tokenisation."""
 
     mixture: str
     encoding: Encoding
@@ -89,19 +89,19 @@ def short_hash(text: str, digits: int) -> str:
 
 
 def chunk_files(folder: str, chunks: int, ending: str) -> list[str]:
-    """The files of the jobs that share some work."""
+    """The output files of the jobs that share some work."""
     return [f"{folder}/{index:04d}-of-{chunks:04d}{ending}" for index in range(chunks)]
 
 
 class Precomputations:
-    """Every precomputation some stage asks for; students that ask for the same share it."""
+    """Every precomputation that a stage requests; equal requests share one."""
 
     def __init__(self, recipes: Recipes, catalogues: Catalogues) -> None:
         self._recipes = recipes
         self._catalogues = catalogues
 
     def all(self) -> dict[str, Precomputation]:
-        """All of them, by ``checkpoint/mixture/key``."""
+        """All precomputations, by ``checkpoint/mixture/key``."""
         return {
             self.directory(request).relative_to("resources/teacher").as_posix(): request
             for stage in self._recipes.stages()
@@ -120,7 +120,7 @@ class Precomputations:
         )
 
     def directory(self, request: Precomputation, out: str = "results") -> Path:
-        """Where they are published."""
+        """The directory of the published log-probabilities."""
         resources = out.replace("results", "resources", 1)
         checkpoint = self._recipes.checkpoint(request.checkpoint).id
         return Path(resources, "teacher", checkpoint, request.mixture, short_hash(self.spec(request), 12))

@@ -1,7 +1,7 @@
-"""The plan: what a configuration asks for, and the specs, inputs and paths that follow.
+"""The plan of a configuration: stages and benchmarks with their specs, inputs and paths.
 
-Plain Python on plain data: no torch, no transformers, no Snakemake. Every mistake in the configuration is found here, before
-any job starts. The parts, each with one subject, are wired in :class:`Plan`.
+Plain Python on plain data: no torch, no transformers, no Snakemake. Every error in the configuration is found here, before
+any job starts. :class:`Plan` combines the parts.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = ["Plan", "StagePlan", "TokensPlan"]
 
 
 class Plan:
-    """Everything that rules, jobs and the command line ask about one configuration.
+    """The interface of one configuration for rules, jobs and the command line.
 
     ``config`` is the content of the main configuration file, ``root`` the project directory that holds ``config/``.
-    Raises ConfigError, naming file and key, for anything that cannot be carried out.
+    Raises ConfigError, naming file and key, for an invalid configuration.
     """
 
     def __init__(self, config: Mapping[str, Any], root: Path = Path(), where: str = "config") -> None:
-        # every part is given what it reads, and answers under the names below
+        # every part gets what it reads, and is accessible under the names below
         self.config: Config = validate(Config, dict(config), where)
         catalogues = self._catalogues = Catalogues(self.config, root, where)
         self.backbones, self.datasets, self.mixtures = catalogues.backbones, catalogues.datasets, catalogues.mixtures
@@ -149,7 +149,7 @@ class Plan:
 
     @cached_property
     def precomputations(self) -> dict[str, Precomputation]:
-        """Every precomputation some stage asks for, by ``checkpoint/mixture/key``."""
+        """Every precomputation that a stage requests, by ``checkpoint/mixture/key``."""
         return self._precomputations.all()
 
     @cached_property
@@ -173,7 +173,7 @@ class Plan:
         return f"This run trains {count} {where}, {length}: {names}. What each needs: mmpipe plan"
 
     def report_items(self, out: str = "results") -> list[str]:
-        """The pages of the report beside the comparisons."""
+        """The pages of the report besides the comparisons."""
         stages = self.chosen_stages()
         mixtures = sorted({mixture for stage in stages if (mixture := stage.settings.mixture())})
         tokens = sorted({tokens.directory for stage in stages if (tokens := self.tokens_of(stage))})

@@ -1,4 +1,4 @@
-"""Recipes resolved into stages: what each inherits, owns, and starts from."""
+"""Recipes resolved into stages: inherited and owned ones, and their parents."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Recipes:
         return path
 
     def _stage(self, owner: str, name: str, recipe: _NamedRecipe, before: StagePlan | None) -> tuple[str, Stage]:
-        """Kind and settings of a stage: its own over the recipe's defaults, over those of the stage ``before`` it repeats."""
+        """Kind and settings of a stage: its own over the recipe's defaults, over those of the repeated stage ``before``."""
         where = f"{recipe.where}: stages.{name}"
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _RESERVED:
             raise ConfigError(f"{where}: a stage name holds a-z, 0-9 and '_' and is none of {sorted(_RESERVED)}")
@@ -184,7 +184,7 @@ class Recipes:
         return found[name]
 
     def checkpoint(self, reference: str, where: str = "") -> StagePlan:
-        """The stage behind ``recipe`` (its last) or ``recipe@stage``, whatever the variant."""
+        """The stage of ``recipe`` (its last) or ``recipe@stage``, for any variant."""
         where = where or self._where
         base, variant = split(reference, where)
         recipe, _, name = base.partition("@")
@@ -201,7 +201,7 @@ class Recipes:
         return found
 
     def needed(self, stage: StagePlan) -> list[StagePlan]:
-        """Every stage that must be made for ``stage``'s checkpoint, itself and those of its teachers included."""
+        """Every stage that ``stage``'s checkpoint depends on, itself and those of its teachers included."""
         found: dict[str, StagePlan] = {}
         waiting = [stage]
         while waiting:
@@ -244,7 +244,7 @@ class Recipes:
         return list(chosen)
 
     def _variants(self, name: str, variant: Variant | None) -> list[str]:
-        """The variant of a checkpoint that is asked for; without one, itself and what ``keep_rates`` adds."""
+        """The requested variant of a checkpoint; without one, itself and those of ``keep_rates``."""
         if variant:
             self.checkpoint(f"{name}{variant.suffix}", f"{self._where}: recipes")
             return [f"{name}{variant.suffix}"]
@@ -284,7 +284,7 @@ class _NamedRecipe:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid over ``base``, mappings merged key by key."""
+    """``base`` updated by ``over``, mappings merged key by key."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -342,7 +342,7 @@ def _expand_matrix(path: Path, raw: Mapping[str, Any]) -> Iterator[tuple[str, st
 
 
 def _substitute(value: Any, chosen: Mapping[str, Any]) -> Any:
-    """Replace ``{axis}`` in every text; a text that is nothing but ``{axis}`` takes the value with its type."""
+    """Replace ``{axis}`` in every string; a string that is just ``{axis}`` becomes the value with its type."""
     if isinstance(value, dict):
         return {_substitute(key, chosen): _substitute(item, chosen) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A stage of a recipe as planned: settings, parent, places."""
+"""A planned stage of a recipe: settings, parent, paths."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class StagePlan:
         return [*(self.parent.path() if self.parent else []), self]
 
     def backbones(self) -> dict[str, str]:
-        """The backbones this stage reads, by role. After ``construct``, everything is in the parent."""
+        """The backbones this stage reads, by role; none after ``construct``, whose checkpoint contains them."""
         model = self.vision_language
         return {} if model.checkpoint and self.parent else model.parts()
 

@@ -1,4 +1,4 @@
-"""Checkpoints answered with another keep rate than they were trained with: a suffix of the reference,
+"""Variants: checkpoints evaluated with another keep rate than in training, by a suffix of the reference,
 ``recipe@stage+keep0.5``.
 
 ``+keep0.5`` retains half of each image's tokens, ``+whole`` retains everything, as the dense model does. Only sparsified
@@ -18,14 +18,14 @@ PATTERN = r"\+(?:keep[0-9.]+|whole)"
 
 @dataclass(frozen=True)
 class Variant:
-    """How much of its context a checkpoint retains."""
+    """The keep rate of a checkpoint."""
 
     keep_rate: float | None
     """Share of each image's tokens; None retains everything."""
 
     @property
     def suffix(self) -> str:
-        """As in a reference."""
+        """The suffix in a reference."""
         return "+whole" if self.keep_rate is None else f"+keep{self.keep_rate:g}"
 
 

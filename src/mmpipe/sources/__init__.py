@@ -1,4 +1,4 @@
-"""Where the entries of the catalogues come from; one file a kind of source.
+"""Sources of catalogue entries, one file per kind.
 
 Each module defines one ``Source`` subclass with a literal ``source`` field; :func:`source_type` is their union.
 """
@@ -17,7 +17,7 @@ from mmpipe.sources.base import Source
 
 @functools.cache
 def source_type() -> Any:
-    """The union of all sources, told apart by their ``source`` key."""
+    """The union of all sources, discriminated by their ``source`` key."""
     kinds = [
         member
         for module in modules("mmpipe.sources").values()

@@ -28,12 +28,12 @@ class Source(Settings):
     """An entry of ``backbones.yaml`` or ``datasets.yaml``."""
 
     NOTES: ClassVar[frozenset[str]] = _NOTES
-    """Fields that do not change what is fetched: they describe the entry, or say how its files are read."""
+    """Fields that do not change the fetched files: descriptions, and how the files are read."""
 
     description: str = ""
-    """What it is, in one line."""
+    """Description in one line."""
     licence: str = ""
-    """The licence it is given under, as its publisher names it; empty where none is stated."""
+    """The licence as its publisher names it; empty where none is stated."""
     restricted: Annotated[
         tuple[Restriction, ...], BeforeValidator(listed, json_schema_input_type=Restriction | tuple[Restriction, ...])
     ] = ()
@@ -53,8 +53,8 @@ class Source(Settings):
     """Backbones: the folder of the fetched files that holds the checkpoint; default: their top."""
 
     def fetch(self, out: Path, locked: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Put the entry's files into ``out`` and return facts for the manifest. Called again after an interruption; a
-        source that can resume does. ``locked`` is the entry's part of the lock, with which the files must agree."""
+        """Write the entry's files into ``out`` and return facts for the manifest. Called again after an interruption; a
+        source resumes where it can. ``locked`` is the entry's part of the lock, which the files must match."""
         raise NotImplementedError
 
     @property
@@ -77,8 +77,8 @@ class Source(Settings):
 
 
 class Downloaded(Source):
-    """A source whose files are copied to this machine. They are staged beside the entry's directory and moved there
-    when they are whole. An interrupted fetch resumes: nothing is downloaded or unpacked twice."""
+    """A source whose files are copied to this machine: staged beside the entry's directory, and moved there
+    when complete. An interrupted fetch resumes: no file is downloaded or unpacked twice."""
 
     unpack: dict[InnerPath, InnerPath] = {}
     """Archives to unpack and the folder for each, in this order (``images.zip: images``). A name may be a pattern
@@ -95,7 +95,7 @@ class Downloaded(Source):
         return ()
 
     def announced(self, locked: Mapping[str, Any]) -> float:
-        """Bytes to be fetched as far as the catalogue or the lock knows; 0 when neither does."""
+        """Bytes to be fetched according to catalogue or lock; 0 when unknown."""
         if self.size_gb:
             return self.size_gb * 1e9
         pinned = {name: pin["size"] for name, pin in locked.get("downloads", {}).items()}
@@ -106,7 +106,7 @@ class Downloaded(Source):
             log.log(logging.WARNING if self.restricted else logging.INFO, "%s: %s", out.name, self.terms)
             staging.total = self.announced(staging.locked)
             if not staging.started:
-                # an archive and its contents are there at the same time
+                # an archive and its contents exist at the same time
                 check_space(staging.files, staging.total * (2 if self.unpack else 1), str(out))
             with progress(staging.files, out.name, lambda: staging.total):
                 staging.once(lambda: self.fill(staging))
@@ -118,7 +118,7 @@ class Downloaded(Source):
 
 
 def check_online(what: str) -> None:
-    """Raise DataError when ``HF_HUB_OFFLINE`` keeps this machine offline; ``what`` opens the message."""
+    """Raise DataError when ``HF_HUB_OFFLINE`` is set; ``what`` opens the message."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise DataError(
             f"{what} is not on this machine, and HF_HUB_OFFLINE forbids the network; "

@@ -25,18 +25,18 @@ class DriveFile(WantedFile):
     """One file on Google Drive."""
 
     id: DriveId
-    """What stands behind ``/file/d/`` in its address."""
+    """The part of its address after ``/file/d/``."""
 
 
 class Drive(Downloaded):
     """Download files, or a whole folder, that are shared on Google Drive; needs the extra ``drive``. Drive refuses a
-    large file for a while when many people fetched it. Files that a person fetched with a browser and put into
+    large file for a while after many downloads. Files downloaded with a browser and put into
     ``resources/manual/<entry>/`` are taken from there."""
 
     source: Literal["drive"] = "drive"
     files: tuple[DriveFile, ...] = ()
     folder: DriveId | None = None
-    """What stands behind ``/folders/`` in the address of a folder."""
+    """The part of a folder's address after ``/folders/``."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Drive:
@@ -76,7 +76,7 @@ def _download_folder(folder_id: str, staging: Staging) -> None:
 
 @contextmanager
 def _gdown(address: str, staging: Staging) -> Iterator[ModuleType]:
-    """The library, with its errors said for people."""
+    """The library, with readable errors."""
     check_online(address)
     instead = f"or fetch it with a browser from {address} and put it into {staging.offered}/"
     try:

@@ -28,7 +28,7 @@ PAUSE = 2.0
 
 
 class _Interrupted(Exception):
-    """A fetch that may succeed when tried again."""
+    """A failed fetch that may succeed when retried."""
 
 
 class Hub(Downloaded):
@@ -40,8 +40,8 @@ class Hub(Downloaded):
     repo: str
     """``owner/name``."""
     revision: str = "main"
-    """A commit hash. A branch is allowed: the commit it stood at is kept in the manifest and, by ``mmpipe data
-    --lock``, in the lock, from which later fetches take it."""
+    """A commit hash. A branch is allowed: its commit is recorded in the manifest and, by ``mmpipe data
+    --lock``, in the lock, which later fetches use."""
     repo_type: Literal["model", "dataset"] = "model"
     include: tuple[str, ...] = ()
     """File patterns to download; empty for all."""
@@ -64,7 +64,7 @@ class Hub(Downloaded):
         )
 
     def _attempt(self, staging: Staging) -> dict[str, Any]:
-        """Download what is missing and prove it. Raises _Interrupted, or DataError for what no patience mends."""
+        """Download and verify the missing files. Raises _Interrupted, or DataError for permanent errors."""
         import httpx2
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -83,7 +83,7 @@ class Hub(Downloaded):
         return {"commit": commit}
 
     def _revision(self, staging: Staging) -> str:
-        """The commit of the catalogue, else the one this fetch began with, else that of the lock, else the branch."""
+        """The commit of the catalogue, else of this fetch's first attempt, else of the lock, else the branch."""
         pinned = staging.memory.get("commit") or staging.locked.get("commit")
         return self.revision if _COMMIT.fullmatch(self.revision) or not pinned else str(pinned)
 
@@ -129,12 +129,12 @@ class Hub(Downloaded):
 
 
 def _first_line(error: Exception) -> str:
-    """What the library says before its advice."""
+    """The library's message without its advice."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _prove(staging: Staging, files: list[Any]) -> None:
-    """Compare every file with the hub's listing. Wrong ones go; raises _Interrupted if there were any."""
+    """Compare every file with the hub's listing. Wrong ones are deleted; raises _Interrupted if there were any."""
     wrong = []
     for file in files:
         if file.path in staging.downloads:

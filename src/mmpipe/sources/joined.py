@@ -1,4 +1,4 @@
-"""Entries put together from other entries, by links: nothing is fetched or stored twice."""
+"""Data sets joined from other entries by links, without copies."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _listed = BeforeValidator(listed, json_schema_input_type=str | list[str])
 
 
 class Joined(Source):
-    """Lay out other data sets as the annotations expect it."""
+    """Arrange other data sets in the folders that annotations expect."""
 
     source: Literal["joined"] = "joined"
     parts: dict[InnerPath, Annotated[tuple[InnerPath, ...], Field(min_length=1), _listed]] = Field(min_length=1)
     """Folder here -> data set (``gqa: gqa-images``) or something inside one (``coco/train2017:
-    coco-train2017/train2017``). Several data sets for one folder are laid over each other."""
+    coco-train2017/train2017``). Several data sets for one folder are merged."""
 
     def needs(self) -> tuple[str, ...]:
         return tuple(sorted({PurePosixPath(path).parts[0] for paths in self.parts.values() for path in paths}))

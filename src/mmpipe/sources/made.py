@@ -21,10 +21,10 @@ class Made(Source):
     """Keyword arguments of the maker."""
     seed: int = 0
     version: int = 1
-    """Raise it when the maker's code changes what it makes."""
+    """Raised when a change of the maker's code changes its output."""
 
     def spec(self) -> dict[str, Any]:
-        # specs keep the former names of the demo's modules, so that nothing becomes stale
+        # specs have the former names of the demo's modules, so that results stay current
         package, _, rest = self.maker.partition("mmpipe.demo.")
         former = {"scenes": "pictures", "presence": "falsehoods"}
         module, _, function = rest.partition(":")

@@ -1,4 +1,4 @@
-"""Entries that a person has to fetch: behind a form, a log-in, a licence to accept, or a script of the publisher."""
+"""Entries to download by hand: behind a form, a log-in, a licence to accept, or a script of the publisher."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mmpipe.sources.transfer.staging import Expected, Staging, WantedFile
 
 
 class Manual(Downloaded):
-    """Take what a person put into ``resources/manual/<entry>/``; until it is there, say how to get it."""
+    """Take files from ``resources/manual/<entry>/``; while they are missing, the error explains how to get them."""
 
     NOTES: ClassVar[frozenset[str]] = Downloaded.NOTES | {"how"}
 
     source: Literal["manual"] = "manual"
     files: tuple[WantedFile, ...] = ()
     folders: tuple[InnerPath, ...] = ()
-    """Folders that the person lays out; they are linked, not copied. Their images are proven where they are mixed."""
+    """Folders arranged by the user; they are linked, not copied. Their images are verified by the mixture."""
     how: str
-    """From where to get it and what to do with it, in a sentence or two."""
+    """Instructions: where to get it and how to place it, in a sentence or two."""
 
     @model_validator(mode="after")
     def _something(self) -> Manual:

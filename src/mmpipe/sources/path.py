@@ -1,4 +1,4 @@
-"""Entries that are on this machine already."""
+"""Local entries."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmpipe.sources.transfer.staging import claim_output, empty_directory
 
 
 class Local(Source):
-    """Adopt a directory or a file as it is; nothing is copied, nothing below it is written. The manifest keeps how many
-    files lie there and their size: what changes later is noticed when it is adopted again."""
+    """Adopt a directory or a file by links, without copying it or writing into it. The manifest records the number of
+    files and their size; later changes are detected only when it is adopted again."""
 
     source: Literal["path"] = "path"
     path: Path
@@ -35,12 +35,12 @@ class Local(Source):
         for entry in entries:
             if entry.name != "manifest.json":
                 (out / entry.name).symlink_to(entry)
-        # sizes only: a person's own tree is not ours to read in full
+        # sizes only: the user's own tree may be too large to hash
         return {"path": origin.as_posix(), "below": _measured(origin), "hash_files": False}
 
 
 def _measured(origin: Path) -> dict[str, int]:
-    """How many files lie in a tree, links to other trees followed, and their bytes."""
+    """Number and bytes of the files in a tree, links to other trees followed."""
     if origin.is_file():
         return {"files": 1, "size": origin.stat().st_size}
     files = size = 0
@@ -49,6 +49,6 @@ def _measured(origin: Path) -> dict[str, int]:
         seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
         for path in (Path(place, name) for name in names):
-            if path.is_file():  # not a link to nothing
+            if path.is_file():  # not a dangling link
                 files, size = files + 1, size + path.stat().st_size
     return {"files": files, "size": size}

@@ -15,7 +15,7 @@ HttpUrl = Annotated[str, Field(pattern=r"^https?://")]
 
 
 class RemoteFile(WantedFile):
-    """One file behind a URL."""
+    """One file at a URL."""
 
     url: HttpUrl
     """``https://...``."""
@@ -30,7 +30,7 @@ class Url(Downloaded):
     files: tuple[RemoteFile, ...] = Field(min_length=1)
 
     def spec(self) -> dict[str, Any]:
-        """The content does not depend on the mirror it comes from."""
+        """The content does not depend on the mirror."""
         spec = super().spec()
         for file in spec["files"]:
             file.pop("mirrors", None)

@@ -1,6 +1,6 @@
-"""What can be set: one settings class a stage of a recipe, one file a stage, without torch.
+"""Stage settings: one class and one file a stage of a recipe, without torch.
 
-What is done stands in :mod:`mmpipe.training`: the objective of a stage in ``training/objectives/`` under the stage's name.
+:mod:`mmpipe.training` runs the stages; ``training/objectives/`` has a stage's objective under the same file name.
 """
 
 from __future__ import annotations

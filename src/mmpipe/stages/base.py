@@ -1,4 +1,4 @@
-"""What the stages share: their settings, and the job that runs one. Read while Snakemake builds its plan: no torch."""
+"""Shared settings of the stages, and the job that runs one. Imported while Snakemake builds its plan: no torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mmpipe.stages import zero
 
 
 class Hardware(Settings):
-    """What a stage runs on. Nothing here makes a stage stale.
+    """The hardware of a stage. Changes here do not make a stage stale.
 
-    How a batch is split (``gpus``, ``micro_batch``) changes the rounding of sums, and what is computed per micro batch:
+    The split of a batch (``gpus``, ``micro_batch``) changes the rounding of sums, and everything computed per micro batch:
     router losses, tokens dropped by experts, the batch means of ``kto_pair``, random draws, and every mean of
     ``compat: reference``. Compare runs of one split where such small differences matter.
     """
@@ -28,15 +28,15 @@ class Hardware(Settings):
     nodes: int | None = Field(None, ge=1)
     """Machines on a cluster. Default: as many as ``gpus`` fill at ``gpus_per_node``; one process each without GPUs."""
     cpus: int = Field(2, ge=1)
-    """CPU cores of each machine; what ``workers`` leaves over computes."""
+    """CPU cores of each machine; those not taken by ``workers`` compute."""
     memory_gb: int = Field(8, ge=1)
     """CPU RAM of each machine."""
     gpu_memory_gb: float | None = Field(None, gt=0)
     """Memory of each GPU; default: as in the configuration. Only ``mmpipe plan`` reads it, to warn."""
     runtime_minutes: int = Field(60, ge=1)
-    """Time limit of a job. A longer training saves a checkpoint in time and continues in the next job."""
+    """Time limit of a job. A longer training saves a checkpoint before the limit and continues in the next job."""
     micro_batch: int | None = Field(None, ge=1)
-    """Samples a process computes at once; the rest of the batch is accumulated. Default: the whole batch on a CPU."""
+    """Samples per process and forward pass; the batch is reached by accumulation. Default: the whole batch on a CPU."""
     workers: int = Field(0, ge=0)
     """Data-loading processes per training process."""
     gradient_checkpointing: bool = False
@@ -46,12 +46,12 @@ class Hardware(Settings):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention in training: ``auto`` is flash attention 2 where it is installed and supported, else PyTorch's ``sdpa``."""
     tf32: bool = False
-    """Let GPUs multiply float32 matrices in TensorFloat-32."""
+    """Allow TensorFloat-32 for float32 matrix products on GPUs."""
     checkpoint_every: int = Field(500, ge=1)
-    """Optimizer steps between checkpoints to resume from."""
+    """Optimizer steps between resumable checkpoints."""
     chunks: int = Field(1, ge=1)
-    """Of ``answering``: jobs that share the work when this checkpoint's log-probabilities on a mixture are precomputed.
-    (``benchmarks.yaml`` gives the jobs that answer a benchmark.)"""
+    """Under ``answering``: number of jobs that precompute this checkpoint's log-probabilities on a mixture.
+    (``benchmarks.yaml`` gives the number of jobs that answer a benchmark.)"""
 
     @field_validator("deepspeed")
     @classmethod
@@ -63,16 +63,16 @@ class Hardware(Settings):
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage to run: where its inputs are, where its outputs go, what it may use."""
+    """One stage to run: its inputs, outputs and hardware."""
 
     recipe: str
     stage: str
     spec: str
     """Canonical JSON of what determines the result."""
     model_dir: Path
-    """Where the checkpoint is published."""
+    """Directory of the published checkpoint."""
     state_dir: Path
-    """Where progress is kept across interruptions."""
+    """Directory of the training state, from which an interrupted run resumes."""
     report_dir: Path
     vision_language: VisionLanguage
     backbones: Mapping[str, Path]
@@ -93,20 +93,20 @@ class StageJob:
     gpus: int = 0
     """In all."""
     hosts: tuple[str, ...] = ()
-    """The machines of this job, when there are several."""
+    """Host names of this job's machines, when there are several."""
     end_time: float | None = None
-    """When the job's time is up, in seconds since the epoch."""
+    """The end of the job's time limit, in seconds since the epoch."""
     max_steps: int | None = None
-    """Smoke runs stop here."""
+    """Number of steps after which smoke runs stop."""
     log: Path | None = None
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How text becomes tokens, the tokenizer apart."""
+    """Tokenisation settings, without the tokenizer."""
 
     VERSION: ClassVar[int] = 1
-    """Raised when a change of code (templates, labels, what is dropped) changes the tokens of some record."""
+    """Raised when a change of code (templates, labels, truncation) changes the tokens of some record."""
 
     template: str
     max_length: int
@@ -114,7 +114,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Precomputation:
-    """Log-probabilities of a checkpoint on a mixture (a teacher's, a reference's) that a stage needs computed beforehand.
+    """Precomputed log-probabilities of a teacher or reference checkpoint on a mixture, as a stage requests them.
 
     ``VERSION`` is raised when a change of code changes them.
     """
@@ -147,7 +147,7 @@ class Stage(Settings):
         return None
 
     def encoding(self) -> Encoding | None:
-        """How the mixture is tokenised; None for a stage that reads none."""
+        """Tokenisation settings of the mixture; None for a stage that reads none."""
         return None
 
     def references(self) -> dict[str, str]:
@@ -163,7 +163,7 @@ class Stage(Settings):
         return False
 
     def spec(self) -> dict[str, Any]:
-        """The settings that change the result, without those at their default, under the keys they were introduced with."""
+        """The settings that change the result, defaults left out, under the keys with which they were introduced."""
         return self.identity(exclude={"hardware"})
 
 
@@ -181,9 +181,9 @@ class TrainStage(Stage):
     max_length: int = Field(2048, ge=16)
     """Tokens per sample, image tokens included; longer texts are cut on the right."""
     trainable: tuple[str, ...] = ("language_model.*", "lm_head.*", "multi_modal_projector.*")
-    """Glob patterns of the parameters that train; the others stay bit-identical."""
+    """Glob patterns of the trainable parameters; the others stay bit-identical."""
     lora: LoraSettings | None = None
-    """Train adapters instead. They are published in ``adapter/`` and merged into the checkpoint beside it."""
+    """Train LoRA adapters instead; they are published in ``adapter/`` and merged into the published checkpoint."""
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps; overrides ``epochs``."""
@@ -202,7 +202,7 @@ class TrainStage(Stage):
     grouping: Literal["none", "length", "modality_length"] = "none"
     """Batches of similar length, or of similar length and kind (with or without images)."""
     min_supervised_fraction: float = Field(0.001, ge=0, le=1)
-    """Training does not start when a smaller fraction of the text tokens is supervised: the template does not fit."""
+    """Smallest supervised fraction of the text tokens; below it, the template does not fit and training does not start."""
     llava_projector: bool = False
     """Also write the projector as ``mm_projector.bin``, under LLaVA's names."""
 

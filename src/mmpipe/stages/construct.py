@@ -10,7 +10,7 @@ from mmpipe.stages.base import Stage
 class Construct(Stage):
     """Imports a whole checkpoint of any layout, or joins a tower and a language model with a fresh projector.
 
-    A recipe whose `model` names a `checkpoint` begins with this stage, named or not. A whole checkpoint keeps its
+    A recipe whose `model` names a `checkpoint` begins with this stage, listed or not. A whole checkpoint keeps its
     precision; parts are joined in float32.
     """
 

@@ -16,7 +16,7 @@ class TeacherCacheSettings(Settings):
     kind: Literal["top_k", "sampled"] = "top_k"
     """The k most probable tokens (biased: the tail is unknown), or k sampled ones (unbiased, noisier)."""
     k: int = Field(64, ge=1)
-    """Tokens kept for every response position."""
+    """Tokens stored for every response position."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -36,16 +36,16 @@ class DistillDense(TrainStage):
     """Weight of the teacher in the mixture of ``jsd``."""
     teacher_cache: TeacherCacheSettings | None = None
     tail: Literal["bucket", "renormalise", "drop"] = "bucket"
-    """How the probability that the ``top_k`` tokens of ``teacher_cache`` do not cover enters the loss."""
+    """Treatment of the residual probability that the ``top_k`` tokens of ``teacher_cache`` do not cover."""
     router_losses: bool = True
     """Train on the router losses of a student with experts (LLaVA-MoD's ``moe_loss_enable``); they are logged anyway."""
     compat: Literal["fixed", "reference"] = "fixed"
-    """``reference``: as the published code computes it (positions one too late, means per micro batch, router losses
+    """``reference``: the loss of the published code (positions one too late, means per micro batch, router losses
     once more under ``kd_lm``)."""
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> DistillDense:
-        """A setting that would change nothing stays at its default."""
+        """Raises ValueError for a setting that would have no effect."""
         cache, reference = self.teacher_cache, self.compat == "reference"
         fixed = ("divergence", "temperature")
         for void, names, why in (

@@ -15,11 +15,11 @@ class Prefer(TrainStage):
     VERSION: ClassVar[int] = 2
 
     reference: str
-    """The checkpoint that gives the reference log-probabilities: the dense teacher, or the student before this stage."""
+    """The checkpoint of the reference log-probabilities: the dense teacher, or the student before this stage."""
     loss_type: Literal["kto_pair", "sigmoid", "hinge", "ipo"] = "kto_pair"
     beta: float = Field(0.1, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """For ``sigmoid`` only: the fraction of pairs assumed to be labelled the wrong way round."""
+    """For ``sigmoid`` only: the assumed fraction of pairs with flipped labels."""
     learning_rate: float = Field(2e-6, gt=0)
     trainable: tuple[str, ...] = ("language_model.layers.*.mlp.*", "multi_modal_projector.*")
     router_losses: bool = True

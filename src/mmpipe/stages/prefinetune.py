@@ -1,4 +1,4 @@
-"""Pre-finetuning: every part of the dense model learns on detailed captions before it grows experts."""
+"""Pre-finetuning: every part of the dense model learns on detailed captions before up-cycling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learned sparsification: predictors after the first layers learn which image and answer tokens the later layers need."""
+"""Learned sparsification: predictors after the first layers select the image and answer tokens that later layers need."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Sparsify(TrainStage):
     mask_loss_weight: float = Field(100.0, ge=0)
     """Weight of the squared distance from the keep rates."""
     gumbel_start_tau: float = Field(1.0, gt=0)
-    """Temperature of the draws at the first step; it falls geometrically."""
+    """Gumbel-softmax temperature at the first step; it falls geometrically."""
     gumbel_end_tau: float = Field(0.1, gt=0)
-    """Temperature at the end."""
+    """Gumbel-softmax temperature at the last step."""
     requires_image: bool = True
     """Leave out records without images."""
     learning_rate: float = Field(5e-6, gt=0)

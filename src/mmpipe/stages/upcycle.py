@@ -1,4 +1,4 @@
-"""Up-cycling: the dense student becomes a sparse one that computes the same; fails unless it does."""
+"""Up-cycling: a dense student becomes a sparse one with equal logits, which is verified."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mmpipe.stages.base import Stage
 
 
 class Upcycle(Stage):
-    """Copies feed-forward networks into experts and puts fresh routers before them."""
+    """Copies feed-forward networks into experts and adds freshly initialised routers."""
 
     ON_GPUS: ClassVar[bool] = False
 
     moe: MoESettings = MoESettings()
     parts: dict[ModelPart, dict[str, Any]] = Field({"language_model": {}}, min_length=1)
-    """The parts that get experts, each with what differs from ``moe`` there:
+    """The parts that get experts, each with its deviations from ``moe``:
     ``{vision_tower: {placement: dense}, multi_modal_projector: {}}``."""
     tolerance: float = 1e-5
     """Largest difference of logits between the sparse model and its dense parent, relative to the largest logit."""
@@ -37,8 +37,8 @@ class Upcycle(Stage):
     def of_parts(self) -> dict[ModelPart, MoESettings]:
         """The settings of each part that gets experts.
 
-        A part with a router of its own does not take the ``router_settings`` of ``moe``. Raises ConfigError for settings
-        that do not exist or do not go together.
+        A part with its own router does not inherit the ``router_settings`` of ``moe``. Raises ConfigError for settings
+        that do not exist or exclude each other.
         """
         common = self.moe.model_dump(exclude_unset=True)
         found: dict[ModelPart, MoESettings] = {}
@@ -48,8 +48,7 @@ class Upcycle(Stage):
         return found
 
     def spec(self) -> dict[str, Any]:
-        """The settings, what ``compat`` adds to a router's, and the content of files that define routers of the user's
-        own."""
+        """The settings, the router settings that ``compat`` implies, and the source of user-defined routers."""
         parts = self.of_parts()
         own = sorted({its.router for its in parts.values() if ":" in its.router})
         code = {router: hashlib.sha256(source_file(router).read_bytes()).hexdigest() for router in own}

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def construct_stage(stage: Construct, job: StageJob) -> None:
     """Publish the recipe's model as an ordinary checkpoint.
 
-    Raises ConfigError when a stage comes before this one, ArtifactError when files are missing, left over, or do not fit.
+    Raises ConfigError when a stage comes before this one, ArtifactError when files are missing, surplus, or do not fit.
     """
     if job.parent is not None:
         raise ConfigError(f"{job.recipe}: {job.stage}: a model is constructed before the other stages")

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO: optimizer states, gradients and (stage 3) parameters partitioned over the processes.
 
-Everything that could change a result (batch, clipping, precision, optimizer, schedule) comes from the stage: parameters
+All settings that change a result (batch, clipping, precision, optimizer, schedule) come from the stage: parameters
 stay in float32 and compute under autocast, exactly as without DeepSpeed; the results differ in the rounding of sums only.
 """
 
@@ -40,7 +40,7 @@ def settings(kind: str, stage: TrainStage, micro_batch: int, accumulation: int, 
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch * accumulation * world,
         "gradient_clipping": stage.max_gradient_norm,
-        # what is sent between processes stays in float32: no module is "safe" for less
+        # communication stays in float32: no module is "safe" for less
         "torch_autocast": {"enabled": autocast, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -50,7 +50,7 @@ def settings(kind: str, stage: TrainStage, micro_batch: int, accumulation: int, 
 def join_processes(on_gpu: bool) -> dict[str, Any]:
     """Connect the processes of this run; returns the TrainingArguments this needs.
 
-    accelerate offers gloo only without DeepSpeed. So on a CPU the process group and accelerate's state are made here, and
+    accelerate offers gloo only without DeepSpeed. So on a CPU the process group and accelerate's state are created here, and
     the trainer uses them as they are.
     """
     if on_gpu:
@@ -66,7 +66,7 @@ def join_processes(on_gpu: bool) -> dict[str, Any]:
 
 
 def mark_experts(model: Any) -> None:
-    """Let stage 3 gather all parameters of an MoE layer at once, of ours and of transformers'.
+    """Make stage 3 gather all parameters of an MoE layer at once, of ours and of transformers'.
 
     It records the order of modules in the first step, but which experts run differs by step and by rank.
     """
@@ -109,7 +109,7 @@ def require_engine(trainer: Any) -> None:
 
 
 def forget() -> None:
-    """Load models from now on whole: stage 3 would partition them."""
+    """Load later models unpartitioned: stage 3 would partition them."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

@@ -1,4 +1,4 @@
-"""Starting a stage's processes: in this one, through torchrun on this machine, or through srun and torchrun on several."""
+"""Launching a stage: in this process, with torchrun on this machine, or with srun and torchrun on several."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mmpipe.training import deepspeed, stop
 log = logging.getLogger(__name__)
 
 FAILURE = "failure.json"
-"""A file in the state directory: which process failed first, and why."""
+"""File in the state directory with the first failed process and its error."""
 WORKER = "mmpipe.training.worker"
 """The module that torchrun starts in every process, with the description of the stage and its job."""
 
 
 def run(stage: TrainStage, job: StageJob, work: Callable[[TrainStage, StageJob, stop.StopSignal], None]) -> None:
-    """Do a stage's ``work`` with one process a GPU, on as many machines as the job has.
+    """Run a stage's ``work`` with one process per GPU, on all machines of the job.
 
     One process runs ``work`` itself, several run :data:`WORKER`. Raises MmpipeError when GPUs were granted but PyTorch
     finds none, or when a process failed.
@@ -83,7 +83,7 @@ def run_processes(stage: TrainStage, job: StageJob, processes: int) -> None:
 
 
 def _command(job: StageJob, each: int, description: Path) -> list[str]:
-    """torchrun's command with ``each`` workers a machine; srun starts it on every node of a job with several.
+    """torchrun's command with ``each`` workers per machine; srun starts it on every node of a job with several.
 
     The rendezvous is the first node, by its Slurm name. Each node announces its Slurm name (``--local-addr``): Debian
     resolves a machine's own host name to 127.0.1.1, which other nodes cannot reach.
@@ -115,7 +115,7 @@ def _as_child() -> None:
 
 @contextmanager
 def _passing_on(state_dir: Path) -> Iterator[None]:
-    """Turn a SIGTERM to this process into a request file that the ranks read, and go on waiting for them."""
+    """Turn a SIGTERM to this process into a request file that the ranks read, and keep waiting for them."""
     request = state_dir / stop.REQUEST
 
     def pass_on(*_: Any) -> None:
@@ -146,7 +146,7 @@ def _explanation(job: StageJob, status: int, killed: bool, command: str) -> str:
 
 
 def note_failure(job: StageJob, rank: str, message: str) -> None:
-    """Record why a process fails; only the first is kept, the others fail because of it."""
+    """Record a process's error; only the first is recorded, the others follow from it."""
     with contextlib.suppress(FileExistsError), (job.state_dir / FAILURE).open("x") as file:
         file.write(TypeAdapter(dict[str, str]).dump_json({"rank": rank, "message": message}).decode())
 

@@ -1,7 +1,7 @@
-"""Precomputing a frozen model's log-probabilities on a mixture: shard by shard, in chunks, published as one artifact.
+"""Precomputing a frozen model's log-probabilities on a mixture, in shards and chunks, published as one artifact.
 
-A shard holds :data:`mmpipe.training.precomputed.RECORDS_PER_SHARD` records and depends on them alone: its bytes are the
-same whichever chunk writes it, and after any interruption. Shards are kept in an undeclared directory named by their
+A shard holds :data:`mmpipe.training.precomputed.RECORDS_PER_SHARD` records and depends only on them: its bytes are the
+same in any chunk and after any interruption. Unpublished shards are in an undeclared directory named by their
 inputs; a resumed job, also with another number of chunks, reuses finished ones, and those published from the same inputs.
 """
 
@@ -42,21 +42,21 @@ from mmpipe.training.stop import worker_init
 log = logging.getLogger(__name__)
 
 BATCH = 8
-"""Records computed at once. Rounding depends on what is computed together, so this is no setting."""
+"""Records per batch. Rounding depends on it, so it is not a setting."""
 _ROWS_PER_WRITE = 256
 
 
 @dataclass(frozen=True)
 class PrecomputeJob:
-    """Log-probabilities to compute: of which checkpoint, on which mixture, and where to."""
+    """A precomputation: checkpoint, mixture and output."""
 
     checkpoint: Path
     tokens: Path
-    """The mixture in tokens of the checkpoint's tokenizer."""
+    """The mixture, tokenised with the checkpoint's tokenizer."""
     spec: str
     settings: Mapping[str, Any]
     out: Path
-    """Where the shards are published."""
+    """Directory of the published shards."""
     state: Path
 
     @property
@@ -70,7 +70,7 @@ class PrecomputeJob:
 
     @property
     def shards(self) -> Path:
-        """Where shards are kept until all are finished."""
+        """Directory of finished shards until publication."""
         return self.state / f"{SHARDS}-{self.fingerprint[:12]}"
 
 
@@ -82,7 +82,7 @@ def precompute_chunk(
     workers: int = 0,
     report: Callable[[Iterator[Any], int], Iterator[Any]] = lambda shards, total: shards,
 ) -> None:
-    """Write the missing shards of ``chunk`` (``.../0002-of-0008.json``), and then that file.
+    """Write the missing shards of ``chunk`` (``.../0002-of-0008.json``), then that file.
 
     The file holds size and hash of the chunk's shards (``files``) and ``facts`` of the model (None without shards). Raises
     ConfigError when the model was trained with another ``image_aspect`` than ``settings`` have, ArtifactError, naming the
@@ -107,7 +107,7 @@ def precompute_chunk(
 def publish(job: PrecomputeJob, chunks: Sequence[Path]) -> None:
     """Publish the shards of all ``chunks``, the files of :func:`precompute_chunk`.
 
-    Raises ArtifactError when a shard is missing; its chunk is then removed, so that the next run makes it again.
+    Raises ArtifactError when a shard is missing; its chunk is then removed, so that the next run repeats it.
     """
     parts = {chunk: on_disk.read_json(chunk) for chunk in chunks}
     files: dict[str, Any] = {}
@@ -138,7 +138,7 @@ def publish(job: PrecomputeJob, chunks: Sequence[Path]) -> None:
 
 
 def shard_names(records: int) -> list[str]:
-    """The shards of that many records, in order."""
+    """The shards of ``records`` records, in order."""
     shards = -(-records // RECORDS_PER_SHARD)
     return [f"{number:05d}-of-{shards:05d}.arrow" for number in range(shards)]
 
@@ -164,13 +164,13 @@ class _ShardWriter:
         self.rows, self.schema = (self._pair_rows, PAIRS) if pairs else (self._token_rows, TOKENS)
 
     def facts(self) -> dict[str, Any]:
-        """What a reader must know of the model."""
+        """Facts of the model for readers of the shards."""
         return {"vocabulary": self.vocabulary, "tokenizer": tokenizer_hash(self.tokenizer), "pixels": self.pixels}
 
     def write(self, name: str, path: Path) -> None:
         """Write the shard ``name`` atomically."""
         start = int(name.partition("-of-")[0]) * RECORDS_PER_SHARD
-        # records of similar length together: less padding
+        # records of similar length together reduce padding
         end = min(start + RECORDS_PER_SHARD, len(self.dataset))
         places = sorted(range(start, end), key=lambda i: (self.lengths[i], i))
         batches = DataLoader(
@@ -212,7 +212,7 @@ class _ShardWriter:
         return found
 
     def _tokens(self, hidden_1LD: Tensor, labels_1L: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Ids and log-probabilities of one record; samples depend on it alone."""
+        """Ids and log-probabilities of one record; samples depend only on the record."""
         head_VD, k = self.model.lm_head.weight, min(self.job.settings["k"], self.vocabulary)
         if self.job.settings["kind"] == "top_k":
             return most_probable_tokens(hidden_1LD, head_VD, labels_1L, k, vocabulary=self.vocabulary)
@@ -222,7 +222,7 @@ class _ShardWriter:
 
 
 def _reuse_published(job: PrecomputeJob, names: Sequence[str]) -> None:
-    """Link shards of an earlier publication that was made from the same inputs."""
+    """Link shards of an earlier publication from the same inputs."""
     try:
         card = manifest.read(job.out)
     except ArtifactError:

@@ -47,7 +47,7 @@ class PrecomputedLogProbs:
         self.directory = directory
         self.settings: dict[str, Any] = card["settings"]
         self.vocabulary: int = card["vocabulary"]
-        """Leading rows of the head that the distributions are over."""
+        """Number of leading rows of the head that the distributions cover."""
         self._tokenizer: str = card["tokenizer"]
         self._pixels: dict[str, Any] = card["pixels"]
         self._table = pa.concat_tables(
@@ -61,16 +61,16 @@ class PrecomputedLogProbs:
         """Raise ArtifactError unless the precomputing model had the same tokens under the same ids."""
         if tokenizer_hash(tokenizer) != self._tokenizer:
             raise ArtifactError(
-                f"{self.directory}: written by a model with another tokenizer than the student's; "
+                f"{self.directory}: precomputed by a model with another tokenizer than the student's; "
                 "take a teacher with the student's tokenizer"
             )
 
     def require_pixels(self, processor: Any, whose: str) -> None:
-        """Raise ConfigError when the precomputing model, called ``whose``, read other pixels than ``processor`` makes."""
+        """Raise ConfigError when the precomputing model, named ``whose``, preprocessed images unlike ``processor``."""
         require_same_pixels(self.directory, pixel_settings(processor), self._pixels, whose)
 
     def require_rows(self, rows: int) -> None:
-        """Raise ArtifactError when a head of so many ``rows`` lacks some of the tokens that are written about."""
+        """Raise ArtifactError when a head of ``rows`` rows does not cover the cached vocabulary."""
         if rows < self.vocabulary:
             raise ArtifactError(
                 f"{self.directory}: written about {self.vocabulary} tokens, the student's head has {rows} rows; "
@@ -78,7 +78,7 @@ class PrecomputedLogProbs:
             )
 
     def log_probabilities(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of the chosen and of the rejected answers, ``[B]`` float64 each."""
+        """Log-probabilities of the chosen and of the rejected answers, ``[B]`` float64 each."""
         pairs = self._table.take(pa.array(self._rows(indices)))
         return torch.tensor(pairs["chosen"].to_numpy()), torch.tensor(pairs["rejected"].to_numpy())
 

@@ -1,4 +1,4 @@
-"""Progress of a training: a bar in a terminal, lines in the log, a history on disk, a warning when routing collapses."""
+"""Training progress: a bar in a terminal, log lines, a history on disk, a warning when routing collapses."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ REPLACED = "records_replaced"
 """Column of the history: records whose images could not be read, over all processes
 (:class:`mmpipe.data.dataset.RecordDataset`)."""
 LAYERS = f"{ROUTING}collapsed_layers"
-"""Column of the history: how many layers have collapsed. Beside it, ``routing.{part}.top_set`` is the share of the tokens
-that make the most common choice in the worst layer of a part."""
+"""Column of the history: number of collapsed layers. ``routing.{part}.top_set`` is the share of the tokens
+with the most common choice, in the worst layer of a part."""
 
 _LINES = 20
-"""Lines a training writes into its log."""
+"""Number of progress lines in the log of a training."""
 
 _LEFT_OUT = {"epoch", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"}
-"""Logged by the trainer, but different from run to run, or in the history under another name."""
+"""Entries of the trainer's log that differ between runs or have another name in the history."""
 
 
 class Progress(TrainerCallback):
-    """Writes ``history.jsonl`` (one line a step, no times: the same run writes the same bytes) and ``perf.json``."""
+    """Writes ``history.jsonl`` (one line per step, without times: equal runs give equal bytes) and ``perf.json``."""
 
     def __init__(self, history: Path, title: str, start_step: int) -> None:
         self.history = history
@@ -134,7 +134,7 @@ class CollapseWatch:
         self._batches += 1
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What to log of the step that ends; warns once when a layer has collapsed, and reports once that it recovered."""
+        """The values to log for this step; warns once when a layer has collapsed, and reports once that it recovered."""
         if not self._sums:
             return {}
         means = torch.stack(list(self._sums.values())) / self._batches

@@ -1,4 +1,4 @@
-"""Publishing a stage's checkpoint: files first, manifest last, nothing half-written."""
+"""Publishing a stage's checkpoint atomically: files first, manifest last."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def publish_trained(stage: TrainStage, job: StageJob, model: Any, processor: Any
     perf = job.state_dir / "perf.json"
     if perf.is_file():
         write_json(job.report_dir / "perf.json", read_json(perf))
-    # of every step, also those before an interruption
+    # over all steps, also those before an interruption
     replaced = round(sum(row.get(REPLACED, 0) for row in read_jsonl(job.report_dir / HISTORY)))
     if replaced:
         log.warning("%d times a record could not be read and another took its place", replaced)
@@ -67,9 +67,9 @@ def publish(
 ) -> None:
     """Write model or projector, read a sparse or sparsified model back in a new process, then publish with a manifest.
 
-    Adapters are written separately and merged first. ``facts`` are what the checkpoint is used with (template, images,
-    backbones), ``statements`` further entries of the manifest. Raises ArtifactError when the model read back computes
-    something else.
+    Adapters are written separately and merged first. ``facts`` are how the checkpoint is used (template, images,
+    backbones), ``statements`` further entries of the manifest. Raises ArtifactError when the model read back gives
+    other logits.
     """
     model.eval()
     with staged_directory(job.model_dir) as out:

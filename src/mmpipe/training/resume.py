@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: what trains, and how the training was spread over processes."""
+"""Resumable checkpoints: trainable parameters, and the layout over processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYOUT = "layout.json"
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a training is spread: a checkpoint of DeepSpeed can be resumed only as it was written."""
+    """The layout of a training over processes: a DeepSpeed checkpoint can be resumed only with its own."""
 
     engine: str | None
     """A kind of :mod:`mmpipe.stages.zero`; None for plain training."""
@@ -49,7 +49,7 @@ class ParallelLayout:
 
 
 def trainable_state(task: Task, keep: bool = True) -> dict[str, Tensor]:
-    """The parameters that train, by name, on the CPU; a tensor shared by two names is kept once.
+    """The trainable parameters by name, on the CPU; a tensor with two names is included once.
 
     Every process must call it when parameters are partitioned; those with ``keep`` false get nothing.
     """
@@ -63,12 +63,12 @@ def trainable_state(task: Task, keep: bool = True) -> dict[str, Tensor]:
 
 
 def trainable_bytes(task: Task) -> int:
-    """Size of the parameters that train."""
+    """Size of the trainable parameters."""
     return sum(p.numel() * p.element_size() for p in task.model.parameters() if p.requires_grad)
 
 
 def save_trainable(task: Task, folder: Path, layout: ParallelLayout, writes: bool) -> None:
-    """Write what trains and the layout, in the process that ``writes``; every process must call it."""
+    """Write the trainable parameters and the layout, in the process that ``writes``; every process must call it."""
     tensors = trainable_state(task, keep=writes)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def load_trainable(task: Task, checkpoint: Path) -> None:
 
 
 def set_trainable(model: Any, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Give the parameters that train new values. Raises MmpipeError, opened by ``where``, when the names differ."""
+    """Overwrite the trainable parameters. Raises MmpipeError, opened by ``where``, when the names differ."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if parameters.keys() != tensors.keys():
         raise MmpipeError(
@@ -94,7 +94,7 @@ def set_trainable(model: Any, tensors: Mapping[str, Tensor], where: str) -> None
 
 
 def mark_complete(folder: Path) -> None:
-    """Write all files of a checkpoint to the disk, then the mark that makes it one to resume from."""
+    """Sync all files of a checkpoint to the disk, then write the file that marks it as complete."""
     for path in sorted(folder.rglob("*")):
         sync(path)
     (folder / COMPLETE).touch()

@@ -1,4 +1,4 @@
-"""The story of a stage: from settings and inputs to a published checkpoint."""
+"""Running a stage: from settings and inputs to a published checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def run_stage(stage: Stage, job: StageJob) -> None:
-    """Make the checkpoint of a stage and publish it."""
+    """Run a stage and publish its checkpoint."""
     match stage:
         case Construct():
             construct_stage(stage, job)
@@ -96,7 +96,7 @@ def _set_up_process(stage: TrainStage, job: StageJob) -> None:
 
 
 def untrained_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
-    """The model before the first step, with ``requires_grad`` set on what trains, and its processor."""
+    """The model before the first step, with ``requires_grad`` set on trainable parameters, and its processor."""
     model, processor = _starting_model(stage, job)
     objective_class(stage).prepare(stage, job, model)
     if stage.lora:

@@ -1,8 +1,8 @@
-"""Stopping in time: a request to stop (SIGTERM, a near time limit) becomes a checkpoint and a clean exit.
+"""Early stopping of a job: a SIGTERM or a near time limit leads to a checkpoint and a clean exit.
 
-There are three sources: the SIGTERM that Slurm sends to every process when it preempts or cancels a job; a file, written by
-the process that started the ranks when it alone gets the signal; and the job's time limit. The ranks agree after each step,
-so that all of them save the same one.
+Three sources: the SIGTERM that Slurm sends to every process when it preempts or cancels a job; a file, written by
+the launching process when it alone gets the signal; and the job's time limit. The ranks agree after each step,
+so that all save the same step.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 REQUEST = "stop-requested"
-"""A file in the state directory: training should stop."""
+"""File in the state directory that requests a stop."""
 RECORD = "stopped.json"
-"""A file in the state directory: training stopped early, at which step and why."""
+"""File in the state directory with the step and reason of an early stop."""
 TIME_LIMIT = "time limit"
 SIGNAL = "SIGTERM"
 
@@ -60,9 +60,9 @@ class StopSignal:
 
     @contextmanager
     def listening(self, *, leave_with_parent: bool = False) -> Iterator[StopSignal]:
-        """Take SIGTERM as a request to stop for as long as the block runs.
+        """Context manager that takes SIGTERM as a request to stop.
 
-        A thread waits for the signal, because the main one may be inside a collective operation that never ends when
+        A thread waits for the signal, because the main one may be blocked in a collective operation when
         another rank died. With ``leave_with_parent``, a SIGTERM from the parent (torchrun, after a rank failed) ends the
         process at once.
         """
@@ -91,20 +91,20 @@ class StopSignal:
 
 
 def worker_init(number: int = 0) -> None:
-    """For data-loading processes: end with the training process or at its SIGTERM, and not when all ranks get one."""
+    """Set up a data-loading process: it ends with the training process or at its SIGTERM, not when all ranks get one."""
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=StopSignal()._wait, args=(threading.Event(), True), daemon=True).start()
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, however that happens (Linux only)."""
+    """Make the kernel kill this process when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Deadline:
-    """When to stop so that a last checkpoint still fits before ``end`` (seconds since the epoch).
+    """Decides when to stop so that a last checkpoint is written before ``end`` (seconds since the epoch).
 
     The reserve is two steps and two checkpoints as slow as the slowest so far, and a tenth of the time, at most two
     minutes, for everything else. Before the first checkpoint its duration is estimated from its size.

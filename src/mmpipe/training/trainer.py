@@ -1,4 +1,4 @@
-"""The trainer: transformers' own, with our sampling, loss denominators, checkpoints and logs."""
+"""The trainer: transformers' Trainer with our sampling, loss denominators, checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How a batch is split: ``micro`` samples a process computes at once, ``accumulation`` times a step."""
+    """Split of a batch: ``micro`` samples per process and forward pass, ``accumulation`` passes per step."""
 
     micro: int
     accumulation: int
 
 
 def split_batch(batch_size: int, processes: int, wanted: int | None, on_gpu: bool) -> BatchSplit:
-    """Split ``batch_size`` over ``processes``, at most ``wanted`` samples at once, keeping the batch exactly.
+    """Split ``batch_size`` exactly over ``processes``, at most ``wanted`` samples per forward pass.
 
     Raises ConfigError when the processes cannot share the batch evenly.
     """
@@ -133,7 +133,7 @@ class StageTrainer(Trainer):
     """One optimizer loop for every stage.
 
     ``batches`` gives the micro batches of this process as index lists, from the step to start at to the end; the order
-    is a pure function of seed, epoch and step, so that resuming has nothing to restore. Checkpoints hold what trains,
+    is a pure function of seed, epoch and step, so resuming restores no state. Checkpoints hold the trainable parameters,
     the optimizer, the schedule and the random state; one is complete when it holds the file ``complete``.
     """
 
@@ -166,7 +166,7 @@ class StageTrainer(Trainer):
         """Train to the last step, from the last complete checkpoint if there is one."""
         found = resume.last_checkpoint(Path(str(self.args.output_dir)))
         if found and found[1] >= self.args.max_steps:
-            # nothing is left to train, so no engine has partitioned the parameters
+            # no step is left, so no engine has partitioned the parameters
             resume.load_trainable(self.task, found[0])
             self.state = type(self.state).load_from_json(str(found[0] / "trainer_state.json"))
             return
@@ -208,7 +208,7 @@ class StageTrainer(Trainer):
         replaced = torch.tensor(float(len(inputs["replaced"])), device=self.args.device)
         self._sums[REPLACED] = self._sums.get(REPLACED, torch.zeros_like(replaced)) + replaced
         where = f"step {self.state.global_step + 1}, records {', '.join(inputs['ids'])}"
-        # dropout and the like depend on seed, step and records only: a resumed training draws the same
+        # dropout etc. depend on seed, step and records only: a resumed training draws the same
         digest = hashlib.sha256(f"{self.args.seed} {where}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7]))
         try:
@@ -230,10 +230,10 @@ class StageTrainer(Trainer):
                 total = self.accelerator.gather(total[None]).sum(0)
             if total.ndim == 0:
                 logs[name] = total.item()
-            elif total[1] > 0:  # a mean, if this step had anything to average
+            elif total[1] > 0:  # a mean, if this step had values to average
                 logs[name] = (total[0] / total[1]).item()
         self._sums = {}
-        if not logs.get(REPLACED, 1):  # logged only in steps that had some
+        if not logs.get(REPLACED, 1):  # logged only in steps that had such values
             del logs[REPLACED]
         logs |= self.collapse.metrics(self.state.global_step)
         super().log(logs, start_time)
@@ -241,7 +241,7 @@ class StageTrainer(Trainer):
     # --- optimizer --------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over groups of parameters; each group carries its own learning rate and weight decay."""
+        """AdamW over parameter groups, each with its own learning rate and weight decay."""
         if self.optimizer is None:
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
             del kwargs["lr"]
@@ -257,7 +257,7 @@ class StageTrainer(Trainer):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what trains, and how the training is spread."""
+        """Write the trainable parameters and the layout over processes."""
         folder = Path(output_dir or str(self.args.output_dir))
         resume.save_trainable(self.task, folder, self.layout, self.args.should_save)
 

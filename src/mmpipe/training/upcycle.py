@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def upcycle_stage(stage: Upcycle, job: StageJob) -> None:
-    """Up-cycle the parent's checkpoint, prove that nothing changed, and publish it."""
+    """Up-cycle the parent's checkpoint, verify that the logits are equal, and publish it."""
     if job.parent is None:
         raise ConfigError(f"{job.recipe}: {job.stage}: there is no model to up-cycle; put a training stage before it")
     torch.set_num_threads(job.threads)

@@ -1,4 +1,4 @@
-"""Checkpoints as others write them: one file a layout, each turning files into the stock model and back.
+"""Checkpoint layouts, one file each: conversion of files to the stock model and back.
 
 An entry of ``backbones.yaml`` names its ``layout``, which is the name of a module here that defines ``LAYOUT``.
 """
@@ -28,7 +28,7 @@ def get(name: str) -> Layout:
 
 
 def packed_language(model_type: str) -> PackedLanguage | None:
-    """The layout of the packed language models whose configurations say ``model_type``, if there is one."""
+    """The layout of the packed language models with this ``model_type``, if there is one."""
     from mmpipe.checkpoints.layouts.base import PackedLanguage
 
     layouts = (get(name) for name in registry.names(__name__))

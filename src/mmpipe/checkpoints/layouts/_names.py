@@ -1,8 +1,8 @@
 """The names of LLaVA's tensors and those of the stock model, both ways.
 
-LLaVA (haotian-liu/LLaVA, ``llava/model/``) hangs tower and projector below the language model's body:
+LLaVA (haotian-liu/LLaVA, ``llava/model/``) nests tower and projector in the language model's body:
 ``model.layers.*``, ``model.mm_projector.{0,2}.*``, ``model.vision_tower.vision_tower.vision_model.*``, ``lm_head.*``.
-MoE-LLaVA and LLaVA-MoD say ``image_tower`` and ``mm_projector.image_spatial_proj``.
+MoE-LLaVA and LLaVA-MoD use ``image_tower`` and ``mm_projector.image_spatial_proj``.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _FROM_DISK = {
 }
 _OTHER_PARTS = ("model.vision_tower.", "model.image_tower.", "model.mm_projector.")
 _BUFFERS = (".position_ids", ".rotary_emb.inv_freq")
-"""Not weights: older transformers wrote them beside the weights, newer ones compute them."""
+"""Buffers that older transformers wrote beside the weights and newer ones compute."""
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is computed, not learnt."""
+    """Whether a tensor is computed, not trained."""
     return name.endswith(_BUFFERS)
 
 
@@ -51,7 +51,7 @@ def split_language(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]
 
 
 def to_stock(name: str) -> str:
-    """A name of LLaVA's as that of the stock model.
+    """The stock model's name for a tensor of LLaVA's.
 
     >>> to_stock("model.mm_projector.2.bias")
     'model.multi_modal_projector.linear_2.bias'
@@ -62,7 +62,7 @@ def to_stock(name: str) -> str:
 
 
 def to_llava(name: str) -> str:
-    """A name in one of our checkpoint files as LLaVA's.
+    """LLaVA's name for a tensor in our checkpoint files.
 
     >>> to_llava("vision_tower.vision_model.post_layernorm.bias")
     'model.vision_tower.vision_tower.vision_model.post_layernorm.bias'

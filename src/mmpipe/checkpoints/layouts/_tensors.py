@@ -1,4 +1,4 @@
-"""Reading a directory's weights, whatever files they are in, and putting tensors into a stock model, exactly."""
+"""Reading a directory's weights from any file format, and loading them into a stock model, exactly."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors or ``.bin`` file. Of the latter, nothing but tensors is ever unpickled."""
+    """The tensors of one safetensors or ``.bin`` file; of the latter, only tensors are unpickled."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -78,7 +78,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The precision most numbers are in."""
+    """The most common precision, by number of elements."""
     numbers: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         numbers[tensor.dtype] += tensor.numel()
@@ -90,7 +90,7 @@ def assemble(
 ) -> Model:
     """A stock model of ``tensors``, named as its parameters are; with the dtype ``auto`` each keeps its precision.
 
-    Raises ArtifactError naming what is missing, left over or misshapen: nothing is ever left at random values.
+    Raises ArtifactError naming missing, surplus and misshapen tensors: none is left at random values.
     """
     with torch.device("meta"):
         shell: Any = kind(config)
@@ -122,7 +122,7 @@ def assemble(
 
 
 def _without_tied_head(shell: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out a written copy of what is one tensor in the model; a head that differs stays, to be reported."""
+    """Leave out the stored copy of a tied tensor; a head that differs stays, to be reported."""
     kept = dict(tensors)
     rows = next(name for name, value in shell.named_parameters() if value is shell.get_input_embeddings().weight)
     if rows in kept and "lm_head.weight" in kept and torch.equal(kept[rows], kept["lm_head.weight"]):

@@ -1,4 +1,4 @@
-"""A published checkpoint in LLaVA's own layout, for the scripts and servers of that lineage."""
+"""Writing a published checkpoint in LLaVA's own layout, for scripts and servers based on LLaVA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _COMMON = {
     "unfreeze_mm_vision_tower": False,
     "use_mm_proj": True,
 }
-"""Entries of LLaVA's configuration that are the same for every model joined in the way of LLaVA-1.5."""
+"""Entries of LLaVA's configuration common to all models with LLaVA-1.5's structure."""
 
 
 def write(checkpoint: Path, out: Path, *, language: str | None, tower: str, binary: bool) -> None:
@@ -76,7 +76,7 @@ def write(checkpoint: Path, out: Path, *, language: str | None, tower: str, bina
 
 
 def _stock_text(checkpoint: Path, config: Mapping[str, Any]) -> Any:
-    """The language model's configuration. ConfigError for experts, which LLaVA's code does not know."""
+    """The language model's configuration. ConfigError for experts, which LLaVA's code does not support."""
     from transformers import CONFIG_MAPPING
 
     text = dict(config["text_config"])
@@ -96,7 +96,7 @@ def _packed(name: str) -> PackedLanguage:
 
 
 def _plain(text: Any) -> dict[str, Any]:
-    """A stock language model's configuration as transformers 4 wrote it, where LLaVA's code lives."""
+    """A stock language model's configuration as transformers 4 wrote it, which LLaVA's code requires."""
     config: dict[str, Any] = text.to_dict()
     rope = dict(config.pop("rope_parameters", None) or {})
     config["rope_theta"] = rope.pop("rope_theta", 10000.0)

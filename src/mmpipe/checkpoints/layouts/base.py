@@ -35,19 +35,19 @@ class BackboneFiles:
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A whole vision-language model as it was found."""
+    """An imported vision-language model."""
 
     model: LlavaForConditionalGeneration
     """The stock model; its tensors have the precision of the files."""
     tokenizer: PreTrainedTokenizerBase
     images: Path
-    """The directory whose ``preprocessor_config.json`` says how images are prepared."""
+    """The directory with the ``preprocessor_config.json`` of its image preprocessing."""
     image_aspect: str | None = None
-    """How images were made square in its training (``pad``, ``square``), where the files say it."""
+    """The image aspect of its training (``pad``, ``square``), where the files state it."""
 
 
 class Layout:
-    """How one family of checkpoints names its files and tensors.
+    """The files and tensor names of one family of checkpoints.
 
     A layout of language models defines ``language``; one of whole models defines ``whole``.
     """
@@ -79,7 +79,7 @@ class Layout:
         )
 
     def write(self, checkpoint: Path, out: Path, *, language: str | None, tower: str, binary: bool) -> None:
-        """Write a published checkpoint into the empty directory ``out`` in this layout, bit by bit the same.
+        """Write a published checkpoint into the empty directory ``out`` in this layout, bit-identically.
 
         ``language`` is the layout of the language model inside, where that is packed; ``tower`` is what the
         configuration calls the vision tower; ``binary`` writes ``pytorch_model.bin`` instead of safetensors.
@@ -91,7 +91,7 @@ class Layout:
 
 
 def unreadable_tokenizer(directory: Path, error: Exception) -> ArtifactError:
-    """The error for a tokenizer that ``error`` kept from being read; transformers' own message can mislead."""
+    """The ArtifactError for a tokenizer that failed with ``error``; transformers' own message can mislead."""
     modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
     lacking = [package for package, module in modules.items() if not _is_installed(module)]
     if lacking and (directory / "tokenizer.model").is_file():
@@ -108,17 +108,17 @@ def _is_installed(module: str) -> bool:
 
 
 class PackedLanguage(Layout):
-    """A language model whose function is that of a stock class, under other names and in other matrices."""
+    """A language model equivalent to a stock class, with other tensor names and packed matrices."""
 
     MODEL_TYPES: ClassVar[tuple[str, ...]] = ()
-    """The ``model_type`` its configurations say, in checkpoints of its own and in LLaVA's lineage."""
+    """The ``model_type`` of its configurations, alone and inside LLaVA checkpoints."""
 
     def config(self, written: Mapping[str, Any]) -> Any:
         """The stock configuration of the same function, from the content of its ``config.json``."""
         raise NotImplementedError
 
     def written(self, config: Any) -> dict[str, Any]:
-        """The way back: what its own ``config.json`` says of a stock configuration, without the model type."""
+        """The inverse: its own ``config.json`` of a stock configuration, without the model type."""
         raise NotImplementedError
 
     def to_stock(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class PackedLanguage(Layout):
         raise NotImplementedError
 
     def from_stock(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """The way back, exactly."""
+        """The exact inverse."""
         raise NotImplementedError
 
     def language(self, directory: Path, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""What transformers writes: nothing to convert."""
+"""The layout of transformers, without conversion."""
 
 from __future__ import annotations
 

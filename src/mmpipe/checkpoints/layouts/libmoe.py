@@ -1,4 +1,4 @@
-"""LibMoE's checkpoints: a model that sees several scales, dense or with experts in tower and projector.
+"""LibMoE's checkpoints: a multi-scale model, dense or with experts in tower and projector.
 
 What Fsoft-AIC/LibMoE 1.1 and 2.0 write (``moe_model/train/train.py``), distinguished by the files:
 
@@ -7,9 +7,9 @@ What Fsoft-AIC/LibMoE 1.1 and 2.0 write (``moe_model/train/train.py``), distingu
 * ``sft*/{router}/``: a whole model. Experts are ``...layers.3.moelayer.experts.0.fc1.weight`` in the tower and
   ``model.mm_projector.moelayer.experts.0.{0,2}.weight`` in the projector, routers ``...moelayer.gate.weight`` and more.
 
-The tower's configuration is that of the backbone the recipe names as ``model.vision``. Its idle end (the last block, of
-which LibMoE trains experts that nothing reads) is left behind, by name in the log. Routers are
-imported in the variant that computes what the published code did.
+The tower's configuration is that of the backbone the recipe names as ``model.vision``. Its unused last block, whose
+experts LibMoE trains all the same, is left out and named in the log. Routers are imported in the variant that
+reproduces the published code.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Router:
     settings: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=lambda: {"gate.weight": "weight"})
     unused: tuple[str, ...] = ()
-    """Tensors that are written and never read."""
+    """Stored tensors that are never used."""
 
 
 _REFERENCE = {"compat": "reference"}
@@ -113,7 +113,7 @@ class LibMoE(Layout):
 
 
 def _theirs(directory: Path, parts: Mapping[str, BackboneFiles]) -> dict[str, Tensor]:
-    """All tensors, by our names but for those of experts and routers."""
+    """All tensors under our names, except experts and routers."""
     tensors: dict[str, Tensor] = {}
     for name in (TOWER_FILE, PROJECTOR_FILE):
         if (directory / name).is_file():
@@ -138,7 +138,7 @@ def _theirs(directory: Path, parts: Mapping[str, BackboneFiles]) -> dict[str, Te
 
 
 def _scales(directory: Path, written: Mapping[str, Any]) -> list[int]:
-    """The scales, which scripts write as a list or as ``1,3``."""
+    """The scales, from a list or a text like ``1,3``."""
     scales = written.get("scales", [1])
     scales = scales.split(",") if isinstance(scales, str) else scales
     try:
@@ -150,7 +150,7 @@ def _scales(directory: Path, written: Mapping[str, Any]) -> list[int]:
 def _moe(
     directory: Path, written: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, tuple[MoESettings, _Router]]:
-    """The settings of the experts of each part that has some, and their router."""
+    """The settings of the experts and router of each part that has some."""
     flags = {"vision_tower": "clip_smoe", "multi_modal_projector": "mlp_smoe"}
     name = str(written.get("moe_name"))
     parts = [part for part, flag in flags.items() if written.get(flag)]
@@ -230,7 +230,7 @@ def _ours(
 
 
 def _without_idle_end(tensors: Mapping[str, Tensor], used: int) -> dict[str, Tensor]:
-    """Without the modules behind the block whose output is projected."""
+    """The tensors without the modules after the block whose output is projected."""
     block = re.compile(rf"{re.escape(_names.TOWER)}encoder\.layers\.(\d+)\.")
     behind = (f"{_names.TOWER}post_layernorm.", f"{_names.TOWER}head.")
     idle = [

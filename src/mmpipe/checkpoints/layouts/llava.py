@@ -1,4 +1,4 @@
-"""The original LLaVA and those that follow it: whole models, adapters, and projectors alone.
+"""Checkpoints of the original LLaVA and its derivatives: whole models, adapters, and projectors alone.
 
 The content of a directory follows from its files, never from its name (haotian-liu/LLaVA, ``llava/model/builder.py``):
 
@@ -6,8 +6,8 @@ The content of a directory follows from its files, never from its name (haotian-
 * ``adapter_config.json``, ``adapter_model.*``, ``non_lora_trainables.bin``: a LoRA adapter and the trained projector;
 * ``mm_projector.bin`` alone: a projector.
 
-The last two stand on a base, which the recipe names as ``model.language``; the tower is always named as
-``model.vision``, for LLaVA's configuration only refers to it.
+The last two need a base, which the recipe names as ``model.language``; the tower is always named as
+``model.vision``, as LLaVA's configuration only refers to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 CONFIG, PROJECTOR_FILE = "config.json", "mm_projector.bin"
 ADAPTER_CONFIG, ADAPTER_STEM, REST = "adapter_config.json", "adapter_model", "non_lora_trainables.bin"
 _FAMILIES = {"llava": "llama", "llava_qwen": "qwen2", "llava_qwen1_5": "qwen2"}
-"""The stock model type where LLaVA's is not ``llava_`` and that."""
+"""Stock model types of LLaVA's exceptions to ``llava_{type}``."""
 
 
 class Llava(Layout):

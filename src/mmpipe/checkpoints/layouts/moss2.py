@@ -1,4 +1,4 @@
-"""MOSS2 (fnlp/moss2-2_5b-chat): a Llama in other names, with queries, keys and values packed in one matrix.
+"""MOSS2 (fnlp/moss2-2_5b-chat): a Llama with other tensor names, and queries, keys and values in one matrix.
 
 The files follow InternLM2's layout: https://huggingface.co/fnlp/moss2-2_5b-chat (``modeling_moss2.py``).
 """
@@ -99,7 +99,7 @@ class Moss2(PackedLanguage):
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
     for old, new in names.items():
-        # a key that begins with a dot stands inside a layer, others at the front
+        # a key that begins with a dot is inside a layer, others are prefixes
         if old in name if old.startswith(".") else name.startswith(old):
             return name.replace(old, new, 1)
     return name

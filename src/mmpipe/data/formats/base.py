@@ -28,15 +28,15 @@ ROLE_NAMES: Mapping[str, Role] = {
 
 @dataclass(frozen=True, slots=True)
 class ParsedRecord:
-    """A record as it stands in its file, or the fault that prevents one."""
+    """A parsed record, or the fault of its row."""
 
     id: str
     record: AnyRecord | None = None
     fault: BadRecord | None = None
     notes: tuple[str, ...] = ()
-    """What was corrected in reading."""
+    """Corrections made while parsing."""
     embedded: tuple[bytes, ...] = ()
-    """The images themselves, where the annotations contain them; else ``record.images`` names files."""
+    """Image contents embedded in the annotations; without them ``record.images`` names files."""
 
 
 FormatReader = Callable[[Path, str], Iterator[ParsedRecord]]
@@ -71,7 +71,7 @@ def _parsed_rows(
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with its place; the content decides how it is read, not the name."""
+    """The rows of a file, each with its position; the format is detected from the content, not the name."""
     try:
         with path.open("rb") as file:
             is_parquet = file.read(4) == b"PAR1"
@@ -123,7 +123,7 @@ def read_images(row: AnnotationRow) -> Images:
 
 def read_turns(conversation: Any, system: Any = None) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """Turns from a list of ``{"from", "value"}`` or ``{"role", "content"}``, and notes. ``system`` is a system message
-    that stands beside the conversation. An answer before the first question is left out, as LLaVA does."""
+    beside the conversation. An answer before the first question is left out, as in LLaVA."""
     if not isinstance(conversation, list) or not conversation:
         raise BadRecord("no conversation", "the conversation is missing or empty")
     turns = [_turn(message, number) for number, message in enumerate(conversation, start=1)]
@@ -147,7 +147,7 @@ def _turn(message: Any, number: int) -> Turn:
 
 
 def is_chat(message: Any) -> bool:
-    """Whether a message names its speaker under ``role``, as chat templates expect, and not under ``from``."""
+    """Whether a message has its speaker under ``role``, as chat templates expect, and not under ``from``."""
     return isinstance(message, dict) and message.get("role") is not None
 
 
@@ -174,7 +174,7 @@ def _system(text: Any, turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def images_before_text(turns: tuple[Turn, ...], images: Images) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Chat messages whose text does not say where images go, with all of them before the first question, and notes. TRL
+    """Chat messages without image positions, with all images before the first question, and notes. TRL
     reads such records so (``prepare_multimodal_messages``)."""
     if not images.names or any(IMAGE_MARK in turn.text for turn in turns):
         return turns, ()

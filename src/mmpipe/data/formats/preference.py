@@ -1,4 +1,4 @@
-"""Preferences: two answers to one question, ``{"id", "image", "chosen", "rejected"}``, written in one of three ways.
+"""Preferences: two answers to one question, ``{"id", "image", "chosen", "rejected"}``, in one of three forms.
 
 * LLaVA-MoD's: ``chosen`` and ``rejected`` are whole conversations of LLaVA's turns, the same up to the last answer.
 * LLaMA-Factory's: ``conversations`` is the prompt, ``chosen`` and ``rejected`` are one turn each.
@@ -41,7 +41,7 @@ def read(record_id: str, row: AnnotationRow, source: str) -> ParsedRecord:
 
 
 def _messages(value: Any, role: str) -> list[Any]:
-    """A list of messages from one, from a text that ``role`` says, or from nothing."""
+    """A list of messages from one message, from a text by ``role``, or from None."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if isinstance(value, dict):

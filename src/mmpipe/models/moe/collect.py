@@ -1,4 +1,4 @@
-"""Reading losses and measurements of a model's MoE layers after a forward pass."""
+"""Losses and measurements of a model's MoE layers after a forward pass."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def collect_losses(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 def collect_statistics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Measurements of the last forward pass by the layer's name.
 
-    ``load`` ``[N]`` (choices each expert carried out), ``tokens``, ``dropped`` (choices), and what the router reports:
+    ``load`` ``[N]`` (choices each expert computed), ``tokens``, ``dropped`` (choices), and the router's own:
     usually ``entropy`` and ``margin``. Counts are summed over scales, the rest is averaged over their tokens.
     """
     return {name: _together([report.statistics for report in reports]) for name, reports in _reports(model).items()}
@@ -65,7 +65,7 @@ def part_of(layer: str) -> str:
 
 
 def collect_collapse(model: nn.Module) -> dict[str, Tensor]:
-    """Share of the tokens of the last forward pass that made each layer's most common ordered choice, by the layer's
+    """Share of the last forward pass's tokens with the layer's most common ordered choice of experts, by the layer's
     name; near one, the layer has collapsed."""
     layers = moe_layers(model)
     return {

@@ -1,8 +1,8 @@
-"""What the MoE layers of one forward pass share: which tokens count, and what each layer reports.
+"""Context of the MoE layers in one forward pass: which tokens count, and each layer's report.
 
-A layer sees hidden states only. The text model's attention mask reaches it, and its losses come back, through a
+A layer's input is hidden states only. It gets the text model's attention mask, and returns its losses, through a
 :class:`ForwardPass` made for every call of the text model (see :mod:`mmpipe.models.forward_context`). A layer that
-gradient checkpointing computes again finds its report already made and leaves it alone.
+gradient checkpointing recomputes leaves its existing report unchanged.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class LayerReport:
     """Losses and measurements of one layer in one forward pass."""
 
     losses: dict[str, Tensor]
-    """Scalars, weighed: their sum is the layer's share of the total loss."""
+    """Scalars, weighted: their sum is the layer's share of the total loss."""
     statistics: dict[str, Tensor]
     """Detached: ``load`` ``[N]`` (choices an expert took), ``tokens``, ``dropped`` (choices), and the router's own."""
     indices_TK: Tensor
-    """The choices; N stands for one that does nothing."""
+    """The choices; N is a null choice."""
 
 
 class ForwardPass:
@@ -46,7 +46,7 @@ class ForwardPass:
         self.reports: dict[int, LayerReport] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardPass:
-        """A copied model has made no pass yet (and graphs cannot be copied)."""
+        """A copied model has no forward pass yet (and graphs cannot be copied)."""
         return ForwardPass()
 
     @classmethod
@@ -61,14 +61,14 @@ class ForwardPass:
         return cls() if bool(real_T.all()) else cls(real_T.nonzero().squeeze(1))
 
     def narrowed(self, real_BM: Tensor) -> ForwardPass:
-        """The same pass where only some tokens are left, of which ``real_BM`` count."""
+        """The same pass for the retained tokens, of which ``real_BM`` count."""
         left = ForwardPass.of_mask(real_BM, real_BM.shape[1])
         left.reports = self.reports
         return left
 
 
 class TakesForwardPass(nn.Module):
-    """A module that reads and reports to the current forward pass."""
+    """A module that reads the current forward pass and adds its report."""
 
     forward_pass: ForwardPass | None = None
 
@@ -79,7 +79,7 @@ class TakesForwardPass(nn.Module):
 
 
 def connect(root: Any, is_text_model: bool) -> None:
-    """Give the modules of a part that take a forward pass a fresh one in every call of the part."""
+    """Connect the modules of a part with a new forward pass in every call of the part."""
     if not is_text_model:
         root.register_forward_pre_hook(_begin_unmasked)
         return
@@ -112,7 +112,7 @@ def next_pass(root: nn.Module) -> None:
 
 @contextmanager
 def nothing_counts() -> Iterator[None]:
-    """Keep the inputs of tower and projector out of routing and losses: an image that stands in for none."""
+    """Exclude the placeholder image of a batch without images from routing and losses in tower and projector."""
     token = _COUNTS.set(False)
     try:
         yield

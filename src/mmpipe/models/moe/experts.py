@@ -1,4 +1,4 @@
-"""Experts as fused tensors, computed by transformers' expert backends."""
+"""Experts as fused tensors, for transformers' expert backends."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SwiGLUExperts(nn.Module):
     def forward(self, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of each token's chosen experts, ``[T, D]``, one expert after the other, in any dtype.
 
-        This is the backend ``eager``; the decorator puts the configured one in its place.
+        This is the backend ``eager``; the decorator replaces it by the configured one.
         """
         return loop(self, hidden_TD, indices_TK, weights_TK)
 
@@ -103,7 +103,7 @@ def loop(self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor
 def automatic(self: SwiGLUExperts | MLPExperts, hidden_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Grouped matrix products where torch has them, the loop elsewhere (float64, sizes that are not aligned).
 
-    Autocast does not know grouped products, which would then run in the weights' float32. So its dtype is taken here,
+    Autocast does not cover grouped products, which would then run in the weights' float32. So its dtype is taken here,
     for input, weights and output, as it is for a linear layer.
     """
     device = hidden_TD.device.type
@@ -120,7 +120,7 @@ def grouped(
 ) -> Tensor:
     """All experts at once: tokens sorted by expert, one grouped product a layer of the networks.
 
-    The number of tokens of an expert never leaves the device.
+    The tokens per expert are not copied to the CPU.
     """
     experts_S, order_S = indices_TK.flatten().sort(stable=True)
     place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
@@ -139,7 +139,7 @@ def grouped(
 class _Dispatch(torch.autograd.Function):
     """A copy of each token for each of its choices, in the order of the experts.
 
-    The gradient of a token is the sum over its k copies: a gather and a sum. Left to autograd it would be a
+    The gradient of a token is the sum over its k copies: a gather and a sum. Autograd would use a
     scatter into rows that occur k times, which is slow on a CPU and not deterministic on a GPU.
     """
 

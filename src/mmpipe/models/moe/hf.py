@@ -1,10 +1,10 @@
-"""Sparse models as stock checkpoints: text ``qwen2_moe`` or ``mixtral``, opened by transformers without code of ours.
+"""Sparse models as stock checkpoints: text ``qwen2_moe`` or ``mixtral``, which transformers opens by itself.
 
 * ``mixtral`` is chosen when every layer has experts, attention has no biases and k > 1; ``qwen2_moe`` otherwise, with
   the dense layers in ``mlp_only_layers``.
 * ``norm_topk_prob`` is true for k > 1; its default, false, would be another function.
 * ``qwen2_moe`` always has a shared expert. It is written with 64 inner units and a down projection of zeros, so that it
-  adds exactly nothing; with no units at all, vLLM does not find its tensors.
+  adds exactly zero; with no units at all, vLLM does not find its tensors.
 * Experts are written one by one, as transformers 4 did. Phi-3's fused projections are split.
 """
 
@@ -37,7 +37,7 @@ _COMMON = (
     "max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings rope_parameters "
     "attention_dropout pad_token_id bos_token_id eos_token_id"
 )
-"""Settings that dense and sparse language models have in common."""
+"""Settings common to dense and sparse language models."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def sparse_layers(model: LlavaForConditionalGeneration) -> dict[int, MoELayer]:
 
 
 def why_not_stock(model: LlavaForConditionalGeneration) -> str | None:
-    """Why a model is no stock one; None when it is."""
+    """Why a model has no stock class; None when it has one."""
     if saved_scales(model) not in (None, (1,)):
         return f"images are seen at the scales {saved_scales(model)}, which no stock class does"
     elsewhere = sorted(set(saved_moe_settings(model)) - {"language_model"})
@@ -143,10 +143,10 @@ def tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, Tensor]
 
 
 def replace_moe_blocks(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """Put MoE layers in the place of a loaded model's stock ones, in place and with the same tensors; returns it.
+    """Replace a loaded model's stock MoE blocks by our layers, in place and with the same tensors; returns it.
 
     A stock model whose arithmetic ours does not cover (a shared expert that adds something, weights that are not
-    rescaled) is left as it is. Raises ArtifactError when its configuration says that it was written here: it is
+    rescaled) is left as it is. Raises ArtifactError when its configuration marks it as written by mmpipe: it is
     damaged.
     """
     text = model.model.language_model
@@ -264,7 +264,7 @@ def _head_size(text: Any) -> int:
 
 
 def _unfused(text: Any, part: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """Split Phi-3's fused projections; everything else stays as it is."""
+    """Split Phi-3's fused projections; other tensors are unchanged."""
     if part == "self_attn.qkv_proj.weight":
         head = _head_size(text)
         heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)

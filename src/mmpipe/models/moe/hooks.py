@@ -1,4 +1,4 @@
-"""Observing a model's experts by hooks: which are chosen, and how the model answers without the first of them."""
+"""Hooks on a model's experts: recording the choices, and leaving out each token's first choice."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Place:
     layer: int
     """Index of the layer in its part; 0 for a projector, which has no layers."""
     experts: int = field(default=0, compare=False)
-    """How many experts it has."""
+    """Number of experts."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a router decided in one call: experts and weights ``[T, K]`` of the tokens it was given."""
+    """A router's decision in one call: experts and weights ``[T, K]`` of its T input tokens."""
 
     indices_TK: Tensor
     weights_TK: Tensor
@@ -42,7 +42,7 @@ class Choices:
 def placed_layers(model: nn.Module, layers: Collection[int] | None = None) -> dict[Place, MoELayer]:
     """The MoE layers of a model by their place, those numbered ``layers`` only if given.
 
-    A projector is always among them: it has no layers to choose from. Raises ConfigError for a number that no layer
+    A projector is always included: its layers have no numbers. Raises ConfigError for a number that no layer
     with experts has.
     """
     found = {place_of(name, layer.router.experts): layer for name, layer in moe_layers(model).items()}
@@ -65,7 +65,7 @@ def place_of(name: str, experts: int = 0) -> Place:
 
 
 class Recorder:
-    """Records what the routers of the given layers choose, call by call, until it is taken."""
+    """Records the choices of the given layers' routers, call by call, until they are collected."""
 
     def __init__(self, layers: dict[Place, MoELayer]) -> None:
         self._calls: dict[Place, list[Choices]] = {}
@@ -83,16 +83,16 @@ class Recorder:
         self._calls.setdefault(place, []).append(choices)
 
     def take(self) -> dict[Place, list[Choices]]:
-        """The calls since the last time."""
+        """The calls since the last collection."""
         taken, self._calls = self._calls, {}
         return taken
 
 
 @contextmanager
 def without_first(model: nn.Module) -> Iterator[None]:
-    """Leave out each token's first choice in every MoE layer while the block lasts.
+    """Context manager that leaves out each token's first choice in every MoE layer.
 
-    The other choices are scaled up to the weight all had together, where the router's weights add up to one.
+    The other choices are rescaled to the total weight of all, where the router's weights add up to one.
     A token with a single expert passes through the residual stream only.
     """
 

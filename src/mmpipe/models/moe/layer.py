@@ -1,4 +1,4 @@
-"""A layer of experts in the place of a dense feed-forward network."""
+"""The MoE layer that replaces a dense feed-forward network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MoELayer(TakesForwardPass):
         self.dense = dense
         self.mixture = nn.Linear(router.width, 2) if dense is not None else None
         self.where = ""
-        """Where in the model the layer stands, for messages."""
+        """The layer's name in the model, for messages."""
         self._values_checked = False
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class MoELayer(TakesForwardPass):
         routing = router(hidden_TD, sequence_T)
         check_shapes(router, routing, len(hidden_TD), name)
         if hidden_TD.device.type == "cpu" or not self._values_checked:
-            # looking at values makes an accelerator wait: once per layer there, always on the CPU
+            # reading values synchronises an accelerator: once per layer there, always on the CPU
             check_values(router, routing, name)
             self._values_checked = True
         if not self.training or self.settings.capacity_factor is None:
@@ -93,7 +93,7 @@ class MoELayer(TakesForwardPass):
         losses = {name: weight * routing.losses[name] for name, weight in weighed.items() if weight}
         with torch.no_grad():
             statistics = {name: value.detach() for name, value in routing.statistics.items()}
-            # dropped choices and those that do nothing (a null or free expert) have weight zero
+            # dropped choices and null experts have weight zero
             works_TK = routing.weights_TK != 0
             statistics["load"] = torch.bincount(routing.indices_TK[works_TK], minlength=self.router.experts)
             statistics["tokens"] = torch.tensor(len(retained_TK), device=retained_TK.device)

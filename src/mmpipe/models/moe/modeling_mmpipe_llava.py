@@ -1,4 +1,4 @@
-"""Models that no stock class computes, as a class of this package.
+"""The model class for sparse models without a stock class in transformers.
 
 Other routers than softmax top-k, residual experts, experts in the tower and images at several scales have no
 counterpart in transformers. Such a model is stored under the model type ``mmpipe_llava``, with its own tensor names;

@@ -1,4 +1,4 @@
-"""Where experts can stand in a vision-language model, and what dense networks they can be copied from."""
+"""Placement of experts in a vision-language model, and the dense networks they can be copied from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Site:
 def chosen_sites(model: LlavaForConditionalGeneration, part: ModelPart, settings: MoESettings) -> list[Site]:
     """The sites of a part of the model that ``settings.placement`` chooses.
 
-    Layers of the vision tower behind the one whose output is projected do not count as layers: their output is not
+    Layers of the vision tower after the one whose output is projected are not counted: their output is not
     used. LibMoE (``reference``) gives experts to them, too.
 
     Raises ConfigError for layers that the part does not have.
@@ -65,13 +65,13 @@ class DenseNetwork:
         return first.shape[1]
 
     def experts(self, number: int, activation: str) -> nn.Module:
-        """Experts of this size; nothing in them has a value yet."""
+        """Experts of this size, not initialised."""
         output, inner = self.tensors["down_proj"].shape
         return self.kind(ExpertsConfig(number, self.width, inner, activation, output))
 
 
 def read(network: nn.Module, where: str) -> DenseNetwork:
-    """Take a network apart: SwiGLU without biases, fused or not, or two linear layers with biases.
+    """Read a network's tensors: SwiGLU without biases, fused or not, or two linear layers with biases.
 
     Raises ConfigError when it is something else.
     """

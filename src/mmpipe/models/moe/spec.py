@@ -23,7 +23,7 @@ ROUTERS = "mmpipe.models.moe.routers"
 """The package of the routers: a file each, whose name is the router's."""
 
 ROUTER_VERSIONS = {"hyper": 2}
-"""Routers that compute something else than in their first version; part of what identifies an up-cycled model."""
+"""Versions of routers whose results have changed; part of an up-cycled model's identity."""
 
 ModelPart = Literal["language_model", "vision_tower", "multi_modal_projector"]
 """The parts of a vision-language model that can have experts."""
@@ -44,7 +44,7 @@ class RouterSettings(Settings):
     FORMER_KEYS: ClassVar[Mapping[str, str]] = {"form": "compat"}
 
     compat: Literal["fixed", "reference"] = "fixed"
-    """``reference`` computes what the published code computes, with its mistakes."""
+    """``reference`` reproduces the published code, including its errors."""
 
     @property
     def form(self) -> str:
@@ -64,27 +64,27 @@ class MoESettings(Settings):
     router: str = "topk"
     """A router of ``mmpipe.models.moe.routers``, or ``package.module:Class`` of your own."""
     router_settings: dict[str, Any] = Field(default_factory=dict)
-    """What the router's own ``Settings`` take."""
+    """Values for the router's own ``Settings``."""
     capacity_factor: float | None = Field(None, gt=0)
     """In training, an expert takes at most this many times its even share of choices, the rest is dropped
     (LLaVA-MoD: 1.5). None drops nothing, as evaluation never does."""
     minimum_capacity: int = Field(0, ge=0)
-    """Choices an expert may take however small the batch."""
+    """Least capacity of an expert, in choices."""
     balance_coefficient: float = Field(0.01, ge=0)
     """Weight of the load-balancing loss."""
     balance_within: Literal["batch", "sequence"] = "batch"
-    """Ask for balance over all tokens of a batch, or within every sequence (LibMoE)."""
+    """Balance over all tokens of a batch, or within every sequence (LibMoE)."""
     z_coefficient: float = Field(0.0, ge=0)
     """Weight of the router z-loss."""
     entropy_coefficient: float = 0.0
-    """Weight of the mean entropy of the routing distribution: above zero it makes choices surer, below more even."""
+    """Weight of the mean entropy of the routing distribution: positive values sharpen it, negative ones flatten it."""
     layer_losses: Literal["sum", "mean"] = "sum"
     """Router losses are summed over the layers of a part, or averaged (LibMoE)."""
     residual: bool = False
     """Mix the experts' output with that of the dense network, which stays beside them (DeepSpeed's residual MoE)."""
     compat: Literal["fixed", "reference"] = "fixed"
     """``reference``: as LLaVA-MoD trains. Padding is routed and counted like any token, and ``topk`` draws the second
-    expert (``second_choice: gumbel``) unless ``router_settings`` say otherwise or ask for LibMoE's code
+    expert (``second_choice: gumbel``) unless ``router_settings`` set another value or LibMoE's code
     (``compat: reference`` there)."""
 
     FORMER_KEYS_OF: ClassVar[Mapping[str, type[BaseModel]]] = {"router_settings": RouterSettings}
@@ -116,7 +116,7 @@ class MoESettings(Settings):
 
     @property
     def router_options(self) -> dict[str, Any]:
-        """``router_settings``, and what ``compat`` adds to them."""
+        """``router_settings``, with those that ``compat`` implies."""
         draws = self.compat == "reference" and self.router == "topk"
         if draws and self.router_settings.get("compat") != "reference":
             return {"second_choice": "gumbel", **self.router_settings}
@@ -124,7 +124,7 @@ class MoESettings(Settings):
 
 
 def with_former_keys(router_settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a router under the keys that identify results and stand in published checkpoints."""
+    """Settings of a router under the keys used in specs and published checkpoints."""
     former = {new: old for old, new in RouterSettings.FORMER_KEYS.items()}
     return {former.get(key, key): value for key, value in router_settings.items()}
 

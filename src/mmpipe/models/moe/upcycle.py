@@ -1,8 +1,7 @@
-"""Up-cycling: a trained dense model becomes a sparse one that computes the same.
+"""Up-cycling: a trained dense model becomes a sparse one with equal logits.
 
-The feed-forward network of each chosen layer is copied into N experts (Komatsuzaki et al. 2022) and a fresh
-router is put before them. With weights that add up to one, equal experts give what one of them gives, so the
-sparse model starts exactly where the dense one stood.
+The feed-forward network of each chosen layer is copied into N experts (Komatsuzaki et al. 2022), and a fresh router
+is added. Equal experts with weights that add up to one compute the dense network's output.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from mmpipe.models.vision_tower import enable_multi_scale, saved_scales
 def upcycle(
     model: LlavaForConditionalGeneration, settings: MoESettings, *, seed: int = 0, part: ModelPart = "language_model"
 ) -> LlavaForConditionalGeneration:
-    """Put experts into the chosen layers of a part of ``model``, in place; returns it.
+    """Add experts to the chosen layers of a part of ``model``, in place; returns it.
 
     Router (and residual mixture) of each layer are drawn from a generator of their own, a function of ``seed``, the
-    part and the layer. Everything else, the dtype and the device stay as they are. One part after the other can be
+    part and the layer. All else, dtype and device are unchanged. One part after the other can be
     up-cycled.
 
     Raises ConfigError for layers the part does not have, networks that cannot become experts, a part that already has
@@ -41,7 +40,7 @@ def upcycle(
     if any(isinstance(module, MoELayer) for module in root.modules()):
         raise ConfigError(f"the {part} already has experts; up-cycling starts from a dense one")
     if part == "vision_tower" and settings.compat == "fixed" and saved_scales(model) is None:
-        enable_multi_scale(model, (1,))  # no stock class has such a tower, so none needs its idle end
+        enable_multi_scale(model, (1,))  # no stock class has such a tower, so its unused last layers are removed
     with torch.random.fork_rng(devices=[]):
         for site in chosen_sites(model, part, settings):
             site.put(_sparse(site, settings, seed, part))
@@ -50,7 +49,7 @@ def upcycle(
 
 
 def install(model: LlavaForConditionalGeneration, part: ModelPart, settings: MoESettings) -> None:
-    """Connect the MoE layers of a part with its forward passes, and save the settings in the model's configuration."""
+    """Connect the MoE layers of a part with its forward passes, and write the settings into the model's configuration."""
     root = getattr(model.model, part)
     connect(root, part == "language_model")
     for name, module in root.named_modules():
@@ -107,7 +106,7 @@ def logits(model: LlavaForConditionalGeneration, batch: Mapping[str, Tensor]) ->
 
 
 def empty_layer(site: Site, settings: MoESettings) -> MoELayer:
-    """A MoE layer of the size, dtype and device of the dense network at ``site``; nothing in it has a value yet."""
+    """A MoE layer with the size, dtype and device of the dense network at ``site``, not initialised."""
     network = site.network
     dense = read(network, site.name)
     experts = dense.experts(settings.experts, site.activation)

@@ -1,9 +1,9 @@
-"""Attention with a learnable mask of keys, for training.
+"""Attention with a learnable key mask, for training.
 
 MaskedSoftmax as in Dynamic-LLaVA (after DynamicViT, Rao et al. 2021): a dropped key counts for the query at its own
 place only. With scores a and the policy p, ``e_ij = exp(a_ij - max_j a_ij) * (p_j + (1 - p_j) [i = j])`` and ``A_ij =
 (e_ij + eps / N) / (sum_j e_ij + eps)``. The factor lets gradients reach p, which no fused kernel offers. Here eps is
-spread over the N keys a query may see, so that nothing leaks from later tokens.
+spread over the N keys a query may attend to, so that nothing leaks from later tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EPSILON = 1e-6
 
 
 def masked_softmax(scores_BHQK: Tensor, policy_BK: Tensor, allowed_BQK: Tensor) -> Tensor:
-    """Attention weights, float32; ``allowed_BQK`` is true for keys a query may see. Queries are the last keys."""
+    """Attention weights, float32; ``allowed_BQK`` is true for keys a query may attend to. Queries are the last keys."""
     queries, keys = scores_BHQK.shape[-2:]
     own_QK = torch.eye(keys, device=scores_BHQK.device)[keys - queries :]
     seen_BQK = policy_BK[:, None] + (1 - policy_BK[:, None]) * own_QK
@@ -58,7 +58,7 @@ AttentionInterface.register(NAME, masked_attention)
 
 
 def choose(attention: Any, args: Args, kwargs: Kwargs) -> HookResult:
-    """Pre-hook of a layer's attention: with a policy it computes by :func:`masked_attention`.
+    """Pre-hook of a layer's attention: with a policy, :func:`masked_attention` computes it.
 
     The layer's own configuration is unchanged; a copy replaces it until :func:`restore`. Runs again when gradient
     checkpointing computes a layer twice.
@@ -71,5 +71,5 @@ def choose(attention: Any, args: Args, kwargs: Kwargs) -> HookResult:
 
 
 def restore(attention: Any, args: Args, output: Any) -> None:
-    """Hook of a layer's attention, called also when it failed: the layer's own configuration again."""
+    """Hook of a layer's attention, called also after a failure: restores the layer's own configuration."""
     attention.config = attention.__dict__.pop("plain_config", attention.config)

@@ -1,7 +1,7 @@
-"""A cache whose deep layers hold retained tokens only.
+"""A key-value cache whose deep layers hold retained tokens only.
 
-Layers before the sparse one cache everything. The others share :class:`Slots`, which says for every row which slots
-hold a token and at which position; rows have as many as they retained. Slots that are free in every row do not exist.
+Layers before the sparse one cache everything. The others share :class:`Slots`: for every row, which slots
+hold a token, and its position; rows differ in length. Slots that are free in every row are removed.
 Shapes: B rows, W slots, M new tokens, H heads, C head size.
 """
 
@@ -32,7 +32,7 @@ class Slots:
         return self.visible_BW.sum(1).tolist()
 
     def plan(self, keep_BM: Tensor, positions_BM: Tensor) -> None:
-        """Set which of the slots and of M new tokens the layers hold from now on; :meth:`held` carries it out."""
+        """Choose the slots and new tokens (of M) to retain; :meth:`held` applies the choice."""
         candidates = torch.cat([self.visible_BW, keep_BM], dim=1)
         positions = torch.cat([self.positions_BW, positions_BM], dim=1)
         counts_B = candidates.sum(1)
@@ -50,7 +50,7 @@ class Slots:
         self.positions_BW = positions.gather(1, self._source_BW)
 
     def held(self, before_BHWC: Tensor, all_BHKC: Tensor) -> Tensor:
-        """Of the slots before and all keys (or values) of this pass, those that stay."""
+        """The retained ones of all keys (or values): the former slots' and this pass's."""
         if self._unchanged:
             return before_BHWC
         if self._source_BW is None:
@@ -69,7 +69,7 @@ class Slots:
 
 
 class PrunedLayer(DynamicLayer):
-    """The keys and values of one pruned layer. The first of them (``leads``) moves the common slots along."""
+    """The keys and values of one pruned layer. The first such layer (``leads``) updates the common slots."""
 
     def __init__(self, slots: Slots, leads: bool) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class PrunedLayer(DynamicLayer):
         self.leads = leads
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values of this pass; those that the slots do not retain are gone afterwards."""
+        """All keys and values of this pass; afterwards only retained ones are cached."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -89,7 +89,7 @@ class PrunedLayer(DynamicLayer):
         return keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows as the beams of a search go on."""
+        """Reorder the rows by the surviving beams."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -112,20 +112,20 @@ class PrunedLayer(DynamicLayer):
             self.slots.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: which slots the last tokens have is not known."""
+        """Not possible: the slots of the last tokens are not recorded."""
         raise ConfigError(
             "a sparsified model cannot take tokens back (assisted decoding); generate without an assistant"
         )
 
 
 def slots_of(cache: Any) -> Slots | None:
-    """The slots of a cache that was pruned; None for an empty or ordinary one."""
+    """The slots of a pruned cache; None for an empty or ordinary one."""
     pruned = (layer for layer in getattr(cache, "layers", []) if isinstance(layer, PrunedLayer))
     return next((layer.slots for layer in pruned), None)
 
 
 def convert_cache(cache: Any, rows: int, device: torch.device, first: int, layers: int) -> Slots:
-    """Let layers from ``first`` on of an empty ``cache`` hold retained tokens only.
+    """Make the layers from ``first`` on of an empty ``cache`` hold retained tokens only.
 
     Raises ConfigError for a cache of another kind or one that holds tokens already.
     """

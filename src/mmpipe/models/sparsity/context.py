@@ -33,18 +33,18 @@ class SparsityState:
     config: Any
     """Of the text model."""
     real_BL: Tensor
-    """Which tokens of the call are no padding."""
+    """Tokens of the call that are not padding."""
     whole_B: Tensor
     """Tokens of each row so far, those of earlier calls included."""
 
 
 @dataclass
 class TrainingPass:
-    """Training removes nothing: tokens that are dropped stop being keys of others in the layers that follow."""
+    """Training removes no token: dropped ones stop being keys of others in the layers that follow."""
 
     segments: Segments
     noise_BL2: Tensor
-    """Gumbel noise that decides the draws."""
+    """Gumbel noise of the draws."""
     start_temperature: float = 1.0
     end_temperature: float = 0.1
     temperature: float = field(init=False, default=1.0)
@@ -52,7 +52,7 @@ class TrainingPass:
     """Set by the pass, with gradients."""
 
     def decide(self, state: SparsityState, hidden_BLD: Tensor, arguments: Arguments) -> Tensor:
-        """Draw the decisions; returns the hidden states as they are."""
+        """Draw the decisions; returns the hidden states unchanged."""
         self.temperature = annealed(state.sparsifier.progress, self.start_temperature, self.end_temperature)
         self._policy_BL, self.decisions = state.sparsifier.draw(
             hidden_BLD, self.segments, self.temperature, self.noise_BL2
@@ -71,12 +71,12 @@ class TrainingPass:
         return given | {"attention_mask": self._masks[window], POLICY: self._policy_BL}
 
     def finish(self, hidden_BLD: Tensor) -> Tensor:
-        """The hidden states as they are."""
+        """The hidden states unchanged."""
         return hidden_BLD
 
 
 class PruningPass:
-    """Generation: dropped tokens of a prompt leave the computation; a new token may leave the cache behind it."""
+    """Generation: dropped prompt tokens are not computed further; a new token may be left out of the cache."""
 
     def __init__(self, images_BL: Tensor, is_prompt: bool | None = None) -> None:
         self.images_BL = images_BL
@@ -88,7 +88,7 @@ class PruningPass:
         self._source_BM: Tensor | None = None
 
     def decide(self, state: SparsityState, hidden_BLD: Tensor, arguments: Arguments) -> Tensor:
-        """Decide what is retained; returns the hidden states to go on with, ``[B, M, D]``."""
+        """Decide which tokens are retained; returns their hidden states, ``[B, M, D]``."""
         rows, length = hidden_BLD.shape[:2]
         starts = self.slots is None or not self.slots.visible_BW.shape[1]
         prompt = (starts or length > 1) if self.is_prompt is None else self.is_prompt
@@ -132,7 +132,7 @@ class PruningPass:
         return given | changed
 
     def finish(self, hidden_BMD: Tensor) -> Tensor:
-        """The hidden states at their old places ``[B, L, D]``, zeros where tokens left."""
+        """The hidden states at their original positions ``[B, L, D]``, zeros for dropped tokens."""
         if self._source_BM is None:
             return hidden_BMD
         length, width = self.images_BL.shape[1], hidden_BMD.shape[-1]
@@ -155,13 +155,13 @@ class PruningPass:
         )
 
     def _narrow(self, keep_BL: Tensor, real_BL: Tensor) -> None:
-        """Set the places that are retained, in order, rows filled up with others."""
+        """Set the retained positions, in order; shorter rows are filled up with others."""
         most = int(keep_BL.sum(1).max())
         if most < keep_BL.shape[1]:
             self._source_BM = (~keep_BL).long().argsort(dim=1, stable=True)[:, :most]
 
     def _retained(self, tensor: Tensor) -> Tensor:
-        """The retained places of ``[B, L]`` or ``[B, L, C]``."""
+        """The retained positions of ``[B, L]`` or ``[B, L, C]``."""
         if self._source_BM is None:
             return tensor
         source = self._source_BM
@@ -170,7 +170,7 @@ class PruningPass:
         return tensor.gather(1, source)
 
     def _see(self, stored_BM: Tensor) -> None:
-        """Set what this pass attends to, and what the cache holds behind it."""
+        """Set the keys of this pass, and the content of the cache after it."""
         self._visible_BK, self._key_positions_BK = self._real_BM, self._positions_BM
         if self.slots is not None:
             self._visible_BK = torch.cat([self.slots.visible_BW, self._real_BM], dim=1)

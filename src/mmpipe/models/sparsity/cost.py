@@ -1,6 +1,6 @@
 """Predicted cost of a keep rate: operations and bytes, from sizes alone.
 
-Dropped image tokens leave the layers from ``sparse_layer`` on. :mod:`mmpipe.analysis.efficiency` measures the real cost.
+Image tokens are dropped from ``sparse_layer`` on. :mod:`mmpipe.analysis.efficiency` measures the real cost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def paper_flops(layers: int, tokens: int, width: int) -> int:
 
 
 def paper_image_flops(layers: int, width: int, tokens: int, retained: int, sparse_layer: int) -> int:
-    """The same over an image's ``tokens``; layers from ``sparse_layer`` on see ``retained``. Without predictors."""
+    """Operations over an image's ``tokens``, ``retained`` of them from ``sparse_layer`` on; predictors not counted."""
     return paper_flops(sparse_layer, tokens, width) + paper_flops(layers - sparse_layer, retained, width)
 
 
@@ -27,7 +27,7 @@ def cache_bytes(
 ) -> int:
     """Bytes of keys and values of a batch: ``whole`` tokens a row before ``sparse_layer``, ``retained`` from there on.
 
-    Rows of different length are as long as the longest. Of layers without a sliding window.
+    Shorter rows count as long as the longest. For layers without a sliding window.
     """
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads

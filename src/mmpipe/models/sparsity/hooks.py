@@ -1,4 +1,4 @@
-"""Connecting predictors with a stock language model by hooks; its own ``forward`` is unchanged."""
+"""Hooks that connect predictors with a stock language model; its own ``forward`` is unchanged."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mmpipe.models.sparsity.sparsifier import Sparsifier
 from mmpipe.models.sparsity.spec import SparsitySettings
 
 FAMILIES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3")
-"""Language models whose layers take mask, positions and rotations as arguments, all covered by tests."""
+"""Language models whose layers take mask, positions and rotations as arguments; all are tested."""
 
 PROMPT = "sparse_prompt"
 
 
 def sparsify(model: Any, settings: SparsitySettings, *, seed: int = 0) -> Sparsifier:
-    """Give a LLaVA model fresh predictors, a pure function of ``seed``, in place; returns them.
+    """Add fresh predictors, a pure function of ``seed``, to a LLaVA model, in place; returns them.
 
     Raises ConfigError for a family that cannot be wrapped, a layer that does not exist, or a model that has predictors.
     """
@@ -35,7 +35,7 @@ def sparsify(model: Any, settings: SparsitySettings, *, seed: int = 0) -> Sparsi
 
 
 def attach(model: Any, settings: SparsitySettings) -> Sparsifier:
-    """Give a LLaVA model predictors whose values are yet to be set."""
+    """Add uninitialised predictors to a LLaVA model."""
     text = model.model.language_model
     sparsifier = wrap(text, settings, model.config.image_seq_length)
     like = text.get_input_embeddings().weight
@@ -45,7 +45,7 @@ def attach(model: Any, settings: SparsitySettings) -> Sparsifier:
 
 
 def wrap(text: nn.Module, settings: SparsitySettings, image_tokens: int) -> Sparsifier:
-    """Put predictors on a text model, in place; their values are what PyTorch draws."""
+    """Add predictors to a text model, in place, with PyTorch's default initialisation."""
     config: Any = text.config
     if config.model_type not in FAMILIES:
         raise ConfigError(
@@ -77,7 +77,7 @@ def get_sparsifier(model: Any) -> Sparsifier | None:
 
 
 def prompt_retention(model: Any) -> dict[str, Any]:
-    """Arguments of a forward pass over a prompt or a piece of it, which may be as short as a generated token.
+    """Arguments of a forward pass over a prompt or a piece of it, even of one token.
 
     Nothing for a model without predictors.
     """
@@ -85,9 +85,9 @@ def prompt_retention(model: Any) -> dict[str, Any]:
 
 
 def shares_prompts(model: Any) -> bool:
-    """Whether prompts that begin alike may share that part of the cache.
+    """Whether prompts with a common prefix may share its cache.
 
-    Not with a predictor for questions, which always retains the last token of its input.
+    False with a predictor for questions, which always retains the last token of its input.
     """
     sparsifier = get_sparsifier(model)
     return sparsifier is None or sparsifier.instruct_score_predictor is None
@@ -113,7 +113,7 @@ def set_keep_rate(model: Any, rate: float | None, where: str) -> None:
 
 @contextmanager
 def keeping(model: Any, rate: float | None) -> Iterator[None]:
-    """``model`` with another keep rate for a while, as :func:`set_keep_rate` sets it."""
+    """Context manager: ``model`` with another keep rate, as set by :func:`set_keep_rate`."""
     sparsifier: Any = get_sparsifier(model)
     before = sparsifier and (sparsifier.settings, sparsifier.enabled)
     set_keep_rate(model, rate, "keep rate")
@@ -124,7 +124,7 @@ def keeping(model: Any, rate: float | None) -> Iterator[None]:
 
 
 def without_sparsity(model: Any) -> AbstractContextManager[None]:
-    """The dense model behind a sparsified one, for a while; any other model as it is."""
+    """Context manager: a sparsified model computes as its dense model; other models are unchanged."""
     return nullcontext() if get_sparsifier(model) is None else keeping(model, None)
 
 
@@ -132,7 +132,7 @@ def without_sparsity(model: Any) -> AbstractContextManager[None]:
 
 
 def see_images(body: Any, args: Args, kwargs: Kwargs) -> HookResult:
-    """Pre-hook of the vision-language model: in evaluation, pass on to the text model where images are."""
+    """Pre-hook of the vision-language model: in evaluation, pass the image positions to the text model."""
     prompt = kwargs.pop(PROMPT, None)
     ids: Tensor | None = kwargs.get("input_ids")
     if KEYWORD not in kwargs and ids is not None and not body.training and body.language_model.sparsifier.prunes:
@@ -141,7 +141,7 @@ def see_images(body: Any, args: Args, kwargs: Kwargs) -> HookResult:
 
 
 def begin(text: Any, args: Args, kwargs: Kwargs) -> HookResult:
-    """Pre-hook of the text model: complete a pass, and have its cache pruned."""
+    """Pre-hook of the text model: complete the context, and prepare its cache for pruning."""
     current, cache = kwargs.get(KEYWORD), kwargs.get("past_key_values")
     if current is None:
         if slots_of(cache) is not None:
@@ -167,7 +167,7 @@ def begin(text: Any, args: Args, kwargs: Kwargs) -> HookResult:
 
 
 def follow(layer: Any, context: Any, args: Args, kwargs: Kwargs) -> HookResult:
-    """Receiver of the layers from the sparse one on: the first of them decides, all work on the retained tokens."""
+    """Receiver of the layers from the sparse one on: the first decides, all compute the retained tokens."""
     if context is None:
         return args, kwargs
     current, state = context
@@ -180,7 +180,7 @@ def follow(layer: Any, context: Any, args: Args, kwargs: Kwargs) -> HookResult:
 
 
 def finish(text: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Hook of the text model: hidden states at the places they had."""
+    """Hook of the text model: hidden states at their original positions."""
     current, _ = kwargs.get(KEYWORD) or (None, None)
     if current is not None:
         output.last_hidden_state = current.finish(output.last_hidden_state)

@@ -1,8 +1,7 @@
 """Predictors on disk: ``sparsity.safetensors`` and ``sparsity.json`` beside a stock dense checkpoint.
 
 Without the two files, or read without this package, the checkpoint is the dense model. Tensors are named as in
-Dynamic-LLaVA's released checkpoints (``image_score_predictor.down_mlp.0.weight``); their leading ``model.`` may be
-there or not.
+Dynamic-LLaVA's released checkpoints (``image_score_predictor.down_mlp.0.weight``), with or without ``model.``.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def without_predictors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(model: Any, out: Path) -> None:
-    """Write the predictors of ``model`` into ``out``; nothing for a model without."""
+    """Write the predictors of ``model``, if any, into ``out``."""
     sparsifier = get_sparsifier(model)
     if sparsifier is None:
         return
@@ -42,7 +41,7 @@ def save(model: Any, out: Path) -> None:
 
 
 def load(model: Any, directory: Path) -> None:
-    """Give ``model`` the predictors of a checkpoint directory, in place; nothing where there are none.
+    """Load the predictors of a checkpoint directory, if any, into ``model``, in place.
 
     Raises ArtifactError when one of the two files is missing or they do not fit each other or the model.
     """

@@ -1,4 +1,4 @@
-"""Attention masks for sequences with dropped tokens: by true positions, in the form of each attention function."""
+"""Attention masks for sequences with dropped tokens, by original positions, for each attention function."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mmpipe.errors import ConfigError
 
 
 def allowed(visible_BK: Tensor, key_positions_BK: Tensor, query_positions_BQ: Tensor, window: int | None) -> Tensor:
-    """The keys every query may see, ``[B, Q, K]``: visible ones at no later position, within the window if there is
+    """The keys every query attends to, ``[B, Q, K]``: visible ones at no later position, within the window if there is
     one.
 
-    Queries are the last keys; each sees itself, padding too, so that no row is empty.
+    Queries are the last keys; each attends to itself, padding too, so that no row is empty.
     """
     behind_BQK = query_positions_BQ[:, :, None] - key_positions_BK[:, None, :]
     seen_BQK = visible_BK[:, None, :] & (behind_BQK >= 0)
@@ -34,7 +34,7 @@ def formatted(
 ) -> Tensor | None:
     """The mask for transformers' attention function ``implementation``; None where causality alone decides.
 
-    Raises ConfigError for an implementation we do not know, or one that counts a window in tokens rather than
+    Raises ConfigError for an unknown implementation, or one that counts a window in tokens rather than
     positions.
     """
     if "flash" in implementation:

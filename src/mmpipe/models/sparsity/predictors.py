@@ -1,4 +1,4 @@
-"""The predictors: networks that classify every token. Class 0 is keep, class 1 is drop.
+"""Predictors: networks that classify every token. Class 0 is keep, class 1 is drop.
 
 Parameters are named as in Dynamic-LLaVA's released checkpoints. Shapes: B rows, N tokens, D width of the language
 model, E of the predictor.
@@ -17,7 +17,7 @@ INITIALIZER_RANGE = 0.02
 
 
 class VisionPredictor(nn.Module):
-    """Classifies the tokens of one image together: each by itself and by the average of all."""
+    """Classifies the tokens of one image by each token and the average of all."""
 
     def __init__(self, width: int, settings: SparsitySettings) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class VisionPredictor(nn.Module):
         self.output_mlp = nn.Sequential(*_narrowing(inner))
 
     def forward(self, hidden_BND: Tensor, present_BN1: Tensor | None = None) -> Tensor:
-        """Logits ``[B, N, 2]``; ``present_BN1`` weighs the tokens (ones by default)."""
+        """Logits ``[B, N, 2]``; ``present_BN1`` are the tokens' weights in the average (ones by default)."""
         if present_BN1 is None:
             present_BN1 = hidden_BND.new_ones(*hidden_BND.shape[:2], 1)
         z_BNE = self.down_mlp(hidden_BND) * present_BN1
@@ -39,7 +39,7 @@ class VisionPredictor(nn.Module):
 
 
 class TextPredictor(nn.Module):
-    """Classifies every token by itself, so that decisions are the same in generation as in training."""
+    """Classifies every token alone, so that decisions are the same in generation as in training."""
 
     def __init__(self, width: int, settings: SparsitySettings) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def _narrowing(width: int) -> list[nn.Module]:
 
 
 class Block(nn.Module):
-    """A transformer block with normalisation first: full attention, then a network of two layers."""
+    """A pre-norm transformer block: full attention, then a network of two layers."""
 
     def __init__(self, settings: SparsitySettings) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Mlp(nn.Module):
 
 @torch.no_grad()
 def draw(predictor: nn.Module, generator: torch.Generator) -> None:
-    """Fill a predictor afresh: weights N(0, 0.02), biases 0, normalisation 1 and 0."""
+    """Initialise a predictor: weights N(0, 0.02), biases 0, normalisation 1 and 0."""
     for module in predictor.modules():
         if isinstance(module, nn.Linear):
             module.weight.normal_(0.0, INITIALIZER_RANGE, generator=generator)

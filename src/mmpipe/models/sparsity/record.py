@@ -1,4 +1,4 @@
-"""Decisions of a sparsified model while it answered, as plain data: for efficiency figures and token retention maps."""
+"""Decisions of a sparsified model during generation, as plain data, for efficiency figures and token retention maps."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Map = list[list[bool]]
 
 @dataclass(frozen=True)
 class KeepDecision:
-    """Which tokens one forward pass retained."""
+    """The retained tokens of one forward pass."""
 
     prompt: bool
-    """Whether it read a prompt (or a piece of one) rather than a generated token."""
+    """Whether the input was a prompt (or a piece of one) rather than a generated token."""
     keep: Map
-    """Of every row, which of its tokens (padding left out) were retained."""
+    """Mask of each row's retained tokens, padding left out."""
     images: Map
-    """Of every image, which of its tokens were retained, in the order of rows and places."""
+    """Mask of each image's retained tokens, in the order of rows and positions."""
     computed: list[int]
-    """Tokens of each row that went through the deep layers."""
+    """Tokens of each row that the deep layers computed."""
     cached: list[int]
-    """Tokens of each row that a deep layer's cache holds behind the pass; empty without a cache."""
+    """Tokens of each row in a deep layer's cache after the pass; empty without a cache."""
     cached_whole: list[int]
     """The same of the layers before the sparse one."""
 
@@ -37,7 +37,7 @@ class KeepRecord:
 
 @contextmanager
 def recording(model: Any) -> Iterator[KeepRecord]:
-    """Record the decisions of a sparsified ``model``; a pass that drops nothing by settings is not recorded."""
+    """Record the decisions of a sparsified ``model``; a pass whose settings drop nothing is not recorded."""
     sparsifier = model.model.language_model.sparsifier
     record, before = KeepRecord(), sparsifier.record
     sparsifier.record = record

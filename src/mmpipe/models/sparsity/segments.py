@@ -1,4 +1,4 @@
-"""Which tokens of a batch belong to images, to the last answer and to the question before it."""
+"""Segments of a batch: image tokens, the last answer, and the question before it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Segments:
 
 
 def of_batch(input_ids_BL: Tensor, labels_BL: Tensor, attention_mask_BL: Tensor, image_token: int) -> Segments:
-    """The segments of a training batch, read off its labels: any template, any number of images."""
+    """The segments of a training batch, from its labels: for any template and number of images."""
     real_BL = attention_mask_BL.bool()
     images_BL = (input_ids_BL == image_token) & real_BL
     supervised_BL = (labels_BL != IGNORE) & real_BL
     answers_BL = _last_run(supervised_BL)
     places_L = torch.arange(labels_BL.shape[1], device=labels_BL.device)
     before_BL = answers_BL.any(1, keepdim=True) & (answers_BL.cumsum(1) == 0)
-    # the question begins behind the last image or answer before it
+    # the question begins after the last image or answer
     seen_BL = before_BL & (images_BL | supervised_BL)
     begin_B1 = torch.where(seen_BL, places_L + 1, 0).amax(1, keepdim=True)
     with_images_B1 = (images_BL & before_BL).any(1, keepdim=True)
@@ -47,7 +47,7 @@ def _last_run(mask_BL: Tensor) -> Tensor:
 
 
 def one_by_one(hidden_BLD: Tensor, images_BL: Tensor, image_tokens: int) -> Tensor:
-    """The hidden states of all images, ``[images, image_tokens, D]``, in the order of rows and places.
+    """The hidden states of all images, ``[images, image_tokens, D]``, in the order of rows and positions.
 
     Raises DataError when a row's image tokens are not whole images.
     """

@@ -1,6 +1,6 @@
-"""The decisions: which tokens are retained, in training by drawing, in generation by rank and by sign.
+"""Keep decisions: sampled in training; by rank and by sign in generation.
 
-Draws are sampled forwards and smooth backwards, by the straight-through Gumbel softmax (Jang et al., arXiv 1611.01144).
+Samples are differentiable by the straight-through Gumbel softmax (Jang et al., arXiv 1611.01144).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from mmpipe.models.sparsity.segments import Segments, one_by_one
 from mmpipe.models.sparsity.spec import SparsitySettings
 
 Decisions = dict[str, Tensor]
-"""Keep decisions by segment (``images``, ``answers``, ``questions``), ``[tokens]`` in the order of rows and places."""
+"""Keep decisions by segment (``images``, ``answers``, ``questions``), ``[tokens]`` in the order of rows and positions."""
 
 
 class Sparsifier(FollowsTraining):
     """The predictors of a language model of ``width`` whose images have ``image_tokens`` tokens.
 
-    The temperature of the draws follows training.
+    The temperature of the draws is scheduled.
     """
 
     def __init__(self, width: int, settings: SparsitySettings, image_tokens: int) -> None:
@@ -29,9 +29,9 @@ class Sparsifier(FollowsTraining):
         self.settings = settings
         self.image_tokens = image_tokens
         self.enabled = True
-        """Whether generation drops anything at all."""
+        """Whether generation drops any token."""
         self.record: KeepRecord | None = None
-        """Where decisions are recorded (see :func:`mmpipe.models.sparsity.record.recording`)."""
+        """Record of the decisions (see :func:`mmpipe.models.sparsity.record.recording`)."""
         self.image_score_predictor = VisionPredictor(width, settings) if settings.use_vision_predictor else None
         texts = (settings.use_output_text_predictor, settings.use_instruct_predictor)
         answer, question = (TextPredictor(width, settings) if used else None for used in texts)
@@ -39,7 +39,7 @@ class Sparsifier(FollowsTraining):
 
     @property
     def prunes(self) -> bool:
-        """Whether generation drops anything with the settings at hand."""
+        """Whether generation drops any token with the current settings."""
         settings = self.settings
         rates = (
             settings.use_vision_predictor and settings.vision_keep_rate,
@@ -59,7 +59,7 @@ class Sparsifier(FollowsTraining):
     def draw(
         self, hidden_BLD: Tensor, segments: Segments, temperature: float, noise_BL2: Tensor
     ) -> tuple[Tensor, Decisions]:
-        """The policy of keys ``[B, L]`` and the decisions behind it, both with gradients, drawn by Gumbel noise.
+        """The policy of keys ``[B, L]`` and the underlying decisions, with gradients, drawn by Gumbel noise.
 
         Answers and questions shorter than the settings' minimum are retained whole.
         """
@@ -70,7 +70,7 @@ class Sparsifier(FollowsTraining):
             tokens = one_by_one(hidden_BLD, mask_BL, self.image_tokens) if whole else hidden_BLD[mask_BL]
             keep_T = straight_through(predictor(tokens).flatten(0, -2), noise_BL2[mask_BL], temperature)
             if not len(keep_T):
-                # the predictor counts as used: devices wait for each other's gradients
+                # a zero term gives the predictor a gradient, which DDP waits for
                 policy_BL = policy_BL + 0.0 * predictor(hidden_BLD[:1, :1]).sum()
                 continue
             decisions[name] = keep_T
@@ -92,10 +92,10 @@ class Sparsifier(FollowsTraining):
     # ---- generation
 
     def retain_prompt(self, hidden_BLD: Tensor, real_BL: Tensor, images_BL: Tensor, starts: bool) -> Tensor:
-        """Which tokens of a prompt, or of a piece of it, are retained, ``[B, L]``.
+        """Mask of the retained tokens of a prompt, or of a piece of it, ``[B, L]``.
 
-        Of every image as many tokens as the rate says, the best ones. With a predictor for questions also what it keeps
-        of the text behind the images, and always a row's last token. ``starts`` is false for pieces that follow others.
+        The rate's share of every image's tokens, the highest scores first. With a predictor for questions also its choice
+        of the text after the images, and always a row's last token. ``starts`` is false for pieces that follow others.
         """
         keep_BL = real_BL.clone()
         rate = self.settings.vision_keep_rate
@@ -110,7 +110,7 @@ class Sparsifier(FollowsTraining):
         return keep_BL
 
     def retain_answer(self, hidden_BLD: Tensor, real_BL: Tensor) -> Tensor:
-        """Which generated tokens later ones may look at, ``[B, L]``."""
+        """Mask of the generated tokens that later ones may attend to, ``[B, L]``."""
         if self.output_text_score_predictor is None or self.settings.output_text_keep_rate == 1:
             return real_BL
         return real_BL & _is_kept(self.output_text_score_predictor(hidden_BLD))
@@ -132,12 +132,12 @@ def straight_through(logits_T2: Tensor, noise_T2: Tensor, temperature: float) ->
 
 
 def annealed(progress: float, start: float, end: float) -> float:
-    """The temperature when the share ``progress`` of the steps is done: from ``start`` to ``end``, geometrically."""
+    """The temperature at ``progress`` (0 to 1) of the training: from ``start`` to ``end``, geometrically."""
     return start * (end / start) ** progress
 
 
 def retained_tokens(image_tokens: int, rate: float) -> int:
-    """How many of an image's tokens generation retains (576 at 0.2: 115)."""
+    """Number of an image's tokens that generation retains (576 at 0.2: 115)."""
     return max(1, int(image_tokens * rate))
 
 
@@ -146,7 +146,7 @@ def _is_kept(logits: Tensor) -> Tensor:
 
 
 def _behind_images(real_BL: Tensor, images_BL: Tensor, starts: bool) -> Tensor:
-    """The text behind the last image of each row without its last token; all of a piece that follows others."""
+    """The text after the last image of each row without its last token; all of a piece that follows others."""
     places_L = torch.arange(real_BL.shape[1], device=real_BL.device)
     last_B1 = torch.where(real_BL, places_L, -1).amax(1, keepdim=True)
     image_B1 = torch.where(images_BL, places_L, -1).amax(1, keepdim=True)

@@ -15,14 +15,14 @@ class SparsitySettings(Settings):
     """Which tokens are dropped, in which layers, and the size of the predictors; the defaults are Dynamic-LLaVA's."""
 
     sparse_layer: int = Field(2, ge=1)
-    """The first decoder layer that works on the retained tokens, counted from 0; the layers before it see everything."""
+    """The first decoder layer with retained tokens only, counted from 0; earlier layers compute all tokens."""
     use_vision_predictor: bool = True
     vision_keep_rate: Rate = 0.2
     """Share of an image's tokens that is retained; generation retains exactly so many, rounded down, at least one."""
     use_output_text_predictor: bool = True
-    """Let generated tokens decide whether later ones may look at them."""
+    """Predict for generated tokens whether later ones may attend to them."""
     output_text_keep_rate: Rate = 0.5
-    """Share of the answer's tokens that is retained, aimed at in training; 1 retains all, also in generation."""
+    """Target share of the answer's tokens that is retained, in training; 1 retains all, also in generation."""
     output_text_len_for_training: int = Field(50, ge=1)
     """Shorter answers (in tokens) are retained whole in training."""
     use_instruct_predictor: bool = False

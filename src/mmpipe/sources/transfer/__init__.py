@@ -1,1 +1,1 @@
-"""Bringing files onto this machine: downloading, unpacking, and remembering what was seen the first time."""
+"""Transfer of files: downloading, unpacking, locking versions."""

@@ -1,6 +1,6 @@
-"""Unpacking archives that may be broken, split, or hostile.
+"""Unpacking archives that may be damaged, split, or malicious.
 
-Refused with a DataError before anything leaves the folder: absolute names, ``..``, links, devices, encrypted members,
+Refused with a DataError before any file is written outside: absolute names, ``..``, links, devices, encrypted members,
 and contents out of proportion to the archive. Every zip member's checksum is verified by reading it to its end.
 """
 
@@ -25,7 +25,7 @@ from mmpipe.errors import DataError
 from mmpipe.sources.transfer.progress import check_space
 
 _MAX_RATIO = 200
-"""Contents that are so many times larger than the archive are taken for a bomb; real ones stay below 50."""
+"""Expansion ratio above which an archive counts as a bomb; real ones stay below 50."""
 _MODEST = 64 * 1024**2
 """Contents below this size are never a bomb."""
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
@@ -33,7 +33,7 @@ _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError, EOFError
 
 
 class DamagedArchive(DataError):
-    """An archive that cannot be read to its end: fetching it again may help."""
+    """An archive that cannot be read to its end; a new download may help."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Contents:
 def unpack(pieces: Sequence[Path], target: Path, flat: bool = False) -> Contents:
     """Unpack a zip or tar archive, whole or in ``pieces`` that follow each other, into ``target``.
 
-    Members appear in ``target`` only after all of them were read; what is there already stays, files of the same name
+    Members appear in ``target`` only after all of them were read; existing files stay, those of the same name
     are replaced. ``flat`` drops the folders inside the archive (``unzip -j``).
 
     Raises DamagedArchive or, for an archive that is not safe, DataError.
@@ -122,7 +122,7 @@ def _unpack_tar(file: BinaryIO, target: Path, name: str, packed: int) -> Content
             if source is None:
                 raise DataError(f"{name}: the member '{member.name}' is a link or a device; not safe")
             _check_growth(contents.size + member.size, packed, name)
-            check_space(target, member.size, name)  # those before it took their room already
+            check_space(target, member.size, name)  # earlier members count against the limit
             with source:
                 _write(source, path, contents)
     return contents
@@ -142,7 +142,7 @@ def _check_growth(size: int, packed: int, name: str) -> None:
 
 
 def _flatten(stage: Path, name: str) -> None:
-    """Move every file to the top; the empty folders go. Raises DataError when two have the same name."""
+    """Move every file to the top and remove the folders. Raises DataError when two have the same name."""
     for path in [path for path in stage.rglob("*") if path.is_file() and path.parent != stage]:
         if (stage / path.name).exists():
             raise DataError(f"{name}: two members are called '{path.name}'; it cannot be unpacked flat")
@@ -171,7 +171,7 @@ def _opened(pieces: Sequence[Path]) -> Iterator[BinaryIO]:
 
 
 class _Joined(io.RawIOBase):
-    """Files one behind the other, read as one; joining them on the disk would take their room twice."""
+    """Several files read as one; joining them on disk would double the space."""
 
     def __init__(self, files: Sequence[BinaryIO]) -> None:
         self._files = files

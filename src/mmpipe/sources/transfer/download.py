@@ -1,9 +1,8 @@
-"""Downloading one file over HTTP(S), so that it is there whole or not at all.
+"""Atomic download of one file over HTTP(S).
 
-``requests`` carries the bytes. What it lacks, and what pooch, fsspec and the downloader inside huggingface_hub lack or
-keep to themselves, is below: going on where an interrupted download stopped (only while the server says that the file
-is still the same one), patience with refusals and stalls, several addresses, and a proof before the file takes its
-name.
+Added to ``requests``, as pooch, fsspec and the internal downloader of huggingface_hub do not offer all of it: resuming
+an interrupted download (only if the file has not changed on the server), retries after refusals and stalls, several
+addresses, and verification before the file gets its name.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from mmpipe.sources.transfer.staging import Expected
 
 log = logging.getLogger(__name__)
 _CHUNK = 1 << 16
-"""Bytes between writes: what an interruption costs at most."""
+"""Bytes between writes: the most that an interruption loses."""
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
-"""Answers that may be another a moment later."""
+"""Temporary HTTP errors."""
 
 
 _ANY_FILE = Expected()
@@ -38,11 +37,11 @@ _ANY_FILE = Expected()
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait, in seconds, and how often to try. Progress resets the count."""
+    """Timeouts in seconds and number of attempts. Progress resets the count."""
 
     connect: float = 30
     read: float = 60
-    """Without a byte for so long a transfer has stalled."""
+    """A transfer without a byte for this time has stalled."""
     attempts: int = 8
     pause: float = 1
     """Before the second attempt; doubled each time."""
@@ -50,28 +49,28 @@ class Patience:
 
 
 class _Interrupted(Exception):
-    """A transfer that may succeed when tried again."""
+    """A failed transfer that may succeed when retried."""
 
     def __init__(self, why: str, wait: float = 0) -> None:
         super().__init__(why)
         self.wait = wait
-        """What the server asked for, in seconds."""
+        """The server's ``Retry-After``, in seconds."""
 
 
 class _Refused(Exception):
-    """An address that will not give the file, however often it is asked."""
+    """A permanent refusal of an address."""
 
 
 class _Exhausted(Exception):
-    """Patience with an address is at its end; what it gave until then is good for another day."""
+    """All attempts at an address failed; its partial file can be resumed later."""
 
 
 def download(
     urls: Sequence[str], target: Path, expected: Expected = _ANY_FILE, patience: Patience | None = None
 ) -> dict[str, Any]:
-    """Download ``target`` from the first of ``urls`` that gives it; returns its ``size`` and ``sha256``. Bytes go to
-    ``target.part``, from which a later call goes on, also after this one lost its patience. Raises DataError, naming
-    every address and what was wrong with it, when none gives the expected file."""
+    """Download ``target`` from the first working of ``urls``; returns its ``size`` and ``sha256``. Bytes go to
+    ``target.part``, which a later call resumes, also after all attempts of this one failed. Raises DataError, naming
+    every address and its error, when none gives the expected file."""
     patience = patience or Patience()
     part = target.with_name(f"{target.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +93,7 @@ def download(
 
 
 def _persist(url: str, part: Path, expected: Expected, patience: Patience) -> None:
-    """Try until the file is there; gives up after ``patience.attempts`` attempts in a row without a new byte."""
+    """Retry until the file is complete; stops after ``patience.attempts`` attempts in a row without a new byte."""
     fruitless = 0
     while True:
         before = _size(part)
@@ -112,7 +111,7 @@ def _persist(url: str, part: Path, expected: Expected, patience: Patience) -> No
 def _transfer(url: str, part: Path, expected: Expected, patience: Patience) -> None:
     """One request. Raises _Interrupted or _Refused."""
     have = _resumable(url, part, expected)
-    # Encodings would change the length that tells whether all of it has come.
+    # Encodings would change the length by which completeness is checked.
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -137,13 +136,13 @@ def _transfer(url: str, part: Path, expected: Expected, patience: Patience) -> N
 
 
 def _receive(response: requests.Response, url: str, part: Path, have: int, expected: Expected) -> None:
-    """Write the body behind what is there; a server that starts again from the beginning starts the file again."""
+    """Append the body to the partial file; if the server starts from the beginning, so does the file."""
     resumed = response.status_code == 206
     if resumed and _start(response) != have:
         _forget(part)
         raise _Interrupted("the server sent another part of the file than it was asked for")
     note = read_json(_note(part)) if resumed else {}
-    # some servers do not know ``If-Range``
+    # some servers ignore ``If-Range``
     if resumed and note["url"] == url and _validator(response) not in (None, note["validator"]):
         _forget(part)
         raise _Interrupted("the file changed since the first part of it came")
@@ -164,7 +163,7 @@ def _receive(response: requests.Response, url: str, part: Path, have: int, expec
 
 
 def _resumable(url: str, part: Path, expected: Expected) -> int:
-    """From which byte to go on: 0 unless the server or a hash can tell that the file is still the same."""
+    """The byte to resume from: 0 unless the server or a hash can show that the file is unchanged."""
     if not part.is_file() or not _note(part).is_file():
         return 0
     try:
@@ -176,7 +175,7 @@ def _resumable(url: str, part: Path, expected: Expected) -> int:
 
 
 def _validator(response: requests.Response) -> str | None:
-    """What tells this version of the file from another: a strong entity tag, else the time of the last change."""
+    """The version of the file: a strong entity tag, else the time of the last change."""
     tag = response.headers.get("ETag", "")
     return tag if tag.startswith('"') else response.headers.get("Last-Modified")
 
@@ -205,7 +204,7 @@ def _reason(error: requests.RequestException) -> str:
 
 
 def _note(part: Path) -> Path:
-    """Beside the part: where it comes from and how the server told this version of it."""
+    """The file beside the part with its address and version."""
     return part.with_name(f"{part.name}.json")
 
 

@@ -1,7 +1,7 @@
-"""The lock: what the first fetch of each entry saw, so that later fetches elsewhere get the same or stop.
+"""The lock: the version of each entry at its first fetch, which later fetches elsewhere must match.
 
 ``config/lock.json`` is written by ``mmpipe data --lock`` from the manifests on this machine and belongs under version
-control. It pins what a catalogue leaves open: branches of hub repositories, and files whose hash nobody publishes.
+control. It pins what a catalogue leaves open: branches of hub repositories, and files without a published hash.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ LOCK = Path("config/lock.json")
 
 
 def locked(kind: str, name: str, path: Path = LOCK) -> dict[str, Any]:
-    """What the lock says about an entry (``kind``: ``backbones`` or ``datasets``); empty when it says nothing."""
+    """The lock's facts about an entry (``kind``: ``backbones`` or ``datasets``); empty for an unlocked one."""
     found: dict[str, Any] = read_json(path).get(kind, {}).get(name, {}) if path.is_file() else {}
     return found
 
 
 def write_lock(names: Mapping[str, Mapping[str, Any]], path: Path = LOCK) -> list[str]:
-    """Add every entry that is fetched here and not locked yet; entries of the catalogue that are gone go. ``names``
+    """Add every fetched entry that is not locked yet; entries no longer in the catalogue are removed. ``names``
     gives the catalogue's entries by kind. Returns the entries added."""
     old = read_json(path) if path.is_file() else {}
     lock: dict[str, dict[str, Any]] = {}
@@ -41,11 +41,11 @@ def write_lock(names: Mapping[str, Mapping[str, Any]], path: Path = LOCK) -> lis
 
 
 def _pins(manifest: Path) -> dict[str, Any]:
-    """What pins the content that a manifest describes: a commit, which says it all, or the hashes of all downloads."""
+    """The facts that pin a manifest's content: a commit, or the hashes of all downloads."""
     facts = read_json(manifest) if manifest.is_file() else {}
     if "commit" in facts:
         return {"commit": facts["commit"]}
     if "unpacked" not in facts:
-        return {}  # made, linked or adopted: nothing was downloaded
+        return {}  # synthetic, linked or adopted: without downloads
     archives = [contents["archives"] for contents in facts["unpacked"].values()]
     return {"downloads": {name: pin for files in (facts["files"], *archives) for name, pin in files.items()}}

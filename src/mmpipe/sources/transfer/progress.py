@@ -1,6 +1,6 @@
-"""Free disk space before a transfer, and its progress in the log: bars are for terminals, and jobs write into files.
+"""Free disk space before a transfer, and its progress as log lines, as jobs write into files.
 
-Progress is the growth of the folder, which serves every source alike.
+Progress is the growth of the folder, for every source alike.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 EVERY = 60.0
 """Seconds between two lines."""
 _MARGIN = 256 * 1024**2
-"""Bytes that stay free for everything else."""
+"""Bytes to leave free."""
 
 
 def check_space(folder: Path, needed: float, what: str) -> None:
@@ -34,7 +34,7 @@ def check_space(folder: Path, needed: float, what: str) -> None:
 
 
 def format_size(size: float) -> str:
-    """A number of bytes for people: ``18.4 GB``."""
+    """A readable number of bytes: ``18.4 GB``."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
@@ -44,7 +44,7 @@ def format_size(size: float) -> str:
 
 @contextmanager
 def progress(folder: Path, what: str, total: Callable[[], float | None]) -> Iterator[None]:
-    """While the block runs, log once a minute the bytes in ``folder``, of ``total()`` if known, and their rate."""
+    """Context manager that logs once a minute the bytes in ``folder``, of ``total()`` if known, and their rate."""
     over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(folder, what, total, over), daemon=True)
     watcher.start()

@@ -1,10 +1,9 @@
-"""Fetching a small file from an address that a stranger may have chosen.
+"""Fetching a small file from an untrusted address.
 
-A server that downloads what it is told to must not be led into its own network (server-side request forgery), nor be
-kept busy for ever. So: HTTP(S) only; every address a name resolves to is checked, and the checked address itself is
-connected to (a name that answers otherwise the second time gains nothing); redirects are followed by hand, each checked
-again; size and time are bounded. Proxies of the environment are not used: behind one, nobody here would see the real
-address.
+Protection against server-side request forgery and endless responses: HTTP(S) only; every address a name resolves to is
+checked, and the connection goes to the checked address itself (so DNS rebinding has no effect); redirects are followed
+explicitly, each checked again; size and time are bounded. Proxies of the environment are not used: behind one, the real
+address could not be checked.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from mmpipe.errors import DataError
 
 _CHUNK = 1 << 16
 _REDIRECTS = {301, 302, 303, 307, 308}
-# Addresses that carry an IPv4 address of which the other side decides where it leads (RFC 6052, RFC 3056).
+# Addresses that embed an IPv4 address (RFC 6052, RFC 3056).
 _TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2002::/16"))
 
 
@@ -47,7 +46,7 @@ def is_public(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a download may cost, and where it may lead."""
+    """Limits of a download's size, time and addresses."""
 
     size: int = 20 << 20
     """Bytes."""
@@ -60,7 +59,7 @@ class Limits:
 
 def fetch(url: str, limits: Limits = Limits()) -> tuple[bytes, str]:
     """The body of ``url`` and its media type (``image/png``; empty when the server names none). Raises DataError,
-    naming the address, when it leads where it must not or breaks a limit, or when the server refuses."""
+    naming the address, when it is not allowed or breaks a limit, or when the server refuses."""
     deadline = time.monotonic() + limits.seconds
     place = url
     for _ in range(limits.redirects + 1):
@@ -89,7 +88,7 @@ def _body(response: urllib3.BaseHTTPResponse, url: str, limits: Limits) -> bytes
 
 @contextmanager
 def _response(url: str, limits: Limits, deadline: float) -> Iterator[urllib3.BaseHTTPResponse]:
-    """One answer. Its connection is cut at the deadline, whatever the server is doing."""
+    """One response. Its connection is cut at the deadline."""
     connection, path = _connection(url, limits, deadline)
     guard = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, [connection])
     guard.daemon = True
@@ -105,7 +104,7 @@ def _response(url: str, limits: Limits, deadline: float) -> Iterator[urllib3.Bas
     finally:
         guard.cancel()
         connection.close()
-    if time.monotonic() >= deadline:  # a body of no stated length ends where it is cut
+    if time.monotonic() >= deadline:  # a body of unknown length ends where it is cut
         raise DataError(late)
 
 
@@ -134,7 +133,7 @@ def _connection(url: str, limits: Limits, deadline: float) -> tuple[_PlainConnec
 
 
 def _checked_address(url: str, host: str, port: int, limits: Limits) -> tuple[Any, ...]:
-    """What ``getaddrinfo`` says first about a host, all of whose addresses are allowed."""
+    """The first result of ``getaddrinfo`` for a host, all of whose addresses must be allowed."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -177,14 +176,14 @@ class _PlainConnection(_Checked, HTTPConnection):
 
 
 class _SecureConnection(_Checked, HTTPSConnection):
-    # The certificate is checked against the host's name all the same.
+    # The certificate is still checked against the host's name.
     pass
 
 
 def _cut(connection: _Checked) -> None:
-    """End a connection under whoever is reading from it."""
+    """Close a connection that is being read."""
     if connection.opened is not None:
-        with suppress(OSError):  # it ended by itself
+        with suppress(OSError):  # already closed
             connection.opened.shutdown(socket.SHUT_RDWR)
 
 

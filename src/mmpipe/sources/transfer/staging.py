@@ -1,7 +1,7 @@
-"""A fetch in progress: its files and its notes, so that it can be interrupted at any moment.
+"""Staging of a fetch: its files and its progress, so that it can be interrupted at any moment.
 
-An entry is staged beside its directory, in ``.fetching/<entry>/``: ``files`` is what will be published, ``done.json``
-is what need not be done again. When it is whole, ``files`` takes the place of the entry's directory in one step.
+An entry is staged beside its directory, in ``.fetching/<entry>/``: ``files`` will be published, ``done.json``
+records completed steps. When complete, ``files`` replaces the entry's directory in one step.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class WantedFile(Settings):
-    """A file of an entry, and how to know the right one."""
+    """A file of an entry, with its expected size and digest."""
 
     to: InnerPath
-    """Where it goes, relative to the entry's directory."""
+    """Its path relative to the entry's directory."""
     sha256: Sha256 | None = None
-    """The digest it must have; where nobody publishes one, the lock keeps that of the first fetch."""
+    """Its digest; where none is published, the lock has that of the first fetch."""
     size: int | None = Field(None, gt=0)
     """Its size in bytes, if known."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What is known about a file before it is fetched."""
+    """The known facts about a file before it is fetched."""
 
     size: int | None = None
     """In bytes."""
     sha256: str | None = None
     says: str = "the catalogue"
-    """Where that stands, for messages."""
+    """Their source, for messages."""
 
     def check(self, path: Path, where: str) -> dict[str, Any]:
         """The file's ``size`` and ``sha256``. Raises DataError when they are not the expected ones."""
@@ -74,39 +74,39 @@ class Staging:
     files: Path
     """Everything that will be published."""
     offered: Path
-    """Where users put files by hand: they are taken, after the same checks, instead of being downloaded."""
+    """Folder for files supplied by hand: they are used, after the same checks, instead of being downloaded."""
     locked: Mapping[str, Any]
-    """What the lock says about the entry."""
+    """The lock's facts about the entry."""
     notes: Path
     downloads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Size and sha256 of each file that is here and verified."""
+    """Size and sha256 of each verified file."""
     unpacked: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The contents of the archives, by the pattern of their names."""
     facts_brought: dict[str, Any] | None = None
-    """What fetching all files returned; None until then."""
+    """The facts returned after fetching all files; None until then."""
     memory: dict[str, Any] = field(default_factory=dict)
-    """What a source needs to know when it is called again."""
+    """A source's notes for a resumed call."""
     total: float = 0
     """Bytes of the whole fetch, as far as known."""
 
     @property
     def started(self) -> bool:
-        """Whether anything is here already."""
+        """Whether any file is staged."""
         return bool(self.downloads) or self.facts_brought is not None
 
     def save(self) -> None:
-        """Remember what is done."""
+        """Write the completed steps."""
         kept = ("downloads", "unpacked", "facts_brought", "memory")
         write_json(self.notes, {name: getattr(self, name) for name in kept})
 
     def once(self, bring: Callable[[], dict[str, Any]]) -> None:
-        """Call ``bring()``, which fetches all files, unless it was done before."""
+        """Call ``bring()``, which fetches all files, unless an earlier call completed it."""
         if self.facts_brought is None:
             self.facts_brought = bring()
             self.save()
 
     def place(self, file: WantedFile, get: Callable[[Path, Expected], Any]) -> None:
-        """Have ``get(target, expected)`` write a file, unless it is here or in ``offered``. ``get`` may return the
+        """Write a file by ``get(target, expected)``, unless it is staged or in ``offered``. ``get`` may return the
         file's size and sha256 when it has verified them."""
         if self.has(file):
             return
@@ -121,7 +121,7 @@ class Staging:
         self.prove(file, proven)
 
     def prove(self, file: WantedFile, proven: dict[str, Any] | None = None) -> None:
-        """Compare a file with what is known about it, and remember it. A wrong one is deleted."""
+        """Verify a file and record it. A wrong one is deleted."""
         target = self.files / file.to
         try:
             self.downloads[file.to] = proven or self._expected(file).check(target, file.to)
@@ -131,7 +131,7 @@ class Staging:
         self.save()
 
     def has(self, file: WantedFile) -> bool:
-        """Whether the file is here already and verified."""
+        """Whether the file is staged and verified."""
         return file.to in self.downloads
 
     def has_offer(self, file: WantedFile) -> bool:
@@ -147,11 +147,11 @@ class Staging:
 
     @property
     def consumed(self) -> list[str]:
-        """Archives that are unpacked and gone."""
+        """Archives that were unpacked and deleted."""
         return [name for contents in self.unpacked.values() for name in contents["archives"]]
 
     def unpack(self, pattern: str, folder: str, flat: bool) -> None:
-        """Unpack an archive, or the pieces of one, and drop it."""
+        """Unpack an archive, or the pieces of one, and delete it."""
         if pattern not in self.unpacked:
             pieces = sorted((path for path in self.files.glob(pattern) if path.is_file()), key=_natural)
             if not pieces:
@@ -181,7 +181,7 @@ class Staging:
         self.save()
 
     def facts(self) -> dict[str, Any]:
-        """The facts for the manifest. Files out of archives are counted, not listed: there may be a million."""
+        """The facts for the manifest. Unpacked files are counted, not listed: there may be a million."""
         files = dict(sorted(self.downloads.items()))
         unpacked = {}
         for pattern, contents in self.unpacked.items():
@@ -190,21 +190,21 @@ class Staging:
         return {**(self.facts_brought or {}), "unpacked": unpacked, "files": files}
 
     def publish(self, out: Path) -> None:
-        """Put everything in the place of ``out`` at once; what an earlier version left there goes."""
+        """Replace ``out`` by the staged files in one step."""
         empty_directory(out)
         self.files.rename(out)
 
 
 @contextmanager
 def open_staging(out: Path, spec: Mapping[str, Any], locked: Mapping[str, Any]) -> Iterator[Staging]:
-    """The staging of an entry, as an interrupted fetch of the same ``spec`` left it; gone when the block ends well."""
+    """The staging of an entry, resumed from an interrupted fetch of the same ``spec``; deleted on success."""
     claim_output(out)
     work = out.parent / _BESIDE / out.name
     identity = fingerprint(canonical_json(spec), {"lock": canonical_json(locked)})
     with open_state(work, identity):
         files, notes = work / "files", work / "done.json"
         if notes.is_file() and not files.exists() and out.is_dir():
-            out.rename(files)  # killed between publishing and forgetting
+            out.rename(files)  # killed between publishing and cleaning up
         files.mkdir(exist_ok=True)
         if not any(files.iterdir()):
             notes.unlink(missing_ok=True)  # the files were removed by hand
@@ -214,17 +214,17 @@ def open_staging(out: Path, spec: Mapping[str, Any], locked: Mapping[str, Any]) 
 
 
 def staged_bytes(out: Path) -> int:
-    """Bytes that an unfinished fetch of an entry has brought so far."""
+    """Bytes already fetched by an unfinished fetch of an entry."""
     work = out.parent / _BESIDE / out.name
     done = read_json(work / "done.json") if (work / "done.json").is_file() else {}
     if done.get("facts_brought") is None:
         return bytes_in(work / "files")
-    return sum(file["size"] for file in done["downloads"].values())  # archives may be unpacked and gone
+    return sum(file["size"] for file in done["downloads"].values())  # archives may be unpacked and deleted
 
 
 def claim_output(out: Path) -> None:
     """Mark an entry's directory as one that fetches may fill and clear. Raises DataError when it holds files that no
-    fetch put there: they may be the user's."""
+    fetch wrote: they may be the user's."""
     mark = out.parent / _BESIDE / f"{out.name}.ours"
     if not mark.exists() and out.is_dir():
         foreign = next((entry.name for entry in out.iterdir() if entry.name != NAME), None)
@@ -249,5 +249,5 @@ def empty_directory(folder: Path) -> None:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts ``part_10`` behind ``part_9``."""
+    """Sort key that puts ``part_10`` after ``part_9``."""
     return [(int(digits or 0), text) for text, digits in re.findall(r"(\D*)(\d*)", path.as_posix())]

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as a recipe names it (``hardware: {deepspeed: zero2}``): one JSON file here is one kind."""
+"""DeepSpeed ZeRO kinds (``hardware: {deepspeed: zero2}``): one JSON file each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def kinds() -> list[str]:
 
 
 def configuration(kind: str) -> dict[str, Any]:
-    """The kind's part of DeepSpeed's configuration; the stage's settings give the rest."""
+    """The kind's part of DeepSpeed's configuration; the rest follows from the stage's settings."""
     content: dict[str, Any] = read_json(Path(__file__).with_name(f"{kind}.json"))
     return content
 

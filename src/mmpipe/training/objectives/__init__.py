@@ -1,4 +1,4 @@
-"""What stages optimise: the objective of a stage stands in the file here that has the stage's name."""
+"""Training objectives, one file each, named after the stage."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mmpipe.training.objectives.base import Objective
 
 
 def objective_class(stage: TrainStage) -> type[Objective]:
-    """The objective of the stage's kind: that of its own file or of the nearest base class that has one.
+    """The objective of a stage class, or of its nearest base class that has one.
 
-    A stage without either (``pretrain``, ``finetune``) has that of ``base``, language modelling.
+    The default (``pretrain``, ``finetune``) is language modelling, in ``base``.
     """
     for kind in type(stage).__mro__:
         module = f"{__name__}.{kind.__module__.rpartition('.')[2]}"

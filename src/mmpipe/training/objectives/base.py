@@ -24,26 +24,26 @@ from mmpipe.models.moe.context import nothing_counts
 from mmpipe.stages.base import StageJob
 
 ROUTING = "routing."
-"""How the names of measured, not optimised, metrics begin."""
+"""Prefix of metrics that are measured, not optimised."""
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class LossDenominators:
-    """What the terms of one micro batch are divided by, so that they add up over the global batch."""
+    """Denominators of the terms of a micro batch, so that they add up over the global batch."""
 
     counts: Mapping[str, Tensor]
-    """What :meth:`Objective.counts` counts, over the global batch: denominators of sums."""
+    """The counts of :meth:`Objective.counts` over the global batch: denominators of sums."""
     micro_batches: int
-    """Micro batches of the global batch over all devices: the denominator of terms that are means already."""
+    """Micro batches of the global batch over all devices: the denominator of terms that are means."""
 
 
 class Objective(ABC):
-    """What a stage optimises, the data it reads, and what it changes in the model first."""
+    """The objective of a stage: its loss, its data, and its changes to the starting model."""
 
     COLLATOR: ClassVar[type[Padding]] = Collator
-    """What makes a batch of samples."""
+    """The collator: a batch from samples."""
 
     @classmethod
     def create(cls, stage: Any, job: StageJob, model: Any, processor: Any) -> Objective:
@@ -61,7 +61,7 @@ class Objective(ABC):
 
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, int]:
-        """What the terms of a micro batch are divided by, once summed over the global batch."""
+        """Counts of a micro batch that, summed over the global batch, are the denominators of its terms."""
 
     @abstractmethod
     def __call__(self, model: Any, batch: Batch, denominators: LossDenominators) -> tuple[Tensor, Metrics]:
@@ -91,7 +91,7 @@ OBJECTIVE = LanguageModelling
 
 
 def response_tokens(batch: Batch) -> int:
-    """Supervised tokens of a micro batch, without the first position, which nothing predicts."""
+    """Supervised tokens of a micro batch, without the first position, which is not predicted."""
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
@@ -105,7 +105,7 @@ def router_losses(model: nn.Module, denominators: LossDenominators) -> tuple[Ten
 def routing_statistics(model: nn.Module) -> Metrics:
     """Means over the tokens and layers of each part with experts, as weighted sum and weight.
 
-    ``routing.{part}.load`` is the share of the choices that the busiest expert of a layer takes (1/N when all are used
+    ``routing.{part}.load`` is the share of the choices that go to the busiest expert of a layer (1/N when all are used
     alike, 1 when one takes all); entropy and margin are the routers' own.
     """
     sums: Metrics = {}
@@ -155,7 +155,7 @@ def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, /
 
 
 class Task(nn.Module):
-    """Model and objective as one module, so that whatever wraps modules (DDP, DeepSpeed) sees every step as one forward."""
+    """Model and objective as one module, so that a step is one forward pass for DDP and DeepSpeed."""
 
     main_input_name = "input_ids"
 
@@ -166,11 +166,11 @@ class Task(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The model's configuration, where the trainer looks for it."""
+        """The model's configuration, which the trainer expects here."""
         return self.model.config
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """What is frozen may be missing: checkpoints in progress leave it out."""
+        """Frozen parameters may be missing: training checkpoints leave them out."""
         loaded = super().load_state_dict(state_dict, strict=False, assign=assign)
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         wrong = sorted(trained & set(loaded.missing_keys)) + list(loaded.unexpected_keys)

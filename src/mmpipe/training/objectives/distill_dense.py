@@ -64,7 +64,7 @@ class Distillation(base.Objective):
                 batch["labels"],
                 denominator=None if reference else denominators.counts["response"],
             )
-        # divided already
+        # already divided
         auxiliary, parts = base.router_losses(model, denominators)
         loss = compose(
             self.settings.loss_type,
@@ -84,10 +84,10 @@ OBJECTIVE = Distillation
 
 
 class LiveTeacher:
-    """A frozen teacher that runs once on every batch, on the student's images.
+    """A frozen teacher, run on every batch with the student's images.
 
-    Its tower may differ and give an image another number of tokens, as long as it takes the same pixels and the response
-    alone is distilled. Not a module: it is not wrapped, trained or saved with the student.
+    Its tower and number of tokens per image may differ, as long as it takes the same pixels and only the response
+    is distilled. Not a module: it is not wrapped, trained or saved with the student.
 
     Raises ConfigError for a teacher with another image processor or tokenizer, or, with ``tokens="all"``, another number
     of positions.
@@ -176,7 +176,7 @@ class CachedTeacher:
 
 
 def resized_images(batch: Batch, image_token: int, ours: int, theirs: int) -> Batch:
-    """The batch with ``theirs`` image tokens in place of every ``ours``; padded on the right."""
+    """The batch with ``theirs`` image tokens per image in place of ``ours``; padded on the right."""
     rows = []
     for ids_L, labels_L, mask_L in zip(
         batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True

@@ -1,4 +1,4 @@
-"""Preference distillation: chosen answers become more likely than rejected ones, relative to a reference model."""
+"""Preference distillation: chosen answers become more probable than rejected ones, relative to a reference model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Preference(base.Objective):
     """A preference loss over pairs with precomputed reference log-probabilities, and the router losses.
 
     Chosen and rejected answers run one after the other, as in the reference implementation: in one pass they would
-    compete for the experts' capacity, and the later ones lose. So the router losses are those of two passes, added up.
-    ``kto_pair``'s batch means are over the pairs a device computes at once, as there.
+    compete for the experts' capacity, and later ones would be dropped. The router losses of the two passes are summed.
+    ``kto_pair``'s batch means are over a micro batch, also as in the reference.
     """
 
     COLLATOR: ClassVar[type[Padding]] = PreferenceCollator
@@ -35,7 +35,7 @@ class Preference(base.Objective):
 
     @classmethod
     def create(cls, stage: Prefer, job: StageJob, model: Any, processor: Any) -> Preference:
-        """Raises ConfigError for experts under ZeRO stage 3, and for a reference that reads other pixels."""
+        """Raises ConfigError for experts under ZeRO stage 3, and for a reference with another image preprocessing."""
         kind = stage.hardware.deepspeed
         if kind and zero.optimization(kind)["stage"] == 3 and moe_layers(model):
             raise ConfigError(
@@ -62,7 +62,7 @@ class Preference(base.Objective):
         for half in halves(batch):
             hidden_BLD = base.hidden_states(model, half, features_FD)
             sums += response_log_probabilities(hidden_BLD, model.lm_head.weight, half["labels"])[:1]
-            # read before the next pass takes their place
+            # read before the next pass overwrites them
             added, its_parts = base.router_losses(model, denominators)
             auxiliary = auxiliary + added
             parts = {name: value + parts.get(name, 0) for name, value in its_parts.items()}

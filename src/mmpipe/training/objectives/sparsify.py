@@ -1,4 +1,4 @@
-"""Training the predictors: the language model under drawn masks, and the distance from the keep rates."""
+"""Training the predictors: language modelling under sampled masks, and the distance from the keep rates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mmpipe.training.objectives import base
 class Sparsification(base.Objective):
     """Cross entropy, router losses, and for each predictor the squared distance from its keep rate.
 
-    A row without an answer (or question) does not count for its term; the published mean over no rows is NaN.
+    Rows without an answer (or question) are left out of its term; the published mean over no rows is NaN.
     """
 
     def __init__(self, settings: Sparsify, model: Any) -> None:
@@ -79,7 +79,7 @@ class Sparsification(base.Objective):
         return loss, {"cross_entropy": cross_entropy.detach(), **parts, **shown, **kept, "gumbel_tau": tau}
 
     def _noise(self, batch: Batch) -> Tensor:
-        """Gumbel noise ``[B, L, 2]``, of each row a function of seed, step and record: the same for every split of the
+        """Gumbel noise ``[B, L, 2]``, per row a function of seed, step and record: the same for every split of the
         batch, and after an interruption."""
         rows, length = batch["input_ids"].shape
         noise_BL2 = torch.zeros(rows, length, 2)
@@ -96,7 +96,7 @@ class Sparsification(base.Objective):
     def _distances(
         self, found: Segments, decisions: dict[str, Tensor], denominators: base.LossDenominators
     ) -> tuple[dict[str, Tensor], base.Metrics]:
-        """The squared distances from the keep rates by predictor, and the fractions of tokens that were kept."""
+        """The squared distances from the keep rates by predictor, and the fractions of retained tokens."""
         distances: dict[str, Tensor] = {}
         kept: base.Metrics = {}
         if "images" in decisions:

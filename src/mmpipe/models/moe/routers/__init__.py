@@ -1,1 +1,1 @@
-"""Routers: one file each, found by looking; a router's name is the name of its file."""
+"""Routers: one file each; a router's name is the name of its file."""

@@ -1,4 +1,4 @@
-"""The base of every router: hidden states in; choices, their weights, losses and measurements out."""
+"""The base of every router: hidden states to choices, their weights, losses and measurements."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _REFERENCE_DEVIATION = 0.02
 
 @dataclass(frozen=True)
 class Routing:
-    """Where tokens go. Everything is float32 but the indices."""
+    """The routing of T tokens. Everything but the indices is float32."""
 
     indices_TK: Tensor
     """Chosen experts, the first choice first."""
     weights_TK: Tensor
-    """How much each choice counts."""
+    """Weight of each choice."""
     losses: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars by name; ``balance``, ``z`` and ``entropy`` are weighed by the layer's coefficients, others count as
+    """Scalars by name; ``balance``, ``z`` and ``entropy`` are weighted by the layer's coefficients, others count as
     they are."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Detached measurements by name."""
     addition_TD: Tensor | None = None
-    """What the router itself adds to the output."""
+    """The router's own addition to the output."""
 
 
 class BaseRouter(FollowsTraining):
@@ -43,7 +43,7 @@ class BaseRouter(FollowsTraining):
     A subclass defines ``forward(hidden_TD, sequence_T) -> Routing``, where ``sequence_T`` ``[T]``, if given, is the
     sequence of each token for losses taken per sequence, and may define ``Settings``. It owns whatever parameters it
     needs; ``reset_parameters`` fills them from a generator, so that each layer starts differently and reproducibly. A
-    schedule asks :meth:`scheduled` for the current value of a setting.
+    schedule reads the current value of a setting from :meth:`scheduled`.
     """
 
     class Settings(RouterSettings):
@@ -52,9 +52,9 @@ class BaseRouter(FollowsTraining):
     NORMALISED: ClassVar[bool] = True
     """Whether the weights of a token add up to one, which is then checked."""
     ADDS: ClassVar[bool] = False
-    """Whether it adds something as wide as the input to the output (``Routing.addition_TD``)."""
+    """Whether it adds a vector of the input's width to the output (``Routing.addition_TD``)."""
     STARTS_ALIKE: ClassVar[bool] = False
-    """Whether ``compat: reference`` starts every layer with the same numbers, as LibMoE 2.0 does."""
+    """Whether ``compat: reference`` initialises every layer with the same numbers, as LibMoE 2.0 does."""
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__()
@@ -65,17 +65,17 @@ class BaseRouter(FollowsTraining):
 
     @property
     def reference(self) -> bool:
-        """Whether the published code is to be repeated."""
+        """Whether to reproduce the published code."""
         return getattr(self.settings, "compat", "fixed") == "reference"
 
     @property
     def starts_alike(self) -> bool:
-        """Whether every layer is to start with the same numbers."""
+        """Whether every layer is initialised with the same numbers."""
         return self.STARTS_ALIKE and self.reference
 
     @property
     def normalised(self) -> bool:
-        """Whether the weights of a token add up to one with the settings at hand."""
+        """Whether the weights of a token add up to one with the current settings."""
         return self.NORMALISED
 
     def reset_parameters(self, generator: torch.Generator) -> None:
@@ -92,24 +92,24 @@ class BaseRouter(FollowsTraining):
         raise NotImplementedError
 
     def scheduled(self, first: float, last: float) -> float:
-        """The current value of something that goes evenly from ``first`` to ``last`` in training, and stays there."""
+        """The current value of a linear schedule from ``first`` to ``last`` over the training."""
         return first + (last - first) * self.progress if self.training else last
 
 
 class LinearRouter(BaseRouter):
-    """Scores each token by a matrix ``weight``, ``[N, D]`` unless :meth:`rows` says otherwise."""
+    """Scores each token by a matrix ``weight``, ``[N, D]`` unless a subclass changes :meth:`rows`."""
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)
         self.weight = nn.Parameter(torch.empty(self.rows(), width))
 
     def rows(self) -> int:
-        """How many scores a token has."""
+        """Scores per token."""
         return self.experts
 
 
 def linear_float(hidden_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """A linear map in float32, also under autocast: routing is decided by small differences."""
+    """A linear map in float32, also under autocast: small differences decide the routing."""
     with torch.autocast(hidden_TD.device.type, enabled=False):
         bias_N = None if bias_N is None else bias_N.float()
         return F.linear(hidden_TD.float(), weight_ND.float(), bias_N)
@@ -163,11 +163,11 @@ def _is_router(value: Any) -> bool:
 
 
 class RouterError(MmpipeError):
-    """A router's result cannot be carried out."""
+    """A router's result is invalid."""
 
 
 def check_shapes(router: BaseRouter, result: Routing, tokens: int, name: str) -> None:
-    """Raise RouterError, opened by ``name``, unless the choices have the agreed shape and type."""
+    """Raise RouterError, opened by ``name``, unless the choices have the expected shape and type."""
     for what, tensor in (("indices", result.indices_TK), ("weights", result.weights_TK)):
         if tensor.ndim != 2 or len(tensor) != tokens:
             raise RouterError(f"{name}: {what} of shape {tuple(tensor.shape)} for {tokens} tokens")
@@ -183,7 +183,7 @@ def check_shapes(router: BaseRouter, result: Routing, tokens: int, name: str) ->
 
 
 def check_values(router: BaseRouter, result: Routing, name: str) -> None:
-    """Raise RouterError, opened by ``name``, unless indices are in range and weights finite and, if the router says so,
+    """Raise RouterError, opened by ``name``, unless indices are in range and weights finite and, where declared,
     normalised."""
     if not len(result.indices_TK):
         return

@@ -23,7 +23,7 @@ class CosineRouter(LinearRouter):
         temperature: float = Field(0.1, gt=0)
         """Divides the cosines; not used by ``reference``."""
         final_temperature: float | None = Field(None, gt=0)
-        """The temperature goes evenly to this one in training; None keeps it."""
+        """Temperature at the end of a linear schedule; None: constant."""
         perturbation: float = Field(0.0, ge=0)
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""HyperRouter: the routing weights are made by a fixed random network from a small embedding that learns."""
+"""HyperRouter: a fixed random network computes the routing weights from a small trainable embedding."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class HyperRouter(BaseRouter):
     def current_k(self) -> int:
         """Experts a token at this point of training."""
         first = min(self.settings.first_k, self.top_k)
-        # the growth is rounded, as in the published code: half of a choice goes to the even number
+        # rounded as in the published code: halves to the even number
         return first + round(self.scheduled(0, self.top_k - first))
 
     def forward(self, hidden_TD: Tensor, sequence_T: Tensor | None = None) -> Routing:

@@ -1,4 +1,4 @@
-"""MoE++: besides experts that compute, some that cost nothing (Jin et al. 2024)."""
+"""MoE++: zero-computation experts besides the ordinary ones (Jin et al. 2024)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ReLU routing: an expert counts by how far its score is above zero."""
+"""ReLU routing: an expert's weight is proportional to its positive score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shared expert: the last expert sees every token, the others compete for what is left."""
+"""A shared expert: every token uses the last expert, the others are routed."""
 
 from __future__ import annotations
 

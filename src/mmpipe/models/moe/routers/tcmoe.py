@@ -23,7 +23,7 @@ class TCMoERouter(LinearRouter):
     An expert chosen twice (added and subtracted) counts twice. In the ``reference`` form, as in LibMoE's code, a later
     choice of the same entry modulo N, also one that does nothing, replaces an earlier one (there the replaced one still
     gets a gradient, here it does not); and the balance loss, ``sum_e (choices of e / (K * tokens of a sequence)) *
-    mean(p_e)``, grows with the batch; the z-loss sees the scores without their biases.
+    mean(p_e)``, grows with the batch; the z-loss is of the scores without their biases.
     """
 
     NORMALISED: ClassVar[bool] = False

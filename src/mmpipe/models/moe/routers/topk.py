@@ -1,4 +1,4 @@
-"""Softmax over the experts, the k most likely chosen, their probabilities rescaled to one."""
+"""Softmax over the experts, the k most probable chosen, their probabilities rescaled to one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class TopKRouter(LinearRouter):
     With one expert a token the weight is p itself: rescaled it would be the constant one, and the router
     would learn nothing from the task.
 
-    All arithmetic is in float32. Deterministic unless ``second_choice`` says otherwise. LibMoE's SMoE-R; its
-    ``reference`` form differs in how it starts only.
+    All arithmetic is in float32. Deterministic unless ``second_choice`` adds noise. LibMoE's SMoE-R; its
+    ``reference`` form differs in its initialisation only.
     """
 
     class Settings(LinearRouter.Settings):
         second_choice: Literal["most_likely", "gumbel", "gumbel_always"] = "most_likely"
-        """How a second expert is found: the most likely of the others; or by adding Gumbel noise to the
+        """Selection of the second expert: the most probable of the others; or by adding Gumbel noise to the
         logits, in training or also in evaluation. DeepSpeed before 0.15, hence LLaVA-MoD, always samples;
         ``compat: reference`` of the experts takes ``gumbel``, so that answers stay the same from run to run."""
 

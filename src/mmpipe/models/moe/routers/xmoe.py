@@ -16,7 +16,7 @@ class XMoERouter(BaseRouter):
     """``l_e = radius * (R x / |R x|) . (e / |e|)``, ``p = softmax(l / temperature)``, the k best, rescaled.
 
     ``reference`` is LibMoE's: weights are a second softmax over the k probabilities, which pulls them to 1/k; the
-    z-loss sees l before the temperature; and embeddings are rescaled outside of the graph, so that their gradient keeps
+    z-loss is of l before the temperature; and embeddings are rescaled outside of the graph, so that their gradient keeps
     a part along the radius. (There they are also overwritten by every forward pass, which changes no result.)
     """
 
@@ -25,7 +25,7 @@ class XMoERouter(BaseRouter):
         """Of the sphere; half the number of experts by default."""
         temperature: float = Field(0.3, gt=0)
         final_temperature: float | None = Field(None, gt=0)
-        """The temperature goes evenly to this one in training; None keeps it."""
+        """Temperature at the end of a linear schedule; None: constant."""
         radius: float = Field(1.5, gt=0)
 
     STARTS_ALIKE: ClassVar[bool] = True
