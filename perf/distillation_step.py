@@ -30,7 +30,8 @@ from mmpipe.artifacts import manifest
 from mmpipe.losses.distillation import cached_distillation_loss, compose, distillation_loss
 from mmpipe.losses.language_modelling import language_modelling_loss
 from mmpipe.losses.teacher import most_probable_tokens
-from mmpipe.training.objectives.base import Batch, hidden_states
+from mmpipe.models.llava import hidden_states
+from mmpipe.training.objectives.base import Batch
 from mmpipe.training.precomputed import SHARDS, TOKENS, PrecomputedLogProbs
 
 VOCABULARY = 32768

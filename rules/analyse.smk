@@ -94,7 +94,7 @@ use rule analyse_answers as run_experts with:
     resources:
         **resources_of(answer_hardware),
     params:
-        spec=PLAN.expert_logs.probe_spec(),
+        spec=PLAN.expert_logs.similarity_spec(),
 
 
 # Times differ from run to run: only the page is made from them.

@@ -92,24 +92,24 @@ def wanted_tokens(wildcards):
     return PLAN.tokens[f"{wildcards.mixture}/{wildcards.key}"]
 
 
-def wanted_annotation(wildcards):
+def requested_precomputation(wildcards):
     """The precomputed outputs that a stage needs."""
-    return PLAN.precomputations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
+    return PLAN.precomputations[f"{wildcards.teacher}/{wildcards.mixture}/{wildcards.key}"]
 
 
-def annotation_inputs(wildcards):
+def precomputation_inputs(wildcards):
     """The checkpoint whose outputs are precomputed, and the tokens it reads."""
-    stage = PLAN.checkpoint(wildcards.annotator)
+    stage = PLAN.checkpoint(wildcards.teacher)
     manifest = stage.manifest(out(wildcards))
     return {
         "checkpoint": str(manifest),
         "weights": ancient(str(manifest.parent / stage.weights)),
-        "tokens": str(PLAN.precomputation_tokens(wanted_annotation(wildcards)).directory / "manifest.json"),
+        "tokens": str(PLAN.precomputation_tokens(requested_precomputation(wildcards)).directory / "manifest.json"),
     }
 
 
-def annotation_hardware(wildcards):
-    return PLAN.checkpoint(wildcards.annotator).answering
+def precomputation_hardware(wildcards):
+    return PLAN.checkpoint(wildcards.teacher).answering
 
 
 def resources_of(hardware):

@@ -132,42 +132,42 @@ use rule upcycle as construct with:
 # {mixture}/state/, which is no declared output, then published as one.
 rule precompute:
     input:
-        unpack(annotation_inputs),
+        unpack(precomputation_inputs),
     output:
-        temp("resources/{smoke}teacher/{annotator}/{mixture}/chunks/{key}/{chunk}.json"),
+        temp("resources/{smoke}teacher/{teacher}/{mixture}/chunks/{key}/{chunk}.json"),
     log:
-        "logs/{smoke}teacher/{annotator}/{mixture}-{key}-{chunk}.log",
+        "logs/{smoke}teacher/{teacher}/{mixture}-{key}-{chunk}.log",
     wildcard_constraints:
-        annotator=r"[^/]+@[a-z0-9_]+",
+        teacher=r"[^/]+@[a-z0-9_]+",
         key="[0-9a-f]{12}",
-    threads: lambda wildcards: annotation_hardware(wildcards).cpus
+    threads: lambda wildcards: precomputation_hardware(wildcards).cpus
     resources:
-        **resources_of(annotation_hardware),
+        **resources_of(precomputation_hardware),
     params:
-        spec=lambda wildcards: PLAN.precomputation_spec(wanted_annotation(wildcards)),
+        spec=lambda wildcards: PLAN.precomputation_spec(requested_precomputation(wildcards)),
     message:
-        "Precomputing log-probabilities of {wildcards.annotator} on {wildcards.mixture} ({wildcards.chunk})"
+        "Precomputing log-probabilities of {wildcards.teacher} on {wildcards.mixture} ({wildcards.chunk})"
     script:
         "../workflow/scripts/precompute.py"
 
 
 rule gather_precomputed:
     input:
-        unpack(annotation_inputs),
-        chunks=lambda wildcards: PLAN.precomputation_chunks(wanted_annotation(wildcards), out(wildcards)),
+        unpack(precomputation_inputs),
+        chunks=lambda wildcards: PLAN.precomputation_chunks(requested_precomputation(wildcards), out(wildcards)),
     output:
-        shards=directory("resources/{smoke}teacher/{annotator}/{mixture}/{key}/shards"),
-        manifest="resources/{smoke}teacher/{annotator}/{mixture}/{key}/manifest.json",
+        shards=directory("resources/{smoke}teacher/{teacher}/{mixture}/{key}/shards"),
+        manifest="resources/{smoke}teacher/{teacher}/{mixture}/{key}/manifest.json",
     log:
-        "logs/{smoke}teacher/{annotator}/{mixture}-{key}.log",
+        "logs/{smoke}teacher/{teacher}/{mixture}-{key}.log",
     wildcard_constraints:
-        annotator=r"[^/]+@[a-z0-9_]+",
+        teacher=r"[^/]+@[a-z0-9_]+",
         key="[0-9a-f]{12}",
     resources:
         **light(memory_gb=2, minutes=60),
     params:
-        spec=lambda wildcards: PLAN.precomputation_spec(wanted_annotation(wildcards)),
+        spec=lambda wildcards: PLAN.precomputation_spec(requested_precomputation(wildcards)),
     message:
-        "Gathering precomputed log-probabilities of {wildcards.annotator} on {wildcards.mixture}"
+        "Gathering precomputed log-probabilities of {wildcards.teacher} on {wildcards.mixture}"
     script:
         "../workflow/scripts/precompute.py"

@@ -17,7 +17,7 @@ from mmpipe.data.dataset import Batch, Collator, Sample
 from mmpipe.data.labels import IGNORE, Encoded, Rendered, encode
 from mmpipe.data.records import BadRecord
 from mmpipe.inference.generate import Answerer
-from mmpipe.training.objectives.base import hidden_states
+from mmpipe.models.llava import hidden_states
 
 CASE = vectors("llava_mod/10_image_splice.json")
 REFERENCE_IMAGE = -200

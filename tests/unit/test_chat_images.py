@@ -127,7 +127,7 @@ HASTY = Limits(size=1 << 20, seconds=0.4, allowed=LIMITS.allowed)
 
 
 @pytest.mark.parametrize("path", ["good", "moved", "good?a=b c"])
-def test_a_image_is_fetched(site, path):
+def test_an_image_is_fetched(site, path):
     image = images.from_address(f"{site}/{path}", LIMITS)
     assert (image.size, image.getpixel((0, 0))) == ((3, 2), (255, 0, 0))
 

@@ -116,7 +116,7 @@ def test_stop_texts(tiny, queue):
     assert cut.finish == "stop"
 
 
-def test_a_checkpoint_of_captions_needs_a_image(tmp_path, queue):
+def test_a_checkpoint_of_captions_needs_an_image(tmp_path, queue):
     chat = talk(chat_models.publish(tmp_path / "model", template="plain"), queue)
     assert chat.captions_only
     with pytest.raises(ChatError, match="cannot be asked without one"):

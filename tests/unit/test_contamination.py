@@ -22,7 +22,7 @@ def prepared(folder: Path, questions: dict[str, list[Path]]) -> Path:
     return folder
 
 
-def test_a_image_trained_on_is_found_under_another_name(tmp_path: Path) -> None:
+def test_an_image_trained_on_is_found_under_another_name(tmp_path: Path) -> None:
     source = data_set(tmp_path / "made", [entry(i, f"{i}.png") for i in range(3)])
     mix(source, tmp_path / "mixture")
     trained, fresh = tmp_path / "made/img/1.png", image(tmp_path / "fresh.png", seed=99)

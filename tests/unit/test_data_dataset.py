@@ -108,7 +108,7 @@ def test_padding_with_the_end_token_masks_no_end_token(tmp_path: Path) -> None:
     assert (ends & batch["attention_mask"].bool()).sum(dim=1).tolist() == [1, 1]
 
 
-def test_a_image_gone_since_is_replaced_by_the_next_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_image_gone_since_is_replaced_by_the_next_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = made(tmp_path, [entry(i, f"{i}.png") for i in range(4)])
     (tmp_path / "made/img/1.png").unlink()
     (tmp_path / "made/img/3.png").write_bytes(b"")

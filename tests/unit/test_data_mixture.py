@@ -168,7 +168,7 @@ def test_an_empty_array_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../secret.png", "a/../../secret.png", "/etc/passwd", "\x00/etc/passwd", "\\\\host\\x.png"]
 )
-def test_a_image_name_that_leads_out_of_the_folder_is_an_error(name: str, tmp_path: Path) -> None:
+def test_an_image_name_that_leads_out_of_the_folder_is_an_error(name: str, tmp_path: Path) -> None:
     """Not one bad record among others: nobody writes this by accident."""
     data = data_set(tmp_path / "made", [entry(0, name)])
     image(tmp_path / "made" / "secret.png")

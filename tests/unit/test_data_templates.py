@@ -262,7 +262,7 @@ def test_another_image_token_moves_the_spans() -> None:
     assert learnt == ["a", "c"]
 
 
-def test_an_image_token_in_the_text_is_not_taken_for_a_image() -> None:
+def test_an_image_token_in_the_text_is_not_taken_for_an_image() -> None:
     with pytest.raises(BadRecord, match="the text itself contains"):
         encoded("<image>a<|im_start|>", (7, 8), image_token="<|im_start|>")
 
@@ -275,7 +275,7 @@ def test_text_is_cut_from_the_right() -> None:
 
 
 @pytest.mark.parametrize("max_length", [4, 5, 6])
-def test_a_image_is_never_cut(max_length: int) -> None:
+def test_an_image_is_never_cut(max_length: int) -> None:
     with pytest.raises(BadRecord, match="would lose part of an image") as error:
         encoded("abcd<image>e", (0, 1), max_length=max_length)
     assert error.value.reason == "too long for its images"

@@ -177,7 +177,7 @@ def test_images_are_shown_as_the_tower_gets_them(asked) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "places"), [(576, (0, 24)), (577, (1, 24)), (9, (0, 3)), (70, None), (1, (0, 1))])
-def test_where_tokens_are_in_a_image(tokens, places) -> None:
+def test_where_tokens_are_in_an_image(tokens, places) -> None:
     assert grid(tokens) == places
 
 

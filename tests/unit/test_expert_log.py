@@ -173,7 +173,7 @@ def test_kinds_images_and_layers(model: Any, questions: list[Question], one_by_o
     assert {r["kind"] for r in tower} == {"image"}
 
 
-def test_what_a_image_s_questions_share_is_logged_once(model: Any, questions: list[Question], tmp_path: Path) -> None:
+def test_what_questions_of_an_image_share_is_logged_once(model: Any, questions: list[Question], tmp_path: Path) -> None:
     path, _ = logged(model, questions, tmp_path, batch_size=16)
     tower = [r for r in rows(path) if r["part"] == "vision_tower"]
     assert Counter(r["question"] for r in tower) == {0: 5, 3: 5, 8: 10}

@@ -19,15 +19,15 @@ NAME = re.compile(r"`((?:\w+/)?(?:test_)?[\w*…]+(?:\.py)?/?)`")
 
 
 def rows(text: str) -> Iterator[tuple[str, str, str]]:
-    """Of the entries with a fact ``pinned by``: what an entry is about, what mmpipe does, and its tests with "same" replaced by
-    those of the entry before."""
+    """Of the entries that state what is done ``here``: the term, what mmpipe does, and the tests, "same" replaced by
+    the tests of the entry before."""
     before = heading = ""
     for entry in entries(text):
         if entry.heading != heading:
             before, heading = "", entry.heading
-        if "pinned by" not in entry.facts:
+        if "here" not in entry.facts:
             continue
-        pinned = entry.facts["pinned by"]
+        pinned = entry.facts.get("pinned by", "")
         if re.match(r"same\b", pinned):
             assert before.strip(NOT_PINNED), f"'same' repeats nothing: {entry.term}"
             pinned = before + pinned.removeprefix("same")
@@ -80,7 +80,7 @@ def test_a_cell_that_pins_nothing_is_refused(cell: str) -> None:
     assert fault(cell, *known())
 
 
-@pytest.mark.parametrize("first", ["same", "–\n* b\n  * pinned by: same"])
+@pytest.mark.parametrize("first", ["same", "–\n* b\n  * here: c\n  * pinned by: same"])
 def test_same_must_repeat_something(first: str) -> None:
     with pytest.raises(AssertionError, match="repeats nothing"):
-        list(rows(f"# head\n\n* a\n  * pinned by: {first}\n"))
+        list(rows(f"# head\n\n* a\n  * here: b\n  * pinned by: {first}\n"))

@@ -13,12 +13,13 @@ from tiny_project import make_job
 from torch import Tensor
 
 from mmpipe.errors import ConfigError
+from mmpipe.models.llava import hidden_states
 from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_layers
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
 from mmpipe.stages.prefer import Prefer
 from mmpipe.training.objectives import objective_class
-from mmpipe.training.objectives.base import LossDenominators, hidden_states
+from mmpipe.training.objectives.base import LossDenominators
 from mmpipe.training.objectives.prefer import Preference, halves
 
 PAIRS = 2

@@ -12,12 +12,12 @@ from tiny_llava import batch, llava, processor
 from torch import nn
 
 from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
+from mmpipe.models.llava import image_features
 from mmpipe.models.moe import hf
 from mmpipe.models.moe.collect import collect_losses, collect_statistics, moe_layers
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import assert_equal_to_parent, logits, upcycle
 from mmpipe.models.vision_tower import enable_multi_scale, freeze_unused, multi_scale_features, saved_scales
-from mmpipe.training.objectives.base import image_features
 
 TOWERS = ("clip", "siglip")
 

@@ -12,8 +12,8 @@ def main(snakemake: Any, plan: Plan) -> None:
     from mmpipe.training.precompute import PrecomputeJob, precompute_chunk, publish
 
     wildcards = snakemake.wildcards
-    wanted = plan.precomputations[f"{wildcards.annotator}/{wildcards.mixture}/{wildcards.key}"]
-    folder = Path(f"resources/{wildcards.smoke}teacher", wildcards.annotator, wildcards.mixture)
+    wanted = plan.precomputations[f"{wildcards.teacher}/{wildcards.mixture}/{wildcards.key}"]
+    folder = Path(f"resources/{wildcards.smoke}teacher", wildcards.teacher, wildcards.mixture)
     job = PrecomputeJob(
         checkpoint=Path(snakemake.input.checkpoint).parent,
         tokens=Path(snakemake.input.tokens).parent,
@@ -29,11 +29,11 @@ def main(snakemake: Any, plan: Plan) -> None:
         job,
         Path(snakemake.output[0]),
         device=device(snakemake),
-        workers=plan.checkpoint(wildcards.annotator).answering.workers,
-        report=lambda shards, total: with_progress(shards, total, f"{wildcards.annotator} precomputes"),
+        workers=plan.checkpoint(wildcards.teacher).answering.workers,
+        report=lambda shards, total: with_progress(shards, total, f"{wildcards.teacher} precomputes"),
     )
 
 
 if __name__ == "__main__":
-    names = {"annotator": "demo@finetune", "mixture": "shapes-preferences", "key": "eaade87ef160"}
+    names = {"teacher": "demo@finetune", "mixture": "shapes-preferences", "key": "eaade87ef160"}
     main(globals().get("snakemake") or mock_snakemake("precompute", chunk="0000-of-0001", **names))

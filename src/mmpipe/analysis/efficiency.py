@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmpipe.analysis.base import Row
 from mmpipe.benchmarks.prepare import evenly
 from mmpipe.errors import ConfigError
 from mmpipe.inference.generate import Answerer
@@ -48,7 +49,6 @@ UNITS = {name: unit for unit, names in _MEASURED.items() for name in names}
 
 Inputs = Mapping[str, torch.Tensor]
 Values = dict[str, list[float]]
-Row = dict[str, Any]
 
 
 def prompts(questions: Sequence[Question], count: int) -> list[Question]:

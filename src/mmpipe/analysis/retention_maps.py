@@ -15,11 +15,11 @@ from mmpipe.inference.question import Question
 from mmpipe.models.sparsity.hooks import prompt_retention
 from mmpipe.models.sparsity.record import recording
 
-Map = dict[str, Any]
+RetentionMap = dict[str, Any]
 
 
 @torch.inference_mode()
-def retention_maps(answerer: Answerer, questions: Sequence[Question], rates: Sequence[float]) -> list[Map]:
+def retention_maps(answerer: Answerer, questions: Sequence[Question], rates: Sequence[float]) -> list[RetentionMap]:
     """Of every image of ``questions``: ``question_id, prompt, image`` (its number) and, by rate, ``kept``, the tokens
     in order as a text of 0 and 1. Rates of 1, which keep everything, are left out."""
     found = []

@@ -41,9 +41,9 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
             if found := estimate(plan, stage):
                 branch.add(f"[dim]estimate: {_needs(found, stage.settings.hardware.gpus)}[/]")
                 hopeless |= dict.fromkeys(hopeless_reasons(plan, stage, found))
-            for annotation in stage.settings.precomputations().values():
-                if room := _room(plan, annotation):
-                    branch.add(f"[dim]{escape(annotation.checkpoint)} precomputes: {room}[/]")
+            for request in stage.settings.precomputations().values():
+                if room := _room(plan, request):
+                    branch.add(f"[dim]{escape(request.checkpoint)} precomputes: {room}[/]")
             branch.add(f"[dim]{stage.directory() / 'model'}[/]")
         console.print(tree)
     for warning in (*plan.warnings(), *hopeless):
@@ -62,9 +62,9 @@ def _needs(found: ResourceEstimate, gpus: int) -> str:
     return f"{size}, about {found.memory.total / 1e9:.0f} GB a GPU ({length}), {hours} GPU-hours at {UTILIZATION:.0%} of the peak"
 
 
-def _room(plan: Plan, annotation: Precomputation) -> str | None:
+def _room(plan: Plan, request: Precomputation) -> str | None:
     """The disk space of precomputed log-probabilities, in a line."""
-    each, total = bytes_per_token(annotation), total_bytes(plan, annotation)
+    each, total = bytes_per_token(request), total_bytes(plan, request)
     if each is None:
         return None
     in_all = f"{total / 1e9:,.2f} GB in all" if total else "how many there are is known when they are tokenised"

@@ -335,7 +335,7 @@ class TokenTable:
             raise DataError(
                 f"{self.directory}: with the template '{self.report['template']}', {share:.2%} of the text tokens are "
                 f"supervised, expected at least {minimum:.2%}; "
-                "choose the template that belongs to the model, or lower minimum_supervised"
+                "choose the template that belongs to the model, or lower min_supervised_fraction"
             )
         return share
 

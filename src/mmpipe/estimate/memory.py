@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from mmpipe.estimate.tensors import Config, heads
+from mmpipe.estimate.tensors import ModelConfig, heads
 from mmpipe.losses import CHUNK_BYTES
 
 _FLOAT, _BFLOAT = 4, 2
@@ -76,7 +76,7 @@ def host_states(trainable: int, parameters: int, spread: Spread) -> float:
     return bytes_ / spread.processes
 
 
-def layer_bytes(config: Config, bfloat16: bool, networks: float = 1) -> float:
+def layer_bytes(config: ModelConfig, bfloat16: bool, networks: float = 1) -> float:
     """Bytes that autograd keeps of one decoder layer for one token; ``networks`` feed-forward networks see the token.
 
     In the precision of computing: queries and keys before and after rotation, values, the attended values, and of each
@@ -92,7 +92,7 @@ def layer_bytes(config: Config, bfloat16: bool, networks: float = 1) -> float:
     return attention + network + norms
 
 
-def activations(config: Config, tokens: int, *, bfloat16: bool, checkpointing: bool, networks: float = 1) -> float:
+def activations(config: ModelConfig, tokens: int, *, bfloat16: bool, checkpointing: bool, networks: float = 1) -> float:
     """Bytes of all layers for ``tokens`` tokens at once. With gradient checkpointing each layer keeps its input alone,
     and one layer at a time is there in full (Chen et al. 2016, arXiv 1604.06174)."""
     layers, each = config["num_hidden_layers"], layer_bytes(config, bfloat16, networks)

@@ -235,14 +235,14 @@ def _work(model: Model, trained: set[str], lengths: _Lengths) -> flops.SampleWor
 # ---- precomputed teachers
 
 
-def bytes_per_token(annotation: Precomputation) -> int | None:
+def bytes_per_token(request: Precomputation) -> int | None:
     """Bytes on the disk for every supervised token of the mixture; None for preference pairs (two numbers a pair)."""
-    settings = annotation.settings
+    settings = request.settings
     return _ENTRY_BYTES * int(settings["k"]) if "k" in settings else None
 
 
-def total_bytes(plan: Plan, annotation: Precomputation, root: Path = Path()) -> int | None:
+def total_bytes(plan: Plan, request: Precomputation, root: Path = Path()) -> int | None:
     """Bytes of all entries; None until the mixture is tokenised, and for preference pairs."""
-    each = bytes_per_token(annotation)
-    report = root / plan.precomputation_tokens(annotation).directory / "report.json"
+    each = bytes_per_token(request)
+    report = root / plan.precomputation_tokens(request).directory / "report.json"
     return each * int(read_json(report)["supervised_tokens"]) if each and report.is_file() else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Config = Mapping[str, Any]
+ModelConfig = Mapping[str, Any]
 Tensors = dict[str, int]
 """Elements by name."""
 
@@ -18,14 +18,14 @@ _QKV_BIAS = ("qwen2", "qwen2_moe")
 """Model types whose query, key and value projections have biases without saying so in ``config.json``."""
 
 
-def heads(config: Config) -> tuple[int, int]:
+def heads(config: ModelConfig) -> tuple[int, int]:
     """Widths of all queries and of all keys: ``heads * head_dim`` and ``key_value_heads * head_dim``."""
     count = config["num_attention_heads"]
     each = config.get("head_dim") or config["hidden_size"] // count
     return count * each, (config.get("num_key_value_heads") or count) * each
 
 
-def language(config: Config) -> Tensors:
+def language(config: ModelConfig) -> Tensors:
     """A decoder with RMS norms and gated feed-forward networks, embeddings and head included."""
     hidden, inner, vocabulary = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
     query, key = heads(config)
@@ -48,7 +48,7 @@ def language(config: Config) -> Tensors:
     return tensors
 
 
-def tower(config: Config) -> Tensors:
+def tower(config: ModelConfig) -> Tensors:
     """A ViT as CLIP and SigLIP have it: biases everywhere, a class token in CLIP, no pooling head."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     clip = "clip" in config.get("model_type", "clip")
@@ -74,7 +74,7 @@ def tower(config: Config) -> Tensors:
     return tensors | _affine(f"{root}.post_layernorm", hidden, hidden)
 
 
-def projector(vision: Config, text: Config, scales: int = 1) -> Tensors:
+def projector(vision: ModelConfig, text: ModelConfig, scales: int = 1) -> Tensors:
     """Two linear layers; features of several scales stand side by side."""
     width, hidden = vision["hidden_size"] * scales, text["hidden_size"]
     root = "multi_modal_projector"
@@ -89,14 +89,14 @@ def with_experts(tensors: Tensors, layers: Sequence[str], experts: int, width: i
     return grown | {f"{layer}.mlp.router.weight": experts * width for layer in layers}
 
 
-def adapters(tensors: Tensors, chosen: Sequence[str], rank: int, config: Config) -> Tensors:
+def adapters(tensors: Tensors, chosen: Sequence[str], rank: int, config: ModelConfig) -> Tensors:
     """Low-rank adapters (arXiv 2106.09685) on the linear layers ``chosen`` (names without ``.weight``):
     ``rank * (inputs + outputs)`` elements each; one side of every layer is as wide as the model."""
     hidden = config["hidden_size"]
     return {f"{name}.lora_A.default.weight": rank * (hidden + tensors[f"{name}.weight"] // hidden) for name in chosen}
 
 
-def image_tokens(vision: Config) -> int:
+def image_tokens(vision: ModelConfig) -> int:
     """Patches of one image."""
     return (vision["image_size"] // vision["patch_size"]) ** 2
 

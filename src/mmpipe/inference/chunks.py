@@ -12,15 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from mmpipe.artifacts.files import json_line, read_jsonl, recover_lines, write_jsonl
 from mmpipe.errors import ArtifactError, DataError
-from mmpipe.inference.question import Key, Question
+from mmpipe.inference.question import Answer, Key, Question
 
 PARTIAL = "answers.partial.jsonl"
-
-Answer = dict[str, Any]
 
 
 def split(questions: Sequence[Question], chunks: int) -> list[list[Question]]:

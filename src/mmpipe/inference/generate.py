@@ -23,14 +23,12 @@ from mmpipe.data.labels import encode
 from mmpipe.data.records import IMAGE_MARK, Turn
 from mmpipe.data.templates import Rendered, Template
 from mmpipe.errors import DataError
-from mmpipe.inference.question import ChoiceLog, Owner, Question
+from mmpipe.inference.question import Answer, ChoiceLog, Owner, Question
 from mmpipe.models.sparsity.hooks import prompt_retention, shares_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedTokenizerBase
-
-Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)

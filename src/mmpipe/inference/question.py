@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+Answer = dict[str, Any]
+"""An answer record in LLaVA's schema, with a benchmark's own fields."""
 Key = tuple[str, str]
 """Id and prompt of a question: some benchmarks have two prompts under one id."""
 

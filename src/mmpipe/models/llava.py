@@ -1,6 +1,7 @@
 """The vision-language model: a vision tower, a projector and a language model joined into a stock LLaVA.
 
-The forward pass is that of transformers' ``LlavaForConditionalGeneration``. B rows of L tokens, P images of N tokens
+Training runs :func:`hidden_states` (steps 1 to 4; the losses apply the head), everything else the forward pass of
+transformers' ``LlavaForConditionalGeneration``. B rows of L tokens, P images of N tokens
 each, widths E (tower) and D (language model), V tokens in the vocabulary:
 
 1. ``pixel_values [P, 3, H, W]`` go through ``model.vision_tower``; its hidden state ``vision_feature_layer``, without
@@ -12,16 +13,17 @@ each, widths E (tower) and D (language model), V tokens in the vocabulary:
    networks can be experts (:mod:`mmpipe.models.moe`); decoder layers can drop tokens (:mod:`mmpipe.models.sparsity`).
 5. ``lm_head`` gives logits ``[B, L, V]``.
 
-This module joins the parts: configuration, weights, tokenizer and image processor.
+The rest of this module joins the parts: configuration, weights, tokenizer and image processor.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,13 +34,48 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mmpipe.data.images import image_processor
+from mmpipe.data.dataset import Batch
+from mmpipe.data.images import Aspect, image_processor
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError
+from mmpipe.models.moe.context import nothing_counts
 from mmpipe.models.vision_tower import enable_multi_scale
 
 IMAGE_TOKEN = "<image>"
-Aspect = Literal["pad", "square"]
+
+
+def image_features(model: Any, batch: Batch) -> Tensor:
+    """The projected features of all images of a batch, ``[image tokens, width]``, in order.
+
+    The vision tower and the projector run for every batch (one without images has an image of zeros): all devices must
+    use the same parameters in every step, or their gradient reduction hangs.
+    """
+    with nothing_counts() if batch["dummy_image"] else nullcontext():
+        output = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
+    return torch.cat(list(output.pooler_output))
+
+
+def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, /, **further: Any) -> Tensor:
+    """Run the vision-language model without its head; returns hidden states ``[rows, length, width]``.
+
+    ``features_FD`` are the batch's :func:`image_features`, if computed already; ``further`` arguments reach the decoder
+    layers. A batch of preference pairs has each image once and two rows for it: the features are repeated as a whole.
+    """
+    body = model.model
+    if features_FD is None:
+        features_FD = image_features(model, batch)
+    embeddings_BLD = body.get_input_embeddings()(batch["input_ids"])
+    if batch["dummy_image"]:
+        embeddings_BLD = embeddings_BLD + 0.0 * features_FD.sum()
+    else:
+        mask_BL1 = (batch["input_ids"] == model.config.image_token_id).unsqueeze(-1)
+        repeats = int(mask_BL1.sum()) // len(features_FD)
+        embeddings_BLD = embeddings_BLD.masked_scatter(
+            mask_BL1, features_FD.to(embeddings_BLD.dtype).repeat(repeats, 1)
+        )
+    return body(
+        inputs_embeds=embeddings_BLD, attention_mask=batch["attention_mask"], use_cache=False, **further
+    ).last_hidden_state
 
 
 def joined_config(

@@ -85,7 +85,7 @@ class ExpertLogs:
 
     # ---- figures
 
-    def probe_spec(self) -> str:
+    def similarity_spec(self) -> str:
         """What determines the figures that run the model."""
         return canonical_json({"questions": self.settings.similarity_questions if self.settings else None})
 

@@ -113,7 +113,7 @@ class Plan:
         for role, reference in stage.settings.references().items():
             inputs[role] = self.checkpoint(reference).manifest(out)
         for role, request in stage.settings.precomputations().items():
-            inputs[f"{role}_annotations"] = self.precomputation_directory(request, out) / "manifest.json"
+            inputs[f"{role}_precomputed"] = self.precomputation_directory(request, out) / "manifest.json"
         return inputs
 
     def job(self, stage: StagePlan, out: str = "results", **use: Any) -> StageJob:
@@ -133,7 +133,7 @@ class Plan:
             layouts=self._catalogues.layouts(backbones),
             parent=inputs["parent"].parent if "parent" in inputs else None,
             references={role: inputs[role].parent for role in stage.settings.references()},
-            precomputed={role: inputs[f"{role}_annotations"].parent for role in stage.settings.precomputations()},
+            precomputed={role: inputs[f"{role}_precomputed"].parent for role in stage.settings.precomputations()},
             tokens=inputs["tokens"].parent if "tokens" in inputs else None,
             manifests=tuple(inputs.values()),
             max_steps=self.config.smoke.max_steps if out.endswith("/smoke") else None,

@@ -10,11 +10,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from mmpipe.analysis.base import Row
 from mmpipe.artifacts.files import read_json, read_jsonl, write_text
 from mmpipe.benchmarks.prepare import evenly, read_questions
 from mmpipe.data.images import data_url
-
-Row = dict[str, Any]
 
 SAMPLES = 24
 """Questions on a page of samples."""

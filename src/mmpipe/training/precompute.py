@@ -35,7 +35,7 @@ from mmpipe.errors import ArtifactError
 from mmpipe.inference.open_answerer import open_for_inference
 from mmpipe.losses.preference import response_log_probabilities
 from mmpipe.losses.teacher import most_probable_tokens, sample_tokens, token_rows
-from mmpipe.training.objectives.base import hidden_states
+from mmpipe.models.llava import hidden_states
 from mmpipe.training.precomputed import PAIRS, RECORDS_PER_SHARD, SHARDS, TOKENS
 from mmpipe.training.stop import worker_init
 

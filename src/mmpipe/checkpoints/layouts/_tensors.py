@@ -19,7 +19,7 @@ from mmpipe.errors import ArtifactError, first_of
 STEMS = ("model.safetensors", "pytorch_model.bin")
 """The names of a checkpoint's weights, in one file or behind ``<stem>.index.json``; the first is preferred."""
 
-Model = TypeVar("Model", bound=nn.Module)
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -86,8 +86,8 @@ def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
 
 
 def assemble(
-    kind: type[Model], config: Any, tensors: Mapping[str, Tensor], source: Path, dtype: torch.dtype | str
-) -> Model:
+    kind: type[ModelT], config: Any, tensors: Mapping[str, Tensor], source: Path, dtype: torch.dtype | str
+) -> ModelT:
     """A stock model of ``tensors``, named as its parameters are; with the dtype ``auto`` each keeps its precision.
 
     Raises ArtifactError naming missing, surplus and misshapen tensors: none is left at random values.
@@ -113,7 +113,7 @@ def assemble(
         raise ArtifactError(f"{source}: the weights do not fit a {type(config).__name__}; {found}")
     load: Any = kind
     most = common_dtype(tensors.values()) if dtype == "auto" else dtype
-    model: Model = load.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=most)
+    model: ModelT = load.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=most)
     if dtype == "auto":
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name in tensors:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-Map = list[list[bool]]
+TokenGrid = list[list[bool]]
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class KeepDecision:
 
     prompt: bool
     """Whether the input was a prompt (or a piece of one) rather than a generated token."""
-    keep: Map
+    keep: TokenGrid
     """Mask of each row's retained tokens, padding left out."""
-    images: Map
+    images: TokenGrid
     """Mask of each image's retained tokens, in the order of rows and positions."""
     computed: list[int]
     """Tokens of each row that the deep layers computed."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,8 +18,8 @@ from mmpipe.data.dataset import Batch, Collator, Padding, RecordDataset, Supervi
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import MmpipeError
 from mmpipe.losses.language_modelling import language_modelling_loss
+from mmpipe.models.llava import hidden_states
 from mmpipe.models.moe.collect import collect_losses, collect_statistics, part_of
-from mmpipe.models.moe.context import nothing_counts
 from mmpipe.stages.base import StageJob
 
 ROUTING = "routing."
@@ -118,40 +117,6 @@ def routing_statistics(model: nn.Module) -> Metrics:
             pair = torch.stack([value.float() * tokens, tokens])
             sums[key] = sums[key] + pair if key in sums else pair
     return sums
-
-
-def image_features(model: Any, batch: Batch) -> Tensor:
-    """The projected features of all images of a batch, ``[image tokens, width]``, in order.
-
-    The vision tower and the projector run for every batch (one without images has an image of zeros): all devices must
-    use the same parameters in every step, or their gradient reduction hangs.
-    """
-    with nothing_counts() if batch["dummy_image"] else nullcontext():
-        output = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
-    return torch.cat(list(output.pooler_output))
-
-
-def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, /, **further: Any) -> Tensor:
-    """Run the vision-language model without its head; returns hidden states ``[rows, length, width]``.
-
-    ``features_FD`` are the batch's :func:`image_features`, if computed already; ``further`` arguments reach the decoder
-    layers. A batch of preference pairs has each image once and two rows for it: the features are repeated as a whole.
-    """
-    body = model.model
-    if features_FD is None:
-        features_FD = image_features(model, batch)
-    embeddings_BLD = body.get_input_embeddings()(batch["input_ids"])
-    if batch["dummy_image"]:
-        embeddings_BLD = embeddings_BLD + 0.0 * features_FD.sum()
-    else:
-        mask_BL1 = (batch["input_ids"] == model.config.image_token_id).unsqueeze(-1)
-        repeats = int(mask_BL1.sum()) // len(features_FD)
-        embeddings_BLD = embeddings_BLD.masked_scatter(
-            mask_BL1, features_FD.to(embeddings_BLD.dtype).repeat(repeats, 1)
-        )
-    return body(
-        inputs_embeds=embeddings_BLD, attention_mask=batch["attention_mask"], use_cache=False, **further
-    ).last_hidden_state
 
 
 class Task(nn.Module):

@@ -23,7 +23,7 @@ from mmpipe.losses.distillation import (
 )
 from mmpipe.losses.language_modelling import language_modelling_loss
 from mmpipe.losses.teacher import shared_rows
-from mmpipe.models import attention
+from mmpipe.models import attention, llava
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.distill_dense import DistillDense
 from mmpipe.training.objectives import base
@@ -51,7 +51,7 @@ class Distillation(base.Objective):
 
     def __call__(self, model: Any, batch: Batch, denominators: base.LossDenominators) -> tuple[Tensor, base.Metrics]:
         reference = self.settings.compat == "reference"
-        hidden_BLD = base.hidden_states(model, batch)
+        hidden_BLD = llava.hidden_states(model, batch)
         share = 1 / denominators.micro_batches if reference else 1.0
         distilled, metrics = self.teacher.loss(
             self.settings, model, hidden_BLD, batch, None if reference else denominators.counts["distilled"]
@@ -121,7 +121,7 @@ class LiveTeacher:
         ours, theirs = self.image_tokens
         seen = batch if ours == theirs else resized_images(batch, model.config.image_token_id, ours, theirs)
         with torch.no_grad():
-            teacher_hidden_BME = base.hidden_states(teacher, seen)
+            teacher_hidden_BME = llava.hidden_states(teacher, seen)
         return distillation_loss(
             hidden_BLD,
             model.lm_head.weight,

@@ -11,6 +11,7 @@ from mmpipe.data.dataset import Batch, Padding, PreferenceCollator, PreferenceDa
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import ConfigError
 from mmpipe.losses.preference import preference_loss, response_log_probabilities
+from mmpipe.models import llava
 from mmpipe.models.moe.collect import moe_layers
 from mmpipe.stages import zero
 from mmpipe.stages.base import StageJob
@@ -55,12 +56,12 @@ class Preference(base.Objective):
         return {"pairs": len(batch["ids"])}
 
     def __call__(self, model: Any, batch: Batch, denominators: base.LossDenominators) -> tuple[Tensor, base.Metrics]:
-        features_FD = base.image_features(model, batch)
+        features_FD = llava.image_features(model, batch)
         sums: list[Tensor] = []
         auxiliary = features_FD.new_zeros((), dtype=torch.float32)
         parts: base.Metrics = {}
         for half in halves(batch):
-            hidden_BLD = base.hidden_states(model, half, features_FD)
+            hidden_BLD = llava.hidden_states(model, half, features_FD)
             sums += response_log_probabilities(hidden_BLD, model.lm_head.weight, half["labels"])[:1]
             # read before the next pass overwrites them
             added, its_parts = base.router_losses(model, denominators)

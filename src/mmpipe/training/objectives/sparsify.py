@@ -13,6 +13,7 @@ from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import ConfigError
 from mmpipe.losses.language_modelling import language_modelling_loss
 from mmpipe.losses.sparsity import image_loss, text_loss
+from mmpipe.models import llava
 from mmpipe.models.sparsity import segments
 from mmpipe.models.sparsity.context import KEYWORD, TrainingPass
 from mmpipe.models.sparsity.hooks import get_sparsifier, sparsify
@@ -67,7 +68,7 @@ class Sparsification(base.Objective):
     def __call__(self, model: Any, batch: Batch, denominators: base.LossDenominators) -> tuple[Tensor, base.Metrics]:
         found = self._segments(batch)
         current = TrainingPass(found, self._noise(batch), self.settings.gumbel_start_tau, self.settings.gumbel_end_tau)
-        hidden_BLD = base.hidden_states(model, batch, **{KEYWORD: current})
+        hidden_BLD = llava.hidden_states(model, batch, **{KEYWORD: current})
         cross_entropy = language_modelling_loss(
             hidden_BLD, model.lm_head.weight, batch["labels"], denominator=denominators.counts["response"]
         )
