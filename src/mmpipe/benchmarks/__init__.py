@@ -1,1 +1,1 @@
-"""One file a benchmark: its questions, its prompt, its submission file and its score."""
+"""Benchmarks, one file each: questions, prompt, submission file and score."""

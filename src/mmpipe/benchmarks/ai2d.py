@@ -2,7 +2,7 @@
 
 Files are the parquet files of the test split in the copy that everyone evaluates (``question, options, answer, image``;
 the answer is the number of the option). There is no official scorer; the default is the rule of lmms-eval
-(``tasks/ai2d/utils.py``): a letter with a period at the beginning stands for the reply, and case and punctuation are
+(``tasks/ai2d/utils.py``): a leading letter with a period is taken for the reply, and case and punctuation are
 ignored.
 """
 

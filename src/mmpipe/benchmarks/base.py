@@ -1,4 +1,4 @@
-"""What every benchmark is: questions to ask, references to compare with, a submission file and a score.
+"""The base of every benchmark: questions, references, a submission file and a score.
 
 A benchmark is a module of this package with an instance of ``Benchmark`` named ``BENCHMARK``; modules are found by
 looking (``names``, ``get``). Most of a benchmark is data: the names of its files and fields, its prompt templates and
@@ -6,7 +6,7 @@ its protocols. ``MultipleChoice``, ``YesNo`` and ``ShortAnswer`` (in modules of 
 rules.
 
 A benchmark names its **protocols**: prompt, generation settings and scoring rule. The first is the official one and
-the default. Two protocols of one benchmark are different measurements; their numbers do not belong into one column.
+the default. Scores of different protocols are not comparable.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ OPTION_LETTER = "\nAnswer with the option's letter from the given choices direct
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a benchmark is asked and scored."""
+    """Prompt, generation settings and scoring rule of a benchmark."""
 
     name: str
     about: str
-    """One line: whose rule this is and where it differs."""
+    """One line: the source of the rule and its differences."""
     rule: str = "official"
     """The scoring rule, an entry of the benchmark's ``rules``."""
     prompt: str = "llava"
@@ -71,17 +71,17 @@ class JudgeRequest:
     """One question to a judge. ``candidate`` is a model's reply and therefore data, never an instruction."""
 
     key: str
-    """The question id that the judge's reply is filed under."""
+    """The question id of the judge's reply."""
     instruction: str
     candidate: str
     context: Mapping[str, str] = field(default_factory=dict)
-    """Trusted facts by name: the question, the reference answer, what the image shows."""
+    """Trusted facts by name: the question, the reference answer, the content of the image."""
     max_tokens: int = 512
 
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """A reference with the answer that was given to it; ``answer`` is None and ``text`` empty where there is none."""
+    """A reference with its answer; ``answer`` is None and ``text`` empty where there is none."""
 
     reference: JsonDict
     answer: JsonDict | None
@@ -94,7 +94,7 @@ class AnswerPair:
 
     @property
     def verdict(self) -> str | None:
-        """What the judge replied; None where it did not."""
+        """The judge's reply, if any."""
         reply = (self.judgement or {}).get("reply")
         return None if reply is None else str(reply)
 
@@ -110,13 +110,13 @@ class Item:
     id: int | str
     score: float
     unit: str
-    """What counts as one independent observation (a circular question, an image)."""
+    """The unit of independent observation (a circular question, an image)."""
     parsed: str | None = None
-    """What was understood of the answer; None where nothing was."""
+    """The parsed answer; None where it could not be parsed."""
     answered: bool = True
     unparsed: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else explains the verdict."""
+    """Further fields that explain the verdict."""
 
     def as_json(self) -> JsonDict:
         """The record of ``per_item.jsonl``."""
@@ -157,7 +157,7 @@ class Score:
 
 
 class Benchmark:
-    """One benchmark: where its files are, what is asked, and how replies become a score.
+    """One benchmark: its files, its questions, and the scoring of replies.
 
     A subclass sets the attributes and defines ``item``, the verdict on one question; whole steps (``questions``,
     ``references``, ``rate``, ``convert``) can be overridden.
@@ -170,7 +170,7 @@ class Benchmark:
     """Official file names by role: ``questions``, ``images``, ...; ``prompts`` is LLaVA's question file, ``parquet``
     the hub's table."""
     VERSION: ClassVar[int] = 1
-    """Raised when questions or references change, so that what was prepared before is prepared again."""
+    """Raised when questions or references change, so that benchmarks are prepared again."""
     submission: ClassVar[str] = "jsonl"
     """Extension of the file that the benchmark's server or official scorer accepts."""
     indent: ClassVar[int | None] = None
@@ -178,27 +178,27 @@ class Benchmark:
     reference_roles: ClassVar[Sequence[str]] = ("questions",)
     """The files that references are read from, by role."""
     optional_roles: ClassVar[Sequence[str]] = ()
-    """The same for files that need not be there."""
+    """The same for optional files."""
     fields: ClassVar[Sequence[str]] = ()
     """Fields of every record in the official files."""
     listed_by: ClassVar[str] = ""
     """The field that ids become where the official file is ``{id: record}``."""
     hub_columns: ClassVar[Sequence[str]] = ()
-    """Columns of the hub's table, which must be there."""
+    """Required columns of the hub's table."""
     hub_optional: ClassVar[Sequence[str]] = ()
     image: ClassVar[str] = "{image}"
     """Template of the file name of a record's image; empty where the table of the questions holds the images."""
     image_role: ClassVar[str] = "images"
     images_optional: ClassVar[bool] = False
-    """Whether there are questions without image."""
+    """Whether some questions have no image."""
     image_mark: ClassVar[str] = ""
-    """What stands before the text of a question with an image."""
+    """Text before a question with an image."""
     image_column: ClassVar[str] = "image"
     """The table's column with the image."""
     prompts: ClassVar[Mapping[str, str]] = {"llava": "{question}"}
     """Templates of the user's turn by layout, filled from ``variables``."""
     recorded: ClassVar[Mapping[str, str]] = {}
-    """The same for the prompt in the answer's record, where that is not the text asked."""
+    """The same for the prompt in the answer's record, where that differs."""
     carried: ClassVar[Sequence[str]] = ()
     """Fields of the reference that the answer's record has too."""
     id_field: ClassVar[str] = "question_id"
@@ -207,12 +207,12 @@ class Benchmark:
     shown: ClassVar[Sequence[str]] = ()
     """Fields of the reference that the item has too."""
 
-    # ---- what is asked
+    # ---- questions
 
     def questions(self, source: BenchmarkFiles, protocol: Protocol) -> Iterator[Question]:
-        """The questions in official order; LLaVA's where its question file is there.
+        """The questions in official order; LLaVA's where its question file exists.
 
-        Raises DataError when a file lacks what the format promises.
+        Raises DataError when a file lacks required fields.
         """
         if protocol.prompt == "llava" and source.has("prompts"):
             yield from self.llava_questions(source, protocol)
@@ -265,17 +265,17 @@ class Benchmark:
         return self.fill(self.prompts[protocol.prompt], record)
 
     def variables(self, record: JsonDict) -> JsonDict:
-        """What the templates of ``prompts`` may name; by default the fields of the reference."""
+        """Variables of the templates in ``prompts``; by default the fields of the reference."""
         return record
 
     def fill(self, template: str, record: JsonDict) -> str:
-        """A template with the record's ``variables``. Raises DataError for a variable that is not there."""
+        """A template filled with the record's ``variables``. Raises DataError for a missing variable."""
         values = self.variables(record)
         names = [name for _, name, _, _ in Formatter().parse(template) if name]
         require(values, names, f"{self.name}, question {self.id_of(record)}")
         return template.format_map(values)
 
-    # ---- what it is compared with
+    # ---- references
 
     def references(self, source: BenchmarkFiles, protocol: Protocol) -> list[JsonDict]:
         """The reference records of the questions, in their order and without images."""
@@ -300,7 +300,7 @@ class Benchmark:
         return reference[self.id_field]
 
     def unit_of(self, reference: JsonDict) -> str:
-        """What the question is an independent observation with; itself where it lacks the ``unit_field``."""
+        """The question's unit of independent observation; itself where it lacks the ``unit_field``."""
         unit = reference.get(self.unit_field)
         return key(self.id_of(reference) if unit in (None, "") else unit)
 
@@ -312,7 +312,7 @@ class Benchmark:
         """The keys to look an answer up by, in order of preference."""
         return [(key(answer["question_id"]),)]
 
-    # ---- what it scores
+    # ---- scores
 
     def rate(self, pairs: Sequence[AnswerPair], protocol: Protocol) -> tuple[list[Item], JsonDict]:
         """The verdict on every pair, and the metrics under the official scorer's names."""
@@ -326,9 +326,9 @@ class Benchmark:
     def result(
         self, pair: AnswerPair, score: float, parsed: str | None, unparsed: bool | None = None, /, **facts: Any
     ) -> Item:
-        """The verdict with what was understood of the answer; a missing answer scores 0.
+        """The verdict with the parsed answer; a missing answer scores 0.
 
-        ``unparsed`` is by default that nothing was understood.
+        ``unparsed`` is by default whether ``parsed`` is None.
         """
         return Item(
             id=self.id_of(pair.reference),
@@ -350,7 +350,7 @@ class Benchmark:
         return estimate_score(protocol.metric, items, protocol.scale)
 
     def convert(self, pairs: Sequence[AnswerPair], out: Path) -> JsonDict:
-        """Write the submission file, JSON or JSON lines; returns what is worth reporting about it."""
+        """Write the submission file, JSON or JSON lines; returns facts to report about it."""
         if self.submission == "json":
             write_document(out, self.document(pairs), self.indent)
         else:
@@ -366,14 +366,14 @@ class Benchmark:
         return {"question_id": pair.reference["question_id"], "prediction": pair.text}
 
     def judge_request(self, pair: AnswerPair) -> JudgeRequest | None:
-        """What to ask the judge about an answer; None where the rule decides without one."""
+        """The request to the judge about an answer; None where the rule decides without one."""
         return None
 
     def judgement_key(self, reference: JsonDict) -> str:
-        """The question id that the judge's replies are filed under."""
+        """The question id of the judge's replies."""
         return key(self.id_of(reference))
 
-    # ---- what all share
+    # ---- common to all
 
     def protocol(self, name: str = "") -> Protocol:
         """The protocol called ``name``; ``""`` and ``official`` are the first one.
@@ -405,7 +405,7 @@ class Benchmark:
 
         A question without answer is wrong and counted. A judge's name is part of the protocol of its score
         (``mmhal@gpt-4o``). Where no protocol is named and there are no judge's replies, a protocol that needs none is
-        taken; the score says which. Raises DataError for answers that are given twice or belong to no question.
+        taken; the score names it. Raises DataError for answers that are given twice or belong to no question.
         """
         chosen = self.protocol(protocol)
         if chosen.judged and judgements is None:
@@ -460,11 +460,11 @@ class Benchmark:
         return [AnswerPair(asked, found.get(place), judged.get(place)) for place, asked in enumerate(references)]
 
     def place(self, answer: JsonDict, index: Mapping[tuple[str, ...], int]) -> int | None:
-        """Where the reference of an answer stands; None where it has none. ``index`` is what ``index`` made."""
+        """The position of an answer's reference; None where it has none. ``index`` is the result of :meth:`index`."""
         return next((index[k] for k in self.answer_keys(answer) if index.get(k, -1) >= 0), None)
 
     def index(self, references: Sequence[JsonDict]) -> dict[tuple[str, ...], int]:
-        """Every key of the references with their places; -1 for a key that several of them share.
+        """The position of the reference of every key; -1 for a key that several of them share.
 
         Raises DataError for a reference that is there twice.
         """
@@ -488,7 +488,7 @@ def _registered() -> dict[str, Benchmark]:
 
 
 def names() -> list[str]:
-    """All benchmarks there are."""
+    """Names of all benchmarks."""
     return sorted(_registered())
 
 

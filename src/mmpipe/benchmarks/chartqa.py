@@ -83,7 +83,7 @@ class ChartQa(ShortAnswer):
 
 
 def _reference(record: JsonDict, where: str) -> JsonDict:
-    """A record with ``question``, ``answer`` and ``type``, whatever the copy calls them."""
+    """A record with ``question``, ``answer`` and ``type``, from the names of any copy."""
     question, answer = record.get("question", record.get("query")), record.get("answer", record.get("label"))
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]

@@ -19,8 +19,8 @@ def compare(
     """One row a checkpoint, in the order given, from the contents of their ``score.json``.
 
     ``controls`` are rows measured under a control (e.g. images exchanged between questions), marked as such; ``chance``
-    is what guessing scores; ``family`` names what checkpoints that differ in their seed alone have in common, whose
-    means and spreads stand under ``seeds``. Scores of different protocols or of different question sets are different
+    is the score of guessing; ``family`` gives the common name of checkpoints that differ only in their seed, whose
+    means and spreads are under ``seeds``. Scores of different protocols or of different question sets are different
     measurements. Raises DataError when the rows are not of one benchmark, protocol and number of questions.
     """
     rows = [_row(name, score) for name, score in scores.items()]

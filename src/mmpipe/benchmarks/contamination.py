@@ -1,6 +1,6 @@
-"""Images that are both trained on and asked about.
+"""Contamination: benchmark images that are in training data.
 
-Files are compared by their content. An image that was scaled or encoded again is another file and is not found.
+Files are compared by content. Rescaled or re-encoded images are not found.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mmpipe.data.report import EXAMPLES
 
 
 def contamination(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, Any]:
-    """How many images of each prepared benchmark are in the mixture, and how many questions they touch.
+    """Numbers of images of each prepared benchmark that are in the mixture, and of affected questions.
 
     Only the images of the benchmarks are held in memory; a mixture may have millions.
     """
@@ -35,7 +35,7 @@ def contamination(mixture: Path, benchmarks: Mapping[str, Path]) -> dict[str, An
 
 
 def _asked(questions: Sequence[Question]) -> dict[Path, bytes]:
-    """The digest of every image that a benchmark asks about."""
+    """The digest of every image of a benchmark."""
     from mmpipe.data.images import content_digest
 
     paths = {path for question in questions for path in question.images if isinstance(path, Path)}

@@ -128,7 +128,7 @@ class HallusionBench(YesNo):
         return official | {"model_prediction": pair.text}
 
     def judge_request(self, pair: AnswerPair) -> JudgeRequest | None:
-        """Ask whether the reply agrees with the reference answer."""
+        """The request whether the reply agrees with the reference answer."""
         reference = pair.reference
         context = {"question": str(reference["question"]), "reference": str(reference["gt_answer_details"])}
         return JudgeRequest(self.judgement_key(reference), _INSTRUCTION, pair.text, context, max_tokens=16)
@@ -156,7 +156,7 @@ def _all_right(items: Sequence[Item], label: str) -> float:
 
 
 def _bias(items: Sequence[Item]) -> JsonDict:
-    """How much more often yes is said than right (``yes_pct_diff``), and the share of wrong yeses among the wrong
+    """The excess of yes answers over the labels (``yes_pct_diff``), and the share of wrong yeses among the wrong
     answers (``fp_ratio``; 0 where none is wrong, where the official script stops). A wrong answer counts as the
     opposite one."""
     if any(item.facts["gold"] is None for item in items):

@@ -1,6 +1,6 @@
-"""Reading the files of benchmarks and answers, which others wrote, and writing our own.
+"""Reading files of benchmarks and answers from any source, and writing our own.
 
-Byte-order marks, CRLF, ids as numbers or strings are accepted; what cannot be read is an error that names
+Byte-order marks, CRLF, ids as numbers or strings are accepted; unreadable content is an error that names
 file and line.
 """
 
@@ -21,7 +21,7 @@ JsonDict = dict[str, Any]
 
 
 class Document(NamedTuple):
-    """A parsed file; ``name`` is for messages, and for official names that say what the file holds."""
+    """A parsed file; ``name`` is for messages, and for official names that identify the content."""
 
     name: str
     content: Any
@@ -96,7 +96,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def parquet_rows(path: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> Iterator[JsonDict]:
-    """Rows of a parquet file or of a folder of them, with ``columns`` and those of ``optional`` that there are, or
+    """Rows of a parquet file or of a folder of them, with ``columns`` and the existing ones of ``optional``, or
     whole.
 
     Raises DataError, before any row is read, when a file lacks one of ``columns`` or is no parquet.
@@ -136,7 +136,7 @@ def key(value: Any) -> str:
 
 
 def numbered(records: Sequence[JsonDict]) -> list[JsonDict]:
-    """The records with their ``question_id``: their own, their ``id`` or ``index``, or else their place."""
+    """The records with their ``question_id``: their own, their ``id`` or ``index``, or else their position."""
     names = ("question_id", "questionId", "qid", "pid", "id", "index")
     return [{"question_id": next((r[n] for n in names if n in r), place), **r} for place, r in enumerate(records)]
 

@@ -1,8 +1,8 @@
-"""Asking a judge model over any OpenAI-compatible endpoint, resumable, within a budget.
+"""Requests to a judge model over any OpenAI-compatible endpoint, resumable, within a budget.
 
-Every reply is kept raw in ``judge.jsonl`` with the name of the judge and a hash of the request. Scoring reads only that
+Every raw reply is stored in ``judge.jsonl`` with the name of the judge and a hash of the request. Scoring reads only that
 file, so it can be repeated and does not depend on the network. A model's reply is handed to the judge as data between
-fences that the reply itself cannot contain. The key comes from the environment and is written nowhere.
+fences that the reply itself cannot contain. The key comes from the environment and is never written.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _WORTH_RETRYING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
 
 class BudgetError(MmpipeError):
-    """The judge may not be asked any more."""
+    """The budget of the judge is used up."""
 
 
 def judge_answers(
     benchmark: str, references: Sequence[Path], answers: Sequence[Path], out: Path, settings: JudgeSettings
 ) -> dict[str, int]:
-    """Ask the judge about every answer that needs it and keep the replies in ``out``; returns counts.
+    """Request the judge's replies to all answers that need one, and store them in ``out``; returns counts.
 
-    Replies that ``out`` holds already for the same request to the same model are not asked for again; failed
-    ones are. Raises BudgetError when the budget is used up (what was answered is kept), ConfigError when the
+    Replies in ``out`` to the same request to the same model are reused; failed
+    ones are requested again. Raises BudgetError when the budget is used up (replies are stored), ConfigError when the
     endpoint refuses the request, DataError for answers of another split.
     """
     requests, left = _wanted(benchmark, references, answers, out, settings)
@@ -49,7 +49,7 @@ def judge_answers(
     failed = 0
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("ab") as file, ThreadPoolExecutor(max_workers=workers) as pool:
-        for start in range(0, len(left), workers):  # so many under way at a time, records in the order of requests
+        for start in range(0, len(left), workers):  # concurrent requests, records in their order
             for record in pool.map(client.record, left[start : start + workers]):
                 failed += record["reply"] is None
                 file.write(json_line(record))
@@ -60,7 +60,7 @@ def judge_answers(
 def price(
     benchmark: str, references: Sequence[Path], answers: Sequence[Path], out: Path, settings: JudgeSettings
 ) -> dict[str, Any]:
-    """What asking the judge would take, without asking: requests, tokens and price.
+    """The estimated cost of the judge: requests, tokens and price.
 
     Tokens of requests are estimated generously, replies counted at their full length. Raises DataError as
     ``judge_answers`` does.
@@ -156,7 +156,7 @@ class _Client:
     sleep: Callable[[float], None] = time.sleep
     requests: int = 0
     usd: float = 0.0
-    """What was spent, by the tokens the endpoint reports; a request under way counts at its most."""
+    """The spent budget, by the tokens the endpoint reports; a pending request counts at its maximum."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -164,7 +164,7 @@ class _Client:
         self._url = self.settings.base_url.rstrip("/") + "/chat/completions"
 
     def record(self, request: JudgeRequest) -> JsonDict:
-        """Ask until there is a reply or the tries are used up; the record to keep."""
+        """Request until there is a reply or the tries are used up; returns the record to store."""
         record: JsonDict = {
             "question_id": request.key,
             "judge_model": self.settings.model,
@@ -207,7 +207,7 @@ class _Client:
             self.usd += usd
 
     def _settle(self, reserved: float, usage: Any) -> None:
-        """Replace what was reserved by what the endpoint says was used."""
+        """Replace the reserved budget by the usage that the endpoint reports."""
         try:
             tokens = float(usage["prompt_tokens"]), float(usage["completion_tokens"])
         except (KeyError, TypeError, ValueError):

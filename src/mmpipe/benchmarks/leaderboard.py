@@ -1,4 +1,4 @@
-"""All chosen checkpoints on all benchmarks in one table: means over seeds, ranks, and which differences are noise."""
+"""All chosen checkpoints on all benchmarks in one table: means over seeds, ranks, and significance of differences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Cell = dict[str, Any]
 
 
 def leaderboard(scores: Mapping[str, Scores], items: Mapping[str, Items], family: Mapping[str, str]) -> dict[str, Any]:
-    """One row a family of checkpoints that differ in their seed alone, one cell a benchmark.
+    """One row per family of checkpoints that differ only in their seed, one cell per benchmark.
 
     ``scores`` and ``items`` are by benchmark, then by checkpoint; a checkpoint that a benchmark lacks has an empty cell
     there and moves no other. A cell holds the mean headline score, its deviation over seeds, the rank on that benchmark
@@ -71,7 +71,7 @@ def against(cell: Cell, best: Cell, items: Items) -> dict[str, Any]:
     verdicts of several seeds averaged question by question.
 
     ``within_noise`` when that interval holds zero, or when the headlines differ by less than two standard errors of the
-    means over seeds (where both have several): another draw of questions, or of seeds, might turn the two round.
+    means over seeds (where both have several): with other questions or seeds, their order might be reversed.
     """
     found = paired_difference(_averaged(cell, items), _averaged(best, items))
     noise = found.within_noise

@@ -88,7 +88,7 @@ class MathVista(Benchmark):
         return {key(r["pid"]): {k: v for k, v in r.items() if k != "question_id"} for r in records}
 
     def judge_request(self, pair: AnswerPair) -> JudgeRequest | None:
-        """Ask for the answer inside the reply, unless the type of the question settles it."""
+        """The request to extract the answer from the reply, unless the type of the question settles it."""
         if not pair.answered or settled(pair.text, pair.reference) is not None:
             return None
         reference = pair.reference
@@ -116,7 +116,7 @@ class MathVista(Benchmark):
 
 
 def settled(reply: str, question: JsonDict) -> str | None:
-    """The extraction that needs no judge: nothing said, a choice word for word, a number of the right type."""
+    """The extraction without judge: an empty reply, a choice word for word, a number of the right type."""
     if reply == "" or (question["question_type"] == _CHOICE and reply in (question.get("choices") or ())):
         return reply
     try:
@@ -198,7 +198,7 @@ def _asked(question: JsonDict) -> tuple[str, str, str, str]:
 def _extraction(pair: AnswerPair) -> tuple[str, bool]:
     """The answer inside the reply, and whether it was for the judge to find.
 
-    Where the judge said nothing, a quoted answer phrase is taken, as the official quick extraction does.
+    Without a judge's reply, a quoted answer phrase is taken, as in the official quick extraction.
     """
     plain = settled(pair.text, pair.reference)
     if plain is not None:

@@ -1,4 +1,4 @@
-"""MMBench (Liu et al. 2023, arXiv 2307.06281): multiple choice, every question asked once for each rotation of its
+"""MMBench (Liu et al. 2023, arXiv 2307.06281): multiple choice, every question repeated for each rotation of its
 options.
 
 Files are the official TSVs (``mmbench_dev_20230712.tsv``, ``mmbench_dev_en_20231003.tsv``,
@@ -218,8 +218,8 @@ def write_sheet(out: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
     """Write rows to ``Sheet1`` of an xlsx file, atomically.
 
     Text is stored as text, also where it starts like a formula (``=``, ``+``, ``-``, ``@``): a model's reply
-    must not be run by who opens the file. Characters that xlsx cannot hold are left out and longer texts than
-    Excel allows are cut; the returned counts tell how many cells that met.
+    must not be executed by a spreadsheet. Characters that xlsx cannot hold are left out and longer texts than
+    Excel allows are cut; returns the counts of such cells.
     """
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell

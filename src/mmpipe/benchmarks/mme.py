@@ -2,7 +2,7 @@
 
 The official release is a folder a category; in some the images and the question files are in ``images/`` and
 ``questions_answers_YN/``, in the others side by side. A question file holds two lines ``question<TAB>Yes|No``. Both
-questions of an image carry the same id (``category/[images/]file``), so answers are told apart by their prompt.
+questions of an image have the same id (``category/[images/]file``), so answers are distinguished by their prompt.
 
 A category scores 100 x (share of right answers) + 100 x (share of images with both right); perception is the sum of
 ten categories, cognition of four (``eval_tool/calculation.py``). The two questions of an image are found by its id, not
@@ -131,7 +131,7 @@ def _one_cell(text: str) -> str:
 
 
 def _zipped(files: Mapping[str, bytes]) -> bytes:
-    """A zip whose bytes depend on the files alone."""
+    """A zip whose bytes depend only on the files."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):

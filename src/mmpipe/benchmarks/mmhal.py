@@ -96,7 +96,7 @@ class MmHal(Benchmark):
         return {**pair.reference, "model_answer": pair.text}
 
     def judge_request(self, pair: AnswerPair) -> JudgeRequest | None:
-        """Ask for the rating of a reply that was given."""
+        """The request for the rating of a reply."""
         if not pair.answered:
             return None
         reference = pair.reference

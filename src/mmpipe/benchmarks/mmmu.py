@@ -4,8 +4,8 @@ Files are the parquet files of the validation split, one folder a subject (``id,
 question_type, image_1 ... image_7``; options and lists of answers are written as Python lists).
 
 The official scorer (``mmmu/utils/eval_utils.py``) draws a random option where it finds none in a reply, from one
-generator seeded with 42, in the order of the questions. So does the default here; how many were drawn, and the accuracy
-without them, stand beside it.
+generator seeded with 42, in the order of the questions. So does the default here; the number of draws, and the accuracy
+without them, are reported beside it.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def find_option(reply: str, options: Mapping[str, str], loose: bool = False) -> 
 
 
 def open_candidates(reply: str) -> list[str | float]:
-    """What an open reply may mean: the ends of its lines after words such as "is" and "answer", and their numbers."""
+    """Candidate answers of an open reply: the ends of its lines after words such as "is" and "answer", and their numbers."""
     whole = reply.strip().strip(".").lower()
     lines = whole.split("\n")
     ends = []

@@ -3,7 +3,7 @@
 Files are the official ``mmstar.parquet`` (``index, question, image, answer, category, l2_category, meta_info``); the
 question text holds its options. The official rule (``eval/vlmeval/evaluate/mmstar.py``) reads fixed places of the
 lower-cased reply: the letter first, in a bracket, after "option " or after "the answer is ". It divides by 250 a
-category and by 1500 in all, so an incomplete run scores less; shares of what was really asked stand beside it.
+category and by 1500 in all, so an incomplete run scores less; shares of the answered questions are given beside it.
 """
 
 from __future__ import annotations

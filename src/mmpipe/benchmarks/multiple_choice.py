@@ -1,4 +1,4 @@
-"""Multiple choice: options in a prompt, and which option a free reply means."""
+"""Multiple choice: options in a prompt, and option extraction from free replies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmpipe.benchmarks.jsonl import JsonDict
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 REFUSED = "Z"
-"""Stands for a reply that refuses; it is no option and therefore wrong."""
+"""The letter of a refusal; it is not an option and therefore wrong."""
 
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -154,7 +154,7 @@ class MultipleChoice(Benchmark):
         return {**record, "options": options_block(self.options(record).values())}
 
     def facts(self, pair: AnswerPair, letter: str | None) -> JsonDict:
-        """What else the item holds."""
+        """Further fields of the item."""
         return {"gold": self.gold(pair.reference)}
 
     def item(self, pair: AnswerPair, protocol: Protocol) -> Item:

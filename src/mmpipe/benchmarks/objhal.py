@@ -1,4 +1,4 @@
-"""Object HalBench (RLHF-V, Yu et al. 2023, arXiv 2312.00849): which objects of a description are not in the image.
+"""Object HalBench (RLHF-V, Yu et al. 2023, arXiv 2312.00849): objects of a description that are not in the image.
 
 Files are RLHF-V's ``obj_halbench_300_with_image.jsonl`` (images in base64), its ``synonyms_refine.txt`` (a line a COCO
 class: the class and its synonyms, comma-separated), and the annotations of COCO 2014 (``instances_*.json`` and
@@ -9,9 +9,9 @@ A judge lists the objects of a reply; replies of at most three words have none. 
 (CHAIR, Rohrbach et al. 2018, arXiv 1809.02156). The published rates are ``CHAIRs_refine`` (responses with a
 hallucinated object among those that mention any) and ``CHAIRi`` (hallucinated mentions among all). The published
 scripts (RLAIF-V, ``eval/eval_gpt_obj_halbench.py``) lemmatise with spaCy's transformer model; where the judge's record
-brings its lemmas (``extracted_objects``) they are used, otherwise nouns are singularised by rules against the synonym
-table, which finds every word of the published table in singular and plural, so that spaCy would add nothing but its
-sense of what is a noun. The protocol ``chair`` reads the reply itself in that way and needs no judge.
+has its lemmas (``extracted_objects``) they are used, otherwise nouns are singularised by rules against the synonym
+table, which finds every word of the published table in singular and plural, so that spaCy would add only its
+part-of-speech tagging. The protocol ``chair`` reads the reply itself in that way and needs no judge.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class ObjHal(Benchmark):
         return {**known, "question": reference.get("question", ""), "answer": pair.text}
 
     def judge_request(self, pair: AnswerPair) -> JudgeRequest | None:
-        """Ask for the objects of a reply of more than three words."""
+        """The request for the objects of a reply of more than three words."""
         text = cleaned(pair.text)
         if len(text.split()) <= _SHORT:
             return None
@@ -265,7 +265,7 @@ def _chair(items: Sequence[Item]) -> JsonDict:
 
 
 def _ratio(part: float, whole: float) -> float:
-    """0 where there is nothing to divide by; the published scripts stop there."""
+    """0 for a zero denominator; the published scripts stop there."""
     return part / whole if whole else 0.0
 
 

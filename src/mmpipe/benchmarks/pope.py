@@ -1,8 +1,8 @@
-"""POPE (Li et al. 2023, arXiv 2305.10355): is the object in the image? Yes or no, in three ways of asking.
+"""POPE (Li et al. 2023, arXiv 2305.10355): yes/no questions about the presence of objects, in three categories.
 
 Files are the official ``coco_pope_{adversarial,popular,random}.json`` (JSON lines of ``question_id, image, text,
 label``), each numbered from 1, with the images of COCO's val2014. Across the three, questions get LLaVA's numbers:
-adversarial as they are, random from 10,000,001, popular from 20,000,001. LLaVA's own question file may stand beside the
+adversarial as they are, random from 10,000,001, popular from 20,000,001. LLaVA's own question file may be beside the
 labels (role ``prompts``); then the k-th question of a category belongs to the k-th label, as in its scorer
 (``eval_pope.py``). The hub has all in one table (role ``parquet``). Versions differ: ``random`` had 2910 questions when
 LLaVA was measured and has 3000 today.
@@ -246,7 +246,7 @@ def _vlmevalkit(items: Sequence[Item]) -> JsonDict:
 
 
 def _ratio(part: float, whole: float) -> float:
-    """0 where there is nothing to divide by; the official script stops there."""
+    """0 for a zero denominator; the official script stops there."""
     return part / whole if whole else 0.0
 
 

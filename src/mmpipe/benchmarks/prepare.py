@@ -1,4 +1,4 @@
-"""Turning a benchmark's official files into one plain form: ``questions.jsonl``, ``references.jsonl``, ``images/``."""
+"""Conversion of a benchmark's official files: ``questions.jsonl``, ``references.jsonl``, ``images/``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
     asked = _in_order(benchmark, questions, references, source)
     groups = set(islice(dict.fromkeys(map(_group, questions)), entry.limit))
     kept = [place for place, question in enumerate(questions) if _group(question) in groups]
-    # what is submitted without being asked keeps its place in the official order
+    # questions that are only submitted keep their position in the official order
     if entry.limit is not None or len(asked) == len(references):
         references = [asked[i] for i in kept]
     questions = [questions[i] for i in kept]
@@ -123,7 +123,7 @@ def shuffle_images(questions: Sequence[Question], seed: str) -> list[Question]:
     if own and len(pool) < 2:
         raise DataError("shuffle_images needs at least two different images")
     generator, shuffled = random.Random(f"shuffle_images:{seed}"), list(pool)
-    for last in range(len(pool) - 1, 0, -1):  # a single cycle, so that nothing stays in its place (Sattolo 1986)
+    for last in range(len(pool) - 1, 0, -1):  # a single cycle, so without fixed points (Sattolo 1986)
         other = generator.randrange(last)
         shuffled[last], shuffled[other] = shuffled[other], shuffled[last]
     given = dict(zip(pool, shuffled, strict=True))
@@ -162,7 +162,7 @@ class _Images:
         return self._seen[image]
 
     def keep(self, asked: Iterable[str]) -> None:
-        """Remove the images that no question asks for."""
+        """Remove the images without a question."""
         wanted = set(asked)
         for path in self.folder.iterdir():
             if f"images/{path.name}" not in wanted:

@@ -1,4 +1,4 @@
-"""Figures that others published (``config/published.yaml``), shown beside ours where they measure the same."""
+"""Published results (``config/published.yaml``), shown beside ours where the measurement is the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Measure(Settings):
     """With the judge's name where there is one (``mmhal@gpt-4-0314``)."""
     metric: str
     questions: int = Field(ge=1)
-    """How many were asked; another version of a benchmark is another measurement."""
+    """Number of questions; another version of a benchmark is another measurement."""
     scale: float = Field(default=1.0, gt=0)
     """Turns the number as printed into ours, e.g. 0.01 for a share printed in percent."""
 
@@ -48,7 +48,7 @@ def rows(tables: Mapping[str, PublishedTable], benchmark: str) -> list[dict[str,
 
 
 def beside(comparison: Mapping[str, Any], published: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of ``published`` that measure what the comparison measures: task, protocol, metric and questions."""
+    """Those of ``published`` with the comparison's task, protocol, metric and questions."""
     same = ("task", "protocol", "metric", "n")
     return [row for row in published if all(row[name] == comparison[name] for name in same)]
 

@@ -1,5 +1,4 @@
-"""Where the official files of a benchmark lie, the hub's parquet tables among them, and image bytes as they are
-shipped."""
+"""Paths of a benchmark's official files and the hub's parquet tables, and decoding of their images."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ LLaVA's ``llava_test_CQM-A.json`` if its prompts are wanted word for word; or a 
 which has no ids, so that questions are numbered by place. A question without image is asked as text.
 
 The official rule is LLaVA's ``eval_science_qa.py``, which counts a question as one with an image when ``<image>``
-stands in the *answer's* prompt; so a question without answer is wrong, and not counted among those with an image.
+is in the *answer's* prompt; so a question without answer is wrong, and not counted among those with an image.
 """
 
 from __future__ import annotations

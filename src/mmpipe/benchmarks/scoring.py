@@ -1,4 +1,4 @@
-"""Scoring and converting answer files: what the rules and the command line call."""
+"""Scoring and converting answer files, for rules and command line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def score_files(
 
 
 def convert_files(benchmark: str, references: Sequence[Path], answers: Sequence[Path], out: Path) -> JsonDict:
-    """Write the submission file of ``benchmark`` and return what is worth reporting about it.
+    """Write the submission file of ``benchmark`` and return facts to report about it.
 
     Raises DataError as ``score_files`` does.
     """

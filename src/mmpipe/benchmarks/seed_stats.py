@@ -1,4 +1,4 @@
-"""Rows of a comparison that differ in the seed alone, as mean and spread: what is effect and what is luck."""
+"""Mean and spread of a comparison's rows that differ only in the seed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 def by_seed(rows: Iterable[Mapping[str, Any]], family: Mapping[str, str]) -> list[dict[str, Any]]:
     """One row for every family with two checkpoints or more, in the order of ``rows``.
 
-    ``family`` names the family of a row's ``checkpoint`` (see ``Plan.family``); a checkpoint it does not name stands
-    alone. ``score`` is the mean of the scores, ``sd`` their sample standard deviation (divisor: seeds - 1), ``low``
+    ``family`` gives the family of a row's ``checkpoint`` (see ``Plan.family``); a checkpoint without one is left
+    out. ``score`` is the mean of the scores, ``sd`` their sample standard deviation (divisor: seeds - 1), ``low``
     and ``high`` the worst and the best seed. The spread is that of training; each score's own interval, over the
     questions, is in its row.
     """

@@ -1,7 +1,7 @@
 """Short answers: the text normalisation of the VQA challenges, and accuracy against ten human answers.
 
 The rules are those of the VQA evaluation (GT-Vision-Lab/VQA, ``vqaEval.py``) and of the answer processor of
-EvalAI that Pythia/MMF and LLaVA use (``m4c_evaluator.py``). Two oddities are part of the measure and kept:
+EvalAI that Pythia/MMF and LLaVA use (``m4c_evaluator.py``). Two oddities are part of the measure and reproduced:
 the look-behind of the period rule is misspelt, so that every period without a digit after it goes, and
 ``re.UNICODE`` stands where a count is expected, so that at most 32 periods go.
 """
@@ -125,7 +125,7 @@ AnswerRule = Callable[[str, Any], tuple[str, float]]
 
 
 class ShortAnswer(Benchmark):
-    """Questions answered in a few words: the protocol's rule makes a prediction of the reply and compares it."""
+    """Questions with short answers: the protocol's rule turns the reply into a prediction and compares it."""
 
     rules: ClassVar[Mapping[str, AnswerRule]]
     prompts = {"llava": "{question}" + SHORT_ANSWER}
@@ -135,7 +135,7 @@ class ShortAnswer(Benchmark):
         return str(reference["answer"])
 
     def facts(self, reference: JsonDict) -> JsonDict:
-        """What else the item holds: ``shown``, by default the right answer."""
+        """Further fields of the item: ``shown``, by default the right answer."""
         return {name: reference[name] for name in self.shown} or {"gold": self.gold(reference)}
 
     def variables(self, record: JsonDict) -> JsonDict:
@@ -159,7 +159,7 @@ class HumanAnswers(ShortAnswer):
         "vlmevalkit": both_sides(lambda text: vqa_normal(one_line(text), period=LONE_PERIOD)),
     }
     humans: ClassVar[int | None] = None
-    """How many answers each question has; any number where this is None."""
+    """Number of answers of each question; any number where this is None."""
 
     def gold(self, reference: JsonDict) -> list[str]:
         """The human answers. Raises DataError where there are none, or another number than ``humans``."""

@@ -1,4 +1,4 @@
-"""A benchmark as the catalogue ``config/benchmarks.yaml`` names it."""
+"""Entries of the catalogue ``config/benchmarks.yaml``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmpipe.settings import Settings
 
 
 class JudgeSettings(Settings):
-    """A judge model and how much may be asked of it."""
+    """A judge model and its budget."""
 
     base_url: str = Field(pattern="^https?://")
     """The endpoint up to ``/v1``; requests go to ``/chat/completions`` below it."""
@@ -24,9 +24,9 @@ class JudgeSettings(Settings):
     max_usd: float | None = Field(default=None, ge=0)
     """The most that one call may cost by the prices below; no request is sent that might exceed it."""
     usd_per_million_input: float = Field(default=0.0, ge=0)
-    """Price of a million tokens of requests, as the endpoint's owner names it."""
+    """Price of a million request tokens."""
     usd_per_million_output: float = Field(default=0.0, ge=0)
-    """Price of a million tokens of replies."""
+    """Price of a million reply tokens."""
     attempts: int = Field(default=5, ge=1)
     """Tries for one answer before it is recorded as failed."""
     backoff: float = Field(default=1.0, ge=0)
@@ -34,11 +34,11 @@ class JudgeSettings(Settings):
     timeout: float = Field(default=60.0, gt=0)
     """Seconds to wait for a reply."""
     workers: int = Field(default=4, ge=1)
-    """Requests under way at a time."""
+    """Concurrent requests."""
 
 
 class BenchmarkEntry(Settings):
-    """One entry of the catalogue: which benchmark, on which files, by which protocol."""
+    """One entry of the catalogue: benchmark, files and protocol."""
 
     task: str
     """Name of the module in ``mmpipe.benchmarks``, e.g. ``mmbench``; or ``package.module:BENCHMARK`` for one of your
@@ -55,30 +55,30 @@ class BenchmarkEntry(Settings):
     """Name of the protocol: prompt, generation settings and scoring rule. Empty means the official one."""
 
     chunks: int = Field(default=1, ge=1)
-    """In how many parts the questions are answered; the answers do not depend on it."""
+    """Number of chunks of the questions; the answers do not depend on it."""
 
     batch_size: int = Field(default=16, ge=1)
-    """Questions answered at a time; the answers do not depend on it."""
+    """Batch size; the answers do not depend on it."""
 
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Longest answer in tokens; without it the protocol's own."""
 
     questions: int | None = Field(default=None, ge=1)
-    """How many questions the real files hold; another number is an error. A configuration that names other ``data`` or
+    """Number of questions in the real files; another number is an error. A configuration with other ``data`` or
     ``files`` and no number drops it."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Ask only the first so many question groups (a circular question counts once); for trials, never for reports."""
+    """Answer only this many question groups (a circular question counts once); for trials, never for reports."""
 
     control: Literal["shuffle_images", "without_first_expert"] | None = None
     """``shuffle_images`` asks every question with the image of another one: what a model scores without
     seeing. ``without_first_expert`` leaves out the first expert each token chooses."""
 
     title: str = ""
-    """How tables and the report call the benchmark; without it the name of the entry."""
+    """Title of the benchmark in tables and report; by default the name of the entry."""
 
     scored: bool = True
     """False where only a server can score the answers: there is a submission and no score."""
 
     judge: JudgeSettings | None = None
-    """The judge model to ask, for protocols that need one; its key comes from the environment."""
+    """The judge model, for protocols that need one; its key comes from the environment."""

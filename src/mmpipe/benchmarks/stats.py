@@ -1,6 +1,6 @@
-"""How sure a score is: 95 % intervals over independent units.
+"""Uncertainty of scores: 95 % intervals over independent units.
 
-Questions about one image, or the rotations of one circular question, stand and fall together. They are one
+Verdicts on questions about one image, or on rotations of one circular question, are correlated. They are one
 unit, and units are what is counted or resampled.
 """
 
@@ -119,7 +119,7 @@ class Difference(MetricEstimate):
 
     @property
     def within_noise(self) -> bool:
-        """Whether the interval holds zero: these answers do not tell the two apart."""
+        """Whether the interval contains zero: the difference is not significant."""
         return self.low <= 0 <= self.high
 
     def as_json(self) -> dict[str, Any]:
@@ -131,9 +131,9 @@ class Difference(MetricEstimate):
 def paired_difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Difference:
     """Mean of the verdicts ``ours`` minus that of ``theirs``, records of two ``per_item.jsonl``.
 
-    Units (a circular question, an image) are drawn with replacement, each with the verdicts of both: what makes a
-    question hard for both cancels. Verdicts are the items' ``score``; where a headline is no mean of them (an F1), this
-    is the difference of the means all the same. Raises DataError when the two are not about the same questions.
+    Units (a circular question, an image) are drawn with replacement, each with the verdicts of both, so that the
+    difficulty of questions cancels. Verdicts are the items' ``score``; where a headline is not their mean (an F1), this
+    is still the difference of the means. Raises DataError when the two are not about the same questions.
     """
     names = [[(str(record["question_id"]), record["unit"]) for record in records] for records in (ours, theirs)]
     if names[0] != names[1]:

@@ -1,4 +1,4 @@
-"""Yes/no questions: what a free reply means, by the rules in use."""
+"""Yes/no questions: parsing of free replies, by the rules in use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ YES, NO, OTHER = "yes", "no", "other"
 
 def llava_pope(reply: str) -> str:
     """LLaVA's rule for POPE (``eval_pope.py``): "no" if the text before the first period has the word ``No``,
-    ``no`` or ``not`` (commas deleted, words parted by single blanks), else "yes", whatever it says."""
+    ``no`` or ``not`` (commas deleted, words split at single blanks), else "yes"."""
     words = reply.split(".")[0].replace(",", "").split(" ")
     return NO if {"No", "not", "no"}.intersection(words) else YES
 
@@ -69,7 +69,7 @@ class YesNo(Benchmark):
         return str(reference["answer"]).strip().lower()
 
     def facts(self, reference: JsonDict) -> JsonDict:
-        """What else the item holds: ``shown`` and the right answer."""
+        """Further fields of the item: ``shown`` and the right answer."""
         return {**{name: reference[name] for name in self.shown}, "gold": self.gold(reference)}
 
     def item(self, pair: AnswerPair, protocol: Protocol) -> Item:
