@@ -1,1 +1,1 @@
-"""What experts do: metrics of routing, one family a file, each a table and a figure of the report."""
+"""Metrics of routing, one family per file, each a table and a figure of the report."""

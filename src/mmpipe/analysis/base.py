@@ -1,4 +1,4 @@
-"""What every family of metrics declares: the files it reads, its table, and its figure; and what families share."""
+"""The base of families of metrics: input files, table and figure; and shared helpers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class MetricFamily:
 
     reads: ClassVar[Reads] = "log"
     least_inputs: ClassVar[int] = 1
-    """With fewer files there is nothing to show."""
+    """Least number of input files."""
     per: ClassVar[Literal["benchmark", "checkpoint"]] = "benchmark"
     """One table for every benchmark a checkpoint answered, or one for each checkpoint."""
     runs_model: ClassVar[bool] = False
@@ -88,10 +88,10 @@ class Layer:
     part: str
     layer: int
     experts: int
-    """How many experts the layer has."""
+    """Number of experts."""
     question_T: NDArray[Any]
     times_T: NDArray[Any]
-    """For how many questions each token was computed."""
+    """Number of questions that share each token's computation."""
     scale_T: NDArray[Any]
     position_T: NDArray[Any]
     kind_T: NDArray[Any]
@@ -106,7 +106,7 @@ class Layer:
 
     @cached_property
     def done_TK(self) -> NDArray[Any]:
-        """Which choices were carried out."""
+        """Mask of the choices that have an effect."""
         return self.weights_TK != 0
 
 

@@ -37,7 +37,7 @@ REPEATS = 10
 MEMORY_REPEATS = 3
 NEW_TOKENS = 16
 SURE = 0.9
-"""A gain shows in at least this share of the repetitions."""
+"""Least share of repetitions that must show a gain."""
 
 _MEASURED = {
     "FLOP": ("paper_flops", "image_flops", "prompt_flops", "token_flops"),
@@ -45,14 +45,14 @@ _MEASURED = {
     "B": ("predicted_cache_bytes", "cache_bytes", "answered_cache_bytes", "peak_bytes"),
 }
 UNITS = {name: unit for unit, names in _MEASURED.items() for name in names}
-"""Everything that is measured, of a whole batch; ``token`` is a generated one of every row."""
+"""Units of all measures of a batch; ``token`` is one generated token per row."""
 
 Inputs = Mapping[str, torch.Tensor]
 Values = dict[str, list[float]]
 
 
 def prompts(questions: Sequence[Question], count: int) -> list[Question]:
-    """``count`` questions with images, spread evenly; over again from the first where there are fewer.
+    """``count`` questions with images, spread evenly, repeated where there are fewer.
 
     Raises ConfigError when none has an image.
     """
@@ -69,8 +69,8 @@ def measure(answerer: Answerer, questions: Sequence[Question], rates: Sequence[f
     """Everything in :data:`UNITS` for the dense model, the rate of training and ``rates``, a row a number.
 
     A row holds ``batch, keep`` (None: dense), ``measure, unit, value`` (median), ``low, high, repeats``, and against
-    the dense model ``ratio`` (median of pairs, above 1 is a saving) and ``gain``. Where the device had not memory
-    enough, ``value`` is None.
+    the dense model ``ratio`` (median of pairs, above 1 is a saving) and ``gain``. Where the device lacked
+    memory, ``value`` is None.
     """
     batches = (answerer.inputs(prompts(questions, size)) for size in BATCHES)
     return [row for inputs in batches for row in measure_batch(answerer.model, inputs, rates, REPEATS)]
@@ -102,7 +102,7 @@ def summary(values: Sequence[float], dense: Sequence[float], is_dense: bool = Fa
 
 
 def ways(model: Any, rates: Sequence[float]) -> dict[float | None, Callable[[], AbstractContextManager[None]]]:
-    """How the model is run, by keep rate: densely (None), as it was trained, and at ``rates``.
+    """The variants of the model by keep rate: dense (None), the rate of training, and ``rates``.
 
     Without a predictor for images there is one rate, 1: all their tokens are retained. Raises ConfigError for a model
     without predictors.
@@ -120,7 +120,7 @@ def ways(model: Any, rates: Sequence[float]) -> dict[float | None, Callable[[], 
 def _measured(
     model: Any, inputs: Inputs, runs: Mapping[float | None, Callable[[], AbstractContextManager[None]]], repeats: int
 ) -> dict[float | None, Values]:
-    """The values of every way to run the model on one batch; none where the device runs out of memory."""
+    """The measured values of every variant on one batch; none where the device runs out of memory."""
     found: dict[float | None, Values] = {}
     for keep, way in runs.items():
         with way():
@@ -235,7 +235,7 @@ def _peak(model: Any, inputs: Inputs) -> dict[str, float]:
         _answer(model, inputs, NEW_TOKENS, float)
         return {"peak_bytes": torch.cuda.max_memory_allocated(device)}
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier runs freed
+        ctypes.CDLL(None).malloc_trim(0)  # release memory that earlier runs freed
     try:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     except OSError:

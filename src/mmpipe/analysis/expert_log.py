@@ -1,24 +1,24 @@
-"""Which experts each token was sent to while questions were answered, as a compact columnar file.
+"""Expert log: the experts of each token during generation, as a compact columnar file.
 
-One row is one token in one layer. What was computed once is logged once: tokens that several questions about
-an image share stand under the shortest of them, with ``shared_by`` telling for how many they were computed.
-Weighed by it, a log does not depend on batch size, chunks or interruptions. Padding is never logged, nor what
-a row of a batch computes after its answer has ended.
+One row is one token in one layer. Shared computations are logged once: tokens that several questions about
+an image share are under the shortest of them, and ``shared_by`` is the number of these questions.
+Weighted by it, a log does not depend on batch size, chunks or interruptions. Padding is never logged, nor
+tokens of a row after the end of its answer.
 
 ============= ======================= ==========================================================================
 column        type                    meaning
 ============= ======================= ==========================================================================
-question      int32                   place of the question in ``questions.jsonl``, from zero
+question      int32                   index of the question in ``questions.jsonl``, from zero
 question_id   dictionary of strings   its id
-shared_by     uint16                  questions this computation was made for
+shared_by     uint16                  questions that share this computation
 part          dictionary of strings   ``language_model``, ``vision_tower``, ``multi_modal_projector``
 layer         int16                   layer of that part, from zero; 0 for the projector
 scale         uint8                   1, or the scale of a multi-scale tower's view
-position      int32                   place of the token in the prompt and answer; in tower and projector its
-                                      place in the image, images and tiles counted on
+position      int32                   index of the token in the prompt and answer; in tower and projector its
+                                      index in the image, continued over images and tiles
 kind          dictionary of strings   ``image``, ``text`` (of the prompt) or ``generated``
 experts       list of uint16          chosen experts, the first choice first
-weights       list of float16         how much each counts
+weights       list of float16         their weights
 ============= ======================= ==========================================================================
 
 The file has one row group a layer. With beams, only prompts are logged: which beam wins is known at the end.
@@ -78,14 +78,14 @@ class _Tokens:
     position: NDArray[np.int32]
     kind: NDArray[np.int8]
     rows: NDArray[np.int64] | None = None
-    """Which rows of the call these are; None: all."""
+    """Indices of these rows in the call; None: all."""
 
 
 @dataclass
 class ExpertLog:
-    """Logs the choices of a model's routers while it answers, one file a batch below ``folder``.
+    """Logs the choices of a model's routers during generation, one file per batch below ``folder``.
 
-    ``questions`` are all questions of the chunk, the first of which has the place ``start`` in the benchmark.
+    ``questions`` are all questions of the chunk, the first of which has the index ``start`` in the benchmark.
     Raises ConfigError for a model, or ``layers``, without experts.
     """
 
@@ -109,7 +109,7 @@ class ExpertLog:
     # ---- while the model runs
 
     def prompts(self, owners: Sequence[Owner], ids: torch.Tensor, real: torch.Tensor, positions: torch.Tensor) -> None:
-        """Note the forward pass just made of prompts ``ids`` ``[B, L]``; ``real`` tells tokens from padding.
+        """Record the last forward pass, over prompts ``ids`` ``[B, L]``; ``real`` is the mask of tokens that are not padding.
 
         Images of the owners went through tower and projector in the same pass, if there are any.
         """
@@ -121,13 +121,13 @@ class ExpertLog:
                 self._seen += [(place, self._selected(tokens, real, call), call) for call in calls]
 
     def generated(self, owners: Sequence[Owner], alive: Sequence[bool], positions: torch.Tensor) -> None:
-        """Note the forward pass just made of one generated token a row; rows that have ended count no more."""
+        """Record the last forward pass, over one generated token per row; ended rows are left out."""
         tokens = self._tokens(owners, np.flatnonzero(alive), positions[:, -1].cpu().numpy()[list(alive)], GENERATED)
         for place, calls in self._recorder.take().items():
             self._seen += [(place, tokens, call) for call in calls]
 
     def generate(self, owners: Sequence[Owner], ids: torch.Tensor, mask: torch.Tensor, lengths: Sequence[int]) -> None:
-        """Note all forward passes of a call of the model's own ``generate`` on prompts ``ids`` ``[B, L]``,
+        """Record all forward passes of a call of the model's own ``generate`` on prompts ``ids`` ``[B, L]``,
         which gave answers of ``lengths`` tokens."""
         taken = self._recorder.take()
         positions = mask.cumsum(1) - 1
@@ -147,7 +147,7 @@ class ExpertLog:
                     self._seen.append((place, self._tokens(owners, rows, at, GENERATED), step))
 
     def write(self, questions: Iterable[Question]) -> None:
-        """Write the noted choices as the piece of these questions, to which all of them belong."""
+        """Write the recorded choices as the piece of these questions."""
         numbers = sorted(self._place_of[question.key] for question in questions)
         seen: dict[Place, list[tuple[_Tokens, Choices]]] = {}
         for place, tokens, choices in self._seen:
@@ -161,15 +161,15 @@ class ExpertLog:
         )
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks from the model."""
         self._recorder.close()
 
     # ---- after an interruption
 
     def recover(self, answered: Iterable[Key]) -> set[Key]:
-        """Which of the answered questions need not be asked again.
+        """The answered questions that are complete in the log.
 
-        A batch that was cut off between its answers is removed here and asked again as a whole.
+        A batch that was interrupted between its answers is removed, to be repeated as a whole.
         """
         numbers = {self._place_of[key] for key in answered}
         covered: set[int] = set()
@@ -186,7 +186,7 @@ class ExpertLog:
     def _prompt_tokens(
         self, owners: Sequence[Owner], ids: torch.Tensor, real: torch.Tensor, positions: torch.Tensor
     ) -> _Tokens:
-        """The real tokens, in the order in which the layers see them."""
+        """The real tokens, in the order of the layers' inputs."""
         row, column = real.cpu().numpy().nonzero()
         tokens = self._tokens(owners, row, positions.cpu().numpy()[row, column], TEXT)
         tokens.kind[ids.cpu().numpy()[row, column] == self.model.config.image_token_id] = IMAGE
@@ -207,7 +207,7 @@ class ExpertLog:
 
     @staticmethod
     def _selected(tokens: _Tokens, real: torch.Tensor, call: Choices, beams: int = 1) -> _Tokens:
-        """Which rows of a call are the real tokens of the first beam; with ``compat: reference`` padding is
+        """Indices of a call's rows that are real tokens of the first beam; with ``compat: reference`` padding is
         routed, too."""
         rows: NDArray[np.int64] | None = None
         if beams > 1:
@@ -224,7 +224,7 @@ class ExpertLog:
         return replace(tokens, rows=rows)
 
     def _images(self, owners: Sequence[Owner], taken: Mapping[Place, list[Choices]]) -> None:
-        """Note the calls of tower and projector; a multi-scale tower is called once a scale."""
+        """Record the calls of tower and projector; a multi-scale tower is called once per scale."""
         images = [(owner, n) for owner in owners for n in range(len(owner[0].images))]
         scales = saved_scales(self.model) or (1,)
         for place, calls in taken.items():
@@ -284,7 +284,7 @@ def _selected_rows(
 
 
 def _order(place: Place) -> tuple[int, int]:
-    """The way of an image: tower, projector, language model."""
+    """The parts in the order of the data flow: tower, projector, language model."""
     return PARTS.index(place.part), place.layer
 
 
@@ -321,7 +321,7 @@ def merge(logs: Sequence[Path], out: Path) -> int:
     every = sorted({place for _, some, _ in found for place in some}, key=_order)
 
     def read(path: Path, group: int, metadata: Any) -> pa.Table:
-        # a group is small: threads would cost more than they save; a thousand open files are too many
+        # a group is small, so threads do not pay off; a thousand open files are too many
         with pq.ParquetFile(path, metadata=metadata) as file:
             return file.read_row_group(group, use_threads=False)
 
@@ -336,7 +336,7 @@ def merge(logs: Sequence[Path], out: Path) -> int:
 def _write(
     out: Path, places: Sequence[Place], table: Callable[[Place], pa.Table], questions: Sequence[int] = ()
 ) -> int:
-    """One row group a layer, one in memory at a time; layers and questions stand in the schema's metadata."""
+    """One row group per layer, one in memory at a time; layers and questions are in the schema's metadata."""
     metadata = {
         _PLACES: json.dumps([[place.part, place.layer, place.experts] for place in places]).encode(),
         _QUESTIONS: json.dumps(list(questions)).encode(),

@@ -1,4 +1,4 @@
-"""Token retention maps: for some questions, which image tokens a sparsified model retains at every rate."""
+"""Token retention maps: the image tokens that a sparsified model retains at every rate, for some questions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RetentionMap = dict[str, Any]
 @torch.inference_mode()
 def retention_maps(answerer: Answerer, questions: Sequence[Question], rates: Sequence[float]) -> list[RetentionMap]:
     """Of every image of ``questions``: ``question_id, prompt, image`` (its number) and, by rate, ``kept``, the tokens
-    in order as a text of 0 and 1. Rates of 1, which keep everything, are left out."""
+    in order as a string of 0 and 1. Rates of 1, which retain all, are left out."""
     found = []
     for question in questions:
         inputs = answerer.inputs([question])
@@ -45,7 +45,7 @@ def retention_maps(answerer: Answerer, questions: Sequence[Question], rates: Seq
 
 
 def seen(answerer: Answerer, question: Question) -> list[Image.Image]:
-    """The images of a question as the tower gets them: resized, cropped or padded."""
+    """The preprocessed images of a question: resized, cropped or padded."""
     processor = answerer.processor.image_processor
     pixels = answerer.inputs([question])["pixel_values"].float().cpu()
     if processor.do_normalize:
@@ -56,9 +56,9 @@ def seen(answerer: Answerer, question: Question) -> list[Image.Image]:
 
 
 def grid(tokens: int) -> tuple[int, int] | None:
-    """How many tokens stand before the patches of a square image (a class token or none) and its patches a side.
+    """Number of tokens before the patches of a square image (a class token or none), and its patches per side.
 
-    None where the tokens have no such places.
+    None where the tokens do not form a square.
 
     >>> grid(576), grid(577), grid(70)
     ((0, 24), (1, 24), None)

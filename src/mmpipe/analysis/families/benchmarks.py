@@ -1,4 +1,4 @@
-"""Whether experts specialise on benchmarks."""
+"""Specialisation of experts on benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How routing changes from checkpoint to checkpoint, and when it saturates."""
+"""Change of routing from checkpoint to checkpoint, and its saturation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmpipe.analysis.base import Layer, MetricFamily, MetricInput, Row, axes, by
 
 
 def slot_change(before_TK: NDArray[Any], after_TK: NDArray[Any], times_T: NDArray[Any]) -> float:
-    """Mean over tokens of the share of the k places whose expert differs: sensitive to the order of the
+    """Mean over tokens of the share of the k ranks whose expert differs: sensitive to the order of the
     choices (LibMoE 2.0's change rate)."""
     return float(np.average((before_TK != after_TK).mean(1), weights=times_T))
 

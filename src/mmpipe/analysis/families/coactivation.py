@@ -1,4 +1,4 @@
-"""Which experts are chosen together."""
+"""Co-activation of experts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def coactivation(
 
 
 class Coactivation(MetricFamily):
-    """The share of each expert's tokens that another expert sees, too (rows add up to k - 1). At most twelve layers,
+    """The share of each expert's tokens that another expert gets, too (rows add up to k - 1). At most twelve layers,
     evenly chosen, and the fifteen most paired experts of each are drawn; the table has all."""
 
     title = "Co-activation"

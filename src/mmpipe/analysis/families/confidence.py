@@ -1,4 +1,4 @@
-"""How concentrated a router's weights on the chosen experts are."""
+"""Concentration of a router's weights on the chosen experts."""
 
 from __future__ import annotations
 

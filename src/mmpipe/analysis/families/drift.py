@@ -1,4 +1,4 @@
-"""How far the weights of routers move from checkpoint to checkpoint."""
+"""Drift of router weights from checkpoint to checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often each expert is chosen."""
+"""Selection frequency of experts."""
 
 from __future__ import annotations
 

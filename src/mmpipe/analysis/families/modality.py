@@ -1,4 +1,4 @@
-"""Whether experts specialise on image tokens, prompt tokens, or generated tokens."""
+"""Specialisation of experts on image tokens, prompt tokens, or generated tokens."""
 
 from __future__ import annotations
 

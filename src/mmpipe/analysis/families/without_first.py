@@ -1,4 +1,4 @@
-"""The score that a checkpoint loses when each token's first expert is left out."""
+"""Loss of score when each token's first expert is left out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mmpipe.benchmarks.stats import paired_difference
 
 
 class WithoutFirst(MetricFamily):
-    """The score without each token's first choice of expert (the others are scaled up) against the score with it: really
-    answered again. The interval is a paired bootstrap over the benchmark's units of the mean verdict."""
+    """The score without each token's first choice of expert (the others are rescaled) against the score with it, both
+    generated. The interval is a paired bootstrap over the benchmark's units of the mean verdict."""
 
     reads = "scores with and without the first expert"
     per = "checkpoint"
