@@ -1,4 +1,4 @@
-"""Find the checkpoint a user names on this machine or on the hub. No torch here: a wrong name is found at once."""
+"""Find a checkpoint on this machine or on the hub. No torch here: a wrong name fails at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LocalCheckpoint:
     name: str
     """For display: ``recipe@stage``, a hub name, or the directory's."""
     ours: bool
-    """Whether a manifest of mmpipe says how it was trained."""
+    """Whether it has a manifest of mmpipe."""
 
 
 def find(checkpoint: str, configfile: Path = Path("config/config.yaml")) -> LocalCheckpoint:

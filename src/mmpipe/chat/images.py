@@ -1,4 +1,4 @@
-"""Images users bring to a conversation: a file, a web address, or the bytes themselves."""
+"""Images of a conversation: a file, a web address, or bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmpipe.errors import DataError
 from mmpipe.sources.transfer.public_url import Limits, fetch
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Formats that are decoded when they come from elsewhere: those of browsers and cameras, and no decoder more."""
+"""Formats that are decoded from untrusted sources: those of browsers and cameras only."""
 _LIMITS = Limits()
 _OTHER_TYPES = {"image/jpg", "image/x-ms-bmp", "application/octet-stream", "binary/octet-stream", ""}
 _TYPES = {f"image/{name.lower()}" for name in FORMATS} | _OTHER_TYPES
@@ -62,5 +62,5 @@ def from_data_url(url: str, size: int) -> Image.Image:
 
 
 def from_bytes(content: bytes, where: str) -> Image.Image:
-    """Decode an image from elsewhere, as RGB and upright; ``where`` names it in messages."""
+    """Decode an untrusted image, as RGB and upright; ``where`` names it in messages."""
     return decode_image(content, where, upright=True, formats=FORMATS)

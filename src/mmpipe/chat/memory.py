@@ -45,7 +45,7 @@ def free(device: torch.device) -> int:
 
 
 def require(path: Path, device: torch.device, bytes_per_weight: float) -> None:
-    """Raise ChatError when the weights alone are larger than what is free on ``device``."""
+    """Raise ChatError when the weights alone exceed the free memory of ``device``."""
     count, room = count_weights(path), free(device)
     need = count * bytes_per_weight
     if need > room:
@@ -54,7 +54,7 @@ def require(path: Path, device: torch.device, bytes_per_weight: float) -> None:
 
 
 def advice(count: int, room: int) -> str:
-    """Which ways to load ``count`` weights would fit into ``room`` bytes."""
+    """The precisions in which ``count`` weights fit into ``room`` bytes."""
     fits = [f"{way} ({_gb(count * size)})" for way, size in _SIZES.items() if count * size * _OVERHEAD < room]
     if fits:
         return f"would fit: {', '.join(fits)}"
@@ -108,7 +108,7 @@ def _odd_layers(layers: dict[str, nn.Linear]) -> list[str]:
 
 @contextmanager
 def report_out_of_memory(what: str, hint: str) -> Iterator[None]:
-    """Turn running out of memory into a ChatError: ``what`` did not fit, ``hint`` says what would."""
+    """Turn an out-of-memory error into a ChatError: ``what`` did not fit, ``hint`` is the advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

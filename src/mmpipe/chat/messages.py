@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ChatError(MmpipeError):
-    """A conversation cannot go on as asked."""
+    """A conversation cannot be continued with this request."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Completion:
     finish: str
     """``stop``: ended by the model or a stop text; ``length``: cut at the limit; ``stopped``: cancelled."""
     expert_loads: dict[str, list[float]] = field(default_factory=dict)
-    """Of each MoE layer, each expert's share of the token assignments it carried out, prompt and answer together."""
+    """Per MoE layer, each expert's share of the computed token assignments, prompt and answer together."""
     retention_maps: list[list[bool]] = field(default_factory=list)
-    """Of each image of the conversation, which of its tokens a sparsified model retained, row by row."""
+    """Per image of the conversation, the mask of retained tokens of a sparsified model, row by row."""
 
 
-# Bidirectional overrides (CVE-2021-42574) make text look other than it is.
+# Bidirectional overrides (CVE-2021-42574) disguise text.
 _BIDIRECTIONAL = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _ESCAPED = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
 _ESCAPED |= {0x7F: "\u2421"} | {code: f"<{code:02X}>" for code in (*range(0x80, 0xA0), *_BIDIRECTIONAL)}
@@ -78,7 +78,7 @@ _ESCAPED |= {0x7F: "\u2421"} | {code: f"<{code:02X}>" for code in (*range(0x80, 
 def escape_control_characters(text: str) -> str:
     """``text`` with a visible sign in place of every control character but line feed and tab.
 
-    A model can be led to write terminal escape sequences, which would clear the screen, set its title, or worse.
+    A prompt can make a model write terminal escape sequences, which would clear the screen, set its title, or worse.
 
     >>> escape_control_characters("\\x1b[2Jcleared")
     '␛[2Jcleared'

@@ -53,7 +53,7 @@ class ChatModel:
 
     @property
     def captions_only(self) -> bool:
-        """Whether it was trained to describe images and reads no questions (the stage that trains the projector)."""
+        """Whether it was trained on captions only and ignores questions (the stage that trains the projector)."""
         return self.template is not None and self.template.captions
 
     @property
@@ -116,7 +116,7 @@ class ChatModel:
         }
 
     def _plain(self, part: Any) -> Any:
-        """A text with its control tokens broken up: only the template ends a turn or places an image."""
+        """A text with its control tokens split: only the template ends a turn or places an image."""
         if not isinstance(part, str):
             return part
         whole = part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates
@@ -186,7 +186,7 @@ class TokenStreamer(BaseStreamer):
             self._show(text, max((_overlap(text, stop) for stop in self._stop_texts), default=0))
 
     def end(self) -> None:
-        """Send what was held back."""
+        """Send the text held back."""
         self._show(self._decode(), 0)
 
     def _show(self, text: str, held: int) -> None:
@@ -209,7 +209,7 @@ def _overlap(text: str, stop: str) -> int:
 
 @contextmanager
 def _count_expert_loads(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """By MoE layer, the token assignments each expert carries out (experts,), summed over the forward passes inside."""
+    """Per MoE layer, the token assignments each expert computes (experts,), summed over the forward passes inside."""
     counts: dict[str, torch.Tensor] = {}
     if not moe_layers(model):
         yield counts

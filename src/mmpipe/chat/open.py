@@ -23,7 +23,7 @@ from mmpipe.errors import ArtifactError, DataError
 from mmpipe.models.sparsity.hooks import set_keep_rate
 
 _SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-# With and without image, first and later round, so that no two templates look the same.
+# With and without image, first and later round, so that all templates differ.
 _CONVERSATION = to_messages(
     [Turn("user", f"{IMAGE_MARK}\nfirst question"), Turn("assistant", "answer"), Turn("user", "second question")]
 )
@@ -159,7 +159,7 @@ def _recognise(jinja: str, tokenizer: Any) -> Template | None:
     for name in sorted(template_names(), key=lambda name: name == TokenizerTemplate.name):
         try:
             template = get_template(name, tokenizer)
-        except DataError:  # the tokenizer brings none that could be trained with
+        except DataError:  # the tokenizer has none that is suitable for training
             continue
         if _render(jinja, tokenizer) == _render(template.jinja(), tokenizer):
             return template

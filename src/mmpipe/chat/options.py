@@ -1,4 +1,4 @@
-"""Options of ``mmpipe chat`` and ``mmpipe serve``: how a checkpoint is loaded, how tokens are sampled. No torch here."""
+"""Options of ``mmpipe chat`` and ``mmpipe serve``: loading and sampling. No torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a checkpoint is loaded. Raises ChatError for options that exclude each other."""
+    """Loading options of a checkpoint. Raises ChatError for options that exclude each other."""
 
     template: Annotated[
         str | None, Option("--template", "--conv-mode", help="Checked against the checkpoint's own.")
@@ -45,7 +45,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the tokens of an answer are chosen. Raises ChatError for impossible values."""
+    """Sampling options. Raises ChatError for impossible values."""
 
     temperature: Annotated[float, Option(help="0 always takes the most probable token.")] = 0.2
     top_p: Annotated[float, Option(help="Sample from the most probable tokens of this total probability.")] = 1.0

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_UPLOAD = 20 << 20
 """Bytes of an uploaded file at most."""
 _HOUR = 3600
-# Fonts of the system: nothing is fetched from elsewhere.
+# System fonts: no requests to other servers.
 _THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue")
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
@@ -105,7 +105,7 @@ def _column(model: ChatModel) -> tuple[gr.Chatbot, gr.HTML]:
 
 
 class _Page:
-    """The page's events. Answers being generated are kept by browser session, to be cancelled."""
+    """The page's events. Pending answers are stored by browser session, to be cancelled."""
 
     def __init__(self, models: Sequence[ChatModel]) -> None:
         self.models = models
@@ -121,7 +121,7 @@ class _Page:
         max_tokens: float,
         *shown: _Column,
     ) -> Iterator[list[Any]]:
-        """Ask every checkpoint in turn; yields the page's contents as the answers grow."""
+        """Query every checkpoint in turn; yields the page's contents as the answers grow."""
         text, files = (box.get("text") or "").strip(), box.get("files") or []
         if not text and not files:
             raise gr.Error("Write a question or drop an image.", print_exception=False)
@@ -146,7 +146,7 @@ class _Page:
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
     def _pieces(self, answer: AnswerStream, session: str) -> Iterator[str]:
-        """The text of an answer, which :meth:`stop` cancels and so does a reader who leaves."""
+        """The text of an answer, cancelled by :meth:`stop` or when the browser disconnects."""
         self._current[session] = answer
         try:
             yield from answer

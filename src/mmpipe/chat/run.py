@@ -1,4 +1,4 @@
-"""The commands ``mmpipe chat`` and ``mmpipe serve``: mistakes are found before anything slow is imported."""
+"""The commands ``mmpipe chat`` and ``mmpipe serve``: errors are found before slow imports."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def chat(
 def ask_once(
     model: ChatModel, prompt: str, shown: Sequence[Image.Image], sampling: SamplingOptions, as_json: bool
 ) -> None:
-    """Print the answer as it comes, or everything about it as JSON; Ctrl-C cancels it and ends the program."""
+    """Stream the answer, or print everything about it as JSON; Ctrl-C cancels it and ends the program."""
     answer = model.answer([user_message(prompt, shown)], sampling)
     try:
         for piece in answer:

@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 def build(models: Mapping[str, ChatModel], sampling: SamplingOptions, limits: Limits | None = None) -> FastAPI:
     """The application for one checkpoint, or two side by side."""
     app = FastAPI(title="mmpipe", docs_url=None, redoc_url=None, openapi_url=None)
-    # Another site's name that points to this machine (DNS rebinding) is refused.
+    # Other host names that resolve to this machine (DNS rebinding) are refused.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     app.add_exception_handler(MmpipeError, api.error_response)
     app.include_router(api.router(models, sampling, limits))
@@ -54,7 +54,7 @@ def listen(app: FastAPI, port: int, queue: RequestQueue) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Cancels the answers being generated before it waits for their readers."""
+    """Cancels pending answers before it waits for their connections."""
 
     def __init__(self, config: uvicorn.Config, queue: RequestQueue) -> None:
         super().__init__(config)

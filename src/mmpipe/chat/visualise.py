@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmpipe.chat.model import ChatModel
 
 _SIDE = 336
-"""Pixels of a shown image."""
+"""Width of a shown image in pixels."""
 _HEADING = "<p style='margin:0 0 6px;font-size:13px'>"
 
 
@@ -29,7 +29,7 @@ def visualise(model: ChatModel, done: Completion, history: Sequence[Message]) ->
 
 
 def _expert_bars(loads: Mapping[str, Sequence[float]]) -> str:
-    """A row a layer, in it a bar an expert as high as its share of the work; empty without experts."""
+    """One row per layer, with a bar per expert as high as its share of the load; empty without experts."""
     if not loads:
         return ""
     rows = "".join(_row(layer, shares) for layer, shares in loads.items())
@@ -51,7 +51,7 @@ def _row(layer: str, shares: Sequence[float]) -> str:
 
 
 def retained_image(model: ChatModel, image: Image.Image, kept: Sequence[bool]) -> Image.Image:
-    """The image as the vision tower gets it, faded where its tokens were dropped; ``kept`` is (tokens,), row by row."""
+    """The preprocessed image, faded where its tokens were dropped; ``kept`` is (tokens,), row by row."""
     processor = model.processor.image_processor
     pixels = np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])  # (3, height, width)
     mean, std = (np.asarray(values)[:, None, None] for values in (processor.image_mean, processor.image_std))

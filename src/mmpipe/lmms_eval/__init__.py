@@ -6,7 +6,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """What lmms-eval's registry asks for under the entry point ``lmms_eval.models``."""
+    """The manifest that lmms-eval's registry reads from the entry point ``lmms_eval.models``."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="mmpipe", simple_class_path="mmpipe.lmms_eval.model.Mmpipe")

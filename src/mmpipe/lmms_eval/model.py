@@ -32,7 +32,7 @@ _MOST_TOKENS = 1024
 class Mmpipe(lmms):
     """A checkpoint of mmpipe: ``--model_args pretrained=results/demo/finetune/model``.
 
-    ``experts=experts.parquet`` logs which experts each token was sent to (``mmpipe.analysis.expert_log``; a question's
+    ``experts=experts.parquet`` logs the experts of each token (``mmpipe.analysis.expert_log``; a question's
     id is ``task/document#request``), one file a process. ``dtype`` is ``float32``, ``bfloat16`` or ``float16``; without
     it bfloat16 on a GPU and float32 elsewhere. Under ``accelerate launch`` every process answers its share. Decoding is
     greedy or by beams; a task that samples is refused.
@@ -121,7 +121,7 @@ class Mmpipe(lmms):
             return list(self.answerer.likelihood(pairs, batch_size=self.batch_size))
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not there: our checkpoints are asked one question at a time."""
+        """Not supported: our checkpoints answer single questions."""
         raise NotImplementedError("mmpipe: tasks of several rounds are not supported")
 
     def _doc(self, rest: Sequence[Any]) -> Any:
@@ -160,7 +160,7 @@ def _cut(reply: str, until: str | Sequence[str] | None) -> str:
 
 
 def _flat(images: Any) -> Iterable[Any]:
-    """Images of a document, which tasks hand over as one, a list, a list of lists, or nothing."""
+    """Images of a document, which tasks pass as one, a list, a list of lists, or None."""
     if isinstance(images, list | tuple):
         return [one for some in images for one in _flat(some)]
     return [] if images is None else [images]

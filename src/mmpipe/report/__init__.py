@@ -1,1 +1,1 @@
-"""What the HTML report shows: figures, tables and samples, each also readable on its own."""
+"""The HTML report: figures, tables and samples, each also readable on its own."""

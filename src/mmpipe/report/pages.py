@@ -19,7 +19,7 @@ SAMPLES = 24
 """Questions on a page of samples."""
 _LONGEST = 600
 _WIDTH = 192
-"""Of an enlarged image, in pixels."""
+"""Width of an enlarged image in pixels."""
 _TABLES = {
     "comparison": "{content[title]}",
     "leaderboard": "All benchmarks",
@@ -44,7 +44,7 @@ MEASURES = {
 }
 """Measures of the efficiency page, and their titles."""
 _TOWER = {"image_flops", "image_seconds"}
-"""Measures that no keep rate changes."""
+"""Measures that do not depend on the keep rate."""
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
@@ -160,9 +160,9 @@ def _cell(row: Row) -> Row:
 def retention_maps_page(
     title: str, maps: Sequence[Row], images: Sequence[Image.Image], places: tuple[int, int] | None, page: Path
 ) -> None:
-    """Show which tokens of each image are retained.
+    """Show the retained tokens of each image.
 
-    ``maps`` and ``places`` are what :func:`mmpipe.analysis.retention_maps.retention_maps` and its ``grid`` return; ``images``
+    ``maps`` and ``places`` are the results of :func:`mmpipe.analysis.retention_maps.retention_maps` and its ``grid``; ``images``
     has the order of ``maps``.
     """
     shown = [
