@@ -1,6 +1,6 @@
 """Errors for the user.
 
-Every error says what is wrong, where (file, record, key) and how to correct it; the command line and the rule scripts print
+Every error gives its cause, place (file, record, key) and remedy; the command line and the rule scripts print
 the message without a traceback and exit with a non-zero status.
 """
 
@@ -16,11 +16,11 @@ class MmpipeError(Exception):
 
 
 class ConfigError(MmpipeError):
-    """A configuration that cannot be carried out."""
+    """An invalid configuration."""
 
 
 class DataError(MmpipeError):
-    """A data set, a record or an image that is not as it should be."""
+    """An invalid data set, record or image."""
 
 
 class ArtifactError(MmpipeError):
@@ -51,7 +51,7 @@ def few(names: Sequence[str], shown: int = 3) -> str:
 
 
 def explained(error: Exception) -> str:
-    """What went wrong in a line, and what to do when the disk is full (libraries say that in several ways)."""
+    """The error in one line, with advice when the disk is full (libraries report that in several ways)."""
     text = f"{type(error).__name__}: {error}"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or any(sign in text for sign in _FULL_DISK):

@@ -80,7 +80,7 @@ def _locks(devices: Sequence[str], count: int, folder: Path, poll: float) -> Ite
             if len(cards) == count:
                 yield cards
                 return
-        # all or nothing: two jobs that each hold a half would wait for ever
+        # all or none: two jobs that each hold a half would deadlock
         if not waited:
             log.info("waiting for %d free GPU(s) of %s", count, ", ".join(devices))
             waited = True

@@ -1,4 +1,4 @@
-"""What the jobs of the workflow share: log file, plan, GPUs and threads, an offline environment, errors in one line.
+"""Common to all jobs of the workflow: log file, plan, GPUs and threads, an offline environment, errors in one line.
 
 A step is a file in ``workflow/scripts`` whose ``main`` takes Snakemake's ``snakemake`` object and the plan. Libraries
 that load torch are imported inside ``main``: threads, GPUs and the offline environment must be set before.
@@ -27,13 +27,13 @@ log = logging.getLogger("mmpipe")
 def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
     """Wrap a step: open its log, read the plan, respect threads and GPUs, explain errors.
 
-    An error that the user can mend is printed without a traceback, to the terminal and to the log, and ends the job
+    An error that the user can correct is printed without a traceback, to the terminal and to the log, and ends the job
     with status 1. Any other is logged with its traceback and raised.
     """
 
     @wraps(main)
     def run(snakemake: Any) -> None:
-        # the shell around this process ignores SIGTERM, and what is ignored is inherited
+        # the shell around this process ignores SIGTERM, which is inherited
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.setdefault("OMP_NUM_THREADS", str(snakemake.threads))
         with _logging_to(Path(snakemake.log[0])):
@@ -53,7 +53,7 @@ def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
 
 
 def offline_job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
-    """A :func:`job` that computes: its inputs were fetched before, and it must not look for anything on the network."""
+    """A :func:`job` that computes on fetched inputs, without network access."""
 
     @wraps(main)
     def run(snakemake: Any) -> None:
@@ -112,7 +112,7 @@ def device(snakemake: Any) -> str:
 
 
 def failed_report(snakemake: Any) -> Path:
-    """Where a job writes its report when it found too many faults to publish: beside its log, which outlives it."""
+    """Path of the report of a job that found too many faults to publish: beside its log, which remains."""
     return Path(snakemake.log[0]).with_suffix(".report.json")
 
 

@@ -19,7 +19,7 @@ from mmpipe.errors import ConfigError, did_you_mean
 def names(package: str) -> tuple[str, ...]:
     """The modules of ``package`` that define something to register, without importing them.
 
-    Modules named ``base`` or ``spec`` hold what the others share and are left out, as are private ones and packages.
+    Modules named ``base`` or ``spec`` are shared by the others and left out, as are private ones and packages.
     """
     found = importlib.import_module(package)
     every = sorted(info.name for info in pkgutil.iter_modules(found.__path__) if not info.ispkg)
@@ -33,7 +33,7 @@ def modules(package: str) -> dict[str, ModuleType]:
 
 
 def _look_here() -> None:
-    """Let modules in the working directory be found: a user's own stand beside ``config/``."""
+    """Make modules in the working directory importable: a user's own are beside ``config/``."""
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)

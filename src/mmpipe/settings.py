@@ -39,8 +39,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     FORMER_KEYS: ClassVar[Mapping[str, str]] = {}
-    """Keys of the previous release and their names today. They are read with a warning; what identifies a result
-    (:meth:`identity`) keeps them, so that a new name makes nothing stale."""
+    """Keys of the previous release and their current names. They are read with a warning; the spec of a result
+    (:meth:`identity`) keeps them, so that renames do not make results stale."""
 
     FORMER_KEYS_OF: ClassVar[Mapping[str, type[BaseModel]]] = {}
     """Fields that hold free mappings, and the settings whose former keys these may have."""

@@ -28,7 +28,7 @@ def state(job: str) -> str | None:
 
 
 def end_time(job: str) -> float | None:
-    """When the job's time is up, in seconds since the epoch; None without a limit or an answer."""
+    """The end of the job's time limit, in seconds since the epoch; None without a limit or an answer."""
     answer = _ask("squeue", "--noheader", "--jobs", job, "--format=%e")
     try:
         return datetime.fromisoformat(answer or "").timestamp()

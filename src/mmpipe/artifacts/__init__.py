@@ -1,1 +1,1 @@
-"""Publishing artifacts so that they are whole or absent, and resuming what was interrupted."""
+"""Publishing artifacts atomically, and resuming interrupted steps."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sync(path: Path) -> None:
 
 
 def apply_umask(path: Path) -> None:
-    """Give a file the mode the umask asks for: safetensors makes files that only their owner can read."""
+    """Set a file's mode by the umask: safetensors makes files that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -44,7 +44,7 @@ def apply_umask(path: Path) -> None:
 
 @contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file for writing that takes the name ``path`` only when the block ends well."""
+    """Open a binary file for writing that gets the name ``path`` only on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -59,7 +59,7 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
 
 def copy_file(origin: Path, target: Path) -> None:
-    """Copy a file's content; ``target`` appears whole or not at all."""
+    """Copy a file's content to ``target`` atomically."""
     with atomic_open(target) as file, origin.open("rb") as whole:
         shutil.copyfileobj(whole, file)
 
@@ -92,7 +92,7 @@ def store_by_content(
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a name that others chose leads out of the folder it is relative to; backslashes count as slashes.
+    """Whether an untrusted name leads out of the folder it is relative to; backslashes count as slashes.
 
     >>> [leaves_folder(name) for name in ("a/b.png", "..b", "/etc", "a/../../b", "C\\\\..\\\\b")]
     [False, False, True, True, True]
@@ -180,7 +180,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
-    """A fresh directory beside ``target`` whose files move into ``target`` when the block ends well.
+    """A fresh directory beside ``target`` whose files move into ``target`` on success.
 
     Files of an earlier version that the new one lacks are removed. The move is file by file (Snakemake may have made
     ``target`` already), ``manifest.json`` last: a manifest implies all files that it lists.

@@ -1,7 +1,7 @@
-"""The manifest of an artifact: what it is, what it was made from, and the hash of every file.
+"""The manifest of an artifact: its kind, its inputs, and the hash of every file.
 
-A manifest is deterministic: making the same thing again from the same inputs writes the same bytes, so that steps
-further down see no change. What varies from run to run (times, host) belongs into ``perf.json``.
+A manifest is deterministic: a rebuild from the same inputs writes the same bytes, so that steps
+downstream stay current. Values that vary from run to run (times, host) belong into ``perf.json``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate"
 
 
 def fingerprint(spec: str, inputs: Mapping[str, str]) -> str:
-    """Hash of what determines a step's result: its spec and the hashes of its inputs' manifests."""
+    """Hash that determines a step's result, of its spec and its inputs' manifests."""
     return hashlib.sha256(canonical_json({"spec": spec, "inputs": dict(inputs)}).encode()).hexdigest()
 
 

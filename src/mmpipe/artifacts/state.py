@@ -1,7 +1,7 @@
-"""The undeclared directory in which a long step keeps its progress.
+"""The state directory: undeclared progress of a long step.
 
 Snakemake deletes declared outputs when a job starts, fails or is killed, so checkpoints in progress live here. A
-fingerprint ties them to what is being made: equal means resume, different means start afresh. A lock keeps two runs of
+fingerprint identifies their step and inputs: equal means resume, different means start afresh. A lock keeps two runs of
 one step apart.
 """
 
@@ -27,11 +27,11 @@ _FINGERPRINT = "fingerprint.json"
 
 @contextmanager
 def open_state(path: Path, fingerprint: str) -> Iterator[bool]:
-    """Hold the state directory; yields True when it carries progress of the same fingerprint.
+    """Lock the state directory; yields True when it has progress of the same fingerprint.
 
     The lock is the kernel's: it vanishes with the process, however that ends. Where a file system does not carry locks
     from one machine to another, Slurm is asked about the last holder. Raises ArtifactError when another live process
-    holds it, naming that process and saying how to end it.
+    holds it, naming that process and how to end it.
     """
     path.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("a+") as file:

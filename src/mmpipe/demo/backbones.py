@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import CLIPImageProcessorPil, CLIPVisionModel, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 INITIALIZER_RANGE = 0.15
-"""Near ``hidden_size ** -0.5``. With the 0.02 of large models, attention starts so even that a narrow one stays for
-a thousand steps on the plateau where it knows the words but not the letters of the options."""
+"""Near ``hidden_size ** -0.5``. With the 0.02 of large models, attention starts so uniform that a narrow one stays for
+a thousand steps on a plateau, with the words but not the letters of the options learnt."""
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -149,7 +149,7 @@ def _pretrain_vision(
 def _pretrain_text(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, *, seed: int, steps: int, batch_size: int = 64
 ) -> None:
-    """Train the model to answer, from a caption, the questions that it will be asked about images."""
+    """Train the model to answer the demo's questions about images from captions."""
     stream = caption_dialogues(seed)
 
     def loss() -> torch.Tensor:
@@ -233,7 +233,7 @@ def _tokenizer() -> PreTrainedTokenizerBase:
     from transformers import Qwen2Tokenizer
 
     trainer = BpeTrainer(
-        vocab_size=4096,  # more than the text can fill: merging goes on until every word is one token
+        vocab_size=4096,  # more than the text can fill, so every word becomes one token
         min_frequency=1,
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

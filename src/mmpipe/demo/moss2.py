@@ -60,14 +60,14 @@ def moss2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int =
 
 
 def _tokenizer() -> LlamaTokenizer:
-    """Pieces that sentencepiece would cut, with bytes for what they cannot write."""
+    """Pieces as of sentencepiece, with byte fallback."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from tokenizers.trainers import BpeTrainer
     from transformers import LlamaTokenizer
 
     backend = Tokenizer(models.BPE(unk_token=SPECIAL[0], byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    # more than the text can fill: merging goes on until every word is one piece
+    # more than the text can fill, so every word becomes one piece
     trainer = BpeTrainer(vocab_size=4096, show_progress=False, special_tokens=[*SPECIAL, *BYTES])
     # a line's end is a byte, as for sentencepiece, and no part of a word
     backend.train_from_iterator((line for text in (_TEMPLATE, *texts()) for line in text.splitlines()), trainer)

@@ -64,7 +64,7 @@ _OVERSAMPLING = 4
 
 @dataclass(frozen=True)
 class Scene:
-    """The attributes of one image. ``variation`` seeds what is never asked: the exact places and shades."""
+    """The attributes of one image. ``variation`` seeds the exact positions and shades, which no question is about."""
 
     shape: str
     color: str
@@ -86,7 +86,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination of attributes is kept for benchmarks. The sum of all value indices, modulo six:
+        """Whether this combination of attributes is reserved for benchmarks. The sum of all value indices, modulo six:
         every value, and every combination of five attributes with at least one color left free, occurs on both
         sides."""
         total = sum(values.index(self.value(attribute)) for attribute, values in ATTRIBUTES.items())

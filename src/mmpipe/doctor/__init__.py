@@ -1,4 +1,4 @@
-"""What is wrong with this machine, before a job finds out: small checks in ``mmpipe.doctor.checks``."""
+"""Diagnosis of this machine before jobs run, by the checks in ``mmpipe.doctor.checks``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def all_checks() -> dict[str, Callable[[Machine], Iterator[Finding]]]:
 
 
 def examine(machine: Machine) -> list[Finding]:
-    """Run every check; a check that fails is a problem of its own, and the others go on."""
+    """Run every check; one that fails is reported as a problem, and the others continue."""
     findings: list[Finding] = []
     for topic, check in all_checks().items():
         try:

@@ -1,4 +1,4 @@
-"""What checks share: the findings they report, and the machine they examine."""
+"""The base of all checks: findings, and the examined machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Finding:
     status: Status
     seen: str
     advice: str = ""
-    """What to do about it."""
+    """Advice."""
     topic: str = ""
 
     def about(self, topic: str) -> Finding:
@@ -55,7 +55,7 @@ def profile_file(folder: Path) -> Path | None:
 
 
 class Machine:
-    """The machine, the profile jobs would run with, and the configuration, each read when first needed."""
+    """The machine, the profile of the jobs, and the configuration, each read when first needed."""
 
     def __init__(
         self, root: Path = Path(), profile: str = "local", configfile: Path = Path("config/config.yaml")

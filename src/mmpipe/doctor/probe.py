@@ -1,4 +1,4 @@
-"""What PyTorch sees here, as one line of JSON. Run as a program (``python -m mmpipe.doctor.probe``)."""
+"""PyTorch's version and GPUs, as one line of JSON. Run as a program (``python -m mmpipe.doctor.probe``)."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ class SampleWork:
     supervised: float
     """Positions that the output head computes."""
     layers: float
-    """Elements of the decoder's matrices that a token meets (of experts, the chosen ones)."""
+    """Elements of the decoder's matrices that a token uses (of experts, the chosen ones)."""
     trained_layers: float
-    """Those of them that train."""
+    """The trainable ones of them."""
     head: float
     """Elements of the output head."""
     attention_width: float

@@ -22,7 +22,7 @@ _MOMENTS = 8
 
 @dataclass(frozen=True)
 class Spread:
-    """How the states are divided: ZeRO's stage (0: not at all), what waits in CPU RAM, over how many processes."""
+    """Partitioning of the states: ZeRO's stage (0: none), offloading to CPU RAM, number of processes."""
 
     processes: int = 1
     stage: int = 0
@@ -38,12 +38,12 @@ class Memory:
     gradients: float = 0
     optimizer: float = 0
     casts: float = 0
-    """Copies in bfloat16, and what stage 3 gathers to compute with."""
+    """Copies in bfloat16, and parameters that stage 3 gathers."""
     activations: float = 0
     head: float = 0
     teacher: float = 0
     context: float = 0
-    """What the runtime itself takes."""
+    """Memory of the runtime itself."""
 
     @property
     def total(self) -> float:
@@ -77,7 +77,7 @@ def host_states(trainable: int, parameters: int, spread: Spread) -> float:
 
 
 def layer_bytes(config: ModelConfig, bfloat16: bool, networks: float = 1) -> float:
-    """Bytes that autograd keeps of one decoder layer for one token; ``networks`` feed-forward networks see the token.
+    """Bytes that autograd stores of one decoder layer for one token; ``networks`` feed-forward networks use the token.
 
     In the precision of computing: queries and keys before and after rotation, values, the attended values, and of each
     feed-forward network gate, up, activation and product. In float32: input and normalised input of both norms.
@@ -93,8 +93,8 @@ def layer_bytes(config: ModelConfig, bfloat16: bool, networks: float = 1) -> flo
 
 
 def activations(config: ModelConfig, tokens: int, *, bfloat16: bool, checkpointing: bool, networks: float = 1) -> float:
-    """Bytes of all layers for ``tokens`` tokens at once. With gradient checkpointing each layer keeps its input alone,
-    and one layer at a time is there in full (Chen et al. 2016, arXiv 1604.06174)."""
+    """Bytes of all layers for ``tokens`` tokens at once. With gradient checkpointing each layer stores only its input,
+    and one layer at a time is complete (Chen et al. 2016, arXiv 1604.06174)."""
     layers, each = config["num_hidden_layers"], layer_bytes(config, bfloat16, networks)
     if not checkpointing:
         return tokens * layers * each

@@ -1,4 +1,4 @@
-"""The model a stage works on, as far as it is known before anything is fetched."""
+"""The model of a stage, as far as known before any download."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Model:
         return sum(self.tensors.values())
 
     def active(self, name: str) -> float:
-        """Elements of a tensor that one token meets."""
+        """Elements of a tensor that one token uses."""
         layer, inside, rest = name.partition(".mlp.")
         if inside and layer in self.experts and not rest.startswith("router"):
             return self.tensors[name] * self.top_k[layer] / self.experts[layer]
@@ -46,7 +46,7 @@ class Model:
 
     @property
     def networks(self) -> float:
-        """Feed-forward networks that a token meets in a decoder layer, on average."""
+        """Feed-forward networks that a token uses in a decoder layer, on average."""
         layers = self.text["num_hidden_layers"]
         extra = sum(k - 1 for name, k in self.top_k.items() if name.startswith("language_model"))
         return 1 + extra / layers
@@ -88,7 +88,7 @@ def _grown(model: Model, part: str, moe: MoESettings) -> Model:
 
 
 def _config(plan: Plan, backbone: str, root: Path) -> Mapping[str, Any]:
-    """What the catalogue says of a backbone's size, overlaid with its ``config.json`` once it is fetched."""
+    """A backbone's sizes from the catalogue, updated by its ``config.json`` once it is fetched."""
     if not backbone:
         return {}
     file = root / plan.backbone_directory(backbone) / "config.json"

@@ -1,4 +1,4 @@
-"""Memory, disk space and time that one stage of a plan needs."""
+"""Memory, disk space and time of one stage of a plan."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from mmpipe.plan.plan import Plan, StagePlan
 
 UTILIZATION = 0.4
-"""Share of a GPU's peak that is assumed to be reached."""
+"""Assumed utilization of a GPU's peak."""
 TEXT_TOKENS = 256
 """Tokens of text in a sample, as long as its mixture has not been tokenised."""
 _CONTEXT = {True: 1.5e9, False: 0.6e9}
-"""Bytes a process takes before it has any tensor: CUDA's context and libraries, or Python's."""
+"""Bytes of a process without tensors: CUDA's context and libraries, or Python's."""
 _ENTRY_BYTES = 6
 """Of one precomputed teacher token: its id in 4 bytes, its log-probability in 2."""
 _ON_CPU = 8
-"""Micro batch on GPUs where the recipe says nothing."""
+"""Micro batch on GPUs where the recipe sets none."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def estimate(plan: Plan, stage: StagePlan, root: Path = Path()) -> ResourceEstim
 
 
 def warnings(plan: Plan, stage: StagePlan, found: ResourceEstimate) -> list[str]:
-    """Why a run of the stage would be hopeless."""
+    """Warnings about a hopeless run of the stage."""
     hardware = stage.settings.hardware
     said = []
     room = hardware.gpu_memory_gb or plan.config.gpu_memory_gb
@@ -153,7 +153,7 @@ def _largest(tensors: count.Tensors) -> int:
 
 
 def _activations(model: Model, trained: list[str], settings: TrainStage, micro: int, longest: int) -> float:
-    """Of the decoder, and of the tower where it trains; a frozen tower keeps nothing."""
+    """Bytes of the decoder, and of the tower where it trains; a frozen tower stores none."""
     how: dict[str, Any] = {
         "bfloat16": settings.precision == "bfloat16",
         "checkpointing": settings.hardware.gradient_checkpointing,

@@ -15,7 +15,7 @@ Tensors = dict[str, int]
 """Elements by name."""
 
 _QKV_BIAS = ("qwen2", "qwen2_moe")
-"""Model types whose query, key and value projections have biases without saying so in ``config.json``."""
+"""Model types whose query, key and value projections have biases that ``config.json`` does not state."""
 
 
 def heads(config: ModelConfig) -> tuple[int, int]:
@@ -75,7 +75,7 @@ def tower(config: ModelConfig) -> Tensors:
 
 
 def projector(vision: ModelConfig, text: ModelConfig, scales: int = 1) -> Tensors:
-    """Two linear layers; features of several scales stand side by side."""
+    """Two linear layers; features of several scales are concatenated."""
     width, hidden = vision["hidden_size"] * scales, text["hidden_size"]
     root = "multi_modal_projector"
     return _affine(f"{root}.linear_1", width * hidden, hidden) | _affine(f"{root}.linear_2", hidden * hidden, hidden)

@@ -87,8 +87,8 @@ def _pins(lock: Path) -> dict[str, str]:
 
 
 def check_configuration(machine: Machine) -> Iterator[Finding]:
-    """The configuration: whether it can be carried out."""
-    plan = machine.plan  # raises ConfigError with everything that is wrong
+    """The validity of the configuration."""
+    plan = machine.plan  # raises ConfigError with all errors
     made = sum(stage.manifest().is_file() for stage in plan.chosen_stages())
     yield ok(
         f"{machine.configfile}: {len(plan.chosen_recipes)} checkpoints to compare, {len(plan.chosen_stages())} stages, "
@@ -98,7 +98,7 @@ def check_configuration(machine: Machine) -> Iterator[Finding]:
 
 
 def check_profile(machine: Machine) -> Iterator[Finding]:
-    """The profile: whether it is there, whether Snakemake knows its keys, and how it asks for GPUs."""
+    """The profile: whether it exists, whether Snakemake knows its keys, and how it requests GPUs."""
     folder = machine.profile_folder
     if folder is None:
         known = {path.name for path in (machine.root / "profiles").glob("*") if profile_file(path)}

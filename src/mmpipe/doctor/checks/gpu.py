@@ -61,7 +61,7 @@ def _major(version: str) -> int:
 
 
 def check_gpus(machine: Machine) -> Iterator[Finding]:
-    """GPUs: how many, how large, bfloat16, and what the recipes would like."""
+    """GPUs: number, memory, bfloat16, and the requests of the recipes."""
     gpus = machine.torch.get("gpus", [])
     if not gpus:
         wants = [stage.id for stage in machine.stages if stage.settings.hardware.gpus]
@@ -106,7 +106,7 @@ def _occupied(machine: Machine) -> Iterator[Finding]:
 
 
 def check_nccl(machine: Machine) -> Iterator[Finding]:
-    """NCCL, which lets GPUs talk to each other."""
+    """NCCL, the communication between GPUs."""
     torch = machine.torch
     if not torch.get("gpus"):
         yield ok("not needed: no GPU here")
@@ -137,7 +137,7 @@ def check_flash_attention(machine: Machine) -> Iterator[Finding]:
 
 
 def check_deepspeed(machine: Machine) -> Iterator[Finding]:
-    """DeepSpeed, and what it builds its operators with."""
+    """DeepSpeed, and the compilers of its operators."""
     wanting = [stage.id for stage in machine.stages if stage.settings.hardware.deepspeed]
     try:
         version = importlib.metadata.version("deepspeed")

@@ -1,4 +1,4 @@
-"""Slurm: whether the controller answers, and whether it has what the recipes ask for."""
+"""Slurm: whether the controller answers, and whether it has the hardware of the recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Disks, their file systems, and what must still be fetched or made on them."""
+"""Disks, their file systems, and pending downloads and checkpoints."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def checkpoint_bytes(machine: Machine) -> float:
 
 
 _TIGHT = 10e9
-"""Bytes below which a disk is called nearly full whatever is planned."""
+"""Free bytes below which a disk is reported as nearly full."""
 
 
 def check_disk(machine: Machine) -> Iterator[Finding]:
-    """Room on the disks of resources and results against what the plan still puts there."""
+    """Free space on the disks of resources and results against the needs of the plan."""
     yield _room(machine.root, "resources", _to_fetch(machine), "what is still to be fetched")
     yield _room(machine.root, "results", checkpoint_bytes(machine), "checkpoints still to be made")
 
