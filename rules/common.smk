@@ -7,7 +7,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 SOURCE = os.path.join(workflow.basedir, "src")
-# plan and jobs use this checkout, whatever mmpipe is installed beside Snakemake
+# plan and jobs use this checkout, not an mmpipe installed beside Snakemake
 sys.path.insert(0, SOURCE)
 
 # Slurm sends SIGTERM to every process of a job: the shell around a job must survive it while the job saves its progress
@@ -98,7 +98,7 @@ def requested_precomputation(wildcards):
 
 
 def precomputation_inputs(wildcards):
-    """The checkpoint whose outputs are precomputed, and the tokens it reads."""
+    """The checkpoint whose outputs are precomputed, and its tokens."""
     stage = PLAN.checkpoint(wildcards.teacher)
     manifest = stage.manifest(out(wildcards))
     return {

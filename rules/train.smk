@@ -1,4 +1,4 @@
-# Stages of recipes, and what teachers and reference models precompute for them.
+# Stages of recipes, and the precomputed outputs of teachers and reference models.
 localrules:
     pretrained,
     prefinetuned,
@@ -9,7 +9,7 @@ localrules:
     gather_precomputed,
 
 
-# Parts of the whole by name: `snakemake finetuned` makes every fine-tuned checkpoint that the chosen recipes need.
+# Target rules: `snakemake finetuned` makes every fine-tuned checkpoint that the chosen recipes need.
 rule pretrained:
     """Projectors."""
     input:
@@ -17,7 +17,7 @@ rule pretrained:
 
 
 rule prefinetuned:
-    """Dense models of which every part was trained."""
+    """Pre-finetuned dense models."""
     input:
         trained("prefinetune"),
 
@@ -48,7 +48,7 @@ rule sparsified:
 
 
 # One rule for each kind of stage. A result depends on the stage's spec and the manifests of its inputs, nothing else. Progress is
-# kept in results/{recipe}/{stage}/state/, which is no declared output, so that Snakemake does not delete it.
+# stored in results/{recipe}/{stage}/state/, which is not a declared output, so that Snakemake does not delete it.
 rule pretrain:
     input:
         unpack(stage_inputs),
@@ -129,7 +129,7 @@ use rule upcycle as construct with:
 
 
 # Teacher logits and reference log-probabilities of a mixture, computed once for any number of students: in chunks that resume from
-# {mixture}/state/, which is no declared output, then published as one.
+# {mixture}/state/, which is not a declared output, then published as one.
 rule precompute:
     input:
         unpack(precomputation_inputs),

@@ -56,7 +56,7 @@ def main(snakemake: Any, plan: Plan) -> None:
         leaving_out = entry.control == "without_first_expert"
         with without_first(answerer.model) if leaving_out else nullcontext():
             done = answer_chunk(questions, answers, state, out, keep=experts.recover if experts else None)
-        log.info("%(asked)d answered, %(resumed)d kept from an interrupted run", done)
+        log.info("%(asked)d answered, %(resumed)d reused from an interrupted run", done)
         if experts:
             rows = merge(pieces(experts.folder), Path(snakemake.output.experts))
             log.info("%d choices of experts logged", rows)

@@ -1,4 +1,4 @@
-"""Join the chunks of answers, after proving them complete, or the chunks of an expert log."""
+"""Join the chunks of answers, after checking that they are complete, or the chunks of an expert log."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Write a page or a figure of the report; the rule's name says which."""
+"""Write a page or a figure of the report, chosen by the rule's name."""
 
 from pathlib import Path
 from typing import Any

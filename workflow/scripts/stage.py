@@ -44,7 +44,7 @@ def hosts(snakemake: Any) -> tuple[str, ...]:
 
 
 def end_time(snakemake: Any) -> float | None:
-    """When this Slurm job's time is up, in seconds since 1970; counted from now when the controller does not answer."""
+    """The end of this Slurm job's time limit, in seconds since 1970; counted from now when the controller does not answer."""
     slurm_job = slurm.job_id()
     if slurm_job is None:
         return None
