@@ -1,4 +1,4 @@
-"""What several tests share: a very small world, made once."""
+"""What several tests share: small demo files, made once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import warm_python
-from tiny_project import make_job, make_world
+from tiny_project import make_job, make_demo_files
 
 from mmpipe.stages.base import StageJob
 
@@ -30,9 +30,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with tiny backbones, a data set and a mixture, laid out as the rules lay them out."""
-    return make_world(tmp_path_factory.mktemp("world"))
+    return make_demo_files(tmp_path_factory.mktemp("demo_files"))
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,9 @@ def quick_readback(quick_python: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def job(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_readback: None) -> Callable[..., StageJob]:
+def job(
+    demo_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_readback: None
+) -> Callable[..., StageJob]:
     """Make a job that publishes below the test's own directory."""
-    monkeypatch.chdir(world)
+    monkeypatch.chdir(demo_files)
     return lambda name="run", **changes: make_job(tmp_path, name, **changes)

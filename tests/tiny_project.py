@@ -1,4 +1,4 @@
-"""A very small world, and jobs in it."""
+"""Demo files in a small size, and jobs on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_one_sided(path: Path) -> None:
     pq.write_table(table, path)
 
 
-def make_world(root: Path) -> Path:
+def make_demo_files(root: Path) -> Path:
     """A working directory with tiny backbones, a data set and a mixture, laid out as the rules lay them out."""
     from mmpipe.artifacts import manifest
     from mmpipe.data.mixture import build_mixture
@@ -87,7 +87,7 @@ def half_without_images(job: StageJob, out: Path) -> StageJob:
 
 
 def make_job(folder: Path, name: str = "run", **changes: Any) -> StageJob:
-    """A job in the current world that publishes below ``folder``."""
+    """A job in the current directory that publishes below ``folder``."""
     backbones = {role: Path("resources/backbones", f"{role}-tiny") for role in ("clip", "qwen2")}
     facts: dict[str, Any] = {
         "recipe": "test",

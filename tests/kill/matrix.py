@@ -69,7 +69,7 @@ class Reference:
 
 
 def train_and_evaluate(folder: Path) -> None:
-    """What Snakemake's jobs do: train a stage, answer a benchmark, gather, score; all in the current world."""
+    """What Snakemake's jobs do: train a stage, answer a benchmark, gather, score; all in the current directory."""
     from tiny_project import make_job
 
     from mmpipe.benchmarks.spec import BenchmarkEntry
@@ -109,15 +109,15 @@ def train_and_evaluate(folder: Path) -> None:
 
 
 def make_everything(root: Path) -> None:
-    """The world, with a prepared benchmark."""
-    from tiny_project import make_world
+    """The demo files, with a prepared benchmark."""
+    from tiny_project import make_demo_files
 
     from mmpipe.artifacts import manifest
     from mmpipe.benchmarks.prepare import prepare
     from mmpipe.benchmarks.spec import BenchmarkEntry
     from mmpipe.demo.presence import pope
 
-    make_world(root)
+    make_demo_files(root)
     pope(root / "resources/datasets/pope", seed=5, questions=4)
     prepared = root / "resources/benchmarks/pope"
     prepared.mkdir(parents=True)
@@ -310,11 +310,11 @@ def run(kills: int, seed: int, a_run: int = 2) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mmpipe-kill-") as place:
         root = Path(place).resolve()
-        (root / "world").mkdir()
-        _, status = os.waitpid(_child(lambda: make_everything(root / "world"), root / "world.log"), 0)
+        (root / "demo_files").mkdir()
+        _, status = os.waitpid(_child(lambda: make_everything(root / "demo_files"), root / "demo_files.log"), 0)
         if status:
-            raise SystemExit((root / "world.log").read_text())
-        os.chdir(root / "world")
+            raise SystemExit((root / "demo_files.log").read_text())
+        os.chdir(root / "demo_files")
         # the same path every time: a manifest names its inputs by theirs
         folder = root / "out"
         reference = undisturbed(folder)

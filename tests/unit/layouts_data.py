@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts of others, made small; call everything below the tests' world directory."""
+"""Checkpoints in the layouts of others, made small; call everything below the tests' demo files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HIDDEN, VISION_HIDDEN = 32, 32
 
 
 def tiny_model(seed: int = 0) -> tuple[Any, Any]:
-    """The world's model with a projector drawn from ``seed``."""
+    """The demo's model with a projector drawn from ``seed``."""
     return build_model(
         BACKBONES,
         VisionLanguage(vision="clip-tiny", language="qwen2-tiny"),
@@ -80,7 +80,7 @@ def projector(seed: int = 1, dtype: torch.dtype = torch.float16) -> dict[str, Te
 
 
 def tower(dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """The world's tower, a little changed by training, under LLaVA's names."""
+    """The demo's tower, a little changed by training, under LLaVA's names."""
     model = AutoModel.from_pretrained(BACKBONES["vision"])
     prefix = "model.vision_tower.vision_tower.vision_model."
     return {f"{prefix}{name}": (1.5 * tensor).to(dtype).contiguous() for name, tensor in model.state_dict().items()}

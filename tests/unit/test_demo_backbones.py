@@ -121,7 +121,7 @@ def test_an_image_token_fits_without_resizing(language: Path) -> None:
     assert len(tokenizer("<image>\nWhat")["input_ids"]) == 3
 
 
-def test_every_word_of_the_world_is_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_word_of_the_demo_is_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
     values = [value for values in ATTRIBUTES.values() for value in values]
     asked = [f" {word}" for question in QUESTIONS.values() for word in question.strip("?").split()[1:]]
     answers = [*LETTERS, *values, *(f" {answer}" for answer in (*LETTERS, *values))]

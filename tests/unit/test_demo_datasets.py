@@ -161,7 +161,7 @@ def test_answers_are_true_of_the_images(conversations: Path, records: list[dict[
 
 
 @pytest.mark.parametrize(("wrong", "least", "most"), [(1.0, 0, 0), (0.2, 0.7, 0.9)])
-def test_hurried_annotators_are_wrong_as_often_as_told(tmp_path: Path, wrong: float, least: float, most: float) -> None:
+def test_wrong_answers_have_the_given_share(tmp_path: Path, wrong: float, least: float, most: float) -> None:
     root = make(datasets.conversations, tmp_path / "mix", seed=6, records=600, text_only=0, wrong=wrong)
     told = json.loads((root / "llava_v1_5_mix665k.json").read_text(encoding="utf-8"))
     found = truths(root, told)

@@ -123,7 +123,7 @@ def test_operations_of_experts_are_counted(asked) -> None:
     assert counted[1] - counted[0] == layers * (expert + router + joining), "a second expert"
 
 
-def test_too_little_memory_for_one_way_is_said(asked, monkeypatch) -> None:
+def test_a_variant_without_enough_memory_is_reported(asked, monkeypatch) -> None:
     of = answerer()
     plain = efficiency._counted
 

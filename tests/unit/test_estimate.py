@@ -81,7 +81,7 @@ def test_bfloat16_adds_casts_and_frozen_parameters_cost_their_weights_alone():
     assert gathered.casts == pytest.approx((2 + 4) * 0.2e9)
 
 
-def test_what_is_offloaded_waits_in_main_memory():
+def test_offloaded_states_are_counted_in_cpu_ram():
     both = memory.Spread(8, 3, offload_optimizer=True, offload_parameters=True)
     assert memory.host_states(N, N, both) * 8 == pytest.approx(16 * N)
     assert memory.host_states(N, N, memory.Spread(8, 3)) == 0
@@ -118,12 +118,13 @@ def test_gpu_hours():
     assert flops.gpu_hours(312e12 * 3600, tflops=312, utilization=0.4) == pytest.approx(2.5)
 
 
-def test_names_and_sizes_are_those_of_a_real_model(world):
+def test_names_and_sizes_are_those_of_a_real_model(demo_files):
     from mmpipe.checkpoints.load import build_model
     from mmpipe.models.settings import VisionLanguage
 
     folders = {
-        role: world / f"resources/backbones/{name}-tiny" for role, name in (("vision", "clip"), ("language", "qwen2"))
+        role: demo_files / f"resources/backbones/{name}-tiny"
+        for role, name in (("vision", "clip"), ("language", "qwen2"))
     }
     built, _ = build_model(
         folders, VisionLanguage(vision="x", language="y"), template="plain", image_aspect="pad", seed=0
@@ -133,12 +134,12 @@ def test_names_and_sizes_are_those_of_a_real_model(world):
     assert count.language(text) | count.tower(vision) | count.projector(vision, text) == real
 
 
-def test_activations_are_about_what_autograd_keeps(world):
+def test_activations_are_about_what_autograd_keeps(demo_files):
     """Everything saved for the backward pass of a decoder, parameters apart, each storage once."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = world / "resources/backbones/qwen2-tiny"
+    folder = demo_files / "resources/backbones/qwen2-tiny"
     config = json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").model
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -218,7 +219,7 @@ def test_a_run_announces_what_it_trains():
     assert "2 steps each (smoke)" in plan.announcement(stages, smoke=True)
 
 
-def test_what_a_teacher_writes_down_takes_as_much_as_it_is_said_to(tmp_path):
+def test_precomputed_logits_take_the_estimated_disk_space(tmp_path):
     from mmpipe.training.precomputed import TOKENS
 
     stage = {"data": "shapes-finetune", "template": "chatml", "teacher": "demo", "teacher_cache": {"k": 64}}

@@ -1,4 +1,4 @@
-"""Checkpoints of LLaVA's lineage: brought in exactly, and written back bit by bit."""
+"""Checkpoints in LLaVA's layouts: imported exactly, and exported bit by bit."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def test_files_that_hold_anything_but_tensors_are_refused(bring, job, tmp_path, 
         bring(folder, language=tmp_path / "base")
 
 
-def test_what_is_not_there_is_said(job, tmp_path):
+def test_missing_files_are_named(job, tmp_path):
     joined = job("construct", tokens=None)
     run_stage(Construct(template="chatml"), joined)
     made_twice = ["export", str(joined.model_dir), str(tmp_path), "--layout", "llava"]

@@ -52,9 +52,9 @@ CONFIG = {"model_type": "llava_phi", "scales": [1, 3], "mm_vision_tower": "opena
 
 
 @pytest.fixture
-def parts(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+def parts(demo_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """A tower and a tiny Phi-3."""
-    monkeypatch.chdir(world)
+    monkeypatch.chdir(demo_files)
     language = tmp_path / "phi3"
     tokenizer = AutoTokenizer.from_pretrained("resources/backbones/qwen2-tiny")
     config = Phi3Config(
@@ -258,7 +258,7 @@ def test_what_is_missing_or_left_over_is_named(
         bring_in(tmp_path / "sft", parts, "vision")
 
 
-def test_a_router_that_nobody_knows(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_an_unknown_router_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
     write_sft(tmp_path / "sft", parts, sparse(parts, "topk"), "topk")
     path = tmp_path / "sft/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"moe_name": "smoe_perturb"}))

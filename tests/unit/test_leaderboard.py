@@ -84,7 +84,7 @@ def test_rows_are_families_and_a_missing_cell_moves_nothing(board: dict[str, Any
     assert rows["bad"]["mean"] == 0.4
 
 
-def test_what_is_noise_is_said(board: dict[str, Any]) -> None:
+def test_differences_within_noise_are_marked(board: dict[str, Any]) -> None:
     cells = {row["checkpoint"]: row["cells"]["one"] for row in board["rows"]}
     assert cells["good-*"]["against_best"] is None
     assert cells["same"]["against_best"]["within_noise"]

@@ -65,7 +65,7 @@ def kind(request, monkeypatch) -> Any:
 
 
 @pytest.fixture(scope="session")
-def published(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(demo_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as a stage publishes it, of untrained weights."""
     import json
 
@@ -78,8 +78,8 @@ def published(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("published") / "model"
     backbones = {
-        "vision": world / "resources/backbones/clip-tiny",
-        "language": world / "resources/backbones/qwen2-tiny",
+        "vision": demo_files / "resources/backbones/clip-tiny",
+        "language": demo_files / "resources/backbones/qwen2-tiny",
     }
     model, processor = build_model(
         backbones,
@@ -163,7 +163,7 @@ def test_stop_texts_cut(kind, published):
         ({}, ["clip.mp4"], DataError, "hands over a str"),
     ],
 )
-def test_what_it_cannot_do_is_said(kind, published, settings, images, error, message):
+def test_unsupported_requests_are_errors(kind, published, settings, images, error, message):
     requests = [request("?", settings, images)]
     with pytest.raises(error, match=message):
         make(kind, published, requests).generate_until(requests)

@@ -193,7 +193,7 @@ def test_a_cache_for_other_labels_is_refused(pair: dict) -> None:
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "drop"])
 @pytest.mark.parametrize("sharpness", [0.5, 2.0])
-def test_half_precision_is_enough_for_what_is_written_down(tail: str, sharpness: float) -> None:
+def test_half_precision_is_enough_for_cached_log_probabilities(tail: str, sharpness: float) -> None:
     generator = torch.Generator().manual_seed(0)
     teacher, noise = torch.randn(2, 1, 65, 64, generator=generator)
     head = torch.randn(4096, 64, generator=generator) * sharpness

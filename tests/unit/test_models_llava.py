@@ -21,26 +21,26 @@ PARTS = VisionLanguage(vision="clip-tiny", language="qwen2-tiny")
 
 
 @pytest.fixture
-def model(world):
+def model(demo_files):
     backbones = {
-        "vision": world / "resources/backbones/clip-tiny",
-        "language": world / "resources/backbones/qwen2-tiny",
+        "vision": demo_files / "resources/backbones/clip-tiny",
+        "language": demo_files / "resources/backbones/qwen2-tiny",
     }
     return build_model(backbones, PARTS, template="qwen", image_aspect="pad", seed=3)[0]
 
 
-def test_the_parts_are_the_backbones(world, model):
-    language = load_file(world / "resources/backbones/qwen2-tiny/model.safetensors")
+def test_the_parts_are_the_backbones(demo_files, model):
+    language = load_file(demo_files / "resources/backbones/qwen2-tiny/model.safetensors")
     ours = model.model.language_model.state_dict()
     for name, tensor in language.items():
         if "embed" not in name:
             assert torch.equal(ours[name.removeprefix("model.")], tensor)
 
 
-def test_the_projector_depends_on_the_seed_alone(world, model):
+def test_the_projector_depends_on_the_seed_alone(demo_files, model):
     backbones = {
-        "vision": world / "resources/backbones/clip-tiny",
-        "language": world / "resources/backbones/qwen2-tiny",
+        "vision": demo_files / "resources/backbones/clip-tiny",
+        "language": demo_files / "resources/backbones/qwen2-tiny",
     }
     torch.rand(7)  # whatever was drawn before
     again = build_model(backbones, PARTS, template="qwen", image_aspect="pad", seed=3)[0]
@@ -51,7 +51,7 @@ def test_the_projector_depends_on_the_seed_alone(world, model):
     assert not torch.equal(first, projector.state(other)[name])
 
 
-def test_projector_files_of_every_lineage_are_read(model, tmp_path):
+def test_projector_files_of_every_layout_are_read(model, tmp_path):
     wanted = projector.state(model)
     projector.save(model, tmp_path / "projector.safetensors")
     projector.save_llava_bin(model, tmp_path / "mm_projector.bin")

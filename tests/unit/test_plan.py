@@ -233,7 +233,7 @@ def test_stages_that_read_a_mixture_alike_share_its_tokens(project):
     assert f"{finetune.directory}/report.html" in plan.report_items()
 
 
-def test_a_teacher_that_writes_down_reads_its_own_tokens(project):
+def test_a_teacher_is_precomputed_on_its_own_tokens(project):
     student = {
         "model": {**MODEL, "vision": "ear"},
         "stages": {"distill_dense": {"data": "mix", "teacher": "base", "teacher_cache": {"k": 4}}},

@@ -206,7 +206,7 @@ def test_names_every_mirror_that_failed(host: FaultyServer, tmp_path: Path) -> N
         fetch(urls, tmp_path / "a", sha256=DIGEST)
 
 
-def test_says_that_nobody_answers(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_an_error(tmp_path: Path) -> None:
     with server.running() as gone:
         url = gone.url("/a")
     with pytest.raises(DataError, match=r"the connection failed .*refused"):

@@ -228,13 +228,13 @@ def test_needs_the_room_it_announces(host: FaultyServer) -> None:
     assert host.seen == []
 
 
-def test_needs_the_room_that_the_lock_tells_where_nobody_announces_it(host: FaultyServer) -> None:
+def test_free_disk_space_is_checked_against_the_lock(host: FaultyServer) -> None:
     source = entry(source="drive", files=[{"id": "0123456789", "to": "a"}])
     with pytest.raises(DataError, match=r"needs 5000000000\.0 GB below .*are free"):
         fetched(source, downloads={"a": {"size": 5 * 10**18, "sha256": "0" * 64}})
 
 
-def test_a_long_download_tells_in_the_log_how_it_goes(
+def test_a_long_download_logs_its_progress(
     host: FaultyServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.05)
@@ -254,7 +254,7 @@ def test_a_long_download_tells_in_the_log_how_it_goes(
         ({"restricted": ["research only", "consent"]}, "WARNING", "stated; research only; consent"),
     ],
 )
-def test_the_licence_is_told_when_a_fetch_begins(
+def test_the_licence_is_logged_when_a_fetch_begins(
     host: FaultyServer, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], level: str, told: str
 ) -> None:
     file = {"url": host.serve("/a", server.content(b"a")), "to": "a"}

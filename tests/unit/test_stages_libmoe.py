@@ -72,7 +72,7 @@ def test_the_whole_path(made, tmp_path: Path):
     assert "busiest expert" in (tmp_path / "loss.svg").read_text()
 
 
-def test_images_at_two_scales_are_answered_alike_from_shared_beginnings(made, world: Path):
+def test_images_at_two_scales_are_answered_alike_from_shared_beginnings(made, demo_files: Path):
     dense = made("dense")
     run_stage(Prefinetune(**COMMON), dense)
     model, processor, _ = open_checkpoint(dense.model_dir)

@@ -42,10 +42,10 @@ COMMON = {"template": "qwen", "batch_size": 8, "max_steps": 4, "learning_rate": 
 
 
 @pytest.fixture(scope="module")
-def family(world: Path, tmp_path_factory: pytest.TempPathFactory, quick_readback: None) -> dict[str, StageJob]:
+def family(demo_files: Path, tmp_path_factory: pytest.TempPathFactory, quick_readback: None) -> dict[str, StageJob]:
     """A dense checkpoint, trained a little, and its up-cycled child."""
     folder = tmp_path_factory.mktemp("family")
-    with contextlib.chdir(world):
+    with contextlib.chdir(demo_files):
         dense = make_job(folder, "dense")
         run_stage(Finetune(data="mix", **COMMON), dense)
         sparse = make_job(folder, "sparse", parent=dense.model_dir)
@@ -295,7 +295,7 @@ def test_a_student_learns_from_a_few_written_tokens(job, dense, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["log_probabilities", "top_k", "sampled"])
-def test_annotations_do_not_depend_on_the_batch(dense, tmp_path, monkeypatch, kind):
+def test_precomputed_logits_do_not_depend_on_the_batch(dense, tmp_path, monkeypatch, kind):
     mixture = "pairs" if kind == "log_probabilities" else "mix"
     read = PrecomputedLogProbs.log_probabilities if kind == "log_probabilities" else PrecomputedLogProbs.tokens
     found = []
@@ -309,7 +309,7 @@ def test_annotations_do_not_depend_on_the_batch(dense, tmp_path, monkeypatch, ki
     assert (found[0][1] < 0).all()
 
 
-def test_annotations_are_the_same_bytes_in_any_number_of_chunks(dense, tmp_path, monkeypatch):
+def test_precomputed_logits_are_the_same_bytes_in_any_number_of_chunks(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(precompute, "RECORDS_PER_SHARD", 16)
     settings = {"kind": "sampled", "k": 5, "seed": 0}
     whole = written(tmp_path / "whole", dense.model_dir, "mix", settings)
@@ -472,20 +472,20 @@ def test_a_teacher_with_broken_weights_names_the_records(job, dense):
 
 
 @pytest.mark.parametrize("kind", ["log_probabilities", "top_k", "sampled"])
-def test_broken_weights_name_the_records_that_are_annotated(dense, tmp_path, kind):
+def test_broken_weights_name_the_precomputed_records(dense, tmp_path, kind):
     break_weights(dense.model_dir)
     mixture, source = ("pairs", "pairs") if kind == "log_probabilities" else ("mix", "shapes")
     with pytest.raises(ArtifactError, match=rf"dense.*, records ({source}/\S+, )+{source}/\S+: the .* not finite"):
         written(tmp_path, dense.model_dir, mixture, {"kind": kind, "k": 2, "seed": 0})
 
 
-def test_a_sparse_student_answers_the_same_at_every_batch_size(job, dense, sparse, world):
+def test_a_sparse_student_answers_the_same_at_every_batch_size(job, dense, sparse, demo_files):
     made = job("student", parent=sparse.model_dir)
     distill(DistillSparse, made, dense.model_dir)
     model, processor, card = open_checkpoint(made.model_dir)
     template = get_template(card["checkpoint"]["template"], processor.tokenizer)
     answerer = Answerer(model, processor, template)
-    images = sorted((world / "resources/datasets/shapes").rglob("*.jpg"))[:18]
+    images = sorted((demo_files / "resources/datasets/shapes").rglob("*.jpg"))[:18]
     questions = [
         Question(id=number, text="What color is drawn?" + " Say it." * (number % 3), images=(image,))
         for number, image in enumerate(images)

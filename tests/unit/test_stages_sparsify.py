@@ -53,10 +53,10 @@ def sparsify(**changes: Any) -> Sparsify:
 
 
 @pytest.fixture(scope="module")
-def family(world: Path, tmp_path_factory: pytest.TempPathFactory, quick_readback: None) -> dict[str, StageJob]:
+def family(demo_files: Path, tmp_path_factory: pytest.TempPathFactory, quick_readback: None) -> dict[str, StageJob]:
     """A dense checkpoint, trained a little, and its sparsified child. Not to be changed: copy them."""
     folder = tmp_path_factory.mktemp("family")
-    with contextlib.chdir(world):
+    with contextlib.chdir(demo_files):
         dense = make_job(folder, "dense")
         run_stage(Finetune(data="mix", learning_rate=1e-2, **COMMON), dense)
         sparsified = make_job(folder, "sparsified", parent=dense.model_dir)

@@ -57,10 +57,10 @@ def hashes(directory: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(demo_files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Hashes of what an undisturbed run publishes."""
     made = make_job(tmp_path_factory.mktemp("undisturbed"), "undisturbed")
-    with contextlib.chdir(world):
+    with contextlib.chdir(demo_files):
         run_stage(finetune(), made)
     return hashes(made.model_dir) | hashes(made.report_dir)
 
@@ -135,7 +135,7 @@ def test_nothing_is_at_its_place_until_it_is_whole(job, monkeypatch):
     assert not made.model_dir.exists()
 
 
-def test_only_what_is_trainable_changes(job, world):
+def test_only_what_is_trainable_changes(job, demo_files):
     made = job("projector")
     run_stage(
         Pretrain(data="mix", batch_size=8, max_steps=2, learning_rate=0.1, template="qwen", llava_projector=True), made
@@ -148,7 +148,7 @@ def test_only_what_is_trainable_changes(job, world):
     frozen = job("frozen")
     run_stage(finetune(trainable=["language_model.layers.0.*"], max_steps=2), frozen)
     after = load_file(frozen.model_dir / "model.safetensors")
-    language = load_file(world / "resources/backbones/qwen2-tiny/model.safetensors")
+    language = load_file(demo_files / "resources/backbones/qwen2-tiny/model.safetensors")
     changed = {
         name
         for name, before in language.items()
@@ -209,7 +209,7 @@ def test_gpus_that_are_not_there_are_an_error(job):
 
 
 @pytest.mark.parametrize(("kind", "optimizer"), [("zero2", "adamw_torch"), ("zero2_offload", "adamw_torch_fused")])
-def test_what_deepspeed_is_told(job, kind, optimizer, monkeypatch):
+def test_the_deepspeed_configuration(job, kind, optimizer, monkeypatch):
     """Nothing is left to ``auto``: clipping is the stage's, and offloaded moments are updated by torch's fused AdamW."""
     stage = finetune(max_gradient_norm=0.3, precision="bfloat16")
     monkeypatch.setattr(trainer, "TrainingArguments", dict)

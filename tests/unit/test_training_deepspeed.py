@@ -94,7 +94,7 @@ def test_in_bfloat16_frozen_bytes_stay_and_trained_weights_are_float32(job):
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
-def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, world, kind):
+def test_a_sparse_student_learns_from_a_teacher_and_resumes_exactly(job, demo_files, kind):
     """Experts under stage 3, a teacher nothing spreads, and the same bytes after an interruption."""
     teacher, sparse = job("teacher"), job("sparse")
     run_stage(finetune(max_steps=1), teacher)

@@ -126,7 +126,7 @@ def test_a_process_that_is_killed_ends_the_job_at_once(job):
     assert not any(rank.is_running() for rank in ranks)
 
 
-def test_nobody_trains_on_when_the_launcher_is_killed(job):
+def test_training_ends_when_the_launcher_is_killed(job):
     made = job("run")
     with start(finetune(max_steps=100000), made) as process:
         wait_for(process, lambda: steps(made) >= 2)

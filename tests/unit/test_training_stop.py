@@ -23,7 +23,7 @@ def finetune(**changes) -> Finetune:
     return Finetune(**{**settings, **changes})
 
 
-def test_sigterm_is_a_request_while_somebody_listens():
+def test_sigterm_is_a_stop_request_inside_the_block():
     requests = stop.StopSignal()
     before = signal.getsignal(signal.SIGTERM)
     with requests.listening():
@@ -87,9 +87,9 @@ def test_checkpoints_that_are_being_removed_do_not_look_complete(tmp_path, monke
 
 
 @pytest.fixture
-def broken_images(world):
+def broken_images(demo_files):
     """A third of the images cannot be read any more."""
-    chosen = sorted((world / "resources/datasets/shapes").rglob("*.jpg"))[::3]
+    chosen = sorted((demo_files / "resources/datasets/shapes").rglob("*.jpg"))[::3]
     assert chosen
     before = {path: path.read_bytes() for path in chosen}
     for path in chosen:

@@ -32,13 +32,13 @@ def block(language: str) -> str:
 
 
 @pytest.fixture
-def my_router(world: Path, monkeypatch: pytest.MonkeyPatch):
+def my_router(demo_files: Path, monkeypatch: pytest.MonkeyPatch):
     """The example's file in the working directory of a user."""
-    path = world / "my_router.py"
+    path = demo_files / "my_router.py"
     path.write_text(block("python"))
     importlib.invalidate_caches()
-    monkeypatch.chdir(world)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(world)])
+    monkeypatch.chdir(demo_files)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(demo_files)])
     yield path
     path.unlink()
     sys.modules.pop("my_router", None)

@@ -156,7 +156,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_what_nobody_reads_does_not_train(tower: str) -> None:
+def test_unused_parameters_do_not_train(tower: str) -> None:
     model = llava(tower=tower).train()
     model.requires_grad_(True)
     idle = freeze_unused(model)
