@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import warm_python
-from tiny_project import make_job, make_demo_files
+from tiny_project import make_demo_files, make_job
 
 from mmpipe.stages.base import StageJob
 

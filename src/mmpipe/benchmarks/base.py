@@ -326,10 +326,7 @@ class Benchmark:
     def result(
         self, pair: AnswerPair, score: float, parsed: str | None, unparsed: bool | None = None, /, **facts: Any
     ) -> Item:
-        """The verdict with the parsed answer; a missing answer scores 0.
-
-        ``unparsed`` is by default whether ``parsed`` is None.
-        """
+        """The verdict with the parsed answer; 0 for a missing one. ``unparsed`` is by default whether it is None."""
         return Item(
             id=self.id_of(pair.reference),
             score=float(pair.answered and score),

@@ -92,8 +92,7 @@ def _wanted(
 
 
 def _input_tokens(payload: JsonDict) -> int:
-    """Tokens of a request by a generous estimate: three bytes a token (English has about four), and ten for each
-    message's frame."""
+    """Upper estimate of a request's tokens: three bytes per token (English: about four), ten more per message."""
     texts = [message["content"].encode("utf-8", "replace") for message in payload["messages"]]
     return sum(len(text) // 3 + 11 for text in texts)
 

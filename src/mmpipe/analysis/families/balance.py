@@ -37,8 +37,7 @@ def variation(counts_N: NDArray[Any]) -> float:
 
 
 def most_common_expert_set(indices_TK: NDArray[Any], times_T: NDArray[Any]) -> tuple[tuple[int, ...], float]:
-    """The most common ordered choice of k experts, and its share of the tokens; a choice
-    without effect is -1."""
+    """The most common ordered choice of k experts, and its share of the tokens; a choice without effect is -1."""
     sets, of_T = np.unique(indices_TK, axis=0, return_inverse=True)
     tokens = np.bincount(of_T.ravel(), weights=times_T)
     best = int(tokens.argmax())

@@ -27,8 +27,7 @@ def weight_entropy(weights_TK: NDArray[Any], times_T: NDArray[Any]) -> float:
 
 
 def margin(weights_TK: NDArray[Any], times_T: NDArray[Any]) -> float:
-    """Mean over tokens of the largest share minus the second; 1 with one expert a token, where LibMoE's
-    fails."""
+    """Mean over tokens of the largest share minus the second; 1 with one expert a token, where LibMoE's fails."""
     q_TK = np.sort(shares(weights_TK), axis=1)
     if q_TK.shape[1] == 1:
         return 1.0

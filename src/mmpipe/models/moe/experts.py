@@ -28,8 +28,7 @@ class ExpertsConfig:
     output: int | None = None
     """Output width, when it is not ``width`` (a projector's)."""
     _experts_implementation: str = AUTOMATIC
-    """``mmpipe_automatic``, ``eager`` or any name transformers knows (``grouped_mm``, ``batched_mm``,
-    ...)."""
+    """``mmpipe_automatic``, ``eager`` or any name transformers knows (``grouped_mm``, ``batched_mm``, ...)."""
 
 
 @use_experts_implementation
