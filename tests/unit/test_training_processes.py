@@ -25,6 +25,7 @@ from mmpipe.training import launch, stop, worker
 
 LAUNCH = """
 import sys, logging
+from pathlib import Path
 from mmpipe.errors import MmpipeError
 from mmpipe.training import launch, worker
 from mmpipe.training.run import train
