@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mmpipe.data.dataset import Batch
 from mmpipe.data.images import Aspect, image_processor
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.models.moe.context import nothing_counts
 from mmpipe.models.vision_tower import enable_multi_scale
+
+if TYPE_CHECKING:  # reads Arrow, which chat does without
+    from mmpipe.data.dataset import Batch
 
 IMAGE_TOKEN = "<image>"
 
