@@ -169,7 +169,8 @@ def test_a_training_longer_than_its_time_limit_queues_itself_again(finished, tmp
         record = json.loads((training.root / "state/stopped.json").read_text())
         assert record["reason"] == "time limit"
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-        wait_for(lambda: training.steps() > record["step"])
+        # Slurm plans once a minute, and holds back a job that was queued again
+        wait_for(lambda: training.steps() > record["step"], 240)
         slurm("scancel", training.job())
         process.wait(300)  # Snakemake asks for the state of jobs less and less often
     assert f"from step {record['step']}" in training.log()
