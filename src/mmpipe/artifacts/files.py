@@ -127,7 +127,12 @@ _FORMER_WORDS = {
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; keys of artifacts of earlier versions get their names of today."""
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_report(path: Path) -> Any:
+    """Read the report or settings of an artifact; keys of earlier versions get their names of today."""
     return json.loads(path.read_text(encoding="utf-8"), object_hook=_in_todays_words)
 
 

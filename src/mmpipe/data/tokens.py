@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from mmpipe.artifacts.files import canonical_json, read_json, write_json
+from mmpipe.artifacts.files import canonical_json, read_report, write_json
 from mmpipe.data.labels import IGNORE, Encoded, encode
 from mmpipe.data.record_table import ArrowWriter, RecordTable
 from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
@@ -289,7 +289,7 @@ class TokenTable:
 
         self.directory = directory
         try:
-            self.report: Mapping[str, Any] = read_json(directory / REPORT)
+            self.report: Mapping[str, Any] = read_report(directory / REPORT)
             shards = [datasets.Dataset.from_file(str(path)) for path in sorted((directory / SHARDS).glob("*.arrow"))]
             self._table: datasets.Dataset = datasets.concatenate_datasets(shards)
         except (OSError, ValueError, pa.ArrowInvalid) as error:

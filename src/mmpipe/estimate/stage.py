@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmpipe.artifacts.files import read_json
+from mmpipe.artifacts.files import read_json, read_report
 from mmpipe.estimate import flops, memory
 from mmpipe.estimate import tensors as count
 from mmpipe.estimate.model import Model, model_of
@@ -172,7 +172,7 @@ def _lengths(plan: Plan, stage: StagePlan, model: Model, root: Path) -> _Lengths
     tokens = plan.tokens_of(stage)
     report = root / tokens.directory / "report.json" if tokens else None
     if report and report.is_file():
-        counted = read_json(report)
+        counted = read_report(report)
         kept = max(1, counted["kept"])
         longest = max((int(bound) for bound in counted["tokens_up_to"]), default=1)
         return _Lengths(

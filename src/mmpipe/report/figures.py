@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import read_json, read_jsonl
+from mmpipe.artifacts.files import read_jsonl, read_report
 from mmpipe.losses import COLLAPSE_ALARM
 from mmpipe.plotting import COLOURS, figure
 
@@ -63,7 +63,7 @@ def draw_history(history: Path, out: Path) -> None:
 
 def draw_efficiency(measured: Path, out: Path) -> None:
     """Draw dense over sparse by measure and keep rate, a panel for each batch size; points without a gain are hollow."""
-    rows = read_json(measured)["rows"]
+    rows = read_report(measured)["rows"]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     with figure(out, 1, len(batches), (4.4 * len(batches), 3.6)) as axes:
         for axis, size in zip(axes.flat, batches, strict=True):

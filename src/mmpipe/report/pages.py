@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from mmpipe.analysis.base import Row
-from mmpipe.artifacts.files import read_json, read_jsonl, write_text
+from mmpipe.artifacts.files import read_json, read_jsonl, read_report, write_text
 from mmpipe.benchmarks.prepare import evenly, read_questions
 from mmpipe.data.images import data_url
 
@@ -65,7 +65,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
 def table_page(template: str, source: Path, page: Path) -> None:
     """Lay out the JSON file ``source`` as tables; ``template`` is one of ``comparison``, ``leaderboard``, ``mixture``,
     ``tokens`` and ``contamination``."""
-    content = read_json(source)
+    content = read_report(source)
     write_page(page, template, title=_TABLES[template].format(content=content, source=source), content=content)
 
 
@@ -123,7 +123,7 @@ def in_units(value: float, unit: str) -> str:
 
 def efficiency_page(measured: Path, page: Path) -> None:
     """Lay out ``measured.json``, a table for each batch size: value, range, and the gain over dense, if any."""
-    content = read_json(measured)
+    content = read_report(measured)
     cells = {(row["batch"], row["measure"], row["keep"]): _cell(row) for row in content["rows"]}
     keeps = list(dict.fromkeys(keep for _, _, keep in cells))
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmpipe.artifacts.files import read_json, write_json
+from mmpipe.artifacts.files import read_report, write_json
 from mmpipe.errors import ArtifactError
 from mmpipe.models.sparsity.hooks import attach, get_sparsifier
 from mmpipe.models.sparsity.spec import SparsitySettings
@@ -52,7 +52,7 @@ def load(model: Any, directory: Path) -> None:
         missing = directory / (WEIGHTS if there[0] else CONFIG)
         raise ArtifactError(f"{missing} is missing; without it the checkpoint's predictors cannot be used")
     try:
-        config = read_json(directory / CONFIG)
+        config = read_report(directory / CONFIG)
         image_tokens = config.pop("image_tokens")
         settings = SparsitySettings(**config)
         tensors = load_file(directory / WEIGHTS)
