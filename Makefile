@@ -32,8 +32,9 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 pytest -m "not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=10
 
+# a file stays in one worker: the tests on Slurm start and stop one cluster
 test-slow: install
-	OMP_NUM_THREADS=1 pytest -m slow --numprocesses 2 --dist loadgroup --durations=10
+	OMP_NUM_THREADS=1 pytest -m slow --numprocesses 2 --dist loadfile --durations=10
 
 check: install
 	ruff check .

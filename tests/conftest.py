@@ -21,12 +21,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long comes first, so that the workers of a run end together; tests on Slurm share one cluster."""
+    """What takes long comes first, so that the workers of a run end together."""
     long = ("tests/workflow/", "tests/kill/", "unit/test_stages_", "unit/test_training", "unit/test_lora")
     items.sort(key=lambda item: not any(part in item.path.as_posix() for part in long))
-    for item in items:
-        if item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
 
 
 @pytest.fixture(scope="session")
