@@ -46,4 +46,4 @@ check: install
 	python perf/house.py
 
 clean:
-	rm -rf results/*/ results/*.json results/*.html resources logs .snakemake report.html
+	rm -rf results/*/ results/.mmpipe results/*.json results/*.html resources logs .snakemake report.html

@@ -27,7 +27,7 @@ LAYERS = (
     ("inference", "training"),
     ("benchmarks", "analysis"),
     ("plan",),
-    ("estimate", "report", "doctor"),
+    ("estimate", "report", "doctor", "provenance"),
     ("chat", "cli", "jobs", "lmms_eval"),
 )
 RANK = {package: rank for rank, layer in enumerate(LAYERS) for package in layer}

@@ -15,11 +15,15 @@ shell.prefix("trap '' TERM; ")
 
 from mmpipe.errors import MmpipeError
 from mmpipe.plan.plan import Plan
+from mmpipe.provenance import persistence
 from mmpipe.registry import export_source_dir
 from mmpipe.stages.base import Hardware
 from mmpipe.plan.variants import PATTERN as VARIANT
 
 export_source_dir(SOURCE)
+
+# what is stale is decided by content and settings, not by time stamps
+persistence.install()
 
 try:
     PLAN = Plan(config, Path(workflow.basedir))

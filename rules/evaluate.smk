@@ -59,6 +59,8 @@ rule answer_chunk:
     threads: lambda wildcards: answer_hardware(wildcards).cpus
     resources:
         **resources_of(answer_hardware),
+    params:
+        reads=lambda wildcards: PLAN.benchmark_spec(wildcards.benchmark, bool(wildcards.smoke)),
     message:
         "Answering {wildcards.benchmark} with {wildcards.checkpoint} ({wildcards.chunk})"
     script:
@@ -112,6 +114,8 @@ rule score_answers:
         "logs/{smoke}{checkpoint}/eval/{benchmark}/score.log",
     resources:
         **light(memory_gb=2, minutes=10),
+    params:
+        reads=lambda wildcards: PLAN.benchmark_spec(wildcards.benchmark, bool(wildcards.smoke)),
     message:
         "Scoring {wildcards.checkpoint} on {wildcards.benchmark}"
     script:
@@ -130,6 +134,8 @@ rule convert_submission:
         extension="xlsx|json|jsonl|zip|txt",
     resources:
         **light(memory_gb=2, minutes=10),
+    params:
+        reads=lambda wildcards: PLAN.benchmark_spec(wildcards.benchmark, bool(wildcards.smoke)),
     message:
         "Writing the submission of {wildcards.checkpoint} to {wildcards.benchmark}"
     script:
@@ -147,6 +153,7 @@ rule compare:
         **light(memory_gb=2, minutes=10),
     params:
         published=lambda wildcards: PLAN.published(wildcards.benchmark),
+        reads=lambda wildcards: PLAN.comparison_spec(wildcards.benchmark),
     message:
         "Comparing the chosen checkpoints on {wildcards.benchmark}"
     script:
@@ -163,6 +170,8 @@ rule rank:
         "logs/{smoke}compare/leaderboard.log",
     resources:
         **light(memory_gb=4, minutes=60),
+    params:
+        reads=PLAN.ranking_spec(),
     message:
         "Ranking the chosen checkpoints on all benchmarks"
     script:

@@ -17,11 +17,18 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from mmpipe.artifacts import manifest
+from mmpipe.artifacts.state import only_worker
 from mmpipe.errors import ConfigError, MmpipeError, explained
 from mmpipe.gpu_locks import locked_gpus, visible_devices
 from mmpipe.plan.plan import Plan
+from mmpipe.provenance import records
 
 log = logging.getLogger("mmpipe")
+
+_PATIENCE = 600
+"""Seconds to wait for a process of a killed run, or of another clone, that makes the same files."""
+_CHANGED = "{}: the configuration changed after this job was planned; run the same command again"
 
 
 def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
@@ -38,8 +45,13 @@ def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
         os.environ.setdefault("OMP_NUM_THREADS", str(snakemake.threads))
         with _logging_to(Path(snakemake.log[0])):
             try:
-                with locked_gpus(gpus(snakemake)):
-                    main(snakemake, Plan(snakemake.config))
+                _require_planned(snakemake)
+                with only_worker(_lock(snakemake), patience=_PATIENCE) as waited:
+                    if waited and _published(snakemake):
+                        log.info("another process made %s meanwhile", snakemake.output[0])
+                        return
+                    with locked_gpus(gpus(snakemake)):
+                        main(snakemake, Plan(snakemake.config))
             except (MmpipeError, OSError) as error:
                 text = str(error) if isinstance(error, MmpipeError) else explained(error)
                 log.error("%s", text, exc_info=isinstance(error, OSError))
@@ -80,16 +92,38 @@ def _logging_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
+def _require_planned(snakemake: Any) -> None:
+    """Raises ConfigError when the settings of the job are others now than when Snakemake planned it."""
+    planned = records.read(str(snakemake.output[0]), records.ORDERS).get("settings")
+    if planned is not None and planned != {name: str(value) for name, value in snakemake.params.items()}:
+        raise ConfigError(_CHANGED.format(snakemake.output[0]))
+
+
+def _lock(snakemake: Any) -> Path:
+    """What a job locks: two processes never make the same files at once, in whatever clone they run."""
+    output = str(snakemake.output[0])
+    place = records.place(output, "jobs")
+    return place.with_suffix("") if place else Path(f"{output}.job")
+
+
+def _published(snakemake: Any) -> bool:
+    """Whether all outputs are there, and a manifest proves that they are what the job would make."""
+    outputs = [Path(output) for output in snakemake.output]
+    directory = next((path.parent for path in outputs if path.name == manifest.NAME), None)
+    spec = snakemake.params.get("spec")
+    return (
+        directory is not None and all(map(Path.exists, outputs)) and records.changed_artifact(directory, spec) is None
+    )
+
+
 def unchanged(snakemake: Any, spec: str, parameter: str = "spec") -> str:
     """``spec``, after checking that it equals the rule's ``parameter``.
 
     Raises:
         ConfigError: the configuration changed between planning and running the job.
     """
-    if getattr(snakemake.params, parameter) != spec:
-        raise ConfigError(
-            f"{snakemake.output[0]}: the configuration changed after this job was planned; run the same command again"
-        )
+    if snakemake.params.get(parameter) != spec:
+        raise ConfigError(_CHANGED.format(snakemake.output[0]))
     return spec
 
 

@@ -74,16 +74,18 @@ def test_a_full_disk_is_named_however_it_shows(error):
 
 
 def test_checkpoints_that_are_being_removed_do_not_look_complete(tmp_path, monkeypatch):
+    from mmpipe.artifacts import state
     from mmpipe.training import resume
 
+    checkpoints = tmp_path / "state/checkpoints"
     for step in (1, 2):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / resume.COMPLETE).touch()
-    assert resume.last_checkpoint(tmp_path)
-    monkeypatch.setattr(resume.shutil, "rmtree", lambda *_, **__: None)  # killed before it did anything
-    resume.drop_checkpoints(tmp_path)
-    assert resume.last_checkpoint(tmp_path) is None
+        folder = checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / state.COMPLETE).touch()
+    assert resume.last_checkpoint(checkpoints)
+    monkeypatch.setattr(state.shutil, "rmtree", lambda *_, **__: None)  # killed before it did anything
+    state.drop_progress(tmp_path / "model")
+    assert resume.last_checkpoint(checkpoints) is None
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ each output. After a change that is meant to make results again, write it anew:
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import os
@@ -41,6 +42,8 @@ def made_before(tmp_path: Path) -> Project:
             path = tmp_path / output
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir() if path.name == "shards" else path.touch()
+            if path.name == "manifest.json":
+                path.write_text(json.dumps({"spec": json.loads(ast.literal_eval(job["params"][0])), "inputs": {}}))
             os.utime(path, (0, 0))
             record = {"input": job["input"], "params": job["params"], "record_format_version": 6, "incomplete": False}
             (tmp_path / metadata(output)).write_text(json.dumps(record))

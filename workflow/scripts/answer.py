@@ -8,7 +8,7 @@ from typing import Any
 
 from mmpipe.artifacts import manifest
 from mmpipe.errors import ConfigError
-from mmpipe.jobs import device, log, mock_snakemake, offline_job, with_progress
+from mmpipe.jobs import device, log, mock_snakemake, offline_job, unchanged, with_progress
 from mmpipe.plan import variants
 from mmpipe.plan.plan import Plan
 
@@ -25,6 +25,7 @@ def main(snakemake: Any, plan: Plan) -> None:
     from mmpipe.models.sparsity.hooks import set_keep_rate
 
     wildcards = snakemake.wildcards
+    unchanged(snakemake, plan.benchmark_spec(wildcards.benchmark, bool(wildcards.smoke)), "reads")
     entry = plan.benchmarks[wildcards.benchmark]
     protocol = get(entry.task).protocol(entry.protocol)
     checkpoint, prepared = Path(snakemake.input.checkpoint).parent, Path(snakemake.input.benchmark).parent

@@ -14,11 +14,13 @@ from mmpipe.plan.plan import Plan
 def main(snakemake: Any, plan: Plan) -> None:
     out = Path(snakemake.output.json)
     if hasattr(snakemake.output, "csv"):
+        unchanged(snakemake, plan.ranking_spec(), "reads")
         board, table = ranking(plan, out.parent)
         write_json(out, board)
         write_csv(Path(snakemake.output.csv), table)
     else:
         name = snakemake.wildcards.benchmark
+        unchanged(snakemake, plan.comparison_spec(name), "reads")
         published = json.loads(unchanged(snakemake, plan.published(name), "published"))
         write_json(out, comparison(plan, name, out.parent, published))
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mmpipe.jobs import log, mock_snakemake, offline_job
+from mmpipe.jobs import log, mock_snakemake, offline_job, unchanged
 from mmpipe.plan.plan import Plan
 
 
@@ -11,7 +11,9 @@ from mmpipe.plan.plan import Plan
 def main(snakemake: Any, plan: Plan) -> None:
     from mmpipe.benchmarks.scoring import convert_files
 
-    task = plan.benchmarks[snakemake.wildcards.benchmark].task
+    wildcards = snakemake.wildcards
+    unchanged(snakemake, plan.benchmark_spec(wildcards.benchmark, bool(wildcards.smoke)), "reads")
+    task = plan.benchmarks[wildcards.benchmark].task
     references, answers = Path(snakemake.input.references), Path(snakemake.input.answers)
     log.info("%s", convert_files(task, [references], [answers], Path(snakemake.output[0])))
 

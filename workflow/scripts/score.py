@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts.files import sha256
-from mmpipe.jobs import log, mock_snakemake, offline_job
+from mmpipe.jobs import log, mock_snakemake, offline_job, unchanged
 from mmpipe.plan.plan import Plan
 
 
@@ -12,7 +12,9 @@ from mmpipe.plan.plan import Plan
 def main(snakemake: Any, plan: Plan) -> None:
     from mmpipe.benchmarks.scoring import score_files
 
-    entry = plan.benchmarks[snakemake.wildcards.benchmark]
+    wildcards = snakemake.wildcards
+    unchanged(snakemake, plan.benchmark_spec(wildcards.benchmark, bool(wildcards.smoke)), "reads")
+    entry = plan.benchmarks[wildcards.benchmark]
     checkpoint = Path(snakemake.input.checkpoint)
     result = score_files(
         entry.task,

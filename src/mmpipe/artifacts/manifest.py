@@ -36,6 +36,14 @@ def input_hashes(manifests: list[Path]) -> dict[str, str]:
     return {path.as_posix(): sha256(path) for path in sorted(manifests)}
 
 
+def read_inputs(directory: Path) -> dict[str, str]:
+    """The sha256 of each manifest that an artifact was made from, by path; empty when the artifact's is damaged."""
+    try:
+        return dict(read_json(directory / NAME)["inputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def library_versions() -> dict[str, str]:
     """Versions of the installed libraries that can change a number."""
     versions = {}

@@ -10,9 +10,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,39 +24,68 @@ from mmpipe import slurm
 from mmpipe.artifacts.files import read_json, write_json
 from mmpipe.errors import ArtifactError
 
+log = logging.getLogger(__name__)
+
 _FINGERPRINT = "fingerprint.json"
+COMPLETE = "complete"
+"""The mark of a checkpoint in progress whose files are all there."""
 
 
 @contextmanager
 def open_state(path: Path, fingerprint: str) -> Iterator[bool]:
     """Lock the state directory; yields True when it has progress of the same fingerprint.
 
-    The lock is the kernel's: it vanishes with the process, however that ends. Where a file system does not carry locks
-    from one machine to another, Slurm is asked about the last holder. Raises ArtifactError when another live process
-    holds it, naming that process and how to end it.
+    Raises ArtifactError when another live process holds it, naming that process and how to end it.
     """
     path.mkdir(parents=True, exist_ok=True)
+    with only_worker(path):
+        yield _resumable(path, fingerprint)
+
+
+@contextmanager
+def only_worker(path: Path, patience: float = 0) -> Iterator[bool]:
+    """Lock ``{path}.lock``, waiting ``patience`` seconds for another process; yields whether it waited.
+
+    The lock is the kernel's: it vanishes with the process, however that ends. Where a file system does not carry locks
+    from one machine to another, Slurm is asked about the last holder. Raises ArtifactError when another live process
+    still holds it, naming that process and how to end it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + patience
+    waited = False
     with path.with_name(f"{path.name}.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(f"{path}: {_who_works(file, _holder(file))}") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            raise ArtifactError(
-                f"{path}: this file system has no file locks ({error.strerror}); mount it with them (Lustre: -o "
-                "flock), or let 'results' be a link to another one"
-            ) from error
-        last = _holder(file)
-        job = last.get("slurm_job")
-        if job and job != slurm.job_id() and slurm.state(job) == "RUNNING":
-            raise ArtifactError(f"{path}: {_who_works(file, last)}")
+        while holder := _other_worker(path, file):
+            if time.monotonic() >= until:
+                raise ArtifactError(f"{path}: {holder}")
+            if not waited:
+                log.warning("%s: %s; waiting for it up to %d s", path, holder, patience)
+            waited = True
+            time.sleep(1)
         _write_holder(file)
         try:
-            yield _resumable(path, fingerprint)
+            yield waited
         finally:
             file.truncate(0)
+
+
+def _other_worker(path: Path, file: IO[str]) -> str | None:
+    """Take the lock; or who else has it, in words."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _who_works(file, _holder(file))
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        raise ArtifactError(
+            f"{path}: this file system has no file locks ({error.strerror}); mount it with them (Lustre: -o "
+            "flock), or let 'results' be a link to another one"
+        ) from error
+    last = _holder(file)
+    job = last.get("slurm_job")
+    if job and job != slurm.job_id() and slurm.state(job) == "RUNNING":
+        return _who_works(file, last)
+    return None
 
 
 def _holder(file: IO[str]) -> dict[str, Any]:
@@ -104,3 +135,16 @@ def _resumable(path: Path, fingerprint: str) -> bool:
     path.mkdir()
     write_json(record, {"fingerprint": fingerprint})
     return False
+
+
+def drop_progress(model: Path) -> None:
+    """Remove the checkpoints in progress of a stage whose published directory ``model`` was accepted by the workflow.
+
+    Their marks first: a kill in between must not leave an incomplete one that looks complete.
+    """
+    if model.name != "model":
+        return
+    checkpoints = model.with_name("state") / "checkpoints"
+    for mark in checkpoints.glob(f"checkpoint-*/{COMPLETE}"):
+        mark.unlink()
+    shutil.rmtree(checkpoints, ignore_errors=True)

@@ -17,6 +17,7 @@ from mmpipe.errors import ArtifactError
 from mmpipe.estimate.stage import UTILIZATION, ResourceEstimate, bytes_per_token, estimate, total_bytes
 from mmpipe.estimate.stage import warnings as hopeless_reasons
 from mmpipe.plan.plan import Plan
+from mmpipe.provenance import records
 from mmpipe.stages.base import Precomputation
 
 
@@ -74,10 +75,11 @@ def _room(plan: Plan, request: Precomputation) -> str | None:
 def print_comparison(path: Path) -> None:
     """Print ``results/{benchmark}.json``, a row a checkpoint, controls marked; or ``results/leaderboard.json``.
 
-    Raises ArtifactError when the file is not there.
+    Raises ArtifactError when the file is not there, or was made from answers or checkpoints other than those that are.
     """
     if not path.is_file():
         raise ArtifactError(f"{path}: not there; make it: snakemake --cores 2 {path}")
+    records.require(path.as_posix(), "what it shows")
     content = read_json(path)
     if "benchmarks" in content:
         return _print_leaderboard(content)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpipe.errors import MmpipeError, few
+from mmpipe.provenance.records import flat
 
 _JOB = re.compile(r"^(?:local)?(?:rule|checkpoint|Job) ?\S*: ?(?P<message>.*)$")
 _REASON = re.compile(r"^\s*[Rr]eason: (?P<reason>.*)$")
@@ -81,8 +82,9 @@ def _changed_settings(details: str) -> list[str]:
     """Named differences between the two specs that Snakemake prints."""
     specs = [json.loads(text) for text in _json_objects(details)]
     if len(specs) != 2:
-        return [f"its settings changed: {details}"]
-    before, now = (_flat(spec) for spec in specs)
+        # what a record or a manifest proves is words already
+        return [f"its settings changed: {details}" if details.startswith("Union") else details]
+    before, now = (dict(flat(spec)) for spec in specs)
     changes = [
         f"{key}: {_shown(before, key)} -> {_shown(now, key)}"
         for key in sorted(before.keys() | now.keys())
@@ -104,16 +106,6 @@ def _json_objects(text: str) -> list[str]:
         found.append(text[start : start + length])
         start = text.find("{", start + length)
     return found
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        name: item
-        for key, inner in value.items()
-        for name, item in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
-    }
 
 
 def _shown(spec: dict[str, Any], key: str) -> str:

@@ -103,6 +103,16 @@ class Plan:
         }
         return canonical_json(content | {key: facts for key, facts in optional.items() if facts})
 
+    def comparison_spec(self, benchmark: str) -> str:
+        """Canonical JSON of the words of a comparison: its title, the marks of controls, the families of seeds."""
+        title, families = self.benchmarks[benchmark].title, {name: self.family(name) for name in self.chosen_recipes}
+        controls = {name: self.benchmarks[name].control for name in self.controls(benchmark)}
+        return canonical_json({"title": title, "controls": controls, "families": families})
+
+    def ranking_spec(self) -> str:
+        """Canonical JSON of the families of seeds that a leaderboard joins."""
+        return canonical_json({name: self.family(name) for name in self.chosen_recipes})
+
     def inputs(self, stage: StagePlan, out: str = "results") -> dict[str, Path]:
         """The manifests a stage is made from, by role."""
         inputs = {role: backbone_manifest(name) for role, name in stage.backbones().items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmpipe.artifacts.files import read_json, sync, write_json
+from mmpipe.artifacts.state import COMPLETE
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.training import deepspeed
 from mmpipe.training.objectives.base import Task
 
 WEIGHTS = "trainable.safetensors"
-COMPLETE = "complete"
 LAYOUT = "layout.json"
 
 
@@ -105,10 +104,3 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """The newest complete checkpoint and its step."""
     steps = [int(mark.parent.name.removeprefix("checkpoint-")) for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return (folder / f"checkpoint-{max(steps)}", max(steps)) if steps else None
-
-
-def drop_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints, their marks first: a kill in between must not leave an incomplete one that looks complete."""
-    for mark in folder.glob(f"checkpoint-*/{COMPLETE}"):
-        mark.unlink()
-    shutil.rmtree(folder, ignore_errors=True)

@@ -57,7 +57,6 @@ def train(stage: TrainStage, job: StageJob) -> None:
         (job.state_dir / stop.RECORD).unlink(missing_ok=True)
         launch.run(stage, job, work)
         stop.require_finished(job)
-        resume.drop_checkpoints(job.state_dir / "checkpoints")
 
 
 def work(stage: TrainStage, job: StageJob, stop_signal: stop.StopSignal) -> None:
