@@ -72,6 +72,7 @@ def train_and_evaluate(folder: Path) -> None:
     """What Snakemake's jobs do: train a stage, answer a benchmark, gather, score; all in the current directory."""
     from tiny_project import make_job
 
+    from mmpipe.artifacts.state import drop_progress
     from mmpipe.benchmarks.spec import BenchmarkEntry
     from mmpipe.stages.finetune import Finetune
     from mmpipe.training.run import run_stage
@@ -80,17 +81,19 @@ def train_and_evaluate(folder: Path) -> None:
     stage = Finetune(
         data="mix", template="qwen", batch_size=8, max_steps=STEPS, learning_rate=1e-3, hardware={"checkpoint_every": 1}
     )
-    run_stage(stage, make_job(folder))
+    made = make_job(folder)
+    run_stage(stage, made)
+    drop_progress(made.model_dir)  # as the workflow does when it has accepted the outputs
     entry = BenchmarkEntry(task="pope", data="pope", max_new_tokens=4, batch_size=2)
-    plan: Any = SimpleNamespace(benchmarks={"pope": entry}, expert_logs=SimpleNamespace(spec=lambda: "", settings=None))
+    logs = SimpleNamespace(spec=lambda: "", settings=None)
+    plan: Any = SimpleNamespace(benchmarks={"pope": entry}, benchmark_spec=lambda *_: "", expert_logs=logs)
     prepared, results = Path("resources/benchmarks/pope"), folder / "eval/pope"
     chunk, answers = results / "chunks/0000-of-0001.jsonl", results / "answers.jsonl"
 
     def job(output: Any, **inputs: Any) -> Any:
-        wildcards = SimpleNamespace(checkpoint="run", benchmark="pope", chunk="0000-of-0001")
-        return SimpleNamespace(
-            threads=1, wildcards=wildcards, input=SimpleNamespace(**inputs), output=output, resources={"gpu": 0}
-        )
+        wildcards = SimpleNamespace(smoke="", checkpoint="run", benchmark="pope", chunk="0000-of-0001")
+        settings = {"threads": 1, "resources": {"gpu": 0}, "params": {"reads": ""}}
+        return SimpleNamespace(wildcards=wildcards, input=SimpleNamespace(**inputs), output=output, **settings)
 
     # the steps themselves, without the log that their wrapper opens
     checkpoint = folder / "run/model/manifest.json"

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from tiny_project import make_job
 
 from mmpipe.artifacts.files import read_jsonl, sha256
-from mmpipe.artifacts.state import open_state
+from mmpipe.artifacts.state import drop_progress, open_state
 from mmpipe.errors import ArtifactError, ConfigError, DataError, MmpipeError
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.pretrain import Pretrain
-from mmpipe.training import launch, publish, trainer
+from mmpipe.training import launch, publish, resume, trainer
 from mmpipe.training.resume import ParallelLayout
 from mmpipe.training.run import run_stage, work
 from mmpipe.training.stop import StopSignal
@@ -88,6 +88,8 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(job, undisturbed, at):
     run_stage(finetune(), made)
     assert hashes(made.model_dir) | hashes(made.report_dir) == undisturbed
     assert interrupted or at == "checkpoint-8"
+    assert resume.last_checkpoint(made.state_dir / "checkpoints")
+    drop_progress(made.model_dir)  # as the workflow does when it has accepted the outputs
     assert not (made.state_dir / "checkpoints").exists()
 
 
