@@ -16,6 +16,7 @@ from typing import Any
 
 from mmpipe import __version__
 from mmpipe.artifacts.files import canonical_json, read_json, sha256, write_json
+from mmpipe.artifacts.hashes import digest
 from mmpipe.errors import ArtifactError
 
 NAME = "manifest.json"
@@ -33,7 +34,7 @@ def input_hashes(manifests: list[Path]) -> dict[str, str]:
     for path in manifests:
         if not path.is_file():
             raise ArtifactError(f"{path}: the manifest is missing; ask snakemake for it: snakemake {path}")
-    return {path.as_posix(): sha256(path) for path in sorted(manifests)}
+    return {path.as_posix(): digest(path) for path in sorted(manifests)}
 
 
 def read_inputs(directory: Path) -> dict[str, str]:

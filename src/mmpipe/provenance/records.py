@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import read_json, sha256, write_json
+from mmpipe.artifacts.files import read_json, write_json
+from mmpipe.artifacts.hashes import digest
 from mmpipe.errors import ArtifactError
 
 HOME = ".mmpipe"
@@ -64,7 +65,7 @@ def delete(path: str, kind: str = RECORDS) -> bool:
 def checksum(path: str | Path) -> str | None:
     """``sha256:`` and the digest of a file; None for a folder or without the file."""
     path = Path(path)
-    return f"sha256:{sha256(path)}" if path.is_file() else None
+    return f"sha256:{digest(path)}" if path.is_file() else None
 
 
 def changed_inputs(checksums: dict[str, str]) -> Iterator[str]:

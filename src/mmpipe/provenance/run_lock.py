@@ -60,11 +60,20 @@ class RunLock:
 
 
 def _last_run(root: Path) -> dict[str, Any]:
-    """The run that ended last."""
+    """The run that ended last; it wrote nothing when none did."""
     try:
-        return dict(json.loads((root / HOME / "locks" / _ENDED).read_text()))
-    except (OSError, ValueError):
+        return {"writing": []} | _facts((root / HOME / "locks" / _ENDED).read_text())
+    except OSError:
         return {"writing": []}
+
+
+def _facts(text: str) -> dict[str, Any]:
+    """What a run wrote about itself; empty when it was killed while writing."""
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 @contextmanager
@@ -110,10 +119,7 @@ def _conflicts(root: Path, reading: set[str], writing: set[str]) -> Iterator[str
 
 def _holder(path: Path, file: IO[str]) -> dict[str, Any] | None:
     """The run that holds a lock; None, and the lock is gone, when its process is dead on this machine."""
-    try:
-        holder = dict(json.load(file))
-    except ValueError:
-        holder = {}
+    holder = _facts(file.read())
     elsewhere = holder.get("host", socket.gethostname()) != socket.gethostname()
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
