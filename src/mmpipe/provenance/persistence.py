@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Provenance(FilePersistence):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._notes: dict[str, dict[str, Any]] = {}
         self._plans: dict[Any, dict[str, str]] = {}
         self._order: dict[str, Any] = {}
         self._lock = RunLock()
@@ -71,10 +73,22 @@ class Provenance(FilePersistence):
 
     # records
 
-    def _read_record(self, key: str) -> MetadataRecord | None:
-        found = records.read(key)
+    def _note(self, key: str) -> dict[str, Any]:
+        """The record of an output, read once until something changes."""
+        if key not in self._notes:
+            self._notes[key] = records.read(key)
+        return self._notes[key]
+
+    def _clear_cache(self) -> None:
+        self._notes.clear()
+        super()._clear_cache()
+
+    @lru_cache  # noqa: B019 - one object a run, as in the class above
+    def _read_record_cached(self, key: str) -> MetadataRecord | None:
+        found = self._note(key)
         if not found:
-            return super()._read_record(key)
+            record: MetadataRecord | None = super()._read_record_cached(key)
+            return record
         return MetadataRecord.model_validate({k: v for k, v in found.items() if k in MetadataRecord.model_fields})
 
     def _write_record(self, key: str, record: MetadataRecord) -> None:
@@ -137,7 +151,7 @@ class Provenance(FilePersistence):
 
     def input_checksums(self, job: Any, input_path: Any) -> set[Any]:
         found = _published(job)
-        if found is None or any(records.read(str(f)) for f in job.output):
+        if found is None or any(self._note(str(f)) for f in job.output):
             return super().input_checksums(job, input_path)
         inputs = manifest.read_inputs(found)
         return {f"sha256:{inputs[str(input_path)]}" if str(input_path) in inputs else None}
@@ -163,7 +177,7 @@ class Provenance(FilePersistence):
     def _reasons(self, job: Any, outputs: list[str]) -> Iterator[str]:
         directory = _published(job)
         for output in outputs:
-            record = records.read(output)
+            record = self._note(output)
             if planned := record.get("plan"):
                 now = self._plan(job)
                 yield from (f"{path} has other settings now" for path in now if path and planned.get(path) != now[path])
@@ -171,7 +185,7 @@ class Provenance(FilePersistence):
                     yield "its settings are others now"
             yield from records.changed_inputs(record.get("input_checksums") or {})
             covered = directory is not None and directory in Path(output).parents
-            if not covered and (why := records.changed_output(output)):
+            if not covered and (why := records.changed_output(output, record)):
                 yield why
         if directory is not None and (why := records.changed_artifact(directory, job.params.get("spec"))):
             yield why

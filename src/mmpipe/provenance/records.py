@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mmpipe.artifacts import manifest
@@ -31,10 +31,10 @@ def place(path: str, kind: str) -> Path | None:
     >>> place("results/demo/eval/pope/score.json", RECORDS).as_posix()
     'results/.mmpipe/records/demo/eval/pope/score.json.json'
     """
-    parts = PurePosixPath(path).parts
-    if len(parts) < 2 or PurePosixPath(path).is_absolute() or ".." in parts:
+    root, _, rest = path.partition("/")
+    if not root or not rest or ".." in rest.split("/"):
         return None
-    return Path(parts[0], HOME, kind, *parts[1:-1], f"{parts[-1]}.json")
+    return Path(f"{root}/{HOME}/{kind}/{rest}.json")
 
 
 def read(path: str, kind: str = RECORDS) -> dict[str, Any]:
@@ -76,9 +76,9 @@ def changed_inputs(checksums: dict[str, str]) -> Iterator[str]:
             yield f"{path} is another one than it was made from ({_short(recorded)} then, {_short(now)} now)"
 
 
-def changed_output(path: str) -> str | None:
+def changed_output(path: str, record: dict[str, Any]) -> str | None:
     """How a file differs from what its record says; None when it does not, or nothing is recorded."""
-    recorded, now = read(path).get("output_checksum"), checksum(path)
+    recorded, now = record.get("output_checksum"), checksum(path)
     if recorded is None or now is None or recorded == now:
         return None
     return f"{path} is not what was written ({_short(recorded)} then, {_short(now)} now)"
@@ -136,10 +136,10 @@ def doubts(path: str) -> list[str]:
     def follow(path: str) -> None:
         record, here = read(path), Path(path).exists()
         if not here and not record.get("temporary"):
-            if PurePosixPath(path).parts[0] == "results":
+            if path.startswith("results/"):
                 found[f"{path} is not there"] = None
             return
-        if why := here and changed_output(path):
+        if why := here and changed_output(path, record):
             found[why] = None
         inputs = record.get("input_checksums") or {}
         found.update(dict.fromkeys(changed_inputs(inputs)))
