@@ -144,7 +144,8 @@ class Provenance(FilePersistence):
     # what is stale
 
     def has_metadata(self, job: Any) -> bool:
-        return super().has_metadata(job) or _published(job) is not None
+        known = any(self._note(str(f)) for f in job.output) or _published(job) is not None
+        return known or super().has_metadata(job)
 
     def params_changed(self, job: Any, file: Any = None) -> Any:
         return super().params_changed(job, file) or self._mismatch(job) or NO_PARAMS_CHANGE
