@@ -19,6 +19,7 @@ from mmpipe.provenance import persistence
 from mmpipe.registry import export_source_dir
 from mmpipe.stages.base import Hardware
 from mmpipe.plan.variants import PATTERN as VARIANT
+from mmpipe.plan.wildcards import one_of
 
 export_source_dir(SOURCE)
 
@@ -34,15 +35,10 @@ except MmpipeError as error:
 STAGE_RULES = {stage.kind for stage in PLAN.stages()}
 
 
-def one_of(names):
-    """A wildcard constraint for exactly these names; matches nothing when there are none."""
-    return "|".join(sorted(re.escape(name) for name in names)) or "(?!)"
-
-
 wildcard_constraints:
     smoke=r"(?:smoke/)?",
     recipe=one_of(PLAN.recipes),
-    checkpoint=rf"(?:{one_of(PLAN.recipes)})(?:@[a-z0-9_]+)?(?:{VARIANT})?",
+    checkpoint=rf"{one_of(PLAN.recipes)}(?:@[a-z0-9_]+)?(?:{VARIANT})?",
     benchmark=one_of(PLAN.benchmarks),
     mixture=one_of(PLAN.mixtures),
     backbone=one_of(PLAN.backbones),
