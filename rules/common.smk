@@ -1,10 +1,14 @@
 """Helpers of the rules; no rules here. The plan resolves recipes."""
 
+import gc
 import os
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+
+# what Snakemake imported stays: collecting garbage among it again and again takes a tenth of a dry run
+gc.freeze()
 
 SOURCE = os.path.join(workflow.basedir, "src")
 # plan and jobs use this checkout, not an mmpipe installed beside Snakemake
