@@ -76,7 +76,9 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
             continue
         hints = {k: h for k, h in get_type_hints(group, include_extras=True).items() if hasattr(h, "__metadata__")}
         groups[name] = (group, list(hints))
-        parameters += [keyword.replace(name=k, default=getattr(group, k), annotation=h) for k, h in hints.items()]
+        parameters += [
+            keyword.replace(name=k, default=getattr(group, k, keyword.empty), annotation=h) for k, h in hints.items()
+        ]
 
     @functools.wraps(command)
     def call(**values: Any) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -232,39 +233,38 @@ def export_mixture(
     print(f"{out}: {write(directory, out, layout, placement, embed=embed)} records")
 
 
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The settings of a judge model that the command line takes."""
+
+    model: Annotated[str, typer.Option(help="The judge's name; part of the score's protocol.")]
+    base_url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint.")] = "https://api.openai.com/v1"
+    max_requests: Annotated[int, typer.Option(min=0, help="Requests at most, repeated ones included.")] = 5000
+    max_usd: Annotated[float | None, typer.Option(min=0, help="Dollars at most, by the prices below.")] = None
+    usd_per_million_input: Annotated[float, typer.Option(min=0, help="Price of request tokens.")] = 0.0
+    usd_per_million_output: Annotated[float, typer.Option(min=0, help="Price of reply tokens.")] = 0.0
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the key.")] = "OPENAI_API_KEY"
+
+
 @app.command()
+@takes_options
 def judge(
     benchmark: Annotated[str, typer.Argument(help="A benchmark with judged protocols, e.g. mmhal.")],
     references: References,
     answers: Answers,
-    model: Annotated[str, typer.Option(help="The judge's name; part of the score's protocol.")],
-    base_url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint.")] = "https://api.openai.com/v1",
+    settings: JudgeOptions,
     out: Annotated[Path, typer.Option(help="The replies; recorded ones are not requested again.")] = Path(
         "judge.jsonl"
     ),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate requests and costs, send nothing.")] = False,
-    max_requests: Annotated[int, typer.Option(min=0, help="Requests at most, repeated ones included.")] = 5000,
-    max_usd: Annotated[float | None, typer.Option(min=0, help="Dollars at most, by the prices below.")] = None,
-    usd_per_million_input: Annotated[float, typer.Option(min=0, help="Price of request tokens.")] = 0.0,
-    usd_per_million_output: Annotated[float, typer.Option(min=0, help="Price of reply tokens.")] = 0.0,
-    key_variable: Annotated[str, typer.Option(help="Environment variable with the key.")] = "OPENAI_API_KEY",
 ) -> None:
     """Grade answers with a judge model, or estimate the costs; prints JSON."""
     from mmpipe.benchmarks.judge import judge_answers, price
     from mmpipe.benchmarks.spec import JudgeSettings
     from mmpipe.settings import validate
 
-    chosen = {
-        "base_url": base_url,
-        "model": model,
-        "key_variable": key_variable,
-        "max_requests": max_requests,
-        "max_usd": max_usd,
-        "usd_per_million_input": usd_per_million_input,
-        "usd_per_million_output": usd_per_million_output,
-    }
-    ask = price if dry_run else judge_answers
-    _print_json(ask(benchmark, references, answers, out, validate(JudgeSettings, chosen, "mmpipe judge")))
+    chosen: JudgeSettings = validate(JudgeSettings, asdict(settings), "mmpipe judge")
+    _print_json((price if dry_run else judge_answers)(benchmark, references, answers, out, chosen))
 
 
 @app.command()
