@@ -169,7 +169,7 @@ def test_missing_answers_are_wrong_and_counted(references, tmp_path):
         ("[1, 2]\n", "needs 'question_id'"),
     ],
 )
-def test_bad_answers_are_errors_that_say_where(references, tmp_path, lines, message):
+def test_errors_of_bad_answers_name_the_place(references, tmp_path, lines, message):
     path = tmp_path / "a.jsonl"
     path.write_text(lines)
     with pytest.raises(DataError, match=message):
@@ -234,7 +234,7 @@ def test_replies_are_text_in_the_sheet(references, tmp_path):
     }
 
 
-def test_judged_benchmarks_say_what_they_did(tmp_path):
+def test_judged_and_unjudged_scores_name_their_protocols(tmp_path):
     record = {"category": "VD", "subcategory": "c", "set_id": "0", "figure_id": "0", "question_id": "0"}
     (tmp_path / "r.json").write_text(json.dumps([{**record, "question": "?", "gt_answer": "1"}]))
     (tmp_path / "a.jsonl").write_text('{"question_id": "VD_c_0_0_0", "text": "Yes"}\n')
@@ -342,7 +342,7 @@ def test_many_units_have_nearly_the_bootstrap_interval():
 
 
 def test_comparison_has_a_row_a_checkpoint(references, tmp_path):
-    score = score_files("mmbench", [references], [answers(tmp_path / "a.jsonl")], lineage={"checkpoint": "x"})
+    score = score_files("mmbench", [references], [answers(tmp_path / "a.jsonl")], provenance={"checkpoint": "x"})
     worse = score_files("mmbench", [references], [answers(tmp_path / "b.jsonl", {1: "A"})])
     table = compare("mmbench", {"a@finetune": worse, "b": score}, controls={"b": worse})
     assert [(r["checkpoint"], r["score"], r["control"]) for r in table["rows"]] == [
@@ -403,7 +403,7 @@ def test_gqa_consistency_counts_what_was_asked(tmp_path):
         score_files("gqa", files, [tmp_path / "a.jsonl"])
 
 
-def test_gqa_leaves_out_what_the_files_do_not_tell(tmp_path):
+def test_gqa_leaves_out_metrics_without_data(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps({"1": {"answer": "red", "entailed": ["1", "8"]}}))
     (tmp_path / "a.jsonl").write_text('{"question_id": "1", "text": "red"}\n')
     metrics = score_files("gqa", [tmp_path / "q.json"], [tmp_path / "a.jsonl"])["metrics"]
@@ -432,7 +432,7 @@ def test_words_are_found_in_singular_and_plural(text, words):
     assert SynonymTable(classes | {name: name for name in names}).in_text(text) == words
 
 
-def test_hallusionbench_tells_a_bias_to_yes():
+def test_hallusionbench_measures_the_bias_to_yes():
     task = get("hallusionbench")
     rows = [
         {"category": "VD", "subcategory": "c", "set_id": "0", "figure_id": "1", "question_id": str(n), "question": "?",

@@ -63,7 +63,7 @@ def test_answers_are_scored_offline(tmp_path):
     assert score["headline"]["value"] == 1
 
 
-def test_a_missing_comparison_says_how_to_make_it(tmp_path):
+def test_the_error_for_a_missing_comparison_names_the_command(tmp_path):
     result = mmpipe("show", str(tmp_path / "mmbench.json"))
     assert result.returncode == 1
     assert "snakemake" in result.stderr

@@ -141,7 +141,7 @@ def test_damage_is_found_and_named(tmp_path: Path, name: str, damage: Callable[[
     assert message in fault
 
 
-def test_inspection_says_the_true_size_of_a_jpeg(tmp_path: Path) -> None:
+def test_inspection_returns_the_true_size_of_a_jpeg(tmp_path: Path) -> None:
     """It is decoded smaller."""
     Image.new("RGB", (801, 603), RED).save(tmp_path / "a.jpg")
     found = inspect_image(tmp_path / "a.jpg")

@@ -539,7 +539,7 @@ def test_a_prefix_stands_between_images_and_question(tmp_path: Path) -> None:
     assert texts == ["<image>\n<image>\nLook. What? Be brief.", "a", "Look. And <here>? Be brief.", "b"]
 
 
-def test_a_failure_leaves_its_report_and_says_what_is_known(tmp_path: Path) -> None:
+def test_a_failure_leaves_its_report_with_known_reasons(tmp_path: Path) -> None:
     names = ["ocr/0.png", "ocr/1.png", "coco/0.png", "coco/1.png", "2.png"]
     data = data_set(tmp_path / "made", [entry(i, name) for i, name in enumerate(names)])
     for name in ("ocr/0.png", "coco/0.png", "coco/1.png"):

@@ -173,7 +173,7 @@ def test_an_unknown_template_is_named_with_the_nearest() -> None:
         (MARKED.replace("%}[assistant]{%", "%}[model]{%"), "another text than it trains on"),
     ],
 )
-def test_a_tokenizers_template_must_say_what_to_supervise(chat_template: str | None, message: str) -> None:
+def test_a_tokenizers_template_must_mark_supervised_text(chat_template: str | None, message: str) -> None:
     with pytest.raises(DataError) as error:
         get_template("tokenizer", with_template(chat_template))
     assert message in str(error.value)

@@ -81,7 +81,7 @@ def test_the_tower_loads_with_stock_classes(tower: Path) -> None:
     assert model(pixels).last_hidden_state.shape == (1, 1 + 9, 64)
 
 
-def test_patches_tell_every_attribute_of_held_out_images(tower: Path) -> None:
+def test_patch_features_determine_every_attribute_of_held_out_images(tower: Path) -> None:
     model = CLIPVisionModel.from_pretrained(tower)
     processor = CLIPImageProcessorPil.from_pretrained(tower)
 
@@ -133,7 +133,7 @@ def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, tex
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_the_chat_template_marks_what_the_assistant_says(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_chat_template_marks_assistant_text(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [{"role": "user", "content": "What color is drawn?"}, {"role": "assistant", "content": "red"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == (
         "<|im_start|>user\nWhat color is drawn?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"

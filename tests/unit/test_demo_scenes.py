@@ -39,7 +39,7 @@ def read(scene: Scene) -> dict[str, str]:
     }
 
 
-def test_images_show_what_their_scenes_say() -> None:
+def test_images_match_their_scenes() -> None:
     for scene in islice(scenes(3), 300):
         assert read(scene) == {name: scene.value(name) for name in ("color", "background", "count", "side")}
 

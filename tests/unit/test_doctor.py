@@ -54,7 +54,7 @@ def statuses(name: str, on: Machine) -> list[str]:
     return [finding.status for finding in found(name, on)]
 
 
-def test_whatever_is_not_ok_says_what_to_do(programs):
+def test_every_failed_check_has_a_remedy(programs):
     findings = examine(machine("slurm", PAPER, gpus=[{**CARD, "bfloat16": False, "free": 1}], flash="it does not load"))
     assert {finding.topic for finding in findings} >= {"driver", "slurm", "file system", "profile"}
     assert all(finding.advice for finding in findings if finding.status != "ok"), findings
@@ -122,7 +122,7 @@ def test_several_cards_need_nccl():
     assert statuses("nccl", machine(nccl=None)) == ["ok"]
 
 
-def test_flash_attention_says_what_is_used_instead():
+def test_missing_flash_attention_names_its_replacement():
     (finding,) = found("flash_attention", machine(flash="the package flash-attn is not installed"))
     assert finding.status == "ok"
     assert "sdpa will be used" in finding.seen
@@ -258,7 +258,7 @@ def test_profiles_are_checked_key_by_key(tmp_path):
     assert "gpu_request" in gpus.advice
 
 
-def test_the_command_prints_json_and_its_status_tells_of_problems(monkeypatch, tmp_path):
+def test_the_command_prints_json_and_fails_on_problems(monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
     monkeypatch.chdir(REPOSITORY)

@@ -208,7 +208,7 @@ def page_of(tmp_path, rows, **changes) -> tuple[str, str]:
     return (tmp_path / "table.html").read_text(), (tmp_path / "figure.svg").read_text()
 
 
-def test_the_page_says_where_nothing_is_gained(rows, tmp_path) -> None:
+def test_the_page_marks_settings_without_gain(rows, tmp_path) -> None:
     page, figure = page_of(tmp_path, list(rows.values()), benchmark="<script>x</script>")
     assert "<script>" not in page
     assert "</svg>" in figure

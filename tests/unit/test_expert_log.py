@@ -116,7 +116,7 @@ def truth(model: Any, question: Question, answer: dict[str, Any]) -> dict[Place,
     return {Place("language_model", i): r for i, r in seen.items()}
 
 
-def test_a_log_says_what_the_layers_chose(model: Any, questions: list[Question], one_by_one: Path) -> None:
+def test_the_log_holds_the_choices_of_the_layers(model: Any, questions: list[Question], one_by_one: Path) -> None:
     for number in (0, 7, 8):
         expected = truth(model, questions[number], {})
         for place, routing in expected.items():
@@ -224,7 +224,7 @@ def test_an_interrupted_chunk_asks_a_torn_batch_again(model: Any, questions: lis
     assert computed(tmp_path / "experts.parquet") == computed(whole)
 
 
-def test_scales_and_tiles_are_told_apart(questions: list[Question], tmp_path: Path) -> None:
+def test_scales_and_tiles_are_logged_separately(questions: list[Question], tmp_path: Path) -> None:
     model = llava()
     enable_multi_scale(model, (1, 3))
     upcycle(model, PARTS["vision_tower"], part="vision_tower")

@@ -45,7 +45,7 @@ def test_what_the_user_can_mend_has_no_traceback(snakemake, capsys):
     assert "Traceback" not in log
 
 
-def test_a_full_disk_says_what_to_do(snakemake, capsys):
+def test_a_full_disk_names_the_file_and_the_way_out(snakemake, capsys):
     with pytest.raises(SystemExit):
         failing(OSError(errno.ENOSPC, "No space left on device", "results/x"))(snakemake)
     message = capsys.readouterr().err
@@ -59,7 +59,7 @@ def test_a_defect_keeps_its_traceback_in_the_log(snakemake):
     assert "Traceback" in Path(snakemake.log[0]).read_text()
 
 
-def test_a_mistake_in_the_configuration_is_told_by_the_job_too(snakemake, capsys):
+def test_jobs_report_configuration_errors_too(snakemake, capsys):
     snakemake.config["recipes"] = ["dmo"]
     with pytest.raises(SystemExit):
         failing(AssertionError("never reached"))(snakemake)

@@ -174,7 +174,7 @@ def test_llava_moss2_with_its_packed_language_model(bring, job, tmp_path):
     assert (new["model_type"], new["architectures"]) == ("llava_moss2", ["Moss2ForCausalLM"])
 
 
-def test_a_packed_language_model_is_joined_aligned_and_written_as_the_guide_says(job, tmp_path):
+def test_a_packed_language_model_is_joined_aligned_and_written_as_in_the_guide(job, tmp_path):
     """The way of the recipe llava-moss2, in small: the guide's checkpoint, `mm_projector.bin`, `pytorch_model.bin`."""
     base = tmp_path / "moss2"
     base.mkdir()
@@ -347,7 +347,7 @@ def test_missing_files_are_named(job, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_tokenizer_that_takes_more_packages_says_which(monkeypatch, tmp_path):
+def test_the_error_of_a_tokenizer_names_missing_packages(monkeypatch, tmp_path):
     from mmpipe.checkpoints.layouts import base, get
 
     (tmp_path / "tokenizer.model").write_bytes(b"a sentencepiece model")

@@ -109,7 +109,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("head", TABLES)
-def test_the_ledger_says_the_same_and_where_sources_disagree(head: str) -> None:
+def test_the_ledger_has_these_numbers_and_where_sources_disagree(head: str) -> None:
     role, columns = TABLES[head]
     page = (REPOSITORY / "docs/parity/llava-mod.md").read_text()
     written = {

@@ -136,7 +136,7 @@ def test_replies_are_those_of_our_own_benchmarks(kind, published, tmp_path):
     assert replies[::-1] == model.generate_until(requests[::-1])
 
 
-def test_likelihoods_tell_the_greedy_reply(kind, published):
+def test_likelihoods_mark_the_greedy_reply(kind, published):
     requests = asked()[:3]
     model = make(kind, published, requests)
     replies = model.generate_until(requests)

@@ -13,7 +13,7 @@ from mmpipe.errors import ConfigError
 from mmpipe.models import attention
 
 
-def test_on_a_cpu_it_is_sdpa_and_the_log_says_why(caplog):
+def test_on_a_cpu_attention_is_sdpa_with_a_logged_reason(caplog):
     with caplog.at_level(logging.INFO):
         assert attention.choose("auto", "cpu", torch.float32) == "sdpa"
     assert "attention: sdpa (flash_attention_2: it needs a GPU)" in caplog.text

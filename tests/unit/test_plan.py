@@ -493,7 +493,7 @@ def test_a_new_version_of_the_code_makes_mixtures_and_tokens_again(project, monk
     assert plan.inputs(stage)["tokens"] != read["tokens"]
 
 
-def test_what_is_said_of_a_mixture_is_no_part_of_its_spec(project):
+def test_descriptions_of_a_mixture_are_not_in_its_spec(project):
     told = {"expected": 7, "known": "some vanish"}
     part = {"dataset": "captions", "annotations": "a.json"}
     specs = {

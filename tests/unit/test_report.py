@@ -8,7 +8,7 @@ from mmpipe.report.figures import draw_history
 from mmpipe.report.pages import samples_page, table_page
 
 
-def test_what_a_model_says_is_escaped(tmp_path):
+def test_answers_of_models_are_escaped(tmp_path):
     evil = "<script>alert('x')</script>"
     prepared = tmp_path / "resources/benchmarks/mmbench"
     answers = tmp_path / "results/demo/eval/mmbench/answers.jsonl"

@@ -123,13 +123,13 @@ def test_a_lock_names_the_process_to_stop(says, held):
         (UNKNOWN, "is left over: Slurm does not know its job 7 any more"),
     ],
 )
-def test_a_lock_of_a_slurm_job_says_how_the_job_is(says, held, answer, expected):
+def test_a_lock_of_a_slurm_job_has_the_jobs_state(says, held, answer, expected):
     state = held("7")
     says(squeue=answer)
     assert expected in refusal(state)
 
 
-def test_without_shared_locks_slurm_tells_whether_the_last_holder_lives(says, tmp_path, monkeypatch):
+def test_without_shared_locks_slurm_decides_whether_the_last_holder_lives(says, tmp_path, monkeypatch):
     state = tmp_path / "state"
     lock = tmp_path / "state.lock"
     left = json.dumps({"host": "n2", "pid": 5, "slurm_job": "7"})

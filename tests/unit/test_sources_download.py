@@ -139,7 +139,7 @@ def test_starts_again_when_the_file_changed_since_an_earlier_call(
     assert alone(tmp_path / "a")
 
 
-def test_starts_again_when_nothing_tells_the_versions_apart(host: FaultyServer, tmp_path: Path) -> None:
+def test_restarts_a_download_without_validators(host: FaultyServer, tmp_path: Path) -> None:
     fetch(host.serve("/a", server.truncated(b"x" * len(BODY), 200_000, etag=""), server.content(BODY)), tmp_path / "a")
     assert alone(tmp_path / "a")
     assert "Range" not in host.seen[1][1]

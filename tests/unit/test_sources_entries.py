@@ -147,7 +147,7 @@ def test_a_damaged_archive_is_fetched_anew_next_time(host: FaultyServer) -> None
     assert published() == MEMBERS
 
 
-def test_an_unpack_that_matches_nothing_says_what_there_is(host: FaultyServer) -> None:
+def test_an_unpack_that_matches_nothing_lists_the_files(host: FaultyServer) -> None:
     url = host.serve("/i.zip", server.content(zipped()))
     source = entry(source="url", files=[{"url": url, "to": "i.zip"}], unpack={"images.zip": "."})
     with pytest.raises(DataError, match=r"no file matches 'unpack: images.zip'; there are i\.zip"):
@@ -209,7 +209,7 @@ def test_a_file_that_a_person_offers_is_taken_after_the_same_checks(host: Faulty
     assert offered.exists()
 
 
-def test_offline_says_what_to_do(host: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_an_error_that_names_the_way_out(host: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for source in (
         entry(source="url", files=[{"url": host.url("/a"), "to": "a"}]),
@@ -363,7 +363,7 @@ def test_the_lock_keeps_what_it_has_and_drops_what_is_gone(host: FaultyServer) -
 # --- manual, path, joined ---------------------------------------------------------------------------------------------
 
 
-def test_manual_tells_a_person_what_to_do_and_then_takes_it() -> None:
+def test_manual_prints_instructions_and_then_takes_the_file() -> None:
     source = entry(
         source="manual",
         files=[{"to": "i.zip"}],
@@ -462,7 +462,7 @@ def fake_gdown(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
     monkeypatch.setitem(sys.modules, "gdown", module)
 
 
-def test_drive_says_how_to_get_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drive_without_its_library_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gdown", None)
     with pytest.raises(DataError, match=r"mmpipe\[drive\].*drive.google.com/file/d/0123456789/view.*manual/thing"):
         fetched(entry(source="drive", files=[{"id": "0123456789", "to": "a"}]))

@@ -60,7 +60,7 @@ def test_include_and_exclude(hub: FakeHub) -> None:
     assert set(hub.downloads()) == {"config.json", "sub/notes.txt"}
 
 
-def test_an_include_that_matches_nothing_says_what_there_is(hub: FakeHub) -> None:
+def test_an_include_that_matches_nothing_lists_the_files(hub: FakeHub) -> None:
     with pytest.raises(DataError, match=r"no file of owner/name matches include .*config.json"):
         fetched(repository(include=["*.tsv"]))
 
@@ -122,7 +122,7 @@ def test_a_half_filled_folder_is_never_taken_for_the_snapshot(hub: FakeHub) -> N
     assert published() == {}
 
 
-def test_a_refusal_says_what_to_check(hub: FakeHub) -> None:
+def test_a_refusal_names_the_token(hub: FakeHub) -> None:
     hub.private = True
     with pytest.raises(DataError, match=r"the hub refused owner/name at revision main .*HF_TOKEN"):
         fetched(repository())

@@ -170,7 +170,7 @@ def test_the_next_stage_starts_from_the_projector(job):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_smoke_runs_stop_early_and_say_so(job):
+def test_smoke_runs_stop_early_and_are_marked(job):
     made = job("smoke", max_steps=2)
     run_stage(finetune(), made)
     card = json.loads((made.model_dir / "manifest.json").read_text())

@@ -78,9 +78,12 @@ seen = []
 
 
 class Watched(Sharpened):
+    class Settings(Sharpened.Settings):  # may also be written inside
+        start: float = 1.0
+
     def step(self, progress):
         super().step(progress)
-        seen.append((round(progress, 3), self.scheduled(1.0, 4.0)))
+        seen.append((round(progress, 3), self.scheduled(self.settings.start, 4.0)))
 """
     )
     run_stage(Finetune(**COMMON, max_steps=1), dense := job("dense"))

@@ -24,7 +24,7 @@ def main(snakemake: Any, plan: Plan) -> None:
         judge=next((Path(path) for path in snakemake.input.judge), None) if entry.judge else None,
         per_item=Path(snakemake.output.per_item),
         out=Path(snakemake.output.score),
-        lineage={"checkpoint": {"path": checkpoint.as_posix(), "sha256": sha256(checkpoint)}},
+        provenance={"checkpoint": {"path": checkpoint.as_posix(), "sha256": sha256(checkpoint)}},
     )
     log.info("%s", result["metrics"])
 

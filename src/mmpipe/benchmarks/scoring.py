@@ -20,15 +20,15 @@ def score_files(
     judge: Path | None = None,
     per_item: Path | None = None,
     out: Path | None = None,
-    lineage: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> JsonDict:
     """Score answer files of ``benchmark`` and return ``{benchmark, protocol, n, metrics, missing, unparsed, ...}``.
 
     ``references`` are the official files (several where the official form is several), or JSON lines of the same
     records. ``answers`` are JSON lines with ``question_id`` and ``text``. ``judge`` holds a judge model's replies
     (``question_id``, ``reply``) for the benchmarks that need one; answers may also carry them as ``judge_reply``.
-    ``per_item`` and ``out`` are written if given; ``lineage`` is added to the hashes of the files. Raises DataError for
-    unreadable files, duplicate answers and answers of another split.
+    ``per_item`` and ``out`` are written if given; ``provenance`` is added to the hashes of the files, under their key
+    ``lineage``. Raises DataError for unreadable files, duplicate answers and answers of another split.
     """
     task = get(benchmark)
     replies = read_answers(answers)
@@ -40,7 +40,7 @@ def score_files(
             "answers": [_card(path) for path in answers],
             "references": [_card(path) for path in references],
             **({"judge": _card(judge)} if judge else {}),
-            **(lineage or {}),
+            **(provenance or {}),
         }
     }
     if per_item:

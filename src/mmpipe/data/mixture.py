@@ -79,7 +79,7 @@ def _check(spec: MixtureSpec, sources: Sequence[MixtureSource]) -> None:
             lines += (f"    {reason}" for reason in source.reasons())
     if lines:
         raise DataError(
-            f"too many bad records (max_bad is {spec.max_bad:.1%} of each part):\n"
+            f"too many bad records (max_bad is {spec.max_bad:.1%} of each source):\n"
             + "\n".join(lines)
             + "\nthe log names every one; mend the data set, fetch it again, or raise max_bad of the mixture"
         )

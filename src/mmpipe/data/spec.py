@@ -70,7 +70,7 @@ class MixtureSourceSpec(Settings):
 
 
 class MixtureSpec(Settings):
-    """A training set. The order of training is the sampler's, not that of the parts."""
+    """A training set. The order of training is the sampler's, not that of the sources."""
 
     VERSION: ClassVar[int] = 1
     """Raised when a change of code changes the selected records or their content."""
@@ -78,11 +78,11 @@ class MixtureSpec(Settings):
     description: str = ""
     """Description in one line."""
     parts: Annotated[tuple[MixtureSourceSpec, ...], Field(min_length=1)]
-    """The sources, each a part of a data set."""
+    """The sources of the records, each a selection from one data set."""
     seed: int = 0
     """Decides which records ``take`` chooses."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """The largest share of bad records that any part may have."""
+    """The largest share of bad records that any source may have."""
 
     def spec(self) -> dict[str, Any]:
         """The settings that determine the records; descriptions do not."""

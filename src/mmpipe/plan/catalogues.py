@@ -48,8 +48,8 @@ class Catalogues:
         self._check_backbones()
         self._check_datasets()
         for name, mixture in self.mixtures.items():
-            for part in mixture.parts:
-                check_known(part.dataset, self.datasets, self._place("mixtures", name, "mixture"), "data set")
+            for source in mixture.parts:
+                check_known(source.dataset, self.datasets, self._place("mixtures", name, "mixture"), "data set")
         self.chosen_benchmarks, self.benchmarks = self._read_benchmarks(config, where)
 
     def _entries(self, catalogue: str) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Catalogues:
 
     def mixture_inputs(self, name: str) -> list[str]:
         """Manifests of the data sets a mixture reads."""
-        return sorted({f"resources/datasets/{part.dataset}/manifest.json" for part in self.mixtures[name].parts})
+        return sorted({f"resources/datasets/{source.dataset}/manifest.json" for source in self.mixtures[name].parts})
 
     def fetched_datasets(self, names: Iterable[str]) -> list[str]:
         """The data sets that must be fetched for some data sets: in place of a joined one, those it is joined from."""

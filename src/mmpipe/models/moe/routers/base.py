@@ -41,13 +41,13 @@ class BaseRouter(FollowsTraining):
     """Base of all routers.
 
     A subclass defines ``forward(hidden_TD, sequence_T) -> Routing``, where ``sequence_T`` ``[T]``, if given, is the
-    sequence of each token for losses taken per sequence, and may define ``Settings``. It owns whatever parameters it
-    needs; ``reset_parameters`` fills them from a generator, so that each layer starts differently and reproducibly. A
-    schedule reads the current value of a setting from :meth:`scheduled`.
+    sequence of each token for losses taken per sequence, and may set ``Settings``, a subclass of ``RouterSettings``. It
+    owns whatever parameters it needs; ``reset_parameters`` fills them from a generator, so that each layer starts
+    differently and reproducibly. A schedule reads the current value of a setting from :meth:`scheduled`.
     """
 
-    class Settings(RouterSettings):
-        """What every router takes."""
+    Settings: ClassVar[type[RouterSettings]] = RouterSettings
+    """The settings of the class; the attribute has one name because a recipe names the router alone."""
 
     NORMALISED: ClassVar[bool] = True
     """Whether the weights of a token add up to one, which is then checked."""

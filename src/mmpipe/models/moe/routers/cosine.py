@@ -9,6 +9,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmpipe.models.moe.routers.base import LinearRouter, Routing, linear_float, rescaled, routed
+from mmpipe.models.moe.spec import RouterSettings
+
+
+class CosineSettings(RouterSettings):
+    """Settings of :class:`CosineRouter`."""
+
+    temperature: float = Field(0.1, gt=0)
+    """Divides the cosines; not used by ``reference``."""
+    final_temperature: float | None = Field(None, gt=0)
+    """Temperature at the end of a linear schedule; None: constant."""
+    perturbation: float = Field(0.0, ge=0)
 
 
 class CosineRouter(LinearRouter):
@@ -19,12 +30,7 @@ class CosineRouter(LinearRouter):
     weights are all close to 1/k and the bias decides: nearly every token goes to the same experts.
     """
 
-    class Settings(LinearRouter.Settings):
-        temperature: float = Field(0.1, gt=0)
-        """Divides the cosines; not used by ``reference``."""
-        final_temperature: float | None = Field(None, gt=0)
-        """Temperature at the end of a linear schedule; None: constant."""
-        perturbation: float = Field(0.0, ge=0)
+    Settings = CosineSettings
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)

@@ -11,6 +11,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, routed
+from mmpipe.models.moe.spec import RouterSettings
+
+
+class HyperSettings(RouterSettings):
+    """Settings of :class:`HyperRouter`."""
+
+    first_k: int = Field(1, ge=1)
+    """Experts a token at the start of training."""
 
 
 class HyperRouter(BaseRouter):
@@ -22,9 +30,7 @@ class HyperRouter(BaseRouter):
     ``top_k``. ``reference``, LibMoE's first version, has no router losses.
     """
 
-    class Settings(BaseRouter.Settings):
-        first_k: int = Field(1, ge=1)
-        """Experts a token at the start of training."""
+    Settings = HyperSettings
 
     def __init__(self, width: int, experts: int, top_k: int, settings: Any) -> None:
         super().__init__(width, experts, top_k, settings)

@@ -10,6 +10,13 @@ from torch import Tensor
 
 from mmpipe.errors import ConfigError
 from mmpipe.models.moe.routers.base import LinearRouter, Routing, linear_float, rescaled, routed
+from mmpipe.models.moe.spec import RouterSettings
+
+
+class SharedExpertSettings(RouterSettings):
+    """Settings of :class:`SharedExpertRouter`."""
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"
 
 
 class SharedExpertRouter(LinearRouter):
@@ -19,8 +26,7 @@ class SharedExpertRouter(LinearRouter):
     shared expert. Losses and measurements are those of the routed experts.
     """
 
-    class Settings(LinearRouter.Settings):
-        scores: Literal["softmax", "sigmoid"] = "softmax"
+    Settings = SharedExpertSettings
 
     STARTS_ALIKE: ClassVar[bool] = True
 

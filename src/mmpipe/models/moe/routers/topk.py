@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 from mmpipe.models.moe.routers.base import LinearRouter, Routing, linear_float, rescaled, routed
+from mmpipe.models.moe.spec import RouterSettings
+
+
+class TopKSettings(RouterSettings):
+    """Settings of :class:`TopKRouter`."""
+
+    second_choice: Literal["most_likely", "gumbel", "gumbel_always"] = "most_likely"
+    """Selection of the second expert: the most probable of the others; or by adding Gumbel noise to the
+    logits, in training or also in evaluation. DeepSpeed before 0.15, hence LLaVA-MoD, always samples;
+    ``compat: reference`` of the experts takes ``gumbel``, so that answers stay the same from run to run."""
 
 
 class TopKRouter(LinearRouter):
@@ -20,11 +30,7 @@ class TopKRouter(LinearRouter):
     ``reference`` form differs in its initialisation only.
     """
 
-    class Settings(LinearRouter.Settings):
-        second_choice: Literal["most_likely", "gumbel", "gumbel_always"] = "most_likely"
-        """Selection of the second expert: the most probable of the others; or by adding Gumbel noise to the
-        logits, in training or also in evaluation. DeepSpeed before 0.15, hence LLaVA-MoD, always samples;
-        ``compat: reference`` of the experts takes ``gumbel``, so that answers stay the same from run to run."""
+    Settings = TopKSettings
 
     STARTS_ALIKE: ClassVar[bool] = True
 

@@ -10,6 +10,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmpipe.models.moe.routers.base import BaseRouter, Routing, linear_float, rescaled, routed
+from mmpipe.models.moe.spec import RouterSettings
+
+
+class XMoESettings(RouterSettings):
+    """Settings of :class:`XMoERouter`."""
+
+    dimension: int | None = Field(None, ge=1)
+    """Of the sphere; half the number of experts by default."""
+    temperature: float = Field(0.3, gt=0)
+    final_temperature: float | None = Field(None, gt=0)
+    """Temperature at the end of a linear schedule; None: constant."""
+    radius: float = Field(1.5, gt=0)
 
 
 class XMoERouter(BaseRouter):
@@ -20,13 +32,7 @@ class XMoERouter(BaseRouter):
     a part along the radius. (There they are also overwritten by every forward pass, which changes no result.)
     """
 
-    class Settings(BaseRouter.Settings):
-        dimension: int | None = Field(None, ge=1)
-        """Of the sphere; half the number of experts by default."""
-        temperature: float = Field(0.3, gt=0)
-        final_temperature: float | None = Field(None, gt=0)
-        """Temperature at the end of a linear schedule; None: constant."""
-        radius: float = Field(1.5, gt=0)
+    Settings = XMoESettings
 
     STARTS_ALIKE: ClassVar[bool] = True
 
