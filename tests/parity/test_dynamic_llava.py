@@ -142,9 +142,9 @@ def model(case: dict[str, Any], **changes: object) -> tuple[LlamaForCausalLM, Sp
     )
     wrap(llama.model, settings, IMAGE)
     named = {name.replace("sparsifier.", ""): p for name, p in llama.named_parameters()}
+    overrides = case.get("bias_override_after_fill", MODEL["bias_override_after_fill"])
     fill(
-        named,
-        case["bias_override_after_fill"] if "bias_override_after_fill" in case else MODEL["bias_override_after_fill"],
+        named, {place: value for place, value in overrides.items() if not changes or place.removesuffix("[0]") in named}
     )
     return llama.eval(), settings
 
@@ -159,9 +159,11 @@ def ranges(rows: list[dict[str, list[int]]], name: str, length: int) -> Tensor:
 TRAINING = {case["name"]: case for case in MODEL["training"]}
 
 
-def training(case: dict[str, Any]) -> tuple[LlamaForCausalLM, dict[str, Tensor], TrainingPass]:
-    """Model, losses and pass of a training vector."""
-    llama, settings = model(case)
+def training(case: dict[str, Any], **changes: object) -> tuple[LlamaForCausalLM, dict[str, Tensor], TrainingPass]:
+    """Model, losses and pass of a training vector; ``changes`` switch predictors off, the weights stay."""
+    llama, settings = model(case, **changes)
+    if changes:
+        llama.load_state_dict(model(case)[0].state_dict(), strict=False)
     llama.train()
     lengths, rows = case["attention_mask_lens"], case["segments"]
     longest = max(lengths)
@@ -185,10 +187,9 @@ def training(case: dict[str, Any]) -> tuple[LlamaForCausalLM, dict[str, Tensor],
     logits = llama.lm_head(hidden)
     ce = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     number = torch.tensor(len(rows))
-    losses = {
-        "ce": ce,
-        "images": image_loss(current.decisions["images"].view(-1, IMAGE), settings.vision_keep_rate, number),
-    }
+    losses = {"ce": ce}
+    if "images" in current.decisions:
+        losses["images"] = image_loss(current.decisions["images"].view(-1, IMAGE), settings.vision_keep_rate, number)
     for name, mask_BL, rate, least in (
         ("answers", segments.answers_BL, settings.output_text_keep_rate, settings.output_text_len_for_training),
         ("questions", segments.questions_BL, settings.instruct_keep_rate, settings.instruct_len_for_training),
@@ -223,6 +224,21 @@ def test_training(name: str) -> None:
     for parameter, norm in case["grad_norms"].items():
         assert gradients[parameter] is not None, parameter
         assert gradients[parameter].norm().item() == pytest.approx(norm, rel=2e-4, abs=1e-6), parameter
+
+
+@pytest.mark.parametrize("name", ["b1_long_answer", "b2_short_and_long", "b2_low_tau"])
+def test_text_is_sparsified_without_images_as_beside_them(name: str) -> None:
+    """The published code decides about answers before images are pruned: without them the decisions are the same."""
+    case = TRAINING[name]
+    _, both, _ = training(case)
+    _, alone, current = training(case, use_vision_predictor=False)
+    assert current.decisions.keys() == {"answers"}
+    lengths = [b - a for a, b in (row["answer"] for row in case["segments"])]
+    expected = [v for row, n in zip(case["gumbel_calls"][1]["keep"], lengths, strict=True) for v in row[:n]]
+    assert current.decisions["answers"].round().tolist() == expected
+    total = 100 * (both["images"] + alone["answers"])
+    assert total.item() == pytest.approx(case["mask_loss_total"], rel=1e-5)
+    assert not torch.allclose(both["logits"], alone["logits"]), "all image tokens are retained"
 
 
 def test_an_empty_answer_costs_nothing_where_the_published_loss_is_not_a_number() -> None:

@@ -49,6 +49,22 @@ def test_logits_equal_the_published_model_up_to_and_beyond_its_length(model, run
     assert out.loss.item() == pytest.approx(run["loss"], abs=1e-5)
 
 
+def test_the_rotary_table_grows_as_published_and_shrinks_again(model):
+    """Of other lengths than the published one its table stays grown, which changes the next short text."""
+    rotary, hidden = model.model.rotary_emb, torch.zeros(1)
+
+    def cosines(length: int) -> list[float]:
+        return rotary(hidden, torch.arange(length)[None])[0][0, 5].tolist()
+
+    first, *grown = VECTOR["rotary"]
+    assert cosines(10) == pytest.approx(first["cos_row5"], abs=1e-6)
+    for row in sorted(grown, key=lambda row: row["seq"]):
+        assert cosines(row["seq"]) == pytest.approx(row["cos_row5"], abs=1e-6)
+        assert rotary.inv_freq.tolist() == pytest.approx(row["inv_freq"], rel=1e-5)
+    published = VECTOR["rotary_after_48_then_10_cos_row5"]
+    assert cosines(10) == pytest.approx(first["cos_row5"], abs=1e-6) != pytest.approx(published, abs=1e-3)
+
+
 def test_cached_decoding_equals_the_published_model(model):
     decode = VECTOR["decode"]
     with torch.no_grad():

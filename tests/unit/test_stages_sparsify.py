@@ -24,6 +24,7 @@ from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.inference.generate import Answerer
 from mmpipe.models.sparsity.hooks import get_sparsifier, set_keep_rate, without_sparsity
 from mmpipe.models.sparsity.record import recording
+from mmpipe.models.trainable import select
 from mmpipe.stages.base import StageJob
 from mmpipe.stages.finetune import Finetune
 from mmpipe.stages.sparsify import Sparsify
@@ -111,6 +112,19 @@ def test_it_trains_and_logs_what_is_kept(sparsified) -> None:
     rate = next(row["image_kept"] for row in history if "image_kept" in row)
     distance = next(row["image_mask_loss"] for row in history if "image_mask_loss" in row)
     assert distance >= (rate - 0.5) ** 2 - 1e-6, "the mean of squares is at least the square of the mean"
+
+
+def test_the_projector_is_trained_unless_it_is_frozen(sparsified, dense) -> None:
+    def of(job: StageJob, part: str) -> dict[str, torch.Tensor]:
+        return {k: v for k, v in load_file(job.model_dir / "model.safetensors").items() if part in k}
+
+    before, after = of(dense, "multi_modal_projector"), of(sparsified, "multi_modal_projector")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    model, _, _ = open_checkpoint(sparsified.model_dir)
+    names = [name for name, _ in model.named_parameters()]
+    frozen = set(names) - set(select(model, ["language_model.*", "lm_head.*"]))
+    assert {name for name in names if "multi_modal_projector" in name} <= frozen
 
 
 def test_the_checkpoint_is_dense_for_everyone_else(sparsified) -> None:

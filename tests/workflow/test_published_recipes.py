@@ -63,6 +63,12 @@ def test_libmoes_data_variants_share_the_upcycled_model() -> None:
     assert stages("libmoe-clip336-phi3-topk-*") == {"pretrain": 1, "prefinetune": 1, "upcycle": 3, "finetune": 6}
 
 
+def test_dynamic_llava_trains_with_the_published_global_batch() -> None:
+    plan = Plan({"recipes": ["dynamic-llava-*"], "benchmarks": ["pope"]}, REPOSITORY)
+    published = {"dynamic-llava-7b": 8 * 1 * 8, "dynamic-llava-13b": 4 * 2 * 8}  # a device, accumulated, devices
+    assert {name: plan.checkpoint(name).settings.batch_size for name in plan.chosen_recipes} == published
+
+
 def test_llava_mod_as_its_code_computes_is_the_same_path_with_switches() -> None:
     plan = Plan({"recipes": ["llava-mod-reference-*"], "benchmarks": ["pope"]}, REPOSITORY)
     ours, theirs = (plan.stages(f"llava-mod-{name}-1.5b") for name in ("qwen2", "reference"))
