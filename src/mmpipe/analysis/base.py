@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from mmpipe.plotting import figure
 from mmpipe.registry import modules
 
 if TYPE_CHECKING:
@@ -165,8 +166,6 @@ def draw(family: MetricFamily, rows: Sequence[Row], path: Path) -> None:
 @contextmanager
 def axes(path: Path, panels: int, *, width: float = 3.6, height: float = 3.0, columns: int = 3) -> Iterator[Any]:
     """Axes for ``panels`` panels in rows of ``columns``, saved as SVG when the block ends."""
-    from mmpipe.plotting import figure
-
     columns = max(1, min(columns, panels))
     rows = -(-max(1, panels) // columns)
     with figure(path, rows, columns, (width * columns, height * rows)) as grid:

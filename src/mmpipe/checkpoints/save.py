@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mmpipe.artifacts.files import apply_umask, read_json, write_json
 from mmpipe.errors import ArtifactError, first_of
@@ -136,8 +137,6 @@ def _write_config(model: LlavaForConditionalGeneration, text: PreTrainedConfig, 
 
 def _text_config(text: PreTrainedConfig) -> dict[str, Any]:
     """The language model's configuration, with all spellings that readers expect."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     config = text.to_diff_dict()
     config.pop("transformers_version", None)
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
+from mmpipe.artifacts.files import write_json
 from mmpipe.demo.backbones import INITIALIZER_RANGE, MAX_POSITIONS, require_whole_heads, texts
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def moss2_tiny(out: Path, *, seed: int = 0, hidden_size: int = 64, layers: int =
     packed = LAYOUT.from_stock(model.state_dict(), config)
     written = {**LAYOUT.written(config), "model_type": "Moss2", "torch_dtype": "float32"}
     save_file(packed, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "config.json", written)
     tokenizer.save_pretrained(out)
 
 

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmpipe.artifacts.files import write_jsonl
 from mmpipe.data.images import encode_image
 from mmpipe.demo.datasets import entry
 from mmpipe.demo.scenes import COLORS, SHAPES, SHORT_ANSWER, Scene, scenes
@@ -56,9 +57,8 @@ def pope(out: Path, *, seed: int, questions: int = 100) -> None:
     for number, scene in enumerate(drawn):
         (out / "val2014" / _file_name(number)).write_bytes(_jpeg(scene))
     for category in POPE_CATEGORIES:
-        lines = list(_pope_lines(category, drawn, rng))
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (out / "coco" / f"coco_pope_{category}.json").write_text(text, encoding="utf-8")
+        lines = _pope_lines(category, drawn, rng)
+        write_jsonl(out / "coco" / f"coco_pope_{category}.json", lines)
 
 
 def yes_no(scene: Scene, true: bool, rng: random.Random) -> tuple[str, str]:

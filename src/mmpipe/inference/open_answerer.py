@@ -10,11 +10,7 @@ import torch
 from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.data.templates import get_template
 from mmpipe.inference.generate import Answerer
-
-
-def inference_dtype(device: str) -> torch.dtype:
-    """bfloat16 on a GPU (``cuda``, ``cuda:1``), float32 elsewhere."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+from mmpipe.models.attention import inference_dtype
 
 
 def open_for_inference(
@@ -22,7 +18,7 @@ def open_for_inference(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """``(model, processor, manifest)`` of a published checkpoint, the model frozen on ``device``.
 
-    Without a ``dtype`` in that of :func:`inference_dtype`. Raises ArtifactError when files are missing or do not fit.
+    Without a ``dtype``, in that of :func:`inference_dtype`. Raises ArtifactError when files are missing or do not fit.
     """
     model, processor, card = open_checkpoint(checkpoint, dtype or inference_dtype(device))
     return model.to(device).requires_grad_(False).eval(), processor, card

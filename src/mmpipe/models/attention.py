@@ -1,4 +1,4 @@
-"""Selection of the attention implementation: flash attention where available, PyTorch's own otherwise."""
+"""Precision and attention implementation of a model: flash attention where available, PyTorch's own otherwise."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from mmpipe.errors import ConfigError
 log = logging.getLogger(__name__)
 
 FLASH = "flash_attention_2"
+
+
+def inference_dtype(device: str) -> torch.dtype:
+    """The precision of models that only answer: bfloat16 on a GPU (``cuda``, ``cuda:1``), float32 elsewhere."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def choose(wanted: str, device: str, dtype: torch.dtype) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import apply_umask, write_json
@@ -77,8 +78,6 @@ def write(checkpoint: Path, out: Path, *, language: str | None, tower: str, bina
 
 def _stock_text(checkpoint: Path, config: Mapping[str, Any]) -> Any:
     """The language model's configuration. ConfigError for experts, which LLaVA's code does not support."""
-    from transformers import CONFIG_MAPPING
-
     text = dict(config["text_config"])
     experts = {"num_experts", "num_local_experts", "moe"} & text.keys()
     if config["model_type"] != "llava" or experts:

@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from mmpipe.checkpoints.layouts import _names, _tensors, packed_language
+from mmpipe.checkpoints.layouts import _names, _tensors, _write_llava, packed_language
 from mmpipe.checkpoints.layouts.base import BackboneFiles, ImportedModel, Layout, PackedLanguage
 from mmpipe.errors import ArtifactError, ConfigError, first_of
 from mmpipe.models import lora
@@ -58,9 +59,7 @@ class Llava(Layout):
         return ImportedModel(model, tokenizer, parts["vision"].directory, written.get("image_aspect_ratio"))
 
     def write(self, checkpoint: Path, out: Path, *, language: str | None, tower: str, binary: bool) -> None:
-        from mmpipe.checkpoints.layouts._write_llava import write
-
-        write(checkpoint, out, language=language, tower=tower, binary=binary)
+        _write_llava.write(checkpoint, out, language=language, tower=tower, binary=binary)
 
     def tensors(
         self, directory: Path, parts: Mapping[str, BackboneFiles], text: Any, packed: PackedLanguage | None
@@ -105,8 +104,6 @@ def text_config(directory: Path, written: Mapping[str, Any]) -> tuple[Any, Packe
 
     Raises ArtifactError for a family that transformers does not know.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-
     kind = str(written.get("model_type"))
     if "text_config" in written:
         raise ArtifactError(f"{directory}: a checkpoint of transformers; leave 'layout' out")

@@ -12,7 +12,6 @@ from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.data.dataset import Batch
 from mmpipe.data.images import pixel_settings, require_same_pixels
 from mmpipe.errors import ConfigError
-from mmpipe.inference.open_answerer import inference_dtype
 from mmpipe.losses import positions
 from mmpipe.losses.distillation import (
     DistilledTokens,
@@ -142,7 +141,7 @@ class LiveTeacher:
 
     def _on_device(self, device: torch.device) -> Any:
         if self.model.device != device:
-            dtype = inference_dtype(str(device))
+            dtype = attention.inference_dtype(str(device))
             self.model.to(device=device, dtype=dtype)
             attention.use(self.model, attention.choose("auto", device.type, dtype))
         return self.model
