@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from serving import serving
 
 Answer = Callable[["Request"], None]
 Fault = Callable[..., Answer]
@@ -69,17 +70,9 @@ class FaultyServer(ThreadingHTTPServer):
         return [path for path, _ in self.seen]
 
 
-@contextmanager
-def running() -> Iterator[FaultyServer]:
-    server = FaultyServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def running() -> AbstractContextManager[FaultyServer]:
+    """A server that answers while the block lasts."""
+    return serving(FaultyServer())
 
 
 def content(body: bytes, etag: str = '"one"', ranges: bool = True, **headers: str) -> Answer:

@@ -239,7 +239,7 @@ def test_judged_and_unjudged_scores_name_their_protocols(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps([{**record, "question": "?", "gt_answer": "1"}]))
     (tmp_path / "a.jsonl").write_text('{"question_id": "VD_c_0_0_0", "text": "Yes"}\n')
     files = ([tmp_path / "r.json"], [tmp_path / "a.jsonl"])
-    with pytest.raises(DataError, match="needs the replies of a judge model; without judge: protocol intern"):
+    with pytest.raises(DataError, match=r"hallusionbench.*judge.*intern"):
         score_files("hallusionbench", *files, protocol="official")
     unjudged = score_files("hallusionbench", *files)
     assert (unjudged["protocol"], unjudged["metrics"]["aAcc"]) == ("intern", 1)

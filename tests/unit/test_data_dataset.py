@@ -126,9 +126,7 @@ def test_an_image_gone_since_is_replaced_by_the_next_record(tmp_path: Path, capl
 
 def test_when_nothing_can_be_read_training_stops(tmp_path: Path) -> None:
     dataset = stored(tmp_path, [record(i, "<image>?", images=("gone.png",)) for i in range(3)])
-    with pytest.raises(
-        DataError, match=r"the images of 3 records in a row cannot be read; the first: made/r1: gone\.png"
-    ):
+    with pytest.raises(DataError, match=r"3 records.*made/r1.*gone\.png"):
         dataset[1]
 
 

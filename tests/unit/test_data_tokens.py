@@ -117,7 +117,7 @@ def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeyp
 def test_too_many_bad_records_stop_it(tmp_path: Path) -> None:
     records = written(tmp_path, [*(record(i) for i in range(9)), record(9, "no mark", images=("0.png",))])
     assert tokenise(records, encoder(), tmp_path / "out", max_bad=0.1)["kept"] == 9
-    with pytest.raises(DataError, match=r"1 of 10 records cannot be trained on \(max_bad is 9.0%\):\n.*made/r9"):
+    with pytest.raises(DataError, match=r"1 of 10 .*9\.0%.*\n.*made/r9"):
         tokenise(records, encoder(), tmp_path / "out", max_bad=0.09)
 
 

@@ -169,7 +169,7 @@ def test_stop_text_works_in_every_way_of_generating(checkpoint, questions):
 
 def test_a_checkpoint_of_captions_is_asked_nothing(checkpoint, questions):
     answerer = Answerer(*checkpoint, get_template("plain"), model_id="demo@pretrain")
-    with pytest.raises(DataError, match=r"demo@pretrain was trained on captions .*evaluate a later stage"):
+    with pytest.raises(DataError, match=r"demo@pretrain.*captions.*later stage"):
         list(answerer.answer(questions[:1]))
 
 

@@ -215,7 +215,7 @@ def test_damaged_predictors_are_named(sparsified) -> None:
     folder = sparsified.model_dir
     config = json.loads((folder / "sparsity.json").read_text())
     (folder / "sparsity.json").write_text(json.dumps(config | {"image_tokens": 576}))
-    with pytest.raises(ArtifactError, match="trained for images of 576 tokens, the model gives an image 9"):
+    with pytest.raises(ArtifactError, match=r"\b576\b.*\b9\b"):
         load_checkpoint(folder)
     (folder / "sparsity.json").write_text(json.dumps(config | {"d_model": 32}))
     with pytest.raises(ArtifactError, match="size mismatch"):
