@@ -238,7 +238,7 @@ def test_a_flipped_bit_in_a_compressed_tar_is_found(tmp_path: Path) -> None:
     damaged = bytearray(gzip.compress(archive.read_bytes(), compresslevel=0))
     damaged[damaged.index(content[:50]) + 60] ^= 4
     archive.write_bytes(damaged)
-    with pytest.raises(DamagedArchive, match=r"damaged at the member '2.jpg'.*CRC"):
+    with pytest.raises(DamagedArchive, match=r"damaged.*CRC"):
         unpack([archive], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

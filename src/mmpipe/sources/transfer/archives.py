@@ -103,24 +103,22 @@ def unpack(pieces: Sequence[Path], target: Path, flat: bool = False) -> Contents
 @contextmanager
 def _reading(name: str, member: str) -> Iterator[None]:
     """Errors of reading a member, or what follows it, as DataErrors that name both."""
+    at = f"the member {member[:200]!r}" if member else "the archive"
+    damaged = f"{name}: the archive is damaged" + (f" at {at}" if member else "")
     try:
         yield
     except _DAMAGE as error:
-        raise DamagedArchive(f"{name}: the archive is damaged {_at(member)} ({error})") from error
+        raise DamagedArchive(f"{damaged} ({error})") from error
     except NotImplementedError as error:
-        raise DataError(f"{name}: {_at(member)} is packed in a way that cannot be read ({error})") from error
+        raise DataError(f"{name}: {at} is packed in a way that cannot be read ({error})") from error
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise DataError(f"{name}: {_at(member)} is both a file and a folder ({error.filename})") from error
+        raise DataError(f"{name}: {at} is both a file and a folder ({error.filename})") from error
     except OSError as error:
         if error.errno is None:  # gzip and bz2
-            raise DamagedArchive(f"{name}: the archive is damaged {_at(member)} ({error})") from error
+            raise DamagedArchive(f"{damaged} ({error})") from error
         if error.errno in _NO_NAME:
-            raise DataError(f"{name}: {_at(member)} cannot be a file here ({error.strerror})") from error
+            raise DataError(f"{name}: {at} cannot be a file here ({error.strerror})") from error
         raise
-
-
-def _at(member: str) -> str:
-    return f"at the member {member[:200]!r}" if member else "at its start"
 
 
 def _member_path(root: Path, member: str, name: str, contents: Contents, *, folder: bool) -> Path:
