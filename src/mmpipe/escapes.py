@@ -42,15 +42,16 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _named: set[str] = set()
 
 
-def redacted(text: str) -> str:
-    """``text`` without the secrets of addresses (names and passwords, tokens, signatures) and of the environment.
+def redacted(text: str, *, environment: bool = True) -> str:
+    """``text`` without the secrets of addresses (names and passwords, tokens, signatures) and, unless the result must be
+    the same on every machine, of the ``environment``.
 
     >>> redacted("https://me:secret@host/a.zip?id=7&X-Amz-Signature=0f3a&token=abc")
     'https://***@host/a.zip?id=7&X-Amz-Signature=***&token=***'
     """
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
-    for secret in _environment_secrets():
+    for secret in _environment_secrets() if environment else ():
         text = text.replace(secret, HIDDEN)
     return text
 
