@@ -216,7 +216,7 @@ def _unpack_tar(file: BinaryIO, target: Path, name: str, packed: int) -> Content
     contents, last = Contents(), ""
     with _reading(name, last):
         # As a stream: a tar has no directory, and a list of a million members would fill the memory.
-        bundle = _Tar.open(name, mode="r|", fileobj=file, bufsize=1 << 18)
+        bundle = _Tar.open(name, mode="r|", fileobj=file)
     with bundle:
         while True:
             with _reading(name, last):
@@ -246,7 +246,7 @@ def _unpack_tar(file: BinaryIO, target: Path, name: str, packed: int) -> Content
 
 def _read_padding(stream: BinaryIO, size: int, packed: int, name: str) -> None:
     """Read a tar to its end, where the checksum of a compressed one is. Raises ReadError for anything but zeros."""
-    while block := stream.read(1 << 18):
+    while block := stream.read(1 << 16):
         size += len(block)
         _check_growth(size, packed, name)
         if block.count(0) < len(block):
