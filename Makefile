@@ -5,7 +5,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 CORES  ?= 2
-BIN    := $(abspath $(VENV))/bin
+# not $(abspath), which takes a directory with a space for two
+export BIN := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin
 # the rules call commands of the environment by name
 export PATH := $(BIN):$(PATH)
 
@@ -14,10 +15,13 @@ export PATH := $(BIN):$(PATH)
 install: $(VENV)/.installed
 
 $(VENV)/.installed: envs/requirements.lock pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r envs/requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
-	touch $@
+	@case "$$BIN" in *[[:cntrl:]:{}\"\`\\$$]*) \
+	    printf '%s %s %s\n' "$$BIN: a virtual environment does not work in a directory with a line break or one of" \
+	        ': { } " ` \ $$' "in its name; rename the directory, or set VENV to another one" >&2; exit 1;; esac
+	$(PYTHON) -m venv "$(VENV)"
+	"$$BIN/python" -m pip install --quiet --disable-pip-version-check -r envs/requirements.lock
+	"$$BIN/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch "$@"
 
 demo: install
 	snakemake --cores $(CORES) results/mmbench.json all

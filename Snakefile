@@ -4,7 +4,13 @@
 # results/{benchmark}.json                        the comparison over the chosen recipes
 # results/smoke/...                               the same, a few steps and questions long
 # resources/{backbones,datasets,mixtures,benchmarks}/{name}/   what all of this is made from
+import shlex
+import sys
+
 from snakemake.utils import min_version
+
+# Snakemake puts the interpreter into shell commands without quotes (its issue 2645)
+sys.executable = shlex.quote(sys.executable)
 
 min_version("9.20")
 

@@ -18,6 +18,7 @@ sys.path.insert(0, SOURCE)
 shell.prefix("trap '' TERM; ")
 
 from mmpipe.errors import MmpipeError
+from mmpipe.escapes import printable
 from mmpipe.plan.plan import Plan
 from mmpipe.provenance import persistence
 from mmpipe.registry import export_source_dir
@@ -33,7 +34,7 @@ persistence.install()
 try:
     PLAN = Plan(config, Path(workflow.basedir))
 except MmpipeError as error:
-    raise WorkflowError(str(error)) from None
+    raise WorkflowError(printable(error)) from None
 
 
 STAGE_RULES = {stage.kind for stage in PLAN.stages()}

@@ -10,9 +10,15 @@ import difflib
 import errno
 from collections.abc import Iterable, Sequence
 
+from mmpipe.escapes import redacted
+
 
 class MmpipeError(Exception):
-    """Base of all errors caused by input, configuration or environment rather than by a defect of the code."""
+    """Base of all errors caused by input, configuration or environment rather than by a defect of the code. Their
+    messages show no secrets."""
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class ConfigError(MmpipeError):

@@ -20,6 +20,7 @@ from typing import Any
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.state import only_worker
 from mmpipe.errors import ConfigError, MmpipeError, explained
+from mmpipe.escapes import LogFormatter, escape_tracebacks, message
 from mmpipe.gpu_locks import locked_gpus, visible_devices
 from mmpipe.plan.plan import Plan
 from mmpipe.provenance import records
@@ -42,6 +43,7 @@ def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
     def run(snakemake: Any) -> None:
         # the shell around this process ignores SIGTERM, which is inherited
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        escape_tracebacks()
         os.environ.setdefault("OMP_NUM_THREADS", str(snakemake.threads))
         with _logging_to(Path(snakemake.log[0])):
             try:
@@ -55,7 +57,7 @@ def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
             except (MmpipeError, OSError) as error:
                 text = str(error) if isinstance(error, MmpipeError) else explained(error)
                 log.error("%s", text, exc_info=isinstance(error, OSError))
-                print(f"mmpipe: {text}", file=sys.stderr)
+                print(f"mmpipe: {message(text)}", file=sys.stderr)
                 raise SystemExit(1) from None
             except Exception as error:
                 log.exception("unexpected failure: %s", explained(error))
@@ -79,7 +81,7 @@ def offline_job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
 def _logging_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -126,3 +126,13 @@ def stalled(body: bytes, after: int, seconds: float, etag: str = '"one"', **head
         time.sleep(seconds)
 
     return answer
+
+
+def endless(request: Request) -> None:
+    """Sends without saying how much, until the client hangs up."""
+    request.send_response(200)
+    request.send_header("Connection", "close")
+    request.end_headers()
+    with suppress(OSError):
+        while True:
+            request.wfile.write(bytes(1 << 20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,16 @@ def test_an_unreadable_image_of_mmbench_is_an_error(content, tmp_path):
     (table,) = tmp_path.glob("*.tsv")
     table.write_text(table.read_text().replace(text64(2), content))
     with pytest.raises(DataError, match=r"\b2\b.*(JPEG|base64)"):
+        prepare(entry("mmbench"), tmp_path, tmp_path / "out")
+
+
+def test_a_damaged_image_is_found_before_it_is_asked_about(tmp_path):
+    mmbench(tmp_path)
+    (table,) = tmp_path.glob("*.tsv")
+    whole = base64.b64decode(text64(2))
+    cut = base64.b64encode(whole[: len(whole) // 2]).decode()
+    table.write_text(table.read_text().replace(text64(2), cut))
+    with pytest.raises(DataError, match=r"1 of \d images cannot be shown to a model: question 2: the image is damaged"):
         prepare(entry("mmbench"), tmp_path, tmp_path / "out")
 
 

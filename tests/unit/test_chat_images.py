@@ -243,3 +243,11 @@ def test_files(tmp_path):
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert images.from_anywhere(str(tmp_path / "turned.jpg")).size == (4, 6)
+
+
+def test_ink_on_a_transparent_ground_stays_visible():
+    out = io.BytesIO()
+    drawing = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    drawing.putpixel((1, 1), (0, 0, 0, 255))
+    drawing.save(out, "PNG")
+    assert images.from_bytes(out.getvalue(), "drawing.png").getcolors() == [(15, (255,) * 3), (1, (0,) * 3)]

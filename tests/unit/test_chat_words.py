@@ -11,15 +11,16 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from mmpipe.chat.messages import ChatError, Completion, escape_control_characters
+from mmpipe.chat.messages import ChatError, Completion
 from mmpipe.chat.model import TokenStreamer
 from mmpipe.chat.options import SamplingOptions
 from mmpipe.chat.queue import AnswerStream, QueueFull, RequestQueue
+from mmpipe.escapes import printable
 
 
 def test_control_characters_are_shown_not_obeyed():
-    assert escape_control_characters("\x1b]0;title\x07 a\tb\n\x9b2J\r\u202e") == "␛]0;title␇ a\tb\n<9B>2J␍<202E>"
-    assert escape_control_characters("Ähnlich 红色 🙂") == "Ähnlich 红色 🙂"
+    assert printable("\x1b]0;title\x07 a\tb\n\x9b2J\r\u202e") == "␛]0;title␇ a\tb\n<9B>2J␍<202E>"
+    assert printable("Ähnlich 红色 🙂") == "Ähnlich 红色 🙂"
 
 
 def stream(tokenizer: object, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[list[str], TokenStreamer]:

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import io
+import random
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from transformers import LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mmpipe.data import images
-from mmpipe.data.images import image_processor, inspect_image, open_image
+from mmpipe.data.image_files import EmbeddedImages
+from mmpipe.data.images import decode_image, encode_image, image_processor, inspect_image, open_image
 from mmpipe.errors import ArtifactError, DataError
 
 RED, BLUE = (254, 0, 0), (0, 0, 254)
@@ -30,10 +34,6 @@ def palette() -> Image.Image:
     return Image.new("RGB", SIZE, RED).convert("P", palette=Image.Palette.ADAPTIVE)
 
 
-def transparent() -> Image.Image:
-    return Image.new("RGBA", SIZE, (*RED, 10))
-
-
 @pytest.mark.parametrize(
     ("make", "name", "notes"),
     [
@@ -41,11 +41,11 @@ def transparent() -> Image.Image:
         (lambda: Image.new("RGB", SIZE, RED), "a.webp", ()),
         (palette, "a.gif", ("palette made RGB",)),
         (palette, "a.png", ("palette made RGB",)),
-        (transparent, "a.png", ()),
+        (lambda: Image.new("RGBA", SIZE, (*RED, 255)), "a.png", ()),
         (lambda: Image.new("CMYK", SIZE, (0, 255, 255, 0)), "a.tif", ("CMYK made RGB",)),
         (lambda: Image.new("CMYK", SIZE, (0, 255, 255, 0)), "a.jpg", ("CMYK made RGB",)),
     ],
-    ids=["rgb png", "webp", "palette gif", "palette png", "alpha", "cmyk tiff", "cmyk jpeg"],
+    ids=["rgb png", "webp", "palette gif", "palette png", "opaque alpha", "cmyk tiff", "cmyk jpeg"],
 )
 def test_every_mode_becomes_rgb(
     tmp_path: Path, make: Callable[[], Image.Image], name: str, notes: tuple[str, ...]
@@ -101,6 +101,95 @@ def test_exif_orientation_is_applied_on_demand_only(tmp_path: Path) -> None:
     assert open_image(tmp_path / "a.jpg").notes == ("EXIF says rotated, left as stored",)
     assert pixels(tmp_path / "a.jpg").shape == (8, 12, 3)
     assert pixels(tmp_path / "a.jpg", upright=True).shape == (12, 8, 3)
+
+
+def ink() -> Image.Image:
+    """Black, opaque on the left alone."""
+    drawing = Image.new("RGBA", SIZE, (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (0, 0, 6, 8))
+    return drawing
+
+
+def grey_with_key(mode: str, black: int, key: int) -> Image.Image:
+    drawing = Image.new(mode, SIZE, key)
+    drawing.paste(black, (0, 0, 6, 8))
+    return drawing
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "options"),
+    [
+        (ink, "a.png", {}),
+        (ink, "a.tif", {}),
+        (ink, "a.webp", {"lossless": True}),
+        (lambda: ink().convert("LA"), "a.png", {}),
+        (lambda: ink().quantize(), "a.png", {}),
+        (lambda: grey_with_key("P", 0, 1), "a.gif", {"transparency": 1}),
+        (lambda: grey_with_key("L", 0, 7), "a.png", {"transparency": 7}),
+        (lambda: Image.merge("RGB", [grey_with_key("L", 0, 7)] * 3), "a.png", {"transparency": (7, 7, 7)}),
+        (lambda: grey_with_key("I;16", 0, 300), "a.png", {"transparency": 300}),
+    ],
+    ids=["rgba", "tiff", "webp", "grey and alpha", "palette", "gif", "grey key", "colour key", "deep grey key"],
+)
+def test_transparent_pixels_are_white_and_noted(
+    tmp_path: Path, make: Callable[[], Image.Image], name: str, options: dict[str, Any]
+) -> None:
+    make().save(tmp_path / name, **options)
+    seen = pixels(tmp_path / name)
+    assert (seen[4, 2].tolist(), seen[4, 9].tolist()) == ([0, 0, 0], [255, 255, 255])
+    assert images.TRANSPARENT in open_image(tmp_path / name).notes
+    assert images.TRANSPARENT in inspect_image(tmp_path / name).notes
+
+
+def test_a_half_transparent_colour_is_blended_with_white(tmp_path: Path) -> None:
+    Image.new("RGBA", SIZE, (200, 0, 0, 51)).save(tmp_path / "a.png")
+    np.testing.assert_allclose(pixels(tmp_path / "a.png")[0, 0].astype(int), (244, 204, 204), atol=1)
+
+
+def damaged(content: bytes, random: random.Random) -> bytes:
+    """The file cut, or with up to eight bytes of its first 600 changed."""
+    if random.random() < 0.3:
+        return content[: random.randrange(1, len(content))]
+    changed = bytearray(content)
+    for _ in range(random.randint(1, 8)):
+        changed[random.randrange(min(600, len(changed)))] ^= 1 << random.randrange(8)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_no_damage_ends_in_another_error(kind: str, tmp_path: Path) -> None:
+    chance = random.Random(kind)
+    noise = np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
+    info, exif = PngImagePlugin.PngInfo(), Image.Exif()
+    info.add_text("note", "text " * 50, zip=True)
+    exif[0x0112] = 6
+    extra = {"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}
+    options: dict[str, Any] = {"PNG": {"pnginfo": info}, "TIFF": {"compression": "tiff_lzw"}}.get(kind, {})
+    whole = encode_image(Image.fromarray(noise), kind, **options, **extra)
+    stored = EmbeddedImages(tmp_path, tmp_path)
+    refused = 0
+    for content in (damaged(whole, chance) for _ in range(67)):
+        path = tmp_path / stored.keep(content)
+        fault = inspect_image(path).fault
+        refused += fault is not None
+        for read in (open_image, lambda path: decode_image(path.read_bytes(), str(path), upright=True)):
+            if fault:
+                with suppress(DataError):
+                    read(path)
+            else:
+                read(path)
+    assert refused > 10
+
+
+def test_sound_images_with_large_texts_and_profiles_are_read(tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 5_000_000, zip=True)
+    info.add_itxt("prompt", "y" * 5_000_000, zip=True)
+    profile = np.random.default_rng(0).bytes(2_000_000)
+    for name, options in (("a.png", {"pnginfo": info, "icc_profile": profile}), ("a.jpg", {"icc_profile": profile})):
+        Image.new("RGB", SIZE, RED).save(tmp_path / name, **options)
+        assert inspect_image(tmp_path / name).fault is None
+        assert pixels(tmp_path / name).shape == (8, 12, 3)
 
 
 def half(content: bytes) -> bytes:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Callable
@@ -351,6 +352,109 @@ def test_images_inside_parquet_are_written_out_once(tmp_path: Path) -> None:
         "image marks and images differ": 1,
         "malformed turn": 1,
     }
+
+
+def test_a_damaged_image_in_parquet_drops_its_record_alone(tmp_path: Path) -> None:
+    whole = pixels(tmp_path, 1)
+    cut = [whole[:20], whole[:60], b"\x89PNG", b"x"]
+    rows = [
+        {"question": "What?", "chosen": "a", "rejected": "b", "image": {"bytes": content, "path": "x.jpg"}}
+        for content in (whole, *cut, whole)
+    ]
+    data = data_set(tmp_path / "made", [], images=0)
+    pq.write_table(pa.Table.from_pylist(rows), data / "a.parquet")
+    settings = {"format": "rlaif_v", "annotations": "a.parquet", "images": ".", "max_bad": 0.9}
+    report = mix(data, tmp_path / "out", **settings)
+    assert [record.id for record in kept(tmp_path / "out")] == ["a-0", "a-5"]
+    assert {reason: facts["count"] for reason, facts in report["parts"][0]["dropped"].items()} == {"corrupt image": 4}
+
+
+def as_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+# An image in the forms of other programs; all but the last are one file of the data set or its content.
+FORMS: dict[str, Callable[[bytes], Any]] = {
+    "bytes": lambda content: content,
+    "bytes in an object": lambda content: {"bytes": content},
+    "empty bytes beside a path": lambda content: {"bytes": b"", "path": "0.png"},
+    "no bytes beside a path": lambda content: {"bytes": None, "path": "0.png"},
+    "a list of bytes": lambda content: [content],
+    "base64": as_base64,
+    "base64 in an object": lambda content: {"bytes": as_base64(content), "path": None},
+    "a data address": lambda content: f"data:image/png;base64,{as_base64(content)}",
+    "a file address": lambda content: "file://0.png",
+    "openai": lambda content: {"url": f"data:image/png;base64,{as_base64(content)}"},
+    "qwen": lambda content: {"type": "image", "image": "0.png"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("key", ["image", "images", "image_url"])
+def test_an_image_is_read_in_every_form(form: str, key: str, tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", [])
+    content = (data / "img/0.png").read_bytes()
+    row = {"id": "a", "conversations": said("<image>\na", "b"), key: FORMS[form](content)}
+    pq.write_table(pa.Table.from_pylist([row]), data / "a.parquet")
+    report = mix(data, tmp_path / "out", annotations="a.parquet")
+    assert report["kept"] == 1
+    assert Path(kept(tmp_path / "out")[0].images[0]).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda content: {"type": "image", "image": "0.png"},
+        lambda content: {"type": "image", "path": "0.png"},
+        lambda content: {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{as_base64(content)}"}},
+    ],
+)
+def test_images_in_the_parts_of_messages_are_read(part: Callable[[bytes], Entry], tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", [])
+    content = (data / "img/0.png").read_bytes()
+    question = {"role": "user", "content": [{"type": "text", "text": "What?"}, part(content)]}
+    rows = [{"messages": [question, {"role": "assistant", "content": "That."}]}]
+    (data / "data.json").write_text(json.dumps(rows))
+    assert mix(data, tmp_path / "out", format="messages")["kept"] == 1
+    (record,) = kept(tmp_path / "out")
+    assert record.turns[0].text == "What?<image>"
+    assert Path(record.images[0]).read_bytes() == content
+
+
+def test_files_and_contents_may_be_mixed_in_one_record(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", [])
+    images = [{"bytes": None, "path": "1.png"}, {"bytes": pixels(tmp_path, 9), "path": None}]
+    row = {"id": "a", "conversations": said("<image><image>\na", "b"), "images": images}
+    pq.write_table(pa.Table.from_pylist([row]), data / "a.parquet")
+    assert mix(data, tmp_path / "out", annotations="a.parquet")["kept"] == 1
+    first, second = kept(tmp_path / "out")[0].images
+    assert (Path(first).name, Path(second).read_bytes()) == ("1.png", pixels(tmp_path, 9))
+
+
+@pytest.mark.parametrize(
+    ("image", "reason", "message"),
+    [
+        ({"bytes": b"", "path": ""}, "malformed images", "without content and without a file name"),
+        ({"url": "https://example.org/cat.jpg"}, "image at a web address", "download the images"),
+        ("data:image/png;base64,%%%%", "corrupt image", "is damaged"),
+        ("data:image/png,abc", "corrupt image", "only data:image"),
+        (7, "malformed images", "'image' holds int where an image is expected"),
+    ],
+)
+def test_an_image_that_cannot_be_read_has_a_reason_that_helps(
+    image: Any, reason: str, message: str, tmp_path: Path
+) -> None:
+    data = data_set(tmp_path / "made", [])
+    row = {"id": "a", "conversations": said("<image>\na", "b"), "image": image}
+    pq.write_table(pa.Table.from_pylist([row]), data / "a.parquet")
+    with pytest.raises(DataError, match=f"{reason}.*{message}"):
+        mix(data, tmp_path / "out", annotations="a.parquet")
+
+
+def test_transparent_images_are_counted(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "made", [entry(0, "0.png"), entry(1, "1.png")])
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(data / "img/1.png")
+    assert mix(data, tmp_path / "out")["parts"][0]["notes"]["transparent pixels put on white"]["count"] == 1
 
 
 def test_messages_with_parts_are_read(tmp_path: Path) -> None:

@@ -227,3 +227,8 @@ def test_experts_are_logged_by_task_and_document(kind, published, tmp_path):
     table = pq.read_table(tmp_path / "experts.parquet").to_pydict()
     assert {name.partition("#")[0] for name in table["question_id"]} <= {f"task/{n}" for n in range(len(requests))}
     assert all(len(chosen) == 2 for chosen in table["experts"])
+
+
+def test_transparent_images_are_put_on_white(kind, tmp_path):
+    stored = sys.modules[kind.__module__]._stored(Image.new("RGBA", (2, 2), (0, 0, 0, 0)), tmp_path)
+    assert Image.open(stored).getcolors() == [(4, (255, 255, 255))]

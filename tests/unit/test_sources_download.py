@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import faulty_server as server
 import pytest
 from faulty_server import FaultyServer
 
 from mmpipe.errors import DataError
-from mmpipe.sources.transfer import progress
+from mmpipe.sources.transfer import progress, session
 from mmpipe.sources.transfer.download import Expected, Patience, download
 
 BODY = bytes(range(256)) * 1000
@@ -220,3 +224,105 @@ def test_looks_at_the_disk_before_filling_it(
     with pytest.raises(DataError, match=r"/a: needs 256.0 kB below .*GB are free"):
         fetch(host.serve("/a", server.content(BODY)), tmp_path / "a")
     assert nothing(tmp_path)
+
+
+def as_if_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    """127.0.0.1, where the server is, passes for a public address; all others are what they are."""
+    real = session.network_of
+    monkeypatch.setattr(session, "network_of", lambda ip: "public" if ip == "127.0.0.1" else real(ip))
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        "http://127.0.0.2:1/a",
+        "http://10.0.0.1/a",
+        "http://[::1]:1/a",
+        "http://[::ffff:10.0.0.1]/a",
+        "http://169.254.169.254/latest/meta-data",
+        "http://2130706434/a",
+        "http://intranet.example/a",
+        "/hop",
+    ],
+)
+def test_a_redirect_into_a_private_network_is_not_followed(
+    host: FaultyServer, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_if_public(monkeypatch)
+    known = socket.getaddrinfo
+
+    def lookup(name: str, *rest: object, **more: object) -> object:
+        return known("192.168.1.9" if name == "intranet.example" else name, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    host.serve("/hop", server.redirect("http://172.16.0.1/a"))
+    with pytest.raises(DataError, match=r"redirects to a (private|link-local) address"):
+        fetch(host.serve("/a", server.redirect(to)), tmp_path / "a")
+    assert nothing(tmp_path)
+
+
+def test_a_name_that_changes_its_address_after_the_check_is_refused(
+    host: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_addresses", lambda url: ["93.184.216.34"])
+    with pytest.raises(DataError, match="redirects to a private address"):
+        fetch(host.serve("/a", server.content(BODY)), tmp_path / "a")
+    assert host.seen == []
+
+
+def test_a_private_server_may_redirect_to_another_but_not_to_metadata(host: FaultyServer, tmp_path: Path) -> None:
+    host.serve("/b", server.content(BODY))
+    other = f"http://localhost:{host.server_port}/b"
+    fetch(host.serve("/a", server.redirect(other)), tmp_path / "here" / "a")
+    assert alone(tmp_path / "here" / "a")
+    with pytest.raises(DataError, match="redirects to a link-local address"):
+        fetch(host.serve("/c", server.redirect("http://169.254.169.254/")), tmp_path / "c")
+
+
+def test_a_body_without_end_is_not_taken(host: FaultyServer, tmp_path: Path) -> None:
+    url = host.serve("/a", server.endless)
+    with pytest.raises(DataError, match=r"more than 3\.0 MB; if it is meant, .*max_gb"):
+        download([url], tmp_path / "a", patience=QUICK, most=3e6)
+    with pytest.raises(DataError, match=r"more than 1\.0 MB"):
+        fetch(url, tmp_path / "a", size=1_000_000)
+    with pytest.raises(DataError, match=r"more than 1\.0 kB"):
+        download([host.serve("/b", server.content(BODY))], tmp_path / "a", patience=QUICK, most=1000)
+    assert nothing(tmp_path)
+
+
+def test_the_disk_is_looked_at_while_a_body_without_end_comes(
+    host: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = lambda folder: SimpleNamespace(free=400_000_000 - sum(p.stat().st_size for p in tmp_path.iterdir()))  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(DataError, match="are free"):
+        fetch(host.serve("/a", server.endless), tmp_path / "a")
+    assert nothing(tmp_path)
+
+
+def test_secrets_of_an_address_are_sent_and_stand_nowhere(
+    host: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MY_KEY", "canary-variable")
+    path = "/a?id=7&token=canary-token&X-Amz-Signature=canary-signature&k="
+    host.serve(f"{path}canary-variable", server.status(503), server.truncated(BODY, 9), server.status(404))
+    url = host.url(f"{path}${{MY_KEY}}").replace("http://", "http://canary-user:canary-password@")
+    dead = "http://canary-user:canary-password@127.0.0.1:9/x?sig=canary-sig"
+    with caplog.at_level(logging.DEBUG, "mmpipe"), pytest.raises(DataError) as error:
+        fetch([url, dead], tmp_path / "a")
+    assert host.seen[0][0].endswith("canary-variable")
+    assert host.seen[0][1]["Authorization"].startswith("Basic ")
+    assert "id=7&token=***&X-Amz-Signature=***" in str(error.value)
+    written = "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
+    assert "canary" not in str(error.value) + caplog.text + written
+
+
+def test_a_variable_that_is_not_set_is_named(host: FaultyServer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the environment variable 'NOT_SET_HERE' is not set"):
+        fetch(host.url("/a?token=${NOT_SET_HERE}"), tmp_path / "a")
+
+
+def test_what_came_of_an_address_with_secrets_is_resumed(host: FaultyServer, tmp_path: Path) -> None:
+    url = host.serve("/a?token=canary", server.truncated(BODY, 100_000), server.content(BODY))
+    fetch(url, tmp_path / "a")
+    assert host.seen[1][1]["Range"] == "bytes=65536-"

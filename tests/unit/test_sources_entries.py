@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -510,3 +511,12 @@ def test_a_wrong_file_from_drive_is_not_kept(monkeypatch: pytest.MonkeyPatch) ->
         fetched(source)
     assert not list(Path("resources/datasets/.fetching/thing/files").iterdir())
     assert read_json(Path("resources/datasets/.fetching/thing/fingerprint.json"))
+
+
+def test_secrets_of_an_address_are_in_no_file(host, workplace):
+    url = host.serve("/a.zip?token=canary", server.content(b"x"))
+    source = entry(source="url", files=[{"url": url, "to": "a.zip"}])
+    fetched(source)
+    assert published() == {"a.zip": b"x"}
+    written = "".join(path.read_text(errors="replace") for path in workplace.rglob("*") if path.is_file())
+    assert "canary" not in written + json.dumps(source.spec())

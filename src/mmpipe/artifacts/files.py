@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from mmpipe.escapes import csv_cell
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
@@ -174,12 +176,12 @@ def recover_lines(path: Path, is_row: Callable[[bytes], bool] = bool) -> list[by
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table atomically, the columns of the first row; fractions with six digits."""
+    """Write a table atomically, the columns of the first row; fractions with six digits, formulas as text."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else csv_cell(v) for k, v in row.items()})
     write_text(path, text.getvalue())
 
 

@@ -26,6 +26,7 @@ from mmpipe.benchmarks.base import JudgeRequest, get
 from mmpipe.benchmarks.jsonl import JsonDict, read_answers
 from mmpipe.benchmarks.spec import JudgeSettings
 from mmpipe.errors import ConfigError, DataError, MmpipeError
+from mmpipe.escapes import redacted
 
 _LARGEST_REPLY = 4_000_000  # bytes
 _WORTH_RETRYING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -184,7 +185,7 @@ class _Client:
                     after = failure.headers.get("Retry-After", "").strip()  # seconds, followed up to a minute
                     wait = max(wait, min(60.0, float(after)) if after.isdecimal() else 0.0)
             except (OSError, ValueError, KeyError, IndexError, TypeError) as failure:
-                error = f"{type(failure).__name__}: {failure}"[:200]
+                error = redacted(f"{type(failure).__name__}: {failure}")[:200]
             if attempt + 1 < self.settings.attempts:
                 self.sleep(wait)
         return {**record, "reply": None, "error": error, "attempts": self.settings.attempts}

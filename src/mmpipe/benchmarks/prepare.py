@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,7 +16,8 @@ from mmpipe.benchmarks.base import Benchmark, Question, get
 from mmpipe.benchmarks.jsonl import JsonDict
 from mmpipe.benchmarks.readers import extension
 from mmpipe.benchmarks.spec import BenchmarkEntry
-from mmpipe.errors import DataError
+from mmpipe.data.images import inspect_image
+from mmpipe.errors import DataError, few
 
 T = TypeVar("T")
 
@@ -25,9 +28,9 @@ REFERENCES = "references.jsonl"
 def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
     """Write the questions, references and images of ``entry`` from the official files below ``source`` into ``out``.
 
-    Equal images are stored once, named by their content. Returns counts for the manifest, which the caller writes.
-    Raises DataError for files that are missing or not in the official form, ConfigError for an unknown benchmark,
-    protocol or file role.
+    Equal images are stored once, named by their content, and decoded to their end. Returns counts for the manifest,
+    which the caller writes. Raises DataError for files that are missing, damaged or not in the official form,
+    ConfigError for an unknown benchmark, protocol or file role.
     """
     benchmark = get(entry.task)
     protocol = benchmark.protocol(entry.protocol)
@@ -56,6 +59,7 @@ def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
     write_jsonl(out / REFERENCES, references)
     shown = {str(path) for question in questions for path in question.images}
     images.keep(shown)
+    images.verify(shown)
     return {
         "benchmark": benchmark.name,
         "protocol": protocol.name,
@@ -152,6 +156,7 @@ class _Images:
         self.folder = self.out / "images"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._seen: dict[Path, Path] = {}
+        self._origins: dict[str, str] = {}
 
     def store(self, image: bytes | Path, question: int | str) -> Path:
         where = f"question {question}"
@@ -168,6 +173,21 @@ class _Images:
             if f"images/{path.name}" not in wanted:
                 path.unlink()
 
+    def verify(self, names: Iterable[str]) -> None:
+        """Raise DataError, naming the questions, for images that cannot be decoded."""
+        ordered = sorted(names)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            found = list(pool.map(lambda name: inspect_image(self.out / name).fault, ordered))
+        # the stored file is gone once the benchmark is refused
+        faults = [
+            f"{self._origins[name]}: {fault.removeprefix(f'{self.out / name}: ')}"
+            for name, fault in zip(ordered, found, strict=True)
+            if fault
+        ]
+        if faults:
+            raise DataError(f"{len(faults)} of {len(ordered)} images cannot be shown to a model: {few(faults)}")
+
     def _place(self, content: bytes, origin: Path | None, where: str) -> Path:
         name = store_by_content(content, self.folder, f".{extension(content, where)}", digits=24, origin=origin)
+        self._origins.setdefault(f"images/{name}", where)
         return Path("images", name)

@@ -67,20 +67,3 @@ class Completion:
     """Per MoE layer, each expert's share of the computed token assignments, prompt and answer together."""
     retention_maps: list[list[bool]] = field(default_factory=list)
     """Per image of the conversation, the mask of retained tokens of a sparsified model, row by row."""
-
-
-# Bidirectional overrides (CVE-2021-42574) disguise text.
-_BIDIRECTIONAL = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_ESCAPED = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
-_ESCAPED |= {0x7F: "\u2421"} | {code: f"<{code:02X}>" for code in (*range(0x80, 0xA0), *_BIDIRECTIONAL)}
-
-
-def escape_control_characters(text: str) -> str:
-    """``text`` with a visible sign in place of every control character but line feed and tab.
-
-    A prompt can make a model write terminal escape sequences, which would clear the screen, set its title, or worse.
-
-    >>> escape_control_characters("\\x1b[2Jcleared")
-    '␛[2Jcleared'
-    """
-    return text.translate(_ESCAPED)

@@ -15,10 +15,11 @@ import gradio as gr
 from fastapi import FastAPI
 
 from mmpipe.chat import images
-from mmpipe.chat.messages import Message, assistant_message, escape_control_characters, user_message
+from mmpipe.chat.messages import Message, assistant_message, user_message
 from mmpipe.chat.options import SamplingOptions
 from mmpipe.chat.visualise import visualise
 from mmpipe.errors import MmpipeError
+from mmpipe.escapes import printable
 
 if TYPE_CHECKING:
     from mmpipe.chat.model import ChatModel
@@ -163,4 +164,4 @@ class _Page:
 
 def _escape(text: str) -> str:
     """``text`` as it is: gradio reads HTML even where it renders no Markdown."""
-    return html.escape(escape_control_characters(text), quote=False)
+    return html.escape(printable(text), quote=False)

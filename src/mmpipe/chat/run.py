@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from mmpipe.chat import images
 from mmpipe.chat.find import LocalCheckpoint, find
-from mmpipe.chat.messages import ChatError, escape_control_characters, user_message
+from mmpipe.chat.messages import ChatError, user_message
 from mmpipe.chat.options import LoadOptions, SamplingOptions
+from mmpipe.escapes import json_text, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,7 +58,7 @@ def ask_once(
     try:
         for piece in answer:
             if not as_json:
-                print(escape_control_characters(piece), end="", flush=True)
+                print(printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         answer.cancel()
         raise
@@ -73,7 +73,7 @@ def ask_once(
         **dataclasses.asdict(answer.completion),
         "sampling": dataclasses.asdict(sampling),
     }
-    print(json.dumps(facts, indent=2))  # control characters are escaped: a script may show this in a terminal
+    print(json_text(facts))  # a script may show this in a terminal
 
 
 def serve(

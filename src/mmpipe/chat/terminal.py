@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from mmpipe.chat import images
-from mmpipe.chat.messages import ChatError, Message, assistant_message, escape_control_characters, user_message
+from mmpipe.chat.messages import ChatError, Message, assistant_message, user_message
 from mmpipe.chat.options import SamplingOptions
 from mmpipe.errors import MmpipeError, did_you_mean
+from mmpipe.escapes import message, printable, redacted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,7 +60,7 @@ class Terminal:
             try:
                 self._take(line)
             except MmpipeError as error:
-                self._write(f"! {error}\n")
+                self._write(f"! {message(error)}\n")
 
     def _take(self, line: str) -> None:
         if line.startswith("/"):
@@ -88,10 +89,11 @@ class Terminal:
 
     def _stream(self, answer: AnswerStream) -> None:
         for piece in answer:
-            self._write(escape_control_characters(piece))
+            self._write(piece)
 
     def _write(self, text: str) -> None:
-        self._out.write(text)
+        # a prompt can make a model write terminal escape sequences
+        self._out.write(printable(text))
         self._out.flush()
 
     # ---- commands: a method each, its docstring is its help
@@ -102,7 +104,9 @@ class Terminal:
             raise ChatError("/image needs a file or an address")
         image = images.from_anywhere(where)
         self.pending.append(image)
-        self._write(f"image {len(self.pending)} for the next question: {where} ({image.width} x {image.height})\n")
+        self._write(
+            f"image {len(self.pending)} for the next question: {redacted(where)} ({image.width} x {image.height})\n"
+        )
 
     def do_clear(self, _: str) -> None:
         """/clear: forget the conversation and its images"""

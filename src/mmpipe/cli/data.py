@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from mmpipe.cli.inventory import DownloadSummary, Inventory, InventoryItem
 from mmpipe.errors import ConfigError, did_you_mean
+from mmpipe.escapes import markup, printable
 from mmpipe.plan.plan import Plan
 from mmpipe.sources.transfer.progress import format_size
 
@@ -59,12 +59,12 @@ def _views(plan: Plan, name: str, width: int) -> list[Callable[[], list[Any]]]:
         "mixture": (plan.mixtures, lambda: [*_mixture(plan, name), *_summary(inventory.for_mixture(name), width)]),
         "recipe": (
             plan.recipes,
-            lambda: [f"[bold]recipe {escape(name)}[/]", *_summary(inventory.for_recipe(name), width)],
+            lambda: [f"[bold]recipe {markup(name)}[/]", *_summary(inventory.for_recipe(name), width)],
         ),
         "benchmark": (
             plan.benchmarks,
             lambda: [
-                f"[bold]benchmark {name}[/]",
+                f"[bold]benchmark {markup(name)}[/]",
                 *_summary(inventory.for_datasets([plan.benchmarks[name].data]), width),
             ],
         ),
@@ -99,7 +99,7 @@ def _entry(plan: Plan, one: InventoryItem, width: int) -> list[Any]:
     }
     if one.parts:
         del facts["size"], facts["licence"]
-    return [f"[bold]{one.name}[/]", _facts(facts), *(_summary(one.parts, width) if one.parts else [])]
+    return [f"[bold]{markup(one.name)}[/]", _facts(facts), *(_summary(one.parts, width) if one.parts else [])]
 
 
 def _mixture(plan: Plan, name: str) -> list[Any]:
@@ -108,7 +108,7 @@ def _mixture(plan: Plan, name: str) -> list[Any]:
     rest = len(mixture.parts) - len(known)
     records = f"{sum(known):,} published" + (f", without those of {rest} parts of unknown size" if rest else "")
     facts = {"description": mixture.description, "records": records if known else ""}
-    return [f"[bold]mixture {name}[/]", _facts(facts)]
+    return [f"[bold]mixture {markup(name)}[/]", _facts(facts)]
 
 
 def _summary(entries: Iterable[InventoryItem], width: int) -> list[Any]:
@@ -149,7 +149,7 @@ def _table(entries: Iterable[InventoryItem], width: int) -> Table:
     table.add_column("licence")
     for one, row in zip(entries, rows, strict=True):
         row["state"] = f"[{_COLOURS.get(one.state, 'dim')}]{one.state}[/]"
-        table.add_row(*row.values(), _terms(one))
+        table.add_row(markup(row.pop("name")), *row.values(), _terms(one))
     return table
 
 
@@ -160,7 +160,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
     table.add_column(overflow="fold")
     for key, value in facts.items():
         for line in value if isinstance(value, list) else [value] if value not in ("", None) else []:
-            table.add_row(f"[dim]{key}[/]", escape(str(line)))
+            table.add_row(f"[dim]{markup(key)}[/]", markup(line))
             key = ""
     return table
 
@@ -173,8 +173,8 @@ def _terms(one: InventoryItem) -> Text:
     if not one.source.licence:
         return line("" if one.source.kind == "made" else "not stated", style="dim")
     if one.source.restricted:
-        return line(f"! {one.source.licence}", style="yellow")
-    return line(one.source.licence)
+        return line(f"! {printable(one.source.licence, line=True)}", style="yellow")
+    return line(printable(one.source.licence, line=True))
 
 
 def _size(one: InventoryItem) -> str:

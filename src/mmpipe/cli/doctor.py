@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from mmpipe.doctor.base import Finding
+from mmpipe.escapes import json_text, markup
 
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
@@ -20,8 +19,10 @@ def print_findings(findings: Sequence[Finding]) -> None:
     """Print one line a finding: status, topic, what was found, advice."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for finding in findings:
-        advice = f"\n[dim]→ {escape(finding.advice)}[/]" if finding.advice else ""
-        table.add_row(f"[{_COLOURS[finding.status]}]{finding.status}[/]", finding.topic, escape(finding.seen) + advice)
+        advice = f"\n[dim]→ {markup(finding.advice)}[/]" if finding.advice else ""
+        table.add_row(
+            f"[{_COLOURS[finding.status]}]{finding.status}[/]", markup(finding.topic), markup(finding.seen) + advice
+        )
     console = Console()
     console.print(table)
     counts = Counter(finding.status for finding in findings)
@@ -30,4 +31,4 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 def as_json(findings: Sequence[Finding]) -> str:
     """The findings as JSON."""
-    return json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False)
+    return json_text([asdict(finding) for finding in findings])

@@ -15,6 +15,7 @@ import typer
 from mmpipe import __version__
 from mmpipe.chat.options import LoadOptions, SamplingOptions, takes_options
 from mmpipe.errors import ConfigError, MmpipeError
+from mmpipe.escapes import escape_tracebacks, json_text, message, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,10 +31,11 @@ Answers = Annotated[list[Path], typer.Option(help="JSON lines with question_id a
 
 def main() -> None:
     """Run the command line; errors that a user can correct exit with status 1 and no traceback."""
+    escape_tracebacks()
     try:
         app()
     except MmpipeError as error:
-        print(f"mmpipe: {error}", file=sys.stderr)
+        print(f"mmpipe: {message(error)}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -45,7 +47,7 @@ def _plan(configfile: Path) -> Any:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json_text(value))
 
 
 @app.callback(invoke_without_command=True)
@@ -100,7 +102,7 @@ def why(
     """Explain which jobs snakemake would run for a target, and why."""
     from mmpipe.cli.why import explain
 
-    print(explain(targets, configfile))
+    print(printable(explain(targets, configfile)))
 
 
 @app.command()

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
 from mmpipe.artifacts.files import read_json
 from mmpipe.errors import ArtifactError
+from mmpipe.escapes import markup as escape
 from mmpipe.estimate.stage import UTILIZATION, ResourceEstimate, bytes_per_token, estimate, total_bytes
 from mmpipe.estimate.stage import warnings as hopeless_reasons
 from mmpipe.plan.plan import Plan
@@ -32,10 +32,10 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
         for stage in last.path():
             name = reference.partition("@")[0]
             shared = "" if stage.owner == name else f" [dim](shared, made by {escape(stage.owner)})[/]"
-            branch = tree.add(f"[bold]{stage.name}[/]{shared}")
+            branch = tree.add(f"[bold]{escape(stage.name)}[/]{shared}")
             spec = json.loads(plan.spec(stage))
             for key, value in spec["settings"].items():
-                branch.add(f"{key}: {escape(json.dumps(value) if not isinstance(value, str) else value)}")
+                branch.add(f"{escape(key)}: {escape(json.dumps(value) if not isinstance(value, str) else value)}")
             if stage.parent is None:
                 model = stage.vision_language
                 branch.add(f"from: {escape(' + '.join(model.parts().values()))}")
@@ -45,7 +45,7 @@ def print_plan(plan: Plan, recipe: str | None = None) -> None:
             for request in stage.settings.precomputations().values():
                 if room := _room(plan, request):
                     branch.add(f"[dim]{escape(request.checkpoint)} precomputes: {room}[/]")
-            branch.add(f"[dim]{stage.directory() / 'model'}[/]")
+            branch.add(f"[dim]{escape(stage.directory() / 'model')}[/]")
         console.print(tree)
     for warning in (*plan.warnings(), *hopeless):
         console.print(f"[yellow]{escape(warning)}[/]")
@@ -83,9 +83,9 @@ def print_comparison(path: Path) -> None:
     content = read_json(path)
     if "benchmarks" in content:
         return _print_leaderboard(content)
-    table = Table(title=f"{content['title']}, protocol {content['protocol']}")
+    table = Table(title=escape(f"{content['title']}, protocol {content['protocol']}"))
     table.add_column("checkpoint")
-    for name in (str(content["metric"]), "95 % interval", "questions"):
+    for name in (escape(content["metric"]), "95 % interval", "questions"):
         table.add_column(name, justify="right")
     for row in content["rows"]:
         low, high = row["ci95"]
@@ -114,7 +114,7 @@ def print_comparison(path: Path) -> None:
 def _print_leaderboard(board: Mapping[str, Any]) -> None:
     table = Table(title="All benchmarks", caption="~ within noise of the best of its column")
     table.add_column("checkpoint")
-    for name in (*board["benchmarks"], "mean", "mean rank"):
+    for name in (*map(escape, board["benchmarks"]), "mean", "mean rank"):
         table.add_column(name, justify="right")
     for row in board["rows"]:
         mean = "" if row["mean"] is None else f"{row['mean']:.3f}"

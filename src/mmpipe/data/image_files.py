@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mmpipe.artifacts.files import leaves_folder, store_by_content
 from mmpipe.data.formats.base import ParsedRecord
@@ -64,12 +64,18 @@ class ImageFinder:
         folders."""
         if parsed.record is None:
             return parsed
-        if not parsed.embedded:
-            for name in parsed.record.images:
+        names = parsed.record.images
+        contents = parsed.embedded or (None,) * len(names)
+        for name, content in zip(names, contents, strict=True):
+            if content is None:
                 _check_name(name)
+        if not parsed.embedded:
             return parsed
-        names = tuple(_EMBEDDED + self._embedded.keep(content) for content in parsed.embedded)
-        return replace(parsed, record=replace(parsed.record, images=names), embedded=())
+        stored = tuple(
+            name if content is None else _EMBEDDED + self._embedded.keep(content)
+            for name, content in zip(names, contents, strict=True)
+        )
+        return replace(parsed, record=replace(parsed.record, images=stored), embedded=())
 
     def prepare(self, names: Iterable[str], pool: Executor) -> None:
         """Find and decode these images, except those of the latest calls."""
@@ -113,7 +119,7 @@ class ImageFinder:
 def _suffix(content: bytes) -> str:
     try:
         return f".{Image.open(io.BytesIO(content)).format}".lower()
-    except UnidentifiedImageError:
+    except Exception:  # noqa: BLE001 - Pillow's decoders raise errors of any type; the inspection finds the reason
         return ".unknown"
 
 

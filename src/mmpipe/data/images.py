@@ -7,15 +7,14 @@ import hashlib
 import io
 import json
 import mimetypes
-import struct
-import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from mmpipe.errors import ArtifactError, ConfigError, DataError
 
@@ -31,8 +30,12 @@ MAX_SIDE = 12_000
 MAX_ASPECT = 200
 """Longer to shorter side. A tower resizes the shorter side to its size: 336 pixels make the longer one 67,200."""
 
-# What Pillow's decoders are known to raise on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+TRANSPARENT = "transparent pixels put on white"
+"""The note on an image of which some pixel is not opaque."""
+
+# Pillow refuses a PNG with a text or a colour profile of more than 1 MB. Editors write larger ones: histories, workflows.
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20
+PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
 # The JPEG of many cameras holds a second image, a preview.
 _SAME_FORMAT = {"MPO": "JPEG"}
 _PIXEL_SETTINGS = ("size", "crop_size", "do_pad", "image_mean", "image_std", "resample", "do_center_crop")
@@ -53,14 +56,15 @@ class OpenedImage:
 def open_image(path: Path, *, upright: bool = False) -> OpenedImage:
     """Decode an image as RGB; equal files give equal pixels.
 
-    The format is read from the content, not from the name. Of several frames the first is taken, transparency
-    is dropped, 16-bit grey is scaled to 8 bits. With ``upright`` the orientation in the EXIF data is applied;
+    The format is read from the content, not from the name. Of several frames the first is taken, transparent pixels
+    are put on white, 16-bit grey is scaled to 8 bits. With ``upright`` the orientation in the EXIF data is applied;
     by default it is not, as in LLaVA.
 
     Raises DataError, naming the file, if it is missing, damaged, no image, or too large.
     """
     image, notes = _identify(path, _read(path))
-    return OpenedImage(_pixels(image, str(path), upright=upright), notes)
+    rgb, transparent = _pixels(image, str(path), upright=upright)
+    return OpenedImage(rgb, (*notes, TRANSPARENT) if transparent else notes)
 
 
 def decode_image(
@@ -68,19 +72,44 @@ def decode_image(
 ) -> Image.Image:
     """The image in ``content`` as :func:`open_image` decodes it; ``where`` names it in messages. ``formats`` are
     Pillow's names of the only formats to read: fewer decoders for untrusted input."""
-    return _pixels(_recognise(content, where, formats), where, upright=upright)
+    return _pixels(_recognise(content, where, formats), where, upright=upright)[0]
 
 
-def _pixels(image: Image.Image, where: str, *, upright: bool) -> Image.Image:
+def _pixels(image: Image.Image, where: str, *, upright: bool) -> tuple[Image.Image, bool]:
+    """The decoded image as RGB, and whether it has transparent pixels."""
     try:
         image.load()
         if upright:
-            image = ImageOps.exif_transpose(image)
-        if image.mode in _DEEP_GREY:
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        return image.convert("RGB")
-    except _DAMAGE as error:
-        raise DataError(f"{where}: the image is damaged ({error}); fetch it again") from error
+            with suppress(Exception):  # damaged EXIF data
+                image = ImageOps.exif_transpose(image)
+        return on_white(image)
+    except Exception as error:  # Pillow's decoders raise errors of any type
+        raise _damaged(where, error) from error
+
+
+def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The image as RGB, transparent pixels blended with white, as image viewers show them; and whether there are any.
+    The colours below transparent pixels are arbitrary, often black."""
+    key = image.info.get("transparency")
+    if image.mode in _DEEP_GREY:
+        values = np.asarray(image)
+        grey = (values.clip(0, 65535) // 257).astype(np.uint8)
+        clear = values == key if isinstance(key, int) else np.zeros(values.shape, bool)
+        grey[clear] = 255
+        return Image.fromarray(grey).convert("RGB"), bool(clear.any())
+    if not image.has_transparency_data:
+        return image.convert("RGB"), False
+    if isinstance(key, tuple) and max(key) > 255:  # of 16-bit samples, which Pillow reduces to 8 bits
+        image.info["transparency"] = tuple(sample >> 8 for sample in key)
+    rgba = image.convert("RGBA")
+    opaque = rgba.getchannel("A").getextrema() == (255, 255)
+    canvas = Image.new("RGB", rgba.size, "white")
+    canvas.paste(rgba, (0, 0), rgba)
+    return canvas, not opaque
+
+
+def _damaged(where: str | Path, error: Exception) -> DataError:
+    return DataError(f"{where}: the image is damaged ({str(error) or type(error).__name__}); fetch it again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +141,10 @@ def inspect_image(path: Path) -> Inspection:
     try:
         image.draft(None, (max(1, width // 8), max(1, height // 8)))
         image.load()
-    except _DAMAGE as error:
-        return Inspection(fault=f"{path}: the image is damaged ({error}); fetch it again")
+        if (image.has_transparency_data or image.mode in _DEEP_GREY) and on_white(image)[1]:
+            notes = (*notes, TRANSPARENT)
+    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise errors of any type
+        return Inspection(fault=str(_damaged(path, error)))
     return Inspection(width, height, notes, digest=content_digest(content))
 
 
@@ -127,6 +158,14 @@ def _read(path: Path) -> bytes:
 def _identify(path: Path, content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
     """Recognise the format, without decoding."""
     image = _recognise(content, str(path), None)
+    try:
+        return image, _peculiarities(path, image)
+    except Exception as error:  # e.g. a second frame that cannot be read
+        raise _damaged(path, error) from error
+
+
+def _peculiarities(path: Path, image: Image.Image) -> tuple[str, ...]:
+    """The notes on a recognised image."""
     named = Image.registered_extensions().get(path.suffix.lower())
     called = path.suffix if named else "without suffix"
     odd = {
@@ -138,7 +177,7 @@ def _identify(path: Path, content: bytes) -> tuple[Image.Image, tuple[str, ...]]
         "CMYK made RGB": image.mode == "CMYK",
         "EXIF says rotated, left as stored": _orientation(image) != 1,
     }
-    return image, tuple(note for note, holds in odd.items() if holds)
+    return tuple(note for note, holds in odd.items() if holds)
 
 
 def _has_deep_samples(image: Image.Image) -> bool:
@@ -153,7 +192,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (*_DAMAGE, TypeError):
+    except Exception:  # noqa: BLE001 - damaged EXIF data
         return 1
 
 
@@ -167,8 +206,10 @@ def _recognise(content: bytes, where: str, formats: tuple[str, ...] | None) -> I
         raise DataError(f"{where}: the image is {what}; fetch it again") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: {error}") from error
-    except _DAMAGE as error:
-        raise DataError(f"{where}: the image is damaged ({error}); fetch it again") from error
+    except Exception as error:  # Pillow's decoders raise errors of any type
+        raise _damaged(where, error) from error
+    if min(image.size) < 1:
+        raise DataError(f"{where}: the image is damaged ({image.width}x{image.height} pixels); fetch it again")
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"{where}: {image.width}x{image.height} are more than {MAX_PIXELS} pixels; shrink it")
     longer, shorter = max(image.size), min(image.size)

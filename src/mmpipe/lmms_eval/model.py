@@ -18,7 +18,7 @@ from PIL import Image
 
 from mmpipe.analysis.expert_log import ExpertLog, merge, pieces
 from mmpipe.artifacts.files import store_by_content
-from mmpipe.data.images import encode_image
+from mmpipe.data.images import encode_image, on_white
 from mmpipe.data.records import IMAGE_MARK
 from mmpipe.errors import ConfigError, DataError
 from mmpipe.inference.open_answerer import open_answerer
@@ -170,7 +170,7 @@ def _stored(image: Any, folder: Path) -> Path:
     """The image as a file without loss, named by its content. Raises DataError for what is no image."""
     if not isinstance(image, Image.Image):
         raise DataError(f"lmms-eval hands over a {type(image).__name__}; mmpipe's checkpoints see images only")
-    return folder / store_by_content(encode_image(image.convert("RGB"), "PNG", compress_level=1), folder, ".png")
+    return folder / store_by_content(encode_image(on_white(image)[0], "PNG", compress_level=1), folder, ".png")
 
 
 def _batch_size(wanted: int | str, most: int | None) -> int:

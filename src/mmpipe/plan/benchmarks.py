@@ -9,6 +9,7 @@ from mmpipe.benchmarks.base import get
 from mmpipe.benchmarks.published import PublishedTable
 from mmpipe.benchmarks.published import rows as published_rows
 from mmpipe.benchmarks.spec import BenchmarkEntry
+from mmpipe.escapes import redacted
 from mmpipe.plan.inputs import chunk_files
 from mmpipe.plan.variants import split
 from mmpipe.registry import source_file
@@ -101,7 +102,10 @@ class Evaluation:
     def judge_spec(self, benchmark: str) -> str:
         """Spec of a judge's replies, without retries and budgets."""
         judge = self.entries[benchmark].judge
-        return canonical_json(judge.model_dump(include={"base_url", "model", "temperature"}) if judge else None)
+        if judge is None:
+            return canonical_json(None)
+        settings = judge.model_dump(include={"base_url", "model", "temperature"})
+        return canonical_json(settings | {"base_url": redacted(judge.base_url, environment=False)})
 
     def published(self, benchmark: str) -> str:
         """The published figures on the questions of ``benchmark``, as canonical JSON."""

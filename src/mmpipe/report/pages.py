@@ -14,6 +14,7 @@ from mmpipe.analysis.base import Row
 from mmpipe.artifacts.files import read_json, read_jsonl, read_report, write_text
 from mmpipe.benchmarks.prepare import evenly, read_questions
 from mmpipe.data.images import data_url
+from mmpipe.escapes import printable
 
 SAMPLES = 24
 """Questions on a page of samples."""
@@ -51,6 +52,8 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m
 _TEMPLATES = Environment(
     loader=PackageLoader("mmpipe.report"),
     autoescape=True,
+    # a value's control characters and bidirectional overrides are visible in a page too
+    finalize=lambda value: printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

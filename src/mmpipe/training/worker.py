@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from mmpipe.artifacts.files import read_json
 from mmpipe.errors import MmpipeError, explained
+from mmpipe.escapes import LogFormatter
 from mmpipe.stages import stage_kinds
 from mmpipe.stages.base import StageJob, TrainStage
 from mmpipe.training import launch, stop
@@ -33,7 +34,9 @@ def read_description(path: Path) -> tuple[TrainStage, StageJob]:
 
 def main() -> None:
     rank = os.environ.get("RANK", "0")
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s [{rank}] %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter(f"%(asctime)s %(levelname)s [{rank}] %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     stop.die_with_parent()
     # before torch starts its threads: they inherit a blocked SIGTERM and leave it to the thread that waits for it
     with stop.StopSignal().listening(leave_with_parent=True) as stop_signal:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,8 +38,9 @@ class ParsedRecord:
     fault: BadRecord | None = None
     notes: tuple[str, ...] = ()
     """Corrections made while parsing."""
-    embedded: tuple[bytes, ...] = ()
-    """Image contents embedded in the annotations; without them ``record.images`` names files."""
+    embedded: tuple[bytes | None, ...] = ()
+    """Image contents embedded in the annotations, in the order of ``record.images``; None, and all of them when it is
+    empty: the name is that of a file."""
 
 
 FormatReader = Callable[[Path, str], Iterator[ParsedRecord]]
@@ -97,28 +101,82 @@ class Images:
     """The images of a row: names of files, or placeholders and the content itself."""
 
     names: tuple[str, ...]
-    embedded: tuple[bytes, ...] = ()
+    embedded: tuple[bytes | None, ...] = ()
+    """As in :class:`ParsedRecord`."""
+
+
+_NOTHING: tuple[Any, ...] = (None, "", [])
+_MESSAGES = ("messages", "conversations", "prompt", "chosen")
+_INSIDE = ("bytes", "image", "image_url", "path", "url")
+"""Keys of an image that is an object, the first that holds something counts: of ``datasets``, OpenAI, Qwen."""
+_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+"""The first characters of JPEG, PNG, GIF and WebP files in base64."""
+_SHORTEST_BASE64 = 64
 
 
 def read_images(row: AnnotationRow) -> Images:
-    """The images under ``image`` or ``images``: none, one or a list. An image is a file name or, as
-    ``datasets`` writes it, ``{"bytes", "path"}``."""
-    given = [key for key in ("image", "images") if row.get(key) not in (None, "", [])]
-    if not given:
-        return Images(())
+    """The images under ``image`` or ``images``, else under ``image_url``, else in the parts of the messages
+    (``{"type": "image", "image": ...}``): none, one or a list. An image is a file name, the content of a file as
+    bytes, in base64 or as a ``data:`` URL, or an object around one of these, e.g. ``{"bytes", "path"}``."""
+    given = [key for key in ("image", "images") if row.get(key) not in _NOTHING]
+    given = given or [key for key in ("image_url", "image_urls") if row.get(key) not in _NOTHING]
     if len(given) > 1:
-        raise BadRecord("malformed images", "there are images under 'image' and under 'images'")
-    (key,) = given
-    values = row[key] if isinstance(row[key], list) else [row[key]]
-    contents = [one.get("bytes") if isinstance(one, dict) else None for one in values]
-    embedded = tuple(content for content in contents if isinstance(content, bytes))
-    if embedded and len(embedded) == len(values):
-        return Images(("embedded",) * len(embedded), embedded)
-    names = [one.get("path") if isinstance(one, dict) else one for one in values]
-    files = tuple(name for name in names if isinstance(name, str) and name)
-    if embedded or len(files) < len(values):
-        raise BadRecord("malformed images", f"'{key}' is neither a file name nor a list of file names")
-    return Images(files)
+        raise BadRecord("malformed images", f"there are images under '{given[0]}' and under '{given[1]}'")
+    key = given[0] if given else "a part of a message"
+    values = row[key] if given else _images_in_messages(row)
+    found = [_image(value, key) for value in (values if isinstance(values, list) else [values])]
+    names, contents = (tuple(name for name, _ in found), tuple(content for _, content in found))
+    return Images(names, contents if any(content is not None for content in contents) else ())
+
+
+def _images_in_messages(row: AnnotationRow) -> list[Any]:
+    """The images in the parts of the first list of messages that holds any."""
+    for key in _MESSAGES:
+        messages = row.get(key) if isinstance(row.get(key), list) else []
+        contents = [message.get("content") for message in messages or () if isinstance(message, dict)]
+        parts = [part for content in contents if isinstance(content, list) for part in content if _is_image(part)]
+        if images := [part for part in parts if any(part.get(inner) not in _NOTHING for inner in _INSIDE)]:
+            return images
+    return []
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+
+
+def _image(value: Any, key: str) -> tuple[str, bytes | None]:
+    """An image's name, and its content where it is embedded."""
+    while isinstance(value, dict):
+        value = next((value[inner] for inner in _INSIDE if value.get(inner) not in (*_NOTHING, b"")), b"")
+    if isinstance(value, bytes):
+        if not value:
+            raise BadRecord("malformed images", f"'{key}' holds an image without content and without a file name")
+        return "embedded", value
+    if not isinstance(value, str) or not value:
+        raise BadRecord(
+            "malformed images",
+            f"'{key}' holds {type(value).__name__} where an image is expected: a file name, the bytes of a file, "
+            "base64, or an object with 'bytes' or 'path'",
+        )
+    if value.startswith("data:") or (value.startswith(_BASE64) and len(value) >= _SHORTEST_BASE64):
+        return "embedded", _decoded(value, key)
+    if value.partition("://")[0].lower() in ("http", "https"):
+        raise BadRecord(
+            "image at a web address",
+            f"'{key}' is {value[:200]}: nothing is fetched here; download the images and name their files",
+        )
+    return (unquote(value.removeprefix("file://")) if value.startswith("file://") else value), None
+
+
+def _decoded(text: str, key: str) -> bytes:
+    """The content of a file in base64 or in a ``data:`` URL."""
+    head, _, payload = text.rpartition(",")
+    try:
+        if head and not head.endswith(";base64"):
+            raise ValueError("only data:image/...;base64,... is read")
+        return base64.b64decode("".join(payload.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRecord("corrupt image", f"'{key}' begins with {text[:30]!r} and is damaged ({error})") from error
 
 
 def read_turns(conversation: Any, system: Any = None) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
@@ -154,7 +212,7 @@ def is_chat(message: Any) -> bool:
 def _part(part: Any, number: int) -> str:
     """A part of a message's content as text."""
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "image":
+    if _is_image(part):
         return IMAGE_MARK
     if kind == "text" and isinstance(part.get("text"), str):
         text: str = part["text"]
