@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from mmpipe.data.images import Aspect, image_processor
+from mmpipe.data.labels import single_token
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.models.moe.context import nothing_counts
@@ -181,9 +182,31 @@ def make_processor(
     )
 
 
-def greedy_generation(base: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Greedy decoding by default; sampling settings of the backbone would contradict it and make saving fail."""
-    eos = base.eos_token_id if base is not None and base.eos_token_id is not None else tokenizer.eos_token_id
+def greedy_generation(
+    base: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, template: str
+) -> GenerationConfig:
+    """Greedy decoding by default; sampling settings of the backbone would contradict it and make saving fail. The token
+    that ends the answers of ``template`` is an end token beside the backbone's own: ``generate`` of any program stops.
+    """
+    eos: Any = base.eos_token_id if base is not None and base.eos_token_id is not None else tokenizer.eos_token_id
+    chosen = get_template(template, tokenizer)
+    stop = single_token(tokenizer, chosen.stop) if chosen.stop_is_token else None
+    known = eos if isinstance(eos, list) else [eos]
     return GenerationConfig(
-        do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+        do_sample=False,
+        eos_token_id=eos if stop is None or stop in known else [*known, stop],
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
     )
+
+
+def max_positions(config: Any) -> int | None:
+    """The tokens for which a language model has positions, by its configuration; None without a limit."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind, factor = rope.get("rope_type", "default"), float(rope.get("factor") or 1)
+    if limit is None or kind == "dynamic":
+        return None
+    if kind == "linear":  # configurations state the length before scaling
+        return int(limit * factor)
+    return max(limit, int((rope.get("original_max_position_embeddings") or 0) * factor))
