@@ -50,7 +50,7 @@ class ChatModel:
         self._stop_ids = stop_ids(model, self.tokenizer, stop)
         is_token = stop is None or self.tokenizer.convert_tokens_to_ids(stop) in self._stop_ids
         self._stop_texts = () if is_token or stop is None else (stop,)
-        self._control = ControlTokens(self.tokenizer, template.stop if template and template.stop_is_token else "")
+        self._control = ControlTokens(self.tokenizer, template.stop if template else "")
 
     @property
     def captions_only(self) -> bool:

@@ -76,7 +76,7 @@ class TextEncoder:
 
     @cached_property
     def _control(self) -> ControlTokens:
-        return ControlTokens(self.tokenizer, self.template.stop if self.template.stop_is_token else "")
+        return ControlTokens(self.tokenizer, self.template.stop)
 
     @property
     def image_token_id(self) -> int:

@@ -69,7 +69,7 @@ class Answerer:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = template
-        self._control = ControlTokens(self.tokenizer, template.stop if template.stop_is_token else "")
+        self._control = ControlTokens(self.tokenizer, template.stop)
         self.model_id = model_id
         self.image_token: str = getattr(processor, "image_token", IMAGE_MARK)
         self.image_id = int(self.tokenizer.convert_tokens_to_ids(self.image_token))
