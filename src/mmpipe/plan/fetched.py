@@ -48,7 +48,9 @@ def position_warnings(stages: Iterable[StagePlan], catalogues: Catalogues) -> It
         parts, settings = stage.vision_language.parts(), stage.settings
         if not isinstance(settings, TrainStage) or not ({"language", "checkpoint"} & parts.keys()):
             continue
-        config = _read(catalogues.backbone_directory(parts.get("checkpoint") or parts["language"]) / "config.json")
+        config = _read(
+            catalogues.backbone_directory(parts.get("checkpoint") or parts["language"]).absolute() / "config.json"
+        )
         text: Mapping[str, Any] = config.get("text_config", config)
         limit = text.get("max_position_embeddings")
         scaled = text.get("rope_scaling") or (text.get("rope_parameters") or {}).get("factor")
@@ -64,7 +66,9 @@ def _parameters(stage: StagePlan, catalogues: Catalogues) -> tuple[str, ...] | N
     parts = stage.vision_language.parts()
     if "checkpoint" in parts or catalogues.layouts(parts):
         return None
-    language, vision = (_tensors(catalogues.backbone_directory(parts[role])) for role in ("language", "vision"))
+    language, vision = (
+        _tensors(catalogues.backbone_directory(parts[role]).absolute()) for role in ("language", "vision")
+    )
     if not vision or not language or not all(name.startswith(("model.", "lm_head.")) for name in language):
         return None
     of_language = [re.sub(r"^model\.", "language_model.", name) for name in language]
