@@ -25,7 +25,7 @@ from mmpipe.data.control_tokens import ControlTokens
 from mmpipe.data.labels import IGNORE, Encoded, encode
 from mmpipe.data.record_table import ArrowWriter, RecordTable
 from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
-from mmpipe.data.report import Log, ReasonCounts, Throughput, histogram, keeping, up_to
+from mmpipe.data.report import Log, ReasonCounts, Throughput, histogram, keeping, or_raise_max_bad, up_to
 from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError, DataError
 
@@ -281,11 +281,13 @@ def _check(records: Path, encoder: TextEncoder, counts: _Counts, max_bad: float)
     dropped = counts.dropped.total()
     if not counts.of["kept"] or dropped > max_bad * counts.of["records"]:
         lines = [f"  {line}" for line in counts.dropped.lines()]
+        misfit = {"nothing supervised", "no image"} & counts.dropped.counts.keys()
+        advice = [*(["choose the template that belongs to the model"] if misfit else []), "mend the records"]
         raise DataError(
             f"{records}: with {encoder}, {dropped} of {counts.of['records']} records cannot be trained on "
             f"(max_bad is {max_bad:.1%}):\n"
             + "\n".join(lines)
-            + "\nchoose the template that belongs to the model, mend the records, or raise max_bad of the mixture"
+            + f"\n{or_raise_max_bad(advice, counts.of['kept'], max_bad)}"
         )
     if counts.of["supervised_tokens"] == counts.of["text_tokens"] and not encoder.template.captions:
         raise DataError(

@@ -158,8 +158,9 @@ of the models that lmms-eval brings cuts there, where a reply of several paragra
 
 
 def _cut(reply: str, until: str | Sequence[str] | None) -> str:
-    stops = [until] if isinstance(until, str) else list(until or ())
-    for stop in stops if stops != _FILLED_IN else ():
+    if until == _FILLED_IN:
+        return reply.strip()
+    for stop in [until] if isinstance(until, str) else until or ():
         if stop:
             reply = reply.split(stop)[0]
     return reply.strip()
