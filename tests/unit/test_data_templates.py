@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2.sandbox  # noqa: F401
 import pytest
 from data_records import IMAGE_TOKENS, char_tokenizer, image, processor
 from hypothesis import given, settings
@@ -125,15 +126,17 @@ def test_text_before_the_images_gives_the_prompt_with_the_images_first(name: str
 
 
 @pytest.mark.parametrize("name", template_names())
-def test_stored_chat_templates_render_without_transformers(name: str) -> None:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+@pytest.mark.parametrize("engine", ["jinja2", "minijinja"])
+def test_stored_chat_templates_render_without_transformers(name: str, engine: str) -> None:
     stored = published(template(name).jinja())
     turns = [*talk("<image>\nWhat?", "A cat.", "Where <image>?", "There."), Turn("user", "<image>\nSure?")]
     chat = {"messages": to_messages(turns), "add_generation_prompt": True, "bos_token": "<s>"}
-    assert ImmutableSandboxedEnvironment().from_string(stored).render(**chat) == template(name).prompt(turns)
-    minijinja = pytest.importorskip("minijinja")
-    assert minijinja.Environment().render_str(stored, **chat) == template(name).prompt(turns)
+    module = pytest.importorskip(engine)
+    if engine == "jinja2":
+        rendered = module.sandbox.ImmutableSandboxedEnvironment().from_string(stored).render(**chat)
+    else:
+        rendered = module.Environment().render_str(stored, **chat)
+    assert rendered == template(name).prompt(turns)
 
 
 @pytest.mark.parametrize("name", template_names())
