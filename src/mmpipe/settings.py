@@ -162,8 +162,43 @@ def validate(kind: type[T] | Any, value: Any, where: str) -> T:
         checked: T = _adapter(kind).validate_python(value, context={"where": where})
         return checked
     except ValidationError as error:
-        lines = [_describe(kind, problem) for problem in error.errors()]
+        lines = [_describe(kind, problem) for problem in findings(error, value)]
         raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from error
+
+
+def findings(error: ValidationError, value: Any) -> list[dict[str, Any]]:
+    """pydantic's findings about ``value``, one a place: of the alternatives of a union, the one that was meant (the
+    finding lies inside it), or else all of them in one message. Locations are those of the value, without the names of
+    alternatives."""
+    by_place: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for problem in error.errors():
+        inside, steps = value, list(problem["loc"])
+        path: list[Any] = []
+        union: tuple[Any, ...] | None = None
+        for step in steps:
+            known = isinstance(inside, Mapping) and step in inside
+            known = known or (isinstance(inside, list | tuple) and isinstance(step, int) and step < len(inside))
+            if known:
+                inside = inside[step]
+            elif step is not steps[-1] or problem["type"] not in ("missing", "extra_forbidden"):
+                union = tuple(path) if union is None else union
+                continue
+            path.append(step)
+        found = {**problem, "loc": tuple(path)}
+        by_place.setdefault(tuple(path) if union is None else union, []).append(found)
+    return [one for place, found in by_place.items() for one in _meant(place, found)]
+
+
+def _meant(place: tuple[Any, ...], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What to say of the findings of one place: those further inside it, or all in one."""
+    inside = [one for one in found if len(one["loc"]) > len(place)]
+    if inside or len(found) == 1:
+        return inside or found
+    messages = list(dict.fromkeys(one["msg"] for one in found))
+    head = "Input should be "
+    if all(message.startswith(head) for message in messages):
+        messages = [head + " or ".join(message.removeprefix(head) for message in messages)]
+    return [{**found[0], "type": "union", "msg": ", or ".join(messages)}]
 
 
 def _describe(kind: Any, problem: Mapping[str, Any]) -> str:

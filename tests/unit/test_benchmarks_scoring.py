@@ -166,7 +166,9 @@ def test_missing_answers_are_wrong_and_counted(references, tmp_path):
         ('{"question_id": 1, "text": "A"}\n{"question_id": 2, "te', "line 2: not a JSON record"),
         ('{"question_id": 1, "text": 3}\n', "'text' must be a string"),
         ('{"text": "A"}\n', "needs 'question_id'"),
-        ("[1, 2]\n", "needs 'question_id'"),
+        ("[1, 2]\n", "record 1: an answer is an object with 'question_id' and 'text', found a int"),
+        ('[{"question_id": 1, "text": "A"}, {"question_id": 1, "text": "B"}]', "more than one answer to: 1"),
+        ('[{"question_id": 1, "text": "A"}, {"text": "B"}]', r"record 2: .* needs 'question_id' .*it has text"),
     ],
 )
 def test_errors_of_bad_answers_name_the_place(references, tmp_path, lines, message):
@@ -199,7 +201,7 @@ def test_answers_may_lie_in_several_files(references, tmp_path):
 def test_files_that_are_not_there_or_not_text(references, tmp_path):
     with pytest.raises(DataError, match="no such file"):
         score_files("mmbench", [references], [tmp_path / "none.jsonl"])
-    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "binary.jsonl").write_bytes(b"[\xe9]")
     with pytest.raises(DataError, match="not UTF-8"):
         score_files("mmbench", [references], [tmp_path / "binary.jsonl"])
     (tmp_path / "table.tsv").write_text("index\tquestion\n1\n")

@@ -16,7 +16,7 @@ from mmpipe.artifacts import manifest
 from mmpipe.benchmarks.base import Question
 from mmpipe.chat import memory
 from mmpipe.chat.find import find
-from mmpipe.chat.messages import ChatError, assistant_message, user_message
+from mmpipe.chat.messages import ChatError, Message, assistant_message, user_message
 from mmpipe.chat.options import LoadOptions, SamplingOptions
 from mmpipe.chat.queue import RequestQueue
 from mmpipe.checkpoints.save import save_checkpoint
@@ -67,6 +67,14 @@ def test_a_conversation_with_several_images_is_written_as_in_training(tiny, queu
         [Turn("user", "<image><image>\nOne?"), Turn("assistant", "red"), Turn("user", "<image>\nAnd now?")]
     )
     assert chat._encode(talked)["pixel_values"].shape[0] == 3
+
+
+def test_text_before_the_image_is_asked_as_image_before_the_text(tiny, queue):
+    chat = talk(tiny, queue)
+    asked = [chat._encode([Message("user", parts)]) for parts in ((RED, "What?"), ("What?", RED))]
+    assert torch.equal(asked[0]["input_ids"], asked[1]["input_ids"])
+    between = chat._encode([Message("user", ("In ", RED, " or ", BLUE, "?"))])["input_ids"][0]
+    assert "In <image> or <image>?" in chat.tokenizer.decode(between).replace("<image>" * 4, "<image>")
 
 
 def test_only_the_template_writes_control_tokens(tiny, queue):

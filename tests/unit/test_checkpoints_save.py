@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_llava import TEXT, batch, llava, processor
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mmpipe.checkpoints.layouts import _write_llava
 from mmpipe.checkpoints.save import load_checkpoint, save_checkpoint
+from mmpipe.data.records import Turn
+from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError
 from mmpipe.models import lora, projector
 from mmpipe.models.settings import LoraSettings
@@ -84,7 +88,34 @@ def test_processor_files_serve_both_versions(tmp_path: Path) -> None:
     text = "USER: <image>\nwhat? ASSISTANT: red<|endoftext|>"
     assert loaded.tokenizer(text).input_ids == processor().tokenizer(text).input_ids
     assert loaded.chat_template == processor().chat_template
+    assert loaded.tokenizer.padding_side == tokenizer["padding_side"] == "left"
     assert type(loaded.image_processor).__name__ == "CLIPImageProcessorPil"
+
+
+def test_a_ragged_batch_is_answered_as_one_by_one_by_transformers_alone(tmp_path: Path) -> None:
+    """The files say on which side to pad: any program that opens them with transformers gets it right."""
+    save_checkpoint(llava(), processor(), tmp_path)
+    reader, model = AutoProcessor.from_pretrained(tmp_path), LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    image = Image.new("RGB", (40, 30), "red")
+    prompts = [f"USER: <image>\n{question} ASSISTANT:" for question in ("Red?", "Look closely. What do you see?", "A?")]
+
+    def answers(*asked: str) -> list[str]:
+        given = reader(images=[image] * len(asked), text=list(asked), padding=True, return_tensors="pt")
+        made = model.generate(**given, max_new_tokens=6, do_sample=False)
+        return reader.batch_decode(made[:, given["input_ids"].shape[1] :])
+
+    assert answers(*prompts) == [answer for prompt in prompts for answer in answers(prompt)]
+
+
+def test_the_stored_chat_template_has_no_tag_of_transformers_and_keeps_its_marks(tmp_path: Path) -> None:
+    own = processor()
+    own.chat_template = get_template("qwen").jinja()
+    save_checkpoint(llava(), own, tmp_path)
+    assert own.chat_template == get_template("qwen").jinja()
+    assert "{%- generation" not in (tmp_path / "chat_template.jinja").read_text()
+    own.tokenizer.chat_template = (tmp_path / "chat_template.jinja").read_text()
+    turns = [Turn("user", "What?"), Turn("assistant", "That.")]
+    assert get_template("tokenizer", own.tokenizer).render(turns) == get_template("qwen").render(turns)
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:

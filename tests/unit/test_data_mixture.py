@@ -111,10 +111,10 @@ BAD: dict[str, tuple[Entry, str, str]] = {
         "image marks and images differ",
         "0 <image> marks for 1 images",
     ),
-    "mark in an answer": (
+    "mark in an answer alone": (
         entry(0, conversations=said("a", "<image>"), image="0.png"),
-        "misplaced image mark",
-        "turn 2, of the assistant, holds <image>",
+        "image marks and images differ",
+        "0 <image> marks for 1 images",
     ),
     "image is a number": (entry(0, image=7, conversations=said("a", "b")), "malformed images", "'image'"),
     "a video": (entry(0, video="a.mp4"), "video", "only images are supported"),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2.sandbox  # noqa: F401
 import pytest
 from data_records import IMAGE_TOKENS, char_tokenizer, image, processor
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mmpipe.data.labels import IGNORE, Rendered, encode
 from mmpipe.data.records import BadRecord, PreferenceRecord, Record, Turn, check_record
-from mmpipe.data.templates import Template, break_after_images, get_template, template_names, to_messages
+from mmpipe.data.templates import Template, break_after_images, get_template, published, template_names, to_messages
 from mmpipe.errors import ConfigError, DataError
 
 FIXED = [name for name in template_names() if name != "tokenizer"]
@@ -54,6 +55,18 @@ def run_jinja(
     return texts[0], [tuple(span) for span in spans[0]]
 
 
+def images_first(turns: list[Turn]) -> list[Turn]:
+    """The turns as parts of messages give them: images after all of the text stand before it."""
+
+    def moved(text: str) -> str:
+        body = text
+        while body.endswith("<image>"):
+            body = body.removesuffix("<image>")
+        return text if "<image>" in body else text.removeprefix(body) + body
+
+    return [Turn(turn.role, moved(turn.text)) for turn in turns]
+
+
 words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(str.strip)
 pieces = st.lists(
     words | st.just("<image>") | st.sampled_from([" ", "\n", '"', "\\n", "{{ x }}", "{% y %}"]), min_size=1
@@ -74,11 +87,11 @@ def test_the_chat_template_renders_the_same_characters(
         turns = [Turn(t.role, t.text + "<image>" if t.role == "user" else t.text) for t in turns]
     if system:
         turns = [Turn("system", system), *turns]
-    rendered = chosen.render(turns)
     strings = [{"role": turn.role, "content": turn.text} for turn in turns]
-    for messages in (to_messages(turns), strings):
+    for messages, same in ((to_messages(turns), images_first(turns)), (strings, turns)):
+        rendered = chosen.render(same)
         assert run_jinja(chosen.jinja(), messages) == (rendered.text, list(rendered.spans))
-        assert run_jinja(chosen.jinja(), messages[:-1], prompt=True)[0] == chosen.prompt(turns[:-1])
+        assert run_jinja(chosen.jinja(), messages[:-1], prompt=True)[0] == chosen.prompt(same[:-1])
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -94,6 +107,36 @@ def test_the_prompt_is_how_the_training_text_begins(name: str) -> None:
         (answer + text.partition(answer)[2]).strip() for answer, text in zip(("A cat.", "Yes."), learnt, strict=True)
     ]
     assert all(template(name).stop in text for text in learnt)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_text_before_the_images_gives_the_prompt_with_the_images_first(name: str) -> None:
+    def content(*parts: str) -> list[dict[str, str]]:
+        return [{"type": "image"} if part == "<image>" else {"type": "text", "text": part} for part in parts]
+
+    def prompt(*parts: str) -> str:
+        return run_jinja(template(name).jinja(), [{"role": "user", "content": content(*parts)}], prompt=True)[0]
+
+    first = template(name).prompt(talk("<image>\nWhat is it?"))
+    assert prompt("What is it?", "<image>") == prompt("<image>", "What is it?") == first
+    two = template(name).prompt(talk("<image><image>\nWhich of both?"))
+    assert prompt("Which", " of both?", "<image>", "<image>") == two
+    between = template(name).prompt(talk("In <image> or <image>?"))
+    assert prompt("In ", "<image>", " or ", "<image>", "?") == between
+
+
+@pytest.mark.parametrize("name", template_names())
+@pytest.mark.parametrize("engine", ["jinja2", "minijinja"])
+def test_stored_chat_templates_render_without_transformers(name: str, engine: str) -> None:
+    stored = published(template(name).jinja())
+    turns = [*talk("<image>\nWhat?", "A cat.", "Where <image>?", "There."), Turn("user", "<image>\nSure?")]
+    chat = {"messages": to_messages(turns), "add_generation_prompt": True, "bos_token": "<s>"}
+    module = pytest.importorskip(engine)
+    if engine == "jinja2":
+        rendered = module.sandbox.ImmutableSandboxedEnvironment().from_string(stored).render(**chat)
+    else:
+        rendered = module.Environment().render_str(stored, **chat)
+    assert rendered == template(name).prompt(turns)
 
 
 @pytest.mark.parametrize("name", template_names())

@@ -13,8 +13,10 @@ import torch
 from made_tokens import write_tokens
 from safetensors.torch import load_file
 from test_construct import bringing_in
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
+from mmpipe.checkpoints.layouts import _write_llava
 from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.cli.main import app
 from mmpipe.demo.moss2 import moss2_tiny
@@ -193,8 +195,8 @@ def test_a_packed_language_model_is_joined_aligned_and_written_as_in_the_guide(j
     config = json.loads((tmp_path / "constructed/config.json").read_text())
     guide = GUIDE | {"mm_vision_tower": "openai/clip-tiny", "mm_hidden_size": 32, "torch_dtype": "float32"}
     assert {key: config[key] for key in guide} == guide
-    words = json.loads((tmp_path / "constructed/tokenizer.json").read_text())["added_tokens"]
-    assert "<image>" not in {word["content"] for word in words}
+    written = json.loads((tmp_path / "constructed/tokenizer.json").read_text())
+    assert "<image>" not in {word["content"] for word in written["added_tokens"]}
 
     mixture = Path("resources/mixtures/mix")
     tokens = write_tokens(mixture, tmp_path / "tokens", {"checkpoint": joined.model_dir}, "llava_llama_2")
@@ -205,6 +207,21 @@ def test_a_packed_language_model_is_joined_aligned_and_written_as_in_the_guide(j
     assert {"mm_projector.bin", "projector.safetensors"} <= names
     alone = export_projector(aligned.model_dir, tmp_path / "alone")
     assert_same(alone, torch.load(aligned.model_dir / "mm_projector.bin", weights_only=True))
+
+
+def test_merges_are_written_as_the_tokenizers_that_llava_pins_reads_them(bring, job, tmp_path):
+    """tokenizers 0.15 opens pairs as texts alone; pairs with blanks inside, which have no such form, stay lists."""
+    made.whole_llava(tmp_path / "llava")
+    published = bring(tmp_path / "llava")
+    export(published, tmp_path / "out")
+    merges = json.loads((tmp_path / "out/tokenizer.json").read_text())["model"]["merges"]
+    assert merges
+    assert all(isinstance(pair, str) and pair.count(" ") == 1 for pair in merges)
+    theirs, ours = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (tmp_path / "out", published))
+    assert theirs.encode("a red circle").ids == ours.encode("a red circle").ids
+    with_blanks = {"merges": [["a", "b"], ["a b", "c"]]}
+    _write_llava._join_merges(with_blanks)
+    assert with_blanks == {"merges": [["a", "b"], ["a b", "c"]]}
 
 
 def export_projector(checkpoint: Path, out: Path) -> dict[str, torch.Tensor]:

@@ -136,6 +136,28 @@ def test_replies_are_those_of_our_own_benchmarks(kind, published, tmp_path):
     assert replies[::-1] == model.generate_until(requests[::-1])
 
 
+@pytest.mark.parametrize(
+    ("until", "reply"),
+    [
+        (["\n\n"], "Twice three is six.\n\nAnswer: 6"),  # what lmms-eval fills in for a task that names none
+        (None, "Twice three is six.\n\nAnswer: 6"),
+        ("\n\n", "Twice three is six."),
+        (["\n\n", "Q:"], "Twice three is six."),
+        (["Answer"], "Twice three is six."),
+    ],
+)
+def test_a_reply_is_cut_at_a_blank_line_only_where_the_task_says_so(monkeypatch, published, until, reply):
+    stand_in(monkeypatch)
+    model = importlib.import_module("mmpipe.lmms_eval.model").Mmpipe
+    asking = [request("2 x 3?", {"max_new_tokens": 4, "until": until}, [shade(10)], 0)]
+    made = make(model, published, asking)
+    own = made.answerer.answer
+    paragraphs = "Twice three is six.\n\nAnswer: 6"
+    made.answerer.answer = lambda questions, **how: ({**a, "text": paragraphs} for a in own(questions, **how))
+    assert made.generate_until(asking) == [reply]
+    sys.modules.pop("mmpipe.lmms_eval.model", None)
+
+
 def test_likelihoods_mark_the_greedy_reply(kind, published):
     requests = asked()[:3]
     model = make(kind, published, requests)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmpipe.artifacts import manifest
-from mmpipe.checkpoints.load import build_model, open_checkpoint
+from mmpipe.checkpoints.load import build_model, language_positions, open_checkpoint
 from mmpipe.errors import ArtifactError
 from mmpipe.models import projector
+from mmpipe.models.llava import greedy_generation
 from mmpipe.models.settings import VisionLanguage
 from mmpipe.stages.finetune import Finetune
 from mmpipe.training.run import run_stage
@@ -94,3 +96,39 @@ def test_the_tokenizer_of_another_checkpoint_is_refused(job):
     manifest.write(made.model_dir, kind="model", spec="{}", inputs={})
     with pytest.raises(ArtifactError, match="tokenizer does not belong to this checkpoint"):
         open_checkpoint(made.model_dir)
+
+
+def test_generate_of_any_program_stops_where_the_template_ends_answers(demo_files, tmp_path):
+    """Base models end with their end of text alone; a stage's own template is among the published end tokens."""
+    language = tmp_path / "base"
+    shutil.copytree(demo_files / "resources/backbones/qwen2-tiny", language)
+    content = json.loads((language / "generation_config.json").read_text())
+    eos = content["eos_token_id"][0]
+    (language / "generation_config.json").write_text(json.dumps(content | {"eos_token_id": eos}))
+    backbones = {"vision": demo_files / "resources/backbones/clip-tiny", "language": language}
+    for template, tokens in (("chatml", ["<|endoftext|>", "<|im_end|>"]), ("plain", ["<|endoftext|>"])):
+        built, processor = build_model(backbones, PARTS, template=template, image_aspect="pad", seed=3)
+        ends = built.generation_config.eos_token_id
+        assert processor.tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends]) == tokens
+    # a later stage with another template adds its own
+    assert greedy_generation(built.generation_config, processor.tokenizer, "mpt").eos_token_id == [
+        eos,
+        processor.tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (None, 64),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, None),
+        ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}, 256),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}, 64),
+    ],
+)
+def test_positions_of_a_language_model_are_those_of_its_configuration(tmp_path, rope, expected):
+    text = {"model_type": "qwen2", "max_position_embeddings": 64} | ({"rope_parameters": rope} if rope else {})
+    for name, config in (("language", text), ("checkpoint", {"model_type": "llava", "text_config": text})):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert language_positions({name: tmp_path}) == expected

@@ -310,6 +310,16 @@ WRONG = {
         {},
         ["schedule", "'cosin'", "did you mean 'cosine'"],
     ),
+    "unknown template": (
+        {"base": {"model": MODEL, "stages": {"pretrain": {"data": "mix", "template": "vicuna_v2"}}}},
+        {},
+        ["base.yaml", "stages.pretrain", "template", "'vicuna_v2'", "did you mean 'vicuna_v1'"],
+    ),
+    "a batch that the devices cannot share": (
+        {"base": {"model": MODEL, "stages": {"pretrain": {"data": "mix", "batch_size": 10, "hardware": {"gpus": 4}}}}},
+        {},
+        ["base.yaml", "stages.pretrain", "a batch of 10 cannot be shared evenly by 4 processes"],
+    ),
     "unknown stage": (
         {"base": {"model": MODEL, "stages": {"pretrian": {"data": "mix"}}}},
         {},
@@ -396,6 +406,49 @@ def test_mistakes_are_named(project, name):
         project(recipes, **config).chosen_recipes  # noqa: B018
     for part in expected:
         assert part in str(caught.value)
+
+
+@pytest.fixture
+def fetched(demo_files, monkeypatch):
+    """The backbones' files are there."""
+    monkeypatch.chdir(demo_files)
+    return {"vision": "clip-tiny", "language": "qwen2-tiny"}, {
+        "backbones": {
+            name: {"source": "made", "maker": f"mmpipe.demo.backbones:{name.replace('-', '_')}"}
+            for name in ("clip-tiny", "qwen2-tiny")
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainable": ["language_modle.*"]},
+        {"trainable": ["*", "language_model.layers.7.*"]},
+        {"learning_rates": {"vision_tower.encoder.layer.*": 1e-3}},
+        {"lora": {"rank": 2, "beside": ["multi_modal_projektor.*"]}},
+    ],
+)
+def test_a_pattern_that_matches_no_parameter_is_found_once_the_backbones_are_fetched(project, fetched, settings):
+    model, catalogues = fetched
+    recipe = {"base": {"model": model, "stages": {"finetune": {"data": "mix", **settings}}}}
+    with pytest.raises(ConfigError, match=r"base\.yaml: stages\.finetune\..*matches no parameter of.*did you mean"):
+        project(recipe, catalogues)
+
+
+def test_patterns_of_parameters_that_stages_add_are_not_looked_for_in_backbones(project, fetched):
+    model, catalogues = fetched
+    rates = {"language_model.layers.*.mlp.router.*": 1e-3, "language_model.sparsifier.*": 1e-3, "lm_head.*": 1e-4}
+    patterns = ["language_model.layers.*_proj.weight", "vision_tower.encoder.*", "*.mlp.experts.0.*"]
+    settings = {"data": "mix", "learning_rates": rates, "trainable": patterns}
+    project({"base": {"model": model, "stages": {"finetune": settings}}}, catalogues)
+
+
+def test_a_length_beyond_the_models_positions_is_pointed_out(project, fetched):
+    model, catalogues = fetched
+    stages = {"pretrain": {"data": "mix"}, "finetune": {"data": "mix", "max_length": 4096}}
+    (warning,) = project({"base": {"model": model, "stages": stages}}, catalogues).warnings()
+    assert warning.startswith("base@finetune: max_length is 4096, but the language model has 2048 positions")
 
 
 def test_catalogue_mistakes_name_file_and_entry(project):

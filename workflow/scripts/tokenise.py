@@ -11,7 +11,7 @@ from mmpipe.plan.plan import Plan
 
 @offline_job
 def main(snakemake: Any, plan: Plan) -> None:
-    from mmpipe.checkpoints.load import load_tokenizer
+    from mmpipe.checkpoints.load import language_positions, load_tokenizer
     from mmpipe.data.templates import get_template
     from mmpipe.data.tokens import TextEncoder, tokenise
     from mmpipe.models.llava import IMAGE_TOKEN
@@ -27,6 +27,7 @@ def main(snakemake: Any, plan: Plan) -> None:
         image_token=IMAGE_TOKEN,
         tokens_per_image=image_tokens,
         max_length=wanted.encoding.max_length,
+        max_positions=language_positions(wanted.directories),
     )
     with staged_directory(Path(snakemake.output.manifest).parent) as staged:
         report = tokenise(

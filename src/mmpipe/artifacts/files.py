@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -101,6 +102,39 @@ def leaves_folder(name: str) -> bool:
     """
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or "\x00" in name
+
+
+def find_name(folder: Path, name: str) -> Path:
+    """The file ``name`` below ``folder``, also where the folder has it in the other Unicode normal form: archives made
+    on a Mac hold ``é`` as two code points. The path as given where there is none. Raises OSError as ``is_file`` does."""
+    if name.isascii():
+        return folder / name
+    forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    return next((folder / form for form in forms if (folder / form).exists()), folder / name)
+
+
+_SIGNATURES = {
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+    b"BZh": "compressed by bzip2; unpack it",
+    b"\xfd7zXZ": "compressed by xz; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard; unpack it",
+    b"PK\x03\x04": "a ZIP archive, which Excel workbooks (xlsx) are too; unpack it, or export the sheet as CSV or JSON",
+    b"\xd0\xcf\x11\xe0": "an Office file such as xls; export it as CSV or JSON",
+    b"PAR1": "a Parquet table; give it a name that ends with .parquet where a table is read, or export it as JSON",
+    b"%PDF": "a PDF document",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+    b"SQLite format 3": "an SQLite database; export it as CSV or JSON",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+}
+
+
+def not_text(path: Path) -> str | None:
+    """What a file is by its first bytes, and what to do with it, where text was expected; None for anything else."""
+    with path.open("rb") as file:
+        head = file.read(max(map(len, _SIGNATURES)))
+    return next((kind for signature, kind in _SIGNATURES.items() if head.startswith(signature)), None)
 
 
 def write_text(path: Path, text: str) -> None:

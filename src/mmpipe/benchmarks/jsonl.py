@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmpipe.artifacts.files import write_text
+from mmpipe.artifacts.files import not_text, write_text
 from mmpipe.errors import DataError
 
 JsonDict = dict[str, Any]
@@ -56,6 +56,7 @@ def read_table(path: Path) -> Iterator[JsonDict]:
 
     Raises DataError for an empty file, a row of another length than the header, or bytes that are not UTF-8.
     """
+    _refuse_binary(path, "a table as text")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter)
@@ -181,14 +182,28 @@ def read_answers(paths: Sequence[Path]) -> list[JsonDict]:
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: there is no such file")
-        for number, answer in enumerate(_json_lines(_text(path), path), start=1):
+        for number, answer in enumerate(_answers_in(path), start=1):
             where = f"{path}, record {number}"
-            if not isinstance(answer, dict) or "question_id" not in answer:
-                raise DataError(f"{where}: an answer needs 'question_id' and 'text'")
+            if not isinstance(answer, dict):
+                found = type(answer).__name__
+                raise DataError(f"{where}: an answer is an object with 'question_id' and 'text', found a {found}")
+            if "question_id" not in answer:
+                has = ", ".join(map(str, answer)) or "nothing"
+                raise DataError(f"{where}: an answer needs 'question_id' and 'text' (it has {has})")
             if not isinstance(answer.get("text"), str):
                 raise DataError(f"{where} (question {answer['question_id']!r}): 'text' must be a string")
             answers.append(answer)
     return answers
+
+
+def _answers_in(path: Path) -> Iterator[Any]:
+    """The values of JSON lines, or the elements of one JSON array."""
+    text = _text(path)
+    try:
+        whole = json.loads(text) if text.lstrip().startswith("[") else None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    return iter(whole) if isinstance(whole, list) else _json_lines(text, path)
 
 
 def write_document(path: Path, value: Any, indent: int | None = None) -> None:
@@ -215,8 +230,14 @@ def _content(path: Path) -> Any:
     return list(_json_lines(text, path))
 
 
+def _refuse_binary(path: Path, expected: str) -> None:
+    if kind := not_text(path):
+        raise DataError(f"{path}: not {expected}, but {kind}")
+
+
 def _text(path: Path) -> str:
     try:
+        _refuse_binary(path, "JSON")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error

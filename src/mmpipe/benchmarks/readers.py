@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import leaves_folder
+from mmpipe.artifacts.files import find_name, leaves_folder
 from mmpipe.benchmarks.jsonl import JsonDict, parquet_rows
 from mmpipe.errors import DataError
 
@@ -50,7 +50,7 @@ class BenchmarkFiles:
         """``root / name``, for names that come from data. Raises DataError for absolute names and names with ``..``."""
         if leaves_folder(name):
             raise DataError(f"{self.root}: the name '{name}' leads outside of the data set")
-        return self.root / name
+        return find_name(self.root, name)
 
     @property
     def on_hub(self) -> bool:

@@ -23,6 +23,7 @@ from mmpipe.chat.messages import Completion, Message
 from mmpipe.chat.options import SamplingOptions
 from mmpipe.chat.queue import AnswerStream, QueueFull
 from mmpipe.errors import MmpipeError, did_you_mean
+from mmpipe.settings import findings
 from mmpipe.sources.transfer.public_url import Limits
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ class _ImageUrl(BaseModel):
 class _ImagePart(BaseModel):
     type: Literal["image_url"]
     image_url: _ImageUrl
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _is_an_object(cls, value: Any) -> Any:
+        if not isinstance(value, dict | _ImageUrl):
+            raise ValueError('an object with \'url\' is expected, such as {"url": "https://... or data:image/..."}')
+        return value
 
 
 class _TextPart(BaseModel):
@@ -164,15 +172,30 @@ def _parse(body: bytes) -> _ChatRequest:
     try:
         asked = _ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors()[0]
+        broken = error.errors()[0]["type"] == "json_invalid"
+        first = findings(error, None if broken else json.loads(body))[0]
         param = ".".join(map(str, first["loc"])) or None
-        raise _RequestError(400, f"{param or 'the request'}: {first['msg']}", param=param) from error
+        raise _RequestError(400, f"{param or 'the request'}: {_told(first)}", param=param) from error
     if asked.messages[-1].role != "user":
         raise _RequestError(400, "messages: the last message must be the user's", param="messages")
     for name, value in (asked.model_extra or {}).items():
         if name not in _WITHOUT_EFFECT and value and value not in _NEUTRAL.get(name, ()):
             raise _RequestError(400, f"'{name}' is not supported", param=name, code="unsupported_parameter")
     return asked
+
+
+def _told(finding: Mapping[str, Any]) -> str:
+    """A finding of pydantic in the words of the protocol."""
+    match finding["type"]:
+        case "union_tag_invalid":
+            facts = finding["ctx"]
+            return f"the type '{facts['tag']}' is not supported; known: {facts['expected_tags'].replace(chr(39), '')}"
+        case "union_tag_not_found":
+            return "a part of a message needs a 'type', text or image_url"
+        case "model_type" | "model_attributes_type":
+            return 'an object is expected: a part of a message, such as {"type": "text", "text": "..."}'
+        case _:
+            return str(finding["msg"]).removeprefix("Value error, ")
 
 
 def _messages(asked: _ChatRequest, limits: Limits) -> list[Message]:

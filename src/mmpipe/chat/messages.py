@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,15 @@ class Message:
             for part in self.parts
         ]
         return {"role": self.role, "content": content}
+
+
+def images_first(parts: Iterable[Any]) -> tuple[Any, ...]:
+    """The parts of a message, images moved to the head when all texts precede all images: the order of OpenAI's own
+    example, which no prompt of a training has. Images between texts stay."""
+    given = tuple(parts)
+    texts = list(itertools.takewhile(lambda part: isinstance(part, str), given))
+    images = given[len(texts) :]
+    return (*images, *texts) if not any(isinstance(part, str) for part in images) else given
 
 
 def user_message(text: str, images: Sequence[Image.Image] = ()) -> Message:

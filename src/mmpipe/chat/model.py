@@ -9,7 +9,6 @@ beginning; cancelling needs a stopping criterion in any case.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,11 +21,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from mmpipe.chat.find import LocalCheckpoint
 from mmpipe.chat.memory import report_out_of_memory
-from mmpipe.chat.messages import ChatError, Completion, Message
+from mmpipe.chat.messages import ChatError, Completion, Message, images_first
 from mmpipe.chat.options import SamplingOptions
 from mmpipe.chat.queue import AnswerStream, RequestQueue
+from mmpipe.data.control_tokens import ControlTokens
 from mmpipe.data.templates import Template
 from mmpipe.inference.generate import stop_ids
+from mmpipe.models.llava import max_positions
 from mmpipe.models.moe.collect import collect_statistics, moe_layers
 from mmpipe.models.sparsity.hooks import get_sparsifier
 from mmpipe.models.sparsity.record import KeepRecord, recording
@@ -49,7 +50,7 @@ class ChatModel:
         self._stop_ids = stop_ids(model, self.tokenizer, stop)
         is_token = stop is None or self.tokenizer.convert_tokens_to_ids(stop) in self._stop_ids
         self._stop_texts = () if is_token or stop is None else (stop,)
-        self._control = _control_tokens(self.tokenizer)
+        self._control = ControlTokens(self.tokenizer, template.stop if template else "")
 
     @property
     def captions_only(self) -> bool:
@@ -102,7 +103,8 @@ class ChatModel:
         )
 
     def _encode(self, messages: Sequence[Message]) -> dict[str, Any]:
-        chat = [Message(m.role, tuple(map(self._plain, m.parts))).to_chat() for m in messages]
+        trained = images_first if self.template is not None else tuple[Any, ...]
+        chat = [Message(m.role, trained(map(self._plain, m.parts))).to_chat() for m in messages]
         try:
             inputs = self.processor.apply_chat_template(
                 chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -120,7 +122,7 @@ class ChatModel:
         if not isinstance(part, str):
             return part
         whole = part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates
-        return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", whole)
+        return self._control.pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", whole)
 
     def _recorded(self) -> AbstractContextManager[KeepRecord]:
         """Records the retained image tokens of a sparsified model; an empty record for others."""
@@ -130,9 +132,8 @@ class ChatModel:
         """Raises ChatError when the conversation, of ``length`` tokens, leaves no room for an answer."""
         limit = sampling.max_tokens
         text = self.model.config.get_text_config()
-        window = getattr(text, "max_position_embeddings", None)
-        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-        if window is not None and rope != "dynamic":
+        window = max_positions(text)
+        if window is not None:
             if length >= window:
                 has = f"the conversation has {length} tokens and {self.name} takes {window}"
                 raise ChatError(f"{has}; clear it or show fewer images")
@@ -224,10 +225,3 @@ def _count_expert_loads(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         yield counts
     finally:
         handle.remove()
-
-
-def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the special tokens, but for blanks: a text must not hold them."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    texts = sorted((text for text in special if text.strip()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")

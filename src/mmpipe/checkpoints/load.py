@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     LlavaForConditionalGeneration,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from mmpipe.artifacts import manifest
+from mmpipe.artifacts.files import read_json
 from mmpipe.checkpoints import layouts as checkpoint_layouts
 from mmpipe.checkpoints.layouts.base import BackboneFiles
 from mmpipe.checkpoints.save import load_checkpoint
@@ -35,6 +37,7 @@ from mmpipe.models.llava import (
     image_tokens,
     joined_config,
     make_processor,
+    max_positions,
     resize_embeddings,
     vision_tower,
     with_image_token,
@@ -66,7 +69,7 @@ def build_model(
     else:
         model, tokenizer, images = _join_backbones(parts, settings, seed)
     processor = make_processor(tokenizer, images, model.config, template=template, image_aspect=image_aspect)
-    model.generation_config = greedy_generation(model.generation_config, tokenizer)
+    model.generation_config = greedy_generation(model.generation_config, tokenizer, template)
     return model, processor
 
 
@@ -126,6 +129,16 @@ def load_tokenizer(
     config = AutoConfig.from_pretrained(directories["vision"])
     tokens = image_tokens(getattr(config, "vision_config", config), settings.feature_select)
     return with_image_token(language.layout.tokenizer(language.directory), language.directory), tokens
+
+
+def language_positions(directories: Mapping[str, Path]) -> int | None:
+    """The tokens for which the language model in ``directories`` (as for :func:`load_tokenizer`) has positions; None
+    without a limit, and for a model type that transformers does not know."""
+    config = read_json(directories.get("checkpoint", directories.get("language", Path())) / "config.json")
+    config = config.get("text_config", config)
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return None
+    return max_positions(CONFIG_MAPPING[config["model_type"]].from_dict(config))
 
 
 def open_checkpoint(

@@ -24,6 +24,7 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mmpipe.artifacts.files import apply_umask, read_json, write_json
+from mmpipe.data.templates import published
 from mmpipe.errors import ArtifactError, first_of
 from mmpipe.models.moe import hf
 from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
@@ -156,7 +157,12 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_processor(processor: LlavaProcessor, out: Path) -> None:
-    processor.save_pretrained(out)
+    own = processor.chat_template
+    try:
+        processor.chat_template = published(own) if isinstance(own, str) else own
+        processor.save_pretrained(out)
+    finally:
+        processor.chat_template = own
     config = read_json(out / "processor_config.json")
     image_processor = config.pop("image_processor", None) or processor.image_processor.to_dict()
     image_processor["image_processor_type"] = image_processor["image_processor_type"].removesuffix("Pil")
@@ -166,6 +172,8 @@ def _write_processor(processor: LlavaProcessor, out: Path) -> None:
     tokenizer = read_json(out / "tokenizer_config.json")
     # The class that takes ``tokenizer.json`` unchanged in both versions; others may rebuild it.
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # batches of other programs: answers begin right after the prompts
+    tokenizer["padding_side"] = "left"
     tokenizer["model_input_names"] = list(processor.tokenizer.model_input_names)
     for key in ("backend", "is_local", "local_files_only", "name_or_path", "model_specific_special_tokens"):
         tokenizer.pop(key, None)

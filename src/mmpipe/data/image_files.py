@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mmpipe.artifacts.files import leaves_folder, store_by_content
+from mmpipe.artifacts.files import find_name, leaves_folder, store_by_content
 from mmpipe.data.formats.base import ParsedRecord
 from mmpipe.data.images import Inspection, inspect_image
 from mmpipe.data.records import BadRecord
@@ -106,6 +106,7 @@ class ImageFinder:
         for folder in self._folders:
             path = folder / name
             try:
+                path = find_name(folder, name)
                 there = path.is_file()
             except OSError as error:
                 if error.errno == errno.ENAMETOOLONG:  # no valid file name

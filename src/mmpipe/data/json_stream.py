@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from mmpipe.artifacts.files import not_text
 from mmpipe.errors import DataError
 
 _CHUNK = 1 << 20
@@ -25,6 +26,8 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
     first character decides, not the file's name. Raises DataError, naming file, line and column, when
     the file cannot be read, is not UTF-8, is not JSON or ends too early."""
     try:
+        if kind := not_text(path):
+            raise DataError(f"{path}: not JSON, but {kind}")
         # UTF-8 with a byte order mark occurs in files made on Windows.
         with path.open(encoding="utf-8-sig", newline="") as file:
             window = _Window(path, file)

@@ -6,10 +6,12 @@ tokens of separately tokenised pieces: they hold for any tokenizer, and for answ
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mmpipe.data.control_tokens import GUARD, ControlTokens, Tokens
 from mmpipe.data.records import IMAGE_MARK, BadRecord
 from mmpipe.errors import DataError
 
@@ -44,6 +46,8 @@ class Encoded:
     labels: list[int]
     cut: int = 0
     """Tokens cut off on the right."""
+    control: tuple[str, ...] = ()
+    """Control tokens in the record's texts, which are text."""
 
     @property
     def supervised(self) -> int:
@@ -63,12 +67,14 @@ def encode(
     image_token: str,
     tokens_per_image: int,
     max_length: int | None = None,
+    control: ControlTokens | None = None,
 ) -> Encoded:
     """Tokenise a conversation and label the tokens that begin inside a supervised span.
 
     Every image mark becomes ``tokens_per_image`` times the id of ``image_token``, never supervised.
     A token the tokenizer adds (BOS) is retained, not supervised, and not added to a text that begins with
-    BOS: the rule of a processor's ``apply_chat_template``.
+    BOS: the rule of a processor's ``apply_chat_template``. No token goes across the beginning of an answer, where a
+    prompt ends. Control tokens that ``control`` has guarded are text.
 
     With ``max_length``, text is cut from the right. Raises BadRecord if that would cut an image or leave
     nothing to learn; DataError if the tokenizer cannot be used.
@@ -80,22 +86,14 @@ def encode(
         raise DataError(f"{_name(tokenizer)} has no token '{image_token}'; add it before encoding")
     marks = rendered.text.count(IMAGE_MARK)
     rendered = rendered.with_image_token(image_token)
-    bos = tokenizer.bos_token
-    tokens = tokenizer(
-        rendered.text,
-        add_special_tokens=not (bos and rendered.text.startswith(bos)),
-        return_offsets_mapping=True,
-        truncation=False,
-        verbose=False,
-    )
-    if tokens["input_ids"].count(image_id) != marks:
+    tokens = _tokenised(tokenizer, rendered, control)
+    if tokens.ids.count(image_id) != marks:
         raise BadRecord("image token in the text", f"the text itself contains '{image_token}'")
-    from_text = [sequence is not None for sequence in tokens.sequence_ids(0)]
-    supervised = _inside(rendered.spans, [start for start, _ in tokens["offset_mapping"]], from_text)
+    supervised = _inside(rendered.spans, [start for start, _ in tokens.offsets], tokens.from_text)
 
     input_ids: list[int] = []
     labels: list[int] = []
-    for token_id, learn in zip(tokens["input_ids"], supervised, strict=True):
+    for token_id, learn in zip(tokens.ids, supervised, strict=True):
         if token_id == image_id:
             input_ids += [image_id] * tokens_per_image
             labels += [IGNORE] * tokens_per_image
@@ -105,6 +103,30 @@ def encode(
     if max_length is not None and len(input_ids) > max_length:
         return _cut(Encoded(input_ids, labels), max_length, image_id)
     return Encoded(input_ids, labels)
+
+
+def _tokenised(tokenizer: PreTrainedTokenizerBase, rendered: Rendered, control: ControlTokens | None) -> Tokens:
+    text, bos = rendered.text, tokenizer.bos_token
+    add_bos = not (bos and text.startswith(bos))
+    if GUARD in text:
+        tokens = (control or ControlTokens(tokenizer)).tokenise(text, add_special_tokens=add_bos)
+    else:
+        found = tokenizer(
+            text, add_special_tokens=add_bos, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        from_text = [sequence is not None for sequence in found.sequence_ids(0)]
+        tokens = Tokens(found["input_ids"], found["offset_mapping"], from_text)
+    if breaks := _crossed(rendered.spans, tokens):
+        control = control or ControlTokens(tokenizer)
+        tokens = control.tokenise(text, add_special_tokens=add_bos, breaks=breaks)
+    return tokens
+
+
+def _crossed(spans: Sequence[tuple[int, int]], tokens: Tokens) -> list[int]:
+    """The beginnings of spans that lie inside a token: answers that begin with a line break, most often."""
+    ranges = [offset for offset, of_text in zip(tokens.offsets, tokens.from_text, strict=True) if of_text]
+    befores = ((start, bisect_left(ranges, (start, start)) - 1) for start, _ in spans)
+    return [start for start, before in befores if before >= 0 and ranges[before][1] > start]
 
 
 def _inside(spans: Sequence[tuple[int, int]], starts: Sequence[int], from_text: Sequence[bool]) -> Iterator[bool]:

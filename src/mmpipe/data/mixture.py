@@ -11,7 +11,7 @@ from typing import Any
 from mmpipe.artifacts.files import write_json
 from mmpipe.data.image_files import EmbeddedImages
 from mmpipe.data.record_table import IMAGES, digest_writer, write_records
-from mmpipe.data.report import Log, Throughput, histogram, keeping
+from mmpipe.data.report import Log, Throughput, histogram, keeping, or_raise_max_bad
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.data.verify import EQUAL_IMAGE, Deduplicator, MixtureSource
 from mmpipe.errors import DataError
@@ -72,14 +72,13 @@ def _report(spec: MixtureSpec, sources: Sequence[MixtureSource]) -> dict[str, An
 
 def _check(spec: MixtureSpec, sources: Sequence[MixtureSource]) -> None:
     """Raise DataError when a source has too many bad records or no good one."""
-    lines = []
+    lines, helped = [], True
     for source in sources:
         if not source.kept or source.bad > spec.max_bad * source.wanted:
+            helped = helped and bool(source.kept)
             lines.append(f"  {source.name}: {source.bad} of {source.wanted} records are bad")
             lines += (f"    {reason}" for reason in source.reasons())
     if lines:
-        raise DataError(
-            f"too many bad records (max_bad is {spec.max_bad:.1%} of each source):\n"
-            + "\n".join(lines)
-            + "\nthe log names every one; mend the data set, fetch it again, or raise max_bad of the mixture"
-        )
+        head = f"too many bad records (max_bad is {spec.max_bad:.1%} of each source)" if helped else "no record is left"
+        advice = or_raise_max_bad(["mend the data set", "fetch it again"], helped, spec.max_bad)
+        raise DataError("\n".join([f"{head}:", *lines, f"the log names every one; {advice}"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,12 @@ class Throughput:
     def __call__(self, records: int) -> str:
         seconds = sum(os.times()[:4]) - self._start
         return f"{records / max(seconds, 1e-9):,.0f} records per core-second"
+
+
+def or_raise_max_bad(advice: Sequence[str], kept: int, max_bad: float) -> str:
+    """Ways out of too many bad records, in a line; raising ``max_bad`` is one where it helps."""
+    ways = [*advice, *(["raise max_bad of the mixture"] if kept and max_bad < 1 else [])]
+    return ", ".join(ways[:-1]) + (", or " if len(ways) > 1 else "") + ways[-1]
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class Template(ABC):
     """Its name in recipes."""
     stop: str
     """The text that ends an answer: generation stops here."""
+    stop_is_token: bool = True
+    """Whether ``stop`` must be one token of the tokenizer; otherwise the model would learn to spell it."""
     captions: bool = False
     """Whether only images precede an answer."""
 
@@ -61,7 +63,6 @@ class TextTemplate(Template):
     name: str
     stop: str
     stop_is_token: bool = True
-    """``stop`` must be one token; otherwise the model would learn to spell it."""
     default_system: str = ""
     """The system message of a conversation without one; empty: no system message."""
     system_before: str = ""
@@ -138,7 +139,7 @@ class TokenizerTemplate(Template):
     name = "tokenizer"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        template = tokenizer.chat_template
+        template = _with_marks(tokenizer.chat_template)
         where = f"the tokenizer {tokenizer.name_or_path}"
         named = ", ".join(sorted(_TEMPLATES))
         if not isinstance(template, str):
@@ -163,7 +164,7 @@ class TokenizerTemplate(Template):
         return _flattening(captions=False) + "{%- set messages = flat.messages -%}\n" + self._template
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if tokenizer.chat_template != self._template:
+        if _with_marks(tokenizer.chat_template) != self._template:
             raise DataError(f"the tokenizer {tokenizer.name_or_path} has another chat template than this one")
 
     def _rendered(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
@@ -198,6 +199,17 @@ def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) ->
 def template_names() -> list[str]:
     """The names ``get_template`` knows."""
     return sorted([*_TEMPLATES, TokenizerTemplate.name])
+
+
+def published(jinja: str) -> str:
+    """A chat template as checkpoints store it: ``{% generation %}``, a tag of transformers alone, is a comment, so that
+    every engine of Jinja templates renders it. Templates with the comments are read as if these were tags."""
+    return re.sub(r"\{%(-?\s*(?:end)?generation\s*-?)%\}", r"{#\1#}", jinja)
+
+
+def _with_marks(jinja: Any) -> Any:
+    """The inverse of :func:`published`; what is no text stays."""
+    return re.sub(r"\{#(-?\s*(?:end)?generation\s*-?)#\}", r"{%\1%}", jinja) if isinstance(jinja, str) else jinja
 
 
 def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -240,9 +252,20 @@ _FLATTEN = """\
   {%- if message.content is string -%}
     {%- set content.text = message.content -%}
   {%- else -%}
+    {#- when all texts precede all images, the images go first, as in training -#}
+    {%- set order = namespace(images='', texts='', before=true) -%}
     {%- for part in message.content -%}
+      {%- if part.type != 'image' -%}
+        {%- set order.before = order.before and not order.images -%}
+        {%- set order.texts = order.texts + part.text -%}
+      {%- else -%}
+        {%- set order.images = order.images + '<image>' -%}
+      {%- endif -%}
       {%- set content.text = content.text + ('<image>' if part.type == 'image' else part.text) -%}
     {%- endfor -%}
+    {%- if order.before -%}
+      {%- set content.text = order.images + order.texts -%}
+    {%- endif -%}
   {%- endif -%}
   {%- if message.role == 'user' and '<image>' in content.text -%}
     {%- set pieces = content.text.split('<image>') -%}
@@ -253,10 +276,16 @@ USER_TEXT
 """
 
 _BREAK_AFTER_IMAGES = """\
-    {%- set body = pieces | select | first -%}
-    {%- if body and not pieces[0] and not body[0].isspace() -%}
-      {%- set head = '<image>' * pieces.index(body) -%}
-      {%- set content.text = head + '\\n' + content.text[head | length:] -%}
+    {%- set head = namespace(text='', body='') -%}
+    {%- for piece in pieces -%}
+      {%- if not head.body and piece -%}
+        {%- set head.body = piece -%}
+      {%- elif not head.body and not loop.last -%}
+        {%- set head.text = head.text + '<image>' -%}
+      {%- endif -%}
+    {%- endfor -%}
+    {%- if head.body and not pieces[0] and head.body[0] | trim -%}
+      {%- set content.text = head.text + '\\n' + content.text[head.text | length:] -%}
     {%- endif -%}"""
 
 _CAPTION_TEXT = """\

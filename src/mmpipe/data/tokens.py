@@ -13,17 +13,19 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
 from mmpipe.artifacts.files import canonical_json, read_report, write_json
+from mmpipe.data.control_tokens import ControlTokens
 from mmpipe.data.labels import IGNORE, Encoded, encode
 from mmpipe.data.record_table import ArrowWriter, RecordTable
 from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
-from mmpipe.data.report import Log, ReasonCounts, Throughput, histogram, keeping, up_to
+from mmpipe.data.report import Log, ReasonCounts, Throughput, histogram, keeping, or_raise_max_bad, up_to
 from mmpipe.data.templates import Template
 from mmpipe.errors import ArtifactError, DataError
 
@@ -55,13 +57,26 @@ class TextEncoder:
     tokens_per_image: int
     max_length: int | None = None
     """In tokens, images counted; longer texts are cut from the right."""
+    max_positions: int | None = None
+    """The language model's: longer texts cannot be trained on."""
 
     def __call__(self, record: Record) -> Encoded:
         """Token ids and labels. Raises BadRecord if the record cannot be trained on."""
         check_marks(record)
-        return encode(
-            self.tokenizer, self.template.render(record.turns), self.image_token, self.tokens_per_image, self.max_length
-        )
+        turns = self._control.guard_turns(record.turns)
+        size = self.image_token, self.tokens_per_image, self.max_length
+        encoded = encode(self.tokenizer, self.template.render(turns), *size, self._control)
+        if self.max_positions is not None and len(encoded.input_ids) > self.max_positions:
+            raise BadRecord(
+                "longer than the model's positions",
+                f"{len(encoded.input_ids)} tokens, the language model has {self.max_positions} positions "
+                f"(max_position_embeddings); set max_length to {self.max_positions} to cut such texts, or leave them out",
+            )
+        return replace(encoded, control=tuple(self._control.found(turns)))
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer, self.template.stop)
 
     @property
     def image_token_id(self) -> int:
@@ -133,16 +148,20 @@ class _Counts:
 
     of: Counter[str] = field(default_factory=Counter)
     dropped: ReasonCounts = field(default_factory=ReasonCounts)
+    notes: ReasonCounts = field(default_factory=ReasonCounts)
     lengths: Counter[int] = field(default_factory=Counter)
 
     def update(self, later: _Counts) -> None:
         self.of += later.of
         self.dropped.update(later.dropped)
+        self.notes.update(later.notes)
         self.lengths += later.lengths
 
     def report(self) -> dict[str, Any]:
         counted = {name: self.of[name] for name in _COUNTED}
-        return {**counted, "dropped": self.dropped.report(), "tokens_up_to": histogram(self.lengths)}
+        # without notes the report is the one of earlier versions, byte for byte: training does not become stale
+        notes = {"notes": self.notes.report()} if self.notes.counts else {}
+        return {**counted, "dropped": self.dropped.report(), **notes, "tokens_up_to": histogram(self.lengths)}
 
 
 def tokenise(
@@ -227,9 +246,14 @@ def _row(place: int, record: AnyRecord, encoder: TextEncoder, counts: _Counts) -
         encoded = [encoder(conversation) for conversation in record.conversations]
         if not all(conversation.supervised for conversation in encoded):
             raise BadRecord("nothing supervised", "no token is supervised")
+        if isinstance(record, PreferenceRecord) and encoded[0].input_ids == encoded[1].input_ids:
+            cut = f" after {encoded[0].cut} and {encoded[1].cut} were cut" if encoded[0].cut or encoded[1].cut else ""
+            raise BadRecord("equal answers in tokens", f"the chosen and the rejected answer have the same tokens{cut}")
     except BadRecord as fault:
         counts.dropped.add(fault.reason, f"{name}: {fault.detail}")
         return None
+    for text in sorted({text for conversation in encoded for text in conversation.control}):
+        counts.notes.add(f"control token {text} kept as text", name)
     longest = max(len(conversation.input_ids) for conversation in encoded)
     images = len(record.images) * encoder.tokens_per_image
     counts.lengths[up_to(longest)] += 1
@@ -257,11 +281,13 @@ def _check(records: Path, encoder: TextEncoder, counts: _Counts, max_bad: float)
     dropped = counts.dropped.total()
     if not counts.of["kept"] or dropped > max_bad * counts.of["records"]:
         lines = [f"  {line}" for line in counts.dropped.lines()]
+        misfit = {"nothing supervised", "no image"} & counts.dropped.counts.keys()
+        advice = [*(["choose the template that belongs to the model"] if misfit else []), "mend the records"]
         raise DataError(
             f"{records}: with {encoder}, {dropped} of {counts.of['records']} records cannot be trained on "
             f"(max_bad is {max_bad:.1%}):\n"
             + "\n".join(lines)
-            + "\nchoose the template that belongs to the model, mend the records, or raise max_bad of the mixture"
+            + f"\n{or_raise_max_bad(advice, counts.of['kept'], max_bad)}"
         )
     if counts.of["supervised_tokens"] == counts.of["text_tokens"] and not encoder.template.captions:
         raise DataError(

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from mmpipe import registry
+from mmpipe.artifacts.files import find_name
 from mmpipe.data import formats
 from mmpipe.data.formats.base import FormatReader, ParsedRecord
 from mmpipe.data.image_files import EmbeddedImages, ImageFinder, ImageInfo
@@ -320,7 +321,7 @@ def _format(name: str) -> FormatReader:
 def _files(directory: Path, name: str) -> list[Path]:
     """The annotation files of ``name``: one, or all matches if it is a pattern."""
     if not any(sign in name for sign in "*?["):
-        return [directory / name]
+        return [find_name(directory, name)]
     found = sorted(directory.glob(name))
     if not found:
         raise DataError(f"{directory}: no file matches `annotations: {name}`")

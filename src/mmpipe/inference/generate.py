@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmpipe.data.control_tokens import GUARD, ControlTokens
 from mmpipe.data.images import open_image
 from mmpipe.data.labels import encode
 from mmpipe.data.records import IMAGE_MARK, Turn
@@ -68,6 +69,7 @@ class Answerer:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = template
+        self._control = ControlTokens(self.tokenizer, template.stop)
         self.model_id = model_id
         self.image_token: str = getattr(processor, "image_token", IMAGE_MARK)
         self.image_id = int(self.tokenizer.convert_tokens_to_ids(self.image_token))
@@ -152,6 +154,9 @@ class Answerer:
 
     def prompt(self, question: Question) -> str:
         """The text the model continues, with image marks."""
+        return self._guarded_prompt(question).replace(GUARD, "")
+
+    def _guarded_prompt(self, question: Question) -> str:
         if self.template.captions:
             raise DataError(
                 f"the checkpoint {self.model_id} was trained on captions (template '{self.template.name}') and cannot "
@@ -163,12 +168,12 @@ class Answerer:
         marks, images = text.count(IMAGE_MARK), len(question.images)
         if marks != images:
             raise DataError(f"question {question.id}: {marks} image marks for {images} images")
-        return self.template.prompt([Turn("user", text)])
+        return self.template.prompt(self._control.guard_turns([Turn("user", text)]))
 
     def _encode(self, question: Question, continuation: str = "") -> tuple[int, ...]:
         per_image = int(self.model.config.image_seq_length)
-        text = Rendered(self.prompt(question) + continuation, ())
-        return tuple(encode(self.tokenizer, text, self.image_token, per_image).input_ids)
+        text = Rendered(self._guarded_prompt(question) + self._control.guard(continuation), ())
+        return tuple(encode(self.tokenizer, text, self.image_token, per_image, control=self._control).input_ids)
 
     def _groups(self, rows: Sequence[EncodedQuestion]) -> list[PrefixGroup]:
         """Rows by their images and the text before and between them; without images each is alone."""

@@ -152,7 +152,14 @@ def _settings(asked: Mapping[str, Any]) -> tuple[int, int]:
     return int(asked.get("max_new_tokens", _MOST_TOKENS)), int(asked.get("num_beams", 1))
 
 
+_FILLED_IN = ["\n\n"]
+"""The stop texts that lmms-eval gives to a task which names none (``TaskConfig``, the delimiter of its few shots): none
+of the models that lmms-eval brings cuts there, where a reply of several paragraphs only begins."""
+
+
 def _cut(reply: str, until: str | Sequence[str] | None) -> str:
+    if until == _FILLED_IN:
+        return reply.strip()
     for stop in [until] if isinstance(until, str) else until or ():
         if stop:
             reply = reply.split(stop)[0]

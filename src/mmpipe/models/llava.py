@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from mmpipe.data.images import Aspect, image_processor
+from mmpipe.data.labels import single_token
 from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.models.moe.context import nothing_counts
@@ -142,13 +143,25 @@ def vision_tower(path: Path, dtype: torch.dtype | Literal["auto"] = torch.float3
 def image_tokens(config: Any, select: str) -> int:
     """Tokens per image of a tower. ConfigError where dropping the class token would drop a patch of the image."""
     patches = (config.image_size // config.patch_size) ** 2
-    has_class_token = config.model_type == "clip_vision_model"
-    if select == "patch" and not has_class_token:
+    others = _other_tokens(config)
+    if select == "patch" and not others:
         raise ConfigError(
             f"feature_select 'patch' drops the class token, and a tower of the kind '{config.model_type}' has none: the "
             "first piece of every image would be lost. Say 'feature_select: full' under 'model' of the recipe"
         )
-    return patches + (1 if has_class_token and select == "full" else 0)
+    return patches + others - (select == "patch")
+
+
+def _other_tokens(config: Any) -> int:
+    """Tokens of a tower's output besides the patches, the class token first: registers and the like stay. A tower whose
+    kind is not known here is run without weights and numbers to count them."""
+    known = {"clip_vision_model": 1, "siglip_vision_model": 0}
+    if config.model_type in known:
+        return known[config.model_type]
+    with torch.device("meta"), torch.no_grad():
+        pixels = torch.zeros(1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+        tokens: int = AutoModel.from_config(config)(pixels).last_hidden_state.shape[1]
+    return tokens - (config.image_size // config.patch_size) ** 2
 
 
 def with_image_token(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:
@@ -169,7 +182,6 @@ def make_processor(
     tokenizer: PreTrainedTokenizerBase, vision_dir: Path, config: Any, *, template: str, image_aspect: Aspect
 ) -> LlavaProcessor:
     """The processor that is stored with a checkpoint: tokenizer, image preprocessing, chat template."""
-    class_token = 1 if config.vision_config.model_type == "clip_vision_model" else 0
     return LlavaProcessor(
         image_processor=image_processor(vision_dir, image_aspect),
         tokenizer=tokenizer,
@@ -177,13 +189,35 @@ def make_processor(
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=tokenizer.chat_template if template == "tokenizer" else get_template(template).jinja(),
         image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=class_token,
+        num_additional_image_tokens=_other_tokens(config.vision_config),
     )
 
 
-def greedy_generation(base: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Greedy decoding by default; sampling settings of the backbone would contradict it and make saving fail."""
-    eos = base.eos_token_id if base is not None and base.eos_token_id is not None else tokenizer.eos_token_id
+def greedy_generation(
+    base: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, template: str
+) -> GenerationConfig:
+    """Greedy decoding by default; sampling settings of the backbone would contradict it and make saving fail. The token
+    that ends the answers of ``template`` is an end token beside the backbone's own: ``generate`` of any program stops.
+    """
+    eos: Any = base.eos_token_id if base is not None and base.eos_token_id is not None else tokenizer.eos_token_id
+    chosen = get_template(template, tokenizer)
+    stop = single_token(tokenizer, chosen.stop) if chosen.stop_is_token else None
+    known = eos if isinstance(eos, list) else [eos]
     return GenerationConfig(
-        do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+        do_sample=False,
+        eos_token_id=eos if stop is None or stop in known else [*known, stop],
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
     )
+
+
+def max_positions(config: Any) -> int | None:
+    """The tokens for which a language model has positions, by its configuration; None without a limit."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind, factor = rope.get("rope_type", "default"), float(rope.get("factor") or 1)
+    if limit is None or kind == "dynamic":
+        return None
+    if kind == "linear":  # configurations state the length before scaling
+        return int(limit * factor)
+    return max(limit, int((rope.get("original_max_position_embeddings") or 0) * factor))

@@ -17,6 +17,7 @@ from mmpipe.plan.catalogues import Catalogues
 from mmpipe.plan.config import Config
 from mmpipe.plan.efficiency import Efficiency
 from mmpipe.plan.experts import ExpertLogs
+from mmpipe.plan.fetched import check_patterns, position_warnings
 from mmpipe.plan.inputs import Precomputations, TokensPlan, backbone_manifest, tokens_of
 from mmpipe.plan.recipes import Recipes
 from mmpipe.plan.stages import StagePlan
@@ -47,6 +48,7 @@ class Plan:
         self.stages, self.stage, self.checkpoint = recipes.stages, recipes.stage, recipes.checkpoint
         self.needed, self.family, self.nodes = recipes.needed, recipes.family, recipes.nodes
 
+        check_patterns(recipes.stages(), catalogues)
         requests = self._precomputations = Precomputations(recipes, catalogues)
         self.precomputation_spec, self.precomputation_directory = requests.spec, requests.directory
         self.precomputation_chunks, self.precomputation_tokens = requests.chunks, requests.tokens
@@ -201,7 +203,9 @@ class Plan:
         ]
 
     def warnings(self) -> Iterator[str]:
-        """Stages that would be trained twice with the same settings on the same ancestors."""
+        """Stages that would be trained twice with the same settings on the same ancestors, and those of too few
+        positions for their ``max_length``."""
+        yield from position_warnings(self.stages(), self._catalogues)
         seen: dict[str, StagePlan] = {}
         for stage in self.stages():
             chain = canonical_json(

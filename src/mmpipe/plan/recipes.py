@@ -17,7 +17,7 @@ from mmpipe.plan.stages import StagePlan
 from mmpipe.plan.variants import Variant, split
 from mmpipe.settings import read_mapping, todays_keys, validate
 from mmpipe.stages import stage_kinds
-from mmpipe.stages.base import Hardware, Stage
+from mmpipe.stages.base import Hardware, Stage, TrainStage, share_batch
 
 CONSTRUCT = "construct"
 """The stage that imports a whole checkpoint; put before the others where a recipe does not name it."""
@@ -42,7 +42,7 @@ class Recipes:
             self._resolve(name, ())
         self._check_names()
         self._check_references()
-        self._check_nodes()
+        self._check_hardware()
 
     # ---- reading
 
@@ -151,13 +151,16 @@ class Recipes:
                 if stage.id in {other.id for other in self.needed(self.checkpoint(reference, where))}:
                     raise ConfigError(f"{where} depends on this stage itself")
 
-    def _check_nodes(self) -> None:
+    def _check_hardware(self) -> None:
         for stage in self.stages():
-            for hardware in (stage.settings.hardware, stage.answering):
-                try:
-                    self.nodes(hardware)
-                except ConfigError as error:
-                    raise ConfigError(f"{stage.where}: stages.{stage.name}: {error}") from None
+            hardware, settings = stage.settings.hardware, stage.settings
+            try:
+                self.nodes(stage.answering)
+                nodes = self.nodes(hardware)
+                if isinstance(settings, TrainStage):
+                    share_batch(settings.batch_size, hardware.gpus or nodes)
+            except ConfigError as error:
+                raise ConfigError(f"{stage.where}: stages.{stage.name}: {error}") from None
 
     # ---- questions
 

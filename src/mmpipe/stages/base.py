@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from mmpipe.errors import did_you_mean
+from mmpipe.data.templates import template_names
+from mmpipe.errors import ConfigError, did_you_mean
 from mmpipe.models.settings import LoraSettings, VisionLanguage
 from mmpipe.settings import Settings
 from mmpipe.stages import zero
@@ -59,6 +60,26 @@ class Hardware(Settings):
         if kind is not None and kind not in zero.kinds():
             raise ValueError(f"there is no kind '{kind}'{did_you_mean(kind, zero.kinds())}")
         return kind
+
+
+def _known_template(name: str) -> str:
+    if name not in template_names():
+        raise ValueError(f"there is no conversation template '{name}'{did_you_mean(name, template_names())}")
+    return name
+
+
+TemplateName = Annotated[str, AfterValidator(_known_template)]
+
+
+def share_batch(batch_size: int, processes: int) -> int:
+    """The samples of a batch that each process trains on. Raises ConfigError when they cannot share it evenly."""
+    share, rest = divmod(batch_size, processes)
+    if rest or not share:
+        raise ConfigError(
+            f"a batch of {batch_size} cannot be shared evenly by {processes} processes; "
+            "change hardware.gpus (or nodes), or batch_size (which changes the result)"
+        )
+    return share
 
 
 @dataclass(frozen=True)
@@ -174,7 +195,7 @@ class TrainStage(Stage):
 
     data: str
     """A mixture of ``mixtures.yaml``."""
-    template: str = "vicuna_v1"
+    template: TemplateName = "vicuna_v1"
     """The conversation template; ``tokenizer`` is the tokenizer's own."""
     image_aspect: Literal["pad", "square"] = "pad"
     """``pad`` pads images to a square; ``square`` crops the centre."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from mmpipe.stages.base import Stage
+from mmpipe.stages.base import Stage, TemplateName
 
 
 class Construct(Stage):
@@ -16,7 +16,7 @@ class Construct(Stage):
 
     ON_GPUS: ClassVar[bool] = False
 
-    template: str = "vicuna_v1"
+    template: TemplateName = "vicuna_v1"
     """The conversation template the model was trained with; ``tokenizer`` is the tokenizer's own."""
     image_aspect: Literal["pad", "square"] = "pad"
     """``pad`` pads images to a square; ``square`` crops the centre."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from mmpipe.stages.base import TrainStage
+from mmpipe.stages.base import TemplateName, TrainStage
 
 
 class Pretrain(TrainStage):
@@ -12,7 +12,7 @@ class Pretrain(TrainStage):
 
     PUBLISHES: ClassVar[Literal["projector", "model"]] = "projector"
 
-    template: str = "plain"
+    template: TemplateName = "plain"
     image_aspect: Literal["pad", "square"] = "square"
     trainable: tuple[str, ...] = ("multi_modal_projector.*",)
     batch_size: int = 256

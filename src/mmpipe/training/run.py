@@ -15,7 +15,7 @@ from mmpipe.checkpoints.load import build_model, open_checkpoint, preprocessor_d
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import ConfigError, first_of
 from mmpipe.models import attention, lora
-from mmpipe.models.llava import make_processor
+from mmpipe.models.llava import greedy_generation, make_processor
 from mmpipe.models.trainable import select
 from mmpipe.models.vision_tower import freeze_unused
 from mmpipe.stages.base import Stage, StageJob, TrainStage
@@ -113,6 +113,7 @@ def _starting_model(stage: TrainStage, job: StageJob) -> tuple[Any, Any]:
         return build_model(job.backbones, job.vision_language, layouts=job.layouts, seed=stage.seed, **reading)
     model, processor, card = open_checkpoint(job.parent)
     preprocessor = preprocessor_directory(job.parent, card)
+    model.generation_config = greedy_generation(model.generation_config, processor.tokenizer, stage.template)
     return model, make_processor(processor.tokenizer, preprocessor, model.config, **reading)
 
 

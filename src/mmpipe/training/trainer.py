@@ -17,10 +17,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mmpipe.data.dataset import Batch
 from mmpipe.data.sampler import BatchPlan
-from mmpipe.errors import ConfigError, MmpipeError
+from mmpipe.errors import MmpipeError
 from mmpipe.models.schedule import set_progress
 from mmpipe.models.trainable import learning_rate_groups
-from mmpipe.stages.base import StageJob, TrainStage
+from mmpipe.stages.base import StageJob, TrainStage, share_batch
 from mmpipe.training import deepspeed, resume, stop
 from mmpipe.training.objectives.base import LossDenominators, Task
 from mmpipe.training.progress import HISTORY, REPLACED, CollapseWatch, Progress
@@ -41,12 +41,7 @@ def split_batch(batch_size: int, processes: int, wanted: int | None, on_gpu: boo
 
     Raises ConfigError when the processes cannot share the batch evenly.
     """
-    share, rest = divmod(batch_size, processes)
-    if rest or share == 0:
-        raise ConfigError(
-            f"a batch of {batch_size} cannot be shared evenly by {processes} processes; "
-            "change hardware.gpus (or nodes), or batch_size (which changes the result)"
-        )
+    share = share_batch(batch_size, processes)
     most = min(share, wanted or (8 if on_gpu else share))
     micro = next(size for size in range(most, 0, -1) if share % size == 0)
     return BatchSplit(micro, share // micro)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import apply_umask, write_json
+from mmpipe.artifacts.files import apply_umask, read_json, write_json
 from mmpipe.checkpoints.layouts import _names, _tensors, get
 from mmpipe.checkpoints.layouts.base import PackedLanguage
 from mmpipe.errors import ArtifactError, ConfigError
@@ -118,12 +116,22 @@ def _write_tokenizer(checkpoint: Path, out: Path, *, keeps_image_token: bool) ->
         source = checkpoint / name
         if not source.is_file():
             continue
-        if keeps_image_token:
-            shutil.copyfile(source, out / name)
-            continue
-        write_json(out / name, _without(json.loads(source.read_text(encoding="utf-8")), IMAGE_TOKEN))
+        content = read_json(source)
+        if not keeps_image_token:
+            content = _without(content, IMAGE_TOKEN)
+        if name == "tokenizer.json":
+            _join_merges(content["model"])
+        write_json(out / name, content)
     if not (out / "tokenizer.json").is_file():
         raise ArtifactError(f"{checkpoint}: tokenizer.json is missing")
+
+
+def _join_merges(model: dict[str, Any]) -> None:
+    """Write pairs to merge as ``"a b"``: tokenizers before 0.20, which LLaVA's code pins, reads no lists. Pairs with
+    blanks inside have no such form and stay."""
+    merges = model.get("merges") or []
+    if merges and all(isinstance(pair, list) and not any(" " in part for part in pair) for pair in merges):
+        model["merges"] = [" ".join(pair) for pair in merges]
 
 
 def _without(value: Any, token: str) -> Any:
