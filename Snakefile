@@ -9,6 +9,9 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 
+include: "rules/plain_config.smk"
+
+
 configfile: "config/config.yaml"
 
 

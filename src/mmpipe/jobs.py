@@ -21,6 +21,7 @@ from mmpipe.artifacts import manifest
 from mmpipe.artifacts.state import only_worker
 from mmpipe.errors import ConfigError, MmpipeError, explained
 from mmpipe.gpu_locks import locked_gpus, visible_devices
+from mmpipe.plan.configfile import read_plainly
 from mmpipe.plan.plan import Plan
 from mmpipe.provenance import records
 
@@ -169,6 +170,7 @@ def mock_snakemake(rule: str, *, configfiles: Sequence[str] = (), **wildcards: s
     from snakemake.jobs import Job
     from snakemake.settings.types import ConfigSettings, ResourceSettings
 
+    read_plainly()
     limits = ResourceSettings(cores=os.cpu_count(), resources={"gpu": len(visible_devices())})
     with SnakemakeApi() as api:
         workflow_api = api.workflow(limits, ConfigSettings(configfiles=[Path(path) for path in configfiles]))

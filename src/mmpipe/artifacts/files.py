@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from mmpipe.errors import ArtifactError
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
@@ -126,14 +128,31 @@ _FORMER_WORDS = {
 """Keys (and measures of efficiency) in artifacts of earlier versions, and their names today."""
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+class DamagedJson(ArtifactError, ValueError):
+    """A file that should be JSON is not, or holds something else than expected."""
+
+
+def read_json(path: Path, **options: Any) -> Any:
+    """Read a JSON file; ``options`` are those of ``json.loads``. Raises DamagedJson."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), **options)
+    except (ValueError, RecursionError) as error:
+        raise DamagedJson(f"{path}: not JSON ({error}); restore the file, or delete it and make it again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object. Raises DamagedJson."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DamagedJson(
+            f"{path}: expected a JSON object, found a {type(content).__name__}; restore the file, or delete it and make it again"
+        )
+    return content
 
 
 def read_report(path: Path) -> Any:
-    """Read the report or settings of an artifact; keys of earlier versions get their names of today."""
-    return json.loads(path.read_text(encoding="utf-8"), object_hook=_in_todays_words)
+    """Read the report or settings of an artifact; keys of earlier versions get their names of today. Raises DamagedJson."""
+    return read_json(path, object_hook=_in_todays_words)
 
 
 def _in_todays_words(mapping: dict[str, Any]) -> dict[str, Any]:

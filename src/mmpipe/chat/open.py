@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mmpipe.artifacts.files import read_json
+from mmpipe.artifacts.files import read_object
 from mmpipe.chat import memory
 from mmpipe.chat.find import LocalCheckpoint
 from mmpipe.chat.messages import ChatError
@@ -82,7 +82,7 @@ def _open_with_transformers(path: Path, dtype: torch.dtype, load: dict[str, Any]
 
 def _config(path: Path) -> Any:
     """The configuration of an image-text model. Raises ArtifactError for a checkpoint of another family."""
-    kind = read_json(path / "config.json").get("model_type")
+    kind = read_object(path / "config.json").get("model_type")
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ArtifactError(
             f"{path}: holds a '{kind}' model; chat takes checkpoints of mmpipe and the image-text models that "
@@ -118,7 +118,7 @@ def _dtype(name: str, path: Path) -> torch.dtype:
     if name not in DTYPES:
         raise ChatError(f"there is no number type '{name}'; known: {', '.join(DTYPES)}")
     if name == "auto":
-        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
         name = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

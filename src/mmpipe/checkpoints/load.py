@@ -40,6 +40,7 @@ from mmpipe.models.llava import (
     with_image_token,
 )
 from mmpipe.models.settings import VisionLanguage
+from mmpipe.settings import validate
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,8 @@ def open_checkpoint(
     when files are missing or do not fit.
     """
     card = manifest.read(directory)
+    if "checkpoint" not in card:
+        raise ArtifactError(f"{directory}: holds a {card['kind']}, not a checkpoint")
     if card["kind"] != "projector":
         model, processor = load_checkpoint(directory, dtype, **placement)
         _check_tokenizer(directory, model, processor.tokenizer)
@@ -156,7 +159,7 @@ def open_checkpoint(
     else:
         model, processor = build_model(
             {role: Path(path) for role, path in facts["backbones"].items()},
-            VisionLanguage(**card["spec"]["model"]),
+            validate(VisionLanguage, card["spec"].get("model"), f"{directory / manifest.NAME}: spec.model"),
             layouts=card["spec"].get("layouts", {}),
             seed=0,
             **how,

@@ -13,7 +13,6 @@ scripts) read version 4's names. So a checkpoint is written the way version 4 wr
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
 
-from mmpipe.artifacts.files import apply_umask, read_json, write_json
+from mmpipe.artifacts.files import apply_umask, read_object, write_json
 from mmpipe.errors import ArtifactError, first_of
 from mmpipe.models.moe import hf
 from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
@@ -158,13 +157,13 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write_processor(processor: LlavaProcessor, out: Path) -> None:
     processor.save_pretrained(out)
-    config = read_json(out / "processor_config.json")
+    config = read_object(out / "processor_config.json")
     image_processor = config.pop("image_processor", None) or processor.image_processor.to_dict()
     image_processor["image_processor_type"] = image_processor["image_processor_type"].removesuffix("Pil")
     write_json(out / "processor_config.json", config, sort_keys=True)
     write_json(out / "preprocessor_config.json", image_processor, sort_keys=True)
 
-    tokenizer = read_json(out / "tokenizer_config.json")
+    tokenizer = read_object(out / "tokenizer_config.json")
     # The class that takes ``tokenizer.json`` unchanged in both versions; others may rebuild it.
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer["model_input_names"] = list(processor.tokenizer.model_input_names)
@@ -181,11 +180,8 @@ def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:
     for name in ("config.json", WEIGHTS):
         if not (path / name).is_file() and not (path / f"{name}.index.json").is_file():
             raise ArtifactError(f"{path}: not a checkpoint: {name} is missing")
-    try:
-        kind = read_json(path / "config.json").get("model_type")
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path}/config.json is not JSON: {error}") from error
-    if kind not in _CLASSES:
+    kind = read_object(path / "config.json").get("model_type")
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise ArtifactError(f"{path}: holds a '{kind}' model, expected one of {sorted(_CLASSES)}")
     return _CLASSES[kind]
 

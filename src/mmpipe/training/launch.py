@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from mmpipe import slurm
-from mmpipe.artifacts.files import read_json, write_json
+from mmpipe.artifacts.files import read_object, write_json
 from mmpipe.errors import MmpipeError
 from mmpipe.stages.base import StageJob, TrainStage
 from mmpipe.training import deepspeed, stop
@@ -140,7 +140,7 @@ def _explanation(job: StageJob, status: int, killed: bool, command: str) -> str:
             f"on from the last checkpoint. {again}"
         )
     if (job.state_dir / FAILURE).is_file():
-        failure = read_json(job.state_dir / FAILURE)
+        failure = read_object(job.state_dir / FAILURE)
         return f"{stage}: process {failure['rank']}: {failure['message']}\n{again}"
     return f"{stage}: a training process failed (status {status}); its traceback is in {job.log}. {again}"
 

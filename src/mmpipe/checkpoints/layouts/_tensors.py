@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mmpipe.artifacts.files import read_object
 from mmpipe.errors import ArtifactError, first_of
 
 STEMS = ("model.safetensors", "pytorch_model.bin")
@@ -69,12 +69,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON file that describes a model. Raises ArtifactError when it is missing or no JSON."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path}: not JSON ({error})") from error
-    return content
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
