@@ -21,8 +21,8 @@ from mmpipe.data.records import IMAGE_MARK, Turn
 from mmpipe.data.templates import Template, TokenizerTemplate, get_template, template_names, to_messages
 from mmpipe.errors import ArtifactError, DataError
 from mmpipe.models.sparsity.hooks import set_keep_rate
+from mmpipe.pretrained import from_config, load_pretrained
 
-_SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 # With and without image, first and later round, so that all templates differ.
 _CONVERSATION = to_messages(
     [Turn("user", f"{IMAGE_MARK}\nfirst question"), Turn("assistant", "answer"), Turn("user", "second question")]
@@ -71,8 +71,8 @@ def _set_sparsity(model: Any, name: str, wanted: str) -> None:
 def _open_with_transformers(path: Path, dtype: torch.dtype, load: dict[str, Any]) -> tuple[Any, Any]:
     _config(path)
     try:
-        processor = AutoProcessor.from_pretrained(path, **_SAFE)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **_SAFE, **load)
+        processor = load_pretrained(AutoProcessor, path)
+        model = load_pretrained(AutoModelForImageTextToText, path, dtype=dtype, use_safetensors=True, **load)
     except (OSError, ValueError, ImportError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
@@ -89,7 +89,7 @@ def _config(path: Path) -> Any:
             "transformers opens without code of theirs (AutoModelForImageTextToText)"
         )
     try:
-        return AutoConfig.from_pretrained(path, **_SAFE)
+        return load_pretrained(AutoConfig, path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: its configuration cannot be read: {error}") from error
 
@@ -99,7 +99,7 @@ def _empty(checkpoint: LocalCheckpoint) -> Any:
     with torch.device("meta"):
         if checkpoint.ours:
             return empty_model(checkpoint.path)
-        return AutoModelForImageTextToText.from_config(_config(checkpoint.path), trust_remote_code=False)
+        return from_config(AutoModelForImageTextToText, _config(checkpoint.path))
 
 
 def _device(name: str) -> torch.device:

@@ -26,6 +26,7 @@ from mmpipe.errors import ArtifactError, first_of
 from mmpipe.models.moe import hf
 from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
 from mmpipe.models.sparsity import io
+from mmpipe.pretrained import load_pretrained
 
 WEIGHTS = "model.safetensors"
 _STOCK, _OURS = LlavaConfig.model_type, SparseLlavaConfig.model_type
@@ -66,17 +67,17 @@ def load_checkpoint(
     its processor.
 
     Images are processed with Pillow on every machine, so that pixels do not depend on what is installed.
-    ``placement`` goes to ``from_pretrained`` (``device_map``, ``quantization_config``).
+    ``placement`` goes to ``load_pretrained`` (``device_map``, ``quantization_config``).
 
     Raises ArtifactError when the directory is not a LLaVA checkpoint, or naming the tensors for which its
     configuration and its weights disagree.
     """
     path = Path(path)
-    load: Any = _model_class(path).from_pretrained
+    kind = _model_class(path)
     try:
-        how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = load(path, dtype=dtype, **how, **placement)
-        processor = AutoProcessor.from_pretrained(path, local_files_only=True, backend="pil")
+        how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = load_pretrained(kind, path, dtype=dtype, **how, **placement)
+        processor = load_pretrained(AutoProcessor, path, backend="pil")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
     _require_complete(path, info)
@@ -88,7 +89,7 @@ def load_checkpoint(
 def empty_model(path: Path) -> LlavaForConditionalGeneration:
     """The model of a checkpoint directory with fresh weights; without cost on the meta device."""
     kind: Any = _model_class(path)
-    return kind(kind.config_class.from_pretrained(path, local_files_only=True))
+    return kind(load_pretrained(kind.config_class, path))
 
 
 def _disk_tensors(

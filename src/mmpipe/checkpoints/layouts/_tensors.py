@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmpipe.artifacts.files import read_object
 from mmpipe.errors import ArtifactError, first_of
+from mmpipe.pretrained import load_pretrained
 
 STEMS = ("model.safetensors", "pytorch_model.bin")
 """The names of a checkpoint's weights, in one file or behind ``<stem>.index.json``; the first is preferred."""
@@ -108,9 +109,8 @@ def assemble(
     found = "; ".join(f"{what}: {first_of(names)}" for what, names in problems.items() if names)
     if found:
         raise ArtifactError(f"{source}: the weights do not fit a {type(config).__name__}; {found}")
-    load: Any = kind
     most = common_dtype(tensors.values()) if dtype == "auto" else dtype
-    model: ModelT = load.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=most)
+    model: ModelT = load_pretrained(kind, None, config=config, state_dict=dict(tensors), dtype=most)
     if dtype == "auto":
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name in tensors:
