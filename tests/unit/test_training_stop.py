@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -23,15 +27,74 @@ def finetune(**changes) -> Finetune:
     return Finetune(**{**settings, **changes})
 
 
-def test_sigterm_is_a_stop_request_inside_the_block():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_a_stop_request_inside_the_block(number):
     requests = stop.StopSignal()
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(each) for each in stop.SIGNALS]
     with requests.listening():
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         # the handler runs between waits when another thread took the signal
         assert any(requests.signalled.wait(0.1) for _ in range(50))
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert requests.reason == number.name
+    assert [signal.getsignal(each) for each in stop.SIGNALS] == before
+    assert not {*stop.SIGNALS} & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+LISTEN = """
+import sys
+from mmpipe.training.stop import StopSignal
+with StopSignal().listening() as stop_signal:
+    print("ready", flush=True)
+    for seconds in sys.stdin:
+        print(stop_signal.signalled.wait(float(seconds)), stop_signal.reason, flush=True)
+"""
+
+
+@contextmanager
+def listening(*ignored: signal.Signals) -> Iterator[tuple[subprocess.Popen, Callable[[float], str]]]:
+    """A process that listens, and a function that asks it whether it is to stop, within some seconds."""
+
+    def ignore() -> None:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+    command, pipes = [sys.executable, "-c", LISTEN], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, bufsize=1, preexec_fn=ignore, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+
+        def asked(seconds: float) -> str:
+            process.stdin.write(f"{seconds}\n")
+            return process.stdout.readline().strip()
+
+        try:
+            yield process, asked
+        finally:
+            process.kill()
+
+
+def test_a_pause_is_no_stop_request_and_a_second_interrupt_ends_the_process():
+    with listening() as (process, asked):
+        for _ in range(3):
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.3)  # longer than it waits for a signal at a time
+            process.send_signal(signal.SIGCONT)
+        assert asked(0.5) == "False"
+        process.send_signal(signal.SIGTERM)
+        assert asked(5) == "True SIGTERM"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None  # the first one
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 128 + signal.SIGINT
+
+
+def test_a_process_started_to_ignore_hangups_and_interrupts_does():
+    with listening(signal.SIGHUP, signal.SIGINT) as (process, asked):
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGINT)
+        assert asked(0.5) == "False"
+        process.send_signal(signal.SIGTERM)
+        assert asked(5) == "True SIGTERM"
 
 
 def test_the_deadline_leaves_room_for_what_is_slow():

@@ -140,8 +140,8 @@ def open_checkpoint(
     when files are missing or do not fit.
     """
     card = manifest.read(directory)
-    if "checkpoint" not in card:
-        raise ArtifactError(f"{directory}: holds a {card['kind']}, not a checkpoint")
+    if card["kind"] == "projector" and "checkpoint" not in card:
+        raise ArtifactError(f"{directory / manifest.NAME}: does not name what the projector was trained on")
     if card["kind"] != "projector":
         model, processor = load_checkpoint(directory, dtype, **placement)
         _check_tokenizer(directory, model, processor.tokenizer)
