@@ -151,6 +151,20 @@ def test_checkpoints_that_are_being_removed_do_not_look_complete(tmp_path, monke
     assert resume.last_checkpoint(checkpoints) is None
 
 
+def test_a_checkpoint_in_progress_has_the_mode_of_the_umask(tmp_path):
+    from mmpipe.training import resume
+
+    (tmp_path / "rng").mkdir()
+    for name in (resume.WEIGHTS, "rng/state.pt"):
+        (tmp_path / name).touch(mode=0o600)
+    before = os.umask(0o002)
+    try:
+        resume.mark_complete(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o664}
+
+
 @pytest.fixture
 def broken_images(demo_files):
     """A third of the images cannot be read any more."""

@@ -38,7 +38,10 @@ def sync(path: Path) -> None:
 
 
 def apply_umask(path: Path) -> None:
-    """Set a file's mode by the umask: safetensors makes files that only their owner can read."""
+    """Set a file's mode by the umask: safetensors makes files that only their owner can read. Links stay as they are, with
+    the files of others that they may lead to."""
+    if path.is_symlink() or path.stat().st_nlink > 1:
+        return
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -220,6 +223,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
         yield stage
         files = sorted(path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
         for name in files:
+            apply_umask(stage / name)
             sync(stage / name)
         (target / "manifest.json").unlink(missing_ok=True)
         if target.is_dir():

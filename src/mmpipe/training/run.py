@@ -62,6 +62,8 @@ def train(stage: TrainStage, job: StageJob) -> None:
 def work(stage: TrainStage, job: StageJob, stop_signal: stop.StopSignal) -> None:
     """The work of one process: train, and publish where this is the first one."""
     _set_up_process(stage, job)
+    if deepspeed.usable(stage.hardware.deepspeed):
+        deepspeed.guard_builds(lambda: stop_signal.signalled.is_set() or (job.state_dir / stop.REQUEST).exists())
     model, processor = untrained_model(stage, job)
     dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
     attention.use(model, attention.choose(stage.hardware.attention, "cuda" if job.gpus else "cpu", dtype))
