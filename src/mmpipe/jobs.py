@@ -19,7 +19,7 @@ from typing import Any
 
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.state import only_worker
-from mmpipe.errors import ConfigError, MmpipeError, explained
+from mmpipe.errors import ConfigError, MmpipeError, explained, is_full_disk
 from mmpipe.gpu_locks import locked_gpus, visible_devices
 from mmpipe.plan.configfile import read_plainly
 from mmpipe.plan.plan import Plan
@@ -53,14 +53,15 @@ def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
                         return
                     with locked_gpus(gpus(snakemake)):
                         main(snakemake, Plan(snakemake.config))
-            except (MmpipeError, OSError) as error:
-                text = str(error) if isinstance(error, MmpipeError) else explained(error)
-                log.error("%s", text, exc_info=isinstance(error, OSError))
+            except Exception as error:
+                ours = isinstance(error, MmpipeError)
+                if not (ours or isinstance(error, OSError) or is_full_disk(error)):
+                    log.exception("unexpected failure: %s", explained(error))
+                    raise
+                text = str(error) if ours else explained(error)
+                log.error("%s", text, exc_info=not ours)
                 print(f"mmpipe: {text}", file=sys.stderr)
                 raise SystemExit(1) from None
-            except Exception as error:
-                log.exception("unexpected failure: %s", explained(error))
-                raise
 
     return run
 

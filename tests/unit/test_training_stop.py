@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mmpipe.artifacts.files import read_json, read_jsonl
 from mmpipe.errors import explained
@@ -134,6 +136,55 @@ def test_a_training_whose_time_is_up_saves_and_goes_on(job, monkeypatch):
 def test_a_full_disk_is_named_however_it_shows(error):
     assert "the disk is full: free some space" in explained(error)
     assert "disk is full" not in explained(ValueError("something else"))
+
+
+def test_a_full_disk_inside_torch_save_is_named():
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({"a": torch.ones(1 << 18)}, "/dev/full")
+    assert "the disk is full: free some space" in explained(caught.value)
+    with open("/dev/full", "wb", buffering=0) as file, pytest.raises((RuntimeError, OSError)) as caught:
+        torch.save({"a": torch.ones(1 << 18)}, file)
+    assert "the disk is full: free some space" in explained(caught.value)
+
+
+def test_a_killed_data_loading_process_is_explained():
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert "raise hardware.memory_gb, or lower hardware.workers" in explained(killed)
+    assert "memory" not in explained(RuntimeError("DataLoader worker (pid 7) is killed by signal: Aborted. "))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mmpipe.training.stop import noticing_a_kill
+with noticing_a_kill(Path(sys.argv[1]), print):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_start_says_that_a_single_process_was_killed(tmp_path, monkeypatch):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    mark = (tmp_path / stop.RUNNING).read_bytes()
+
+    def said() -> list[str]:
+        (tmp_path / stop.RUNNING).write_bytes(mark)
+        found: list[str] = []
+        with stop.noticing_a_kill(tmp_path, found.append):
+            pass
+        return found
+
+    kills = stop._oom_kills()["oom_kills"]
+    monkeypatch.setattr(stop, "_oom_kills", lambda: {"oom_kills": kills})
+    (text,) = said()
+    assert re.search(r"the last run of this training \(process \d+ on .*\) was killed \(kill -9\); it goes on", text)
+    monkeypatch.setattr(stop, "_oom_kills", lambda: {"oom_kills": kills + 1})
+    assert "ran out of memory: raise hardware.memory_gb, or lower hardware.workers or micro_batch" in said()[0]
+    mark = b"{"  # killed while it wrote the mark
+    assert said() == []
+    with pytest.raises(ValueError, match="an error"), stop.noticing_a_kill(tmp_path, pytest.fail):
+        raise ValueError("an error")
+    assert not (tmp_path / stop.RUNNING).exists()  # every other end removes the mark
 
 
 def test_checkpoints_that_are_being_removed_do_not_look_complete(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from mmpipe.artifacts.files import read_object
 from mmpipe.chat import memory
@@ -18,7 +17,7 @@ from mmpipe.chat.options import DTYPES, LoadOptions
 from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.checkpoints.save import empty_model
 from mmpipe.data.records import IMAGE_MARK, Turn
-from mmpipe.data.templates import Template, TokenizerTemplate, get_template, template_names, to_messages
+from mmpipe.data.templates import Template, TokenizerTemplate, get_template, render_jinja, template_names, to_messages
 from mmpipe.errors import ArtifactError, DataError
 from mmpipe.models.sparsity.hooks import set_keep_rate
 from mmpipe.pretrained import from_config, load_pretrained
@@ -131,6 +130,8 @@ def resolve_template(processor: Any, name: str, *, wanted: str | None, trained: 
     wanted one. Raises ArtifactError when it has another, or has none and none is wanted.
     """
     tokenizer = processor.tokenizer
+    if isinstance(processor.chat_template, dict):  # several by name, of which a chat takes this one
+        processor.chat_template = processor.chat_template.get("default")
     own = processor.chat_template
     template = get_template(wanted, tokenizer) if wanted else None
     if own is None:
@@ -156,18 +157,17 @@ def resolve_template(processor: Any, name: str, *, wanted: str | None, trained: 
 
 def _recognise(jinja: str, tokenizer: Any) -> Template | None:
     """A named template that renders as ``jinja`` does; the tokenizer's own only when no other does."""
+    rendered = _render(jinja, tokenizer)
     for name in sorted(template_names(), key=lambda name: name == TokenizerTemplate.name):
         try:
             template = get_template(name, tokenizer)
         except DataError:  # the tokenizer has none that is suitable for training
             continue
-        if _render(jinja, tokenizer) == _render(template.jinja(), tokenizer):
+        if rendered == _render(template.jinja(), tokenizer):
             return template
     return None
 
 
 def _render(jinja: str, tokenizer: Any) -> str:
-    rendered: Any = render_jinja_template(
-        [_CONVERSATION], chat_template=jinja, add_generation_prompt=True, **tokenizer.special_tokens_map
-    )
-    return str(rendered[0][0])
+    where = str(tokenizer.name_or_path)
+    return render_jinja(jinja, _CONVERSATION, where, add_generation_prompt=True, **tokenizer.special_tokens_map)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import Any
 
 import torch
@@ -55,8 +56,15 @@ def train(stage: TrainStage, job: StageJob) -> None:
     with open_state(job.state_dir, manifest.fingerprint(job.spec, inputs | limits)) as resumable:
         log.info("%s %s: %s", job.recipe, job.stage, "resuming" if resumable else "starting afresh")
         (job.state_dir / stop.RECORD).unlink(missing_ok=True)
-        launch.run(stage, job, work)
+        with stop.noticing_a_kill(job.state_dir, _warn):
+            launch.run(stage, job, work)
         stop.require_finished(job)
+
+
+def _warn(text: str) -> None:
+    """To the log, and to the terminal: a killed process has left the user without a reason."""
+    log.warning("%s", text)
+    print(f"mmpipe: {text}", file=sys.stderr)
 
 
 def work(stage: TrainStage, job: StageJob, stop_signal: stop.StopSignal) -> None:
