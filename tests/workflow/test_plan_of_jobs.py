@@ -10,6 +10,9 @@ from collections import Counter
 
 import pytest
 
+from mmpipe.cli.why import explain
+from mmpipe.errors import MmpipeError
+
 EVALUATION = {"answer_chunk": 2, "gather_answers": 2, "score_answers": 2, "compare": 1}
 
 
@@ -150,13 +153,18 @@ def test_a_mistake_in_a_recipe_stops_before_any_job(project):
 
 
 @pytest.mark.parametrize("profile", [(), ("--profile", "local")])
-def test_a_configuration_that_runs_code_is_refused_before_it_runs(fresh, tmp_path, profile):
+def test_a_configuration_that_runs_code_is_refused_before_it_runs(fresh, tmp_path, monkeypatch, profile):
     ran, evil = tmp_path / "ran", tmp_path / "evil.yaml"
     evil.write_text(f"__use_yte__: true\nrecipes:\n  - ?open({str(ran)!r}, 'w') and 'demo'\nbenchmarks: [mmbench]\n")
     result = fresh.snakemake("-n", "results/mmbench.json", "--configfile", str(evil), *profile, check=False)
     assert result.returncode != 0
     assert f"{evil}: '__use_yte__' lets Snakemake run expressions of this file as Python" in result.stdout
     assert not ran.exists()
+    if not profile:
+        monkeypatch.chdir(fresh.root)
+        with pytest.raises(MmpipeError, match=r"^.*evil\.yaml: '__use_yte__' lets .* in place of expressions$"):
+            explain(["results/mmbench.json"], evil)
+        assert not ran.exists()
 
 
 def test_the_main_configuration_runs_no_code_under_any_profile(fresh, tmp_path):
