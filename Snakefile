@@ -15,6 +15,9 @@ sys.executable = shlex.quote(sys.executable)
 min_version("9.20")
 
 
+include: "rules/plain_config.smk"
+
+
 configfile: "config/config.yaml"
 
 

@@ -18,7 +18,7 @@ LIBRARY = ROOT / "src/mmpipe"
 CORE = ("stages", "models", "losses", "training")
 # lowest first; packages of one line may import each other, but not in a circle
 LAYERS = (
-    ("errors", "escapes", "registry", "settings", "slurm", "gpu_locks", "plotting"),
+    ("errors", "escapes", "registry", "settings", "pretrained", "slurm", "gpu_locks", "plotting"),
     ("artifacts", "losses"),
     ("data", "sources"),
     ("models",),

@@ -56,14 +56,31 @@ def few(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def explained(error: Exception) -> str:
-    """The error in one line, with advice when the disk is full (libraries report that in several ways)."""
+def explained(error: BaseException) -> str:
+    """The error in one line, with advice when the disk is full or a data-loading process was killed."""
     text = f"{type(error).__name__}: {error}"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or any(sign in text for sign in _FULL_DISK):
+    if is_full_disk(error):
         text += "; the disk is full: free some space and run the same command again, nothing is lost"
+    elif "DataLoader worker" in text and ("Killed" in text or "exited unexpectedly" in text):
+        text += (
+            "; a data-loading process was killed, most likely because the machine ran out of memory: raise "
+            "hardware.memory_gb, or lower hardware.workers or micro_batch"
+        )
     return text
 
 
-_FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
-"""How safetensors and torch report a full disk; neither raises OSError."""
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it followed from, is that of a full disk; libraries report that in several ways."""
+    while error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(sign in str(error) for sign in _FULL_DISK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_FULL_DISK = (
+    *("No space left on device", "Disk quota exceeded"),
+    *("PytorchStreamWriter failed writing file", "iostream error", ". unexpected pos "),
+)
+"""How safetensors and torch report a full disk, torch.save in its last words; neither raises OSError."""

@@ -19,9 +19,10 @@ from typing import Any
 
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.state import only_worker
-from mmpipe.errors import ConfigError, MmpipeError, explained
+from mmpipe.errors import ConfigError, MmpipeError, explained, is_full_disk
 from mmpipe.escapes import LogFormatter, escape_tracebacks, message
 from mmpipe.gpu_locks import locked_gpus, visible_devices
+from mmpipe.plan.configfile import read_plainly
 from mmpipe.plan.plan import Plan
 from mmpipe.provenance import records
 
@@ -54,14 +55,15 @@ def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
                         return
                     with locked_gpus(gpus(snakemake)):
                         main(snakemake, Plan(snakemake.config))
-            except (MmpipeError, OSError) as error:
-                text = str(error) if isinstance(error, MmpipeError) else explained(error)
-                log.error("%s", text, exc_info=isinstance(error, OSError))
+            except Exception as error:
+                ours = isinstance(error, MmpipeError)
+                if not (ours or isinstance(error, OSError) or is_full_disk(error)):
+                    log.exception("unexpected failure: %s", explained(error))
+                    raise
+                text = str(error) if ours else explained(error)
+                log.error("%s", text, exc_info=not ours)
                 print(f"mmpipe: {message(text)}", file=sys.stderr)
                 raise SystemExit(1) from None
-            except Exception as error:
-                log.exception("unexpected failure: %s", explained(error))
-                raise
 
     return run
 
@@ -171,6 +173,7 @@ def mock_snakemake(rule: str, *, configfiles: Sequence[str] = (), **wildcards: s
     from snakemake.jobs import Job
     from snakemake.settings.types import ConfigSettings, ResourceSettings
 
+    read_plainly()
     limits = ResourceSettings(cores=os.cpu_count(), resources={"gpu": len(visible_devices())})
     with SnakemakeApi() as api:
         workflow_api = api.workflow(limits, ConfigSettings(configfiles=[Path(path) for path in configfiles]))

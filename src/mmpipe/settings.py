@@ -6,7 +6,7 @@ import functools
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -67,8 +67,10 @@ def todays_keys(kind: type[BaseModel], values: Mapping[str, Any], where: str) ->
     """Settings as written, with the keys of the previous release renamed, those of nested settings too.
 
     Settings that are merged before they are validated must go through here first; ``where`` opens the warnings.
-    Raises ConfigError when a setting is given under both names.
+    Raises ConfigError when a setting is given under both names, and for anything but a mapping.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected 'name: value' lines, found a {type(values).__name__}")
     try:
         renamed = renamed_keys(kind, values, where)
     except ValueError as error:
@@ -106,6 +108,10 @@ def _mapping_without_duplicates(loader: Any, node: yaml.MappingNode, deep: bool 
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a key is a {type(key).__name__}, not a text", key_node.start_mark
+            )
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key '{key}' stands twice in one mapping", key_node.start_mark
@@ -118,6 +124,35 @@ def _mapping_without_duplicates(loader: Any, node: yaml.MappingNode, deep: bool 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
+_DEPTH = 100
+_NODES = 1_000_000
+
+
+def _require_bounded(text: str) -> None:
+    """Raise YAMLError for a text nested so deeply, or so large with its aliases written out, that a reader would fail on
+    it in other ways: libyaml's ends the process."""
+    sizes: dict[str | None, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []
+    total = 0
+    event: Any
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, total))
+            total += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = total - before
+        elif isinstance(event, yaml.AliasEvent):
+            total += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+        if len(open_nodes) > _DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {_DEPTH} deep", problem_mark=event.start_mark)
+        if total > _NODES:
+            raise yaml.MarkedYAMLError(problem=f"more than {_NODES} values", problem_mark=event.start_mark)
+
+
 def read_yaml(path: Path) -> Any:
     """Parse a YAML file.
 
@@ -128,12 +163,15 @@ def read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     try:
+        _require_bounded(text)
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{where}: not valid YAML: {problem}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # an impossible date, `!!bool maybe`
+        raise ConfigError(f"{path}: not valid YAML: a value cannot be read ({error})") from error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -148,6 +148,23 @@ def test_what_a_killed_process_left_beside_the_target_goes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model-2.4194304.tmp", "model"]
 
 
+def test_published_files_have_the_mode_of_the_umask_and_those_of_others_keep_theirs(tmp_path):
+    theirs, linked = tmp_path / "theirs", tmp_path / "linked"
+    for path in (theirs, linked):
+        path.write_text("")
+        path.chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        with staged_directory(tmp_path / "model") as stage:
+            (stage / "model.safetensors").touch(mode=0o600)  # as safetensors and temporary files are
+            (stage / "symbolic").symlink_to(theirs)
+            (stage / "hard").hardlink_to(linked)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {"model.safetensors": 0o640, "symbolic": 0o600, "hard": 0o600}
+
+
 def test_artifacts_of_earlier_versions_are_read_in_todays_words(tmp_path: Path) -> None:
     former = {"picture_tokens": 576, "rows": [{"measure": "picture_flops", "keep": None}, {"picture": 0}]}
     (tmp_path / "a.json").write_text(json.dumps(former))

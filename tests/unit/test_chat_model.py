@@ -20,9 +20,10 @@ from mmpipe.chat.messages import ChatError, Message, assistant_message, user_mes
 from mmpipe.chat.options import LoadOptions, SamplingOptions
 from mmpipe.chat.queue import RequestQueue
 from mmpipe.checkpoints.save import save_checkpoint
+from mmpipe.data import rendering
 from mmpipe.data.records import Turn
 from mmpipe.data.templates import get_template
-from mmpipe.errors import ArtifactError, ConfigError
+from mmpipe.errors import ArtifactError, ConfigError, DataError
 from mmpipe.inference.generate import Answerer
 from mmpipe.models.moe.spec import MoESettings
 from mmpipe.models.moe.upcycle import upcycle
@@ -157,6 +158,31 @@ def test_a_checkpoint_without_template_takes_the_one_given(tmp_path, queue):
     with pytest.raises(ArtifactError, match="brings no chat template; name the one"):
         talk(path, queue, ours=False)
     assert talk(path, queue, ours=False, options=LoadOptions(template="qwen")).template.name == "qwen"
+
+
+ENDLESS = (
+    "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_that_fails_or_does_not_end_is_an_error_when_it_is_opened_or_asked(tmp_path, queue, monkeypatch):
+    monkeypatch.setattr(rendering, "_SECONDS", 1)
+    path = chat_models.stock(tmp_path / "stock")
+    jinja = (path / "chat_template.jinja").read_text()
+    (path / "chat_template.jinja").write_text(jinja + ENDLESS)
+    with pytest.raises(DataError, match=r"the chat template of .* cannot be used: it does not end"):
+        talk(path, queue, ours=False)
+    (path / "chat_template.jinja").write_text(jinja + "{{ messages[0].nothing.at_all }}")
+    with pytest.raises(DataError, match="cannot be used: UndefinedError"):
+        talk(path, queue, ours=False)
+    # it behaves until it is asked
+    (path / "chat_template.jinja").write_text(
+        f"{jinja}{{% if 'please' in messages[0] | string %}}{ENDLESS}{{% endif %}}"
+    )
+    chat = talk(path, queue, ours=False)
+    assert chat.answer([user_message("What?", [RED])], GREEDY).completion.tokens
+    with pytest.raises(ChatError, match=r"stock cannot be asked this: .* it does not end"):
+        chat.answer([user_message("What, please?", [RED])], GREEDY).completion  # noqa: B018
 
 
 @pytest.mark.parametrize("ours", [True, False])

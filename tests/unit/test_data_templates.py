@@ -214,6 +214,9 @@ def test_an_unknown_template_is_named_with_the_nearest() -> None:
             "leave out the token that ends an answer",
         ),
         (MARKED.replace("%}[assistant]{%", "%}[model]{%"), "another text than it trains on"),
+        (MARKED + "{{ 1 / 0 }}", "cannot be used: ZeroDivisionError"),
+        (MARKED + "{{ 'x' * 2000000000 }}", "cannot be used: it takes more than 1024 MiB of memory"),
+        ("{% generation %}{% endfor %}", "cannot be used: TemplateSyntaxError"),
     ],
 )
 def test_a_tokenizers_template_must_mark_supervised_text(chat_template: str | None, message: str) -> None:

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from mmpipe.errors import MmpipeError
-from mmpipe.gpu_locks import VISIBLE, locked_gpus
+from mmpipe.gpu_locks import VISIBLE, lock_folder, locked_gpus
 
 HOLD = """
 import json, os, sys, time
@@ -95,3 +95,69 @@ def test_slurm_and_jobs_without_gpus_need_no_lease(tmp_path, monkeypatch):
     with locked_gpus(64, folder=tmp_path / "none"):
         assert os.environ[VISIBLE] == "0,1,2,MIG-5:3"
     assert not (tmp_path / "none").exists()
+
+
+def test_each_user_has_a_folder_of_locks_that_nobody_else_can_enter(tmp_path, monkeypatch):
+    runtime, temporary = tmp_path / "runtime", tmp_path / "tmp"
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    assert lock_folder() == temporary / f"mmpipe-gpus-{os.geteuid()}"  # the runtime directory does not exist
+    runtime.mkdir()
+    for folder in (runtime / "mmpipe-gpus", temporary / f"mmpipe-gpus-{os.geteuid()}"):
+        assert lock_folder() == folder
+        with locked_gpus(2):
+            assert len(list(folder.iterdir())) == 2
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {lock.stat().st_mode & 0o777 for lock in folder.iterdir()} == {0o600}
+        monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    if os.geteuid() == 0:  # another user's runtime directory, as sudo may leave it in the environment
+        os.chown(runtime, 1001, 1001)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        assert lock_folder().parent == temporary
+
+
+def make_open(folder):
+    folder.mkdir(mode=0o755)
+
+
+def make_link(folder):
+    folder.parent.joinpath("elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def make_file(folder):
+    folder.write_text("")
+
+
+def make_others(folder):
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 1001, 1001)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        make_open,
+        make_link,
+        make_file,
+        pytest.param(make_others, marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files away")),
+    ],
+)
+def test_a_folder_of_locks_that_others_can_enter_or_made_is_refused(tmp_path, prepare):
+    prepare(tmp_path / "locks")
+    before = (tmp_path / "locks").lstat()
+    with pytest.raises(MmpipeError, match=r"locks: .* set XDG_RUNTIME_DIR"), locked_gpus(1, folder=tmp_path / "locks"):
+        pass
+    assert (tmp_path / "locks").lstat().st_mode == before.st_mode
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_stays_as_it_was(tmp_path):
+    victim, folder = tmp_path / "bashrc", tmp_path / "locks"
+    victim.write_text("mine")
+    victim.chmod(0o600)
+    folder.mkdir(mode=0o700)
+    (folder / "0.lock").symlink_to(victim)
+    with pytest.raises(MmpipeError, match=r"0\.lock of a GPU"), locked_gpus(1, folder=folder):
+        pass
+    assert victim.stat().st_mode & 0o777 == 0o600
+    assert victim.read_text() == "mine"

@@ -32,7 +32,8 @@ from mmpipe.training.run import train
 logging.basicConfig(level=logging.INFO)
 stage, job = worker.read_description(Path(sys.argv[1]))
 processes = int(sys.argv[2])
-launch.run = lambda stage, job, work: launch.run_processes(stage, job, processes)
+if processes > 1:
+    launch.run = lambda stage, job, work: launch.run_processes(stage, job, processes)
 try:
     train(stage, job)
 except MmpipeError as error:
@@ -63,7 +64,8 @@ def start(stage: Finetune, job: StageJob, processes: int = 2) -> Iterator[subpro
     launch.write_description(description, stage, job)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LAUNCH, str(description), str(processes)]
-    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     try:
         yield started
     finally:
@@ -100,7 +102,7 @@ def test_told_to_stop_it_saves_and_goes_on(job):
     assert process.returncode == 1
     assert "run the same command again, and it goes on from there" in output
     record = read_json(made.state_dir / stop.RECORD)
-    assert record["reason"] == stop.SIGNAL
+    assert record["reason"] == "SIGTERM"
     assert 3 <= record["step"] < 60
     assert (made.state_dir / f"checkpoints/checkpoint-{record['step']}/complete").is_file()
     with start(finetune(), made) as process:
@@ -111,6 +113,32 @@ def test_told_to_stop_it_saves_and_goes_on(job):
         process.communicate()
     assert sha256(made.model_dir / "model.safetensors") == sha256(undisturbed.model_dir / "model.safetensors")
     assert sha256(made.report_dir / "history.jsonl") == sha256(undisturbed.report_dir / "history.jsonl")
+
+
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGHUP, 1), (signal.SIGINT, 2)])
+def test_a_signal_to_all_processes_saves_first_and_a_second_interrupt_ends_them(job, number, processes):
+    """As a terminal sends Ctrl-C, to data-loading processes too."""
+    made = job("run")
+    stage = finetune(hardware={"checkpoint_every": 1000, "workers": 1}, max_steps=100000)
+    with start(stage, made, processes) as process:
+        wait_for(process, lambda: steps(made) >= 2)
+        os.killpg(process.pid, number)
+        output = process.communicate(timeout=60)[0]
+    record = read_json(made.state_dir / stop.RECORD)
+    assert record["reason"] == number.name
+    assert f"({number.name}) with a checkpoint" in output
+    assert (made.state_dir / f"checkpoints/checkpoint-{record['step']}/complete").is_file()
+    with start(stage, made, processes) as process:
+        wait_for(process, lambda: steps(made) >= record["step"] + 2)
+        ranks = workers(process)
+        process.send_signal(signal.SIGSTOP)  # both are noticed at once
+        os.killpg(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(10)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
 
 
 def test_a_process_that_is_killed_ends_the_job_at_once(job):

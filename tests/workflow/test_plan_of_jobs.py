@@ -10,6 +10,9 @@ from collections import Counter
 
 import pytest
 
+from mmpipe.cli.why import explain
+from mmpipe.errors import MmpipeError
+
 EVALUATION = {"answer_chunk": 2, "gather_answers": 2, "score_answers": 2, "compare": 1}
 
 
@@ -147,6 +150,33 @@ def test_a_mistake_in_a_recipe_stops_before_any_job(project):
     assert result.returncode != 0
     assert "demo.yaml: stages.finetune: unknown key 'learning_rat'; did you mean 'learning_rate'?" in result.stdout
     assert "Traceback" not in result.stdout
+
+
+@pytest.mark.parametrize("profile", [(), ("--profile", "local")])
+def test_a_configuration_that_runs_code_is_refused_before_it_runs(fresh, tmp_path, monkeypatch, profile):
+    ran, evil = tmp_path / "ran", tmp_path / "evil.yaml"
+    evil.write_text(f"__use_yte__: true\nrecipes:\n  - ?open({str(ran)!r}, 'w') and 'demo'\nbenchmarks: [mmbench]\n")
+    result = fresh.snakemake("-n", "results/mmbench.json", "--configfile", str(evil), *profile, check=False)
+    assert result.returncode != 0
+    assert f"{evil}: '__use_yte__' lets Snakemake run expressions of this file as Python" in result.stdout
+    assert not ran.exists()
+    if not profile:
+        monkeypatch.chdir(fresh.root)
+        with pytest.raises(MmpipeError, match=r"^.*evil\.yaml: '__use_yte__' lets .* in place of expressions$"):
+            explain(["results/mmbench.json"], evil)
+        assert not ran.exists()
+
+
+def test_the_main_configuration_runs_no_code_under_any_profile(fresh, tmp_path):
+    project, ran = fresh.copy(tmp_path / "project"), tmp_path / "ran"
+    project.edit("config/config.yaml", lambda c: c.update(__use_yte__=True, recipes=[f"?open({str(ran)!r}, 'w')"]))
+    result = project.snakemake("-n", "results/mmbench.json", "--workflow-profile", "none", check=False)
+    assert "config/config.yaml: '__use_yte__' lets Snakemake run expressions" in result.stdout
+    assert not ran.exists()
+    result = project.snakemake(
+        "-n", "x", "--configfile", "config/demo-moss2.yaml", "--config", "__use_yte__=1", check=False
+    )
+    assert "'__use_yte__' lets Snakemake run expressions" in result.stdout
 
 
 def test_planning_is_quick_and_imports_nothing_heavy(fresh):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from mmpipe.errors import ArtifactError
 from mmpipe.escapes import csv_cell
 
 
@@ -39,7 +40,10 @@ def sync(path: Path) -> None:
 
 
 def apply_umask(path: Path) -> None:
-    """Set a file's mode by the umask: safetensors makes files that only their owner can read."""
+    """Set a file's mode by the umask: safetensors makes files that only their owner can read. Links stay as they are, with
+    the files of others that they may lead to."""
+    if path.is_symlink() or path.stat().st_nlink > 1:
+        return
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -162,14 +166,31 @@ _FORMER_WORDS = {
 """Keys (and measures of efficiency) in artifacts of earlier versions, and their names today."""
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+class DamagedJson(ArtifactError, ValueError):
+    """A file that should be JSON is not, or holds something else than expected."""
+
+
+def read_json(path: Path, **options: Any) -> Any:
+    """Read a JSON file; ``options`` are those of ``json.loads``. Raises DamagedJson."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), **options)
+    except (ValueError, RecursionError) as error:
+        raise DamagedJson(f"{path}: not JSON ({error}); restore the file, or delete it and make it again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object. Raises DamagedJson."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DamagedJson(
+            f"{path}: expected a JSON object, found a {type(content).__name__}; restore the file, or delete it and make it again"
+        )
+    return content
 
 
 def read_report(path: Path) -> Any:
-    """Read the report or settings of an artifact; keys of earlier versions get their names of today."""
-    return json.loads(path.read_text(encoding="utf-8"), object_hook=_in_todays_words)
+    """Read the report or settings of an artifact; keys of earlier versions get their names of today. Raises DamagedJson."""
+    return read_json(path, object_hook=_in_todays_words)
 
 
 def _in_todays_words(mapping: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +258,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
         yield stage
         files = sorted(path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
         for name in files:
+            apply_umask(stage / name)
             sync(stage / name)
         (target / "manifest.json").unlink(missing_ok=True)
         if target.is_dir():

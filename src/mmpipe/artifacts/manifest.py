@@ -12,12 +12,16 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from mmpipe import __version__
-from mmpipe.artifacts.files import canonical_json, read_json, sha256, write_json
+from mmpipe.artifacts.files import canonical_json, leaves_folder, read_json, read_object, sha256, write_json
 from mmpipe.artifacts.hashes import digest
-from mmpipe.errors import ArtifactError
+from mmpipe.errors import ArtifactError, ConfigError
+from mmpipe.settings import validate
 
 NAME = "manifest.json"
 SCHEMA = 1
@@ -86,17 +90,64 @@ def write(
     return manifest
 
 
+class _File(TypedDict):
+    size: Annotated[int, Field(ge=0)]
+    sha256: NotRequired[str]
+
+
+class _Unpacked(TypedDict):
+    size: Annotated[int, Field(ge=0)]
+    archives: dict[str, _File]
+
+
+class _Checkpoint(TypedDict):
+    template: str
+    image_aspect: str
+    base: NotRequired[str]
+    backbones: NotRequired[dict[str, str]]
+
+
+class _Manifest(TypedDict):
+    """What readers rely on; a manifest may hold more."""
+
+    kind: str
+    spec: dict[str, Any]
+    inputs: dict[str, str]
+    files: dict[str, _File]
+    libraries: NotRequired[dict[str, str]]
+    recipe: NotRequired[str]
+    stage: NotRequired[str]
+    checkpoint: NotRequired[_Checkpoint]
+    unpacked: NotRequired[dict[str, _Unpacked]]
+    below: NotRequired[_File]
+    settings: NotRequired[dict[str, Any]]
+    vocabulary: NotRequired[int]
+    tokenizer: NotRequired[str]
+    pixels: NotRequired[dict[str, Any]]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a manifest, its files unchecked. Raises ArtifactError when it is damaged: no JSON, or of another shape."""
+    content = read_object(path)
+    try:
+        validate(_Manifest, content, str(path))
+    except ConfigError as error:
+        raise ArtifactError(
+            f"{error}\nThe manifest is damaged; delete it and make it again: snakemake {path}"
+        ) from error
+    if outside := [name for name in content["files"] if leaves_folder(name)]:
+        raise ArtifactError(f"{path}: the manifest lists a file outside its folder: {outside[0]!r}")
+    return content
+
+
 def read(directory: Path) -> dict[str, Any]:
     """Read a directory's manifest and check that the files it lists are there in full size. Raises ArtifactError naming
     the first file that is missing or cut."""
     path = directory / NAME
     if not path.is_file():
         raise ArtifactError(f"{directory}: no {NAME}; the artifact was never finished: snakemake {path}")
-    try:
-        manifest: dict[str, Any] = read_json(path)
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path}: not JSON ({error}); delete it and run snakemake again") from error
-    for name, facts in manifest.get("files", {}).items():
+    manifest = load(path)
+    for name, facts in manifest["files"].items():
         file = directory / name
         size = file.stat().st_size if file.is_file() else None
         if size != facts["size"]:

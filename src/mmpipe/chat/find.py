@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import read_json
 from mmpipe.errors import ArtifactError, did_you_mean
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", re.ASCII)
@@ -52,7 +51,7 @@ def _directory(path: Path) -> LocalCheckpoint:
         if not (path / "config.json").is_file():
             raise ArtifactError(f"{path}: not a checkpoint: neither {manifest.NAME} nor config.json is in it")
         return LocalCheckpoint(path, path.resolve().name, ours=False)
-    card = read_json(path / manifest.NAME)
+    card = manifest.load(path / manifest.NAME)
     if "checkpoint" not in card:
         raise ArtifactError(f"{path}: holds a {card.get('kind')}, not a trained checkpoint")
     name = f"{card['recipe']}@{card['stage']}" if "recipe" in card and "stage" in card else path.resolve().name

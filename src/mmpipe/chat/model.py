@@ -25,7 +25,8 @@ from mmpipe.chat.messages import ChatError, Completion, Message, images_first
 from mmpipe.chat.options import SamplingOptions
 from mmpipe.chat.queue import AnswerStream, RequestQueue
 from mmpipe.data.control_tokens import ControlTokens
-from mmpipe.data.templates import Template
+from mmpipe.data.templates import Template, render_jinja
+from mmpipe.errors import DataError
 from mmpipe.inference.generate import stop_ids
 from mmpipe.models.llava import max_positions
 from mmpipe.models.moe.collect import collect_statistics, moe_layers
@@ -106,10 +107,13 @@ class ChatModel:
         trained = images_first if self.template is not None else tuple[Any, ...]
         chat = [Message(m.role, trained(map(self._plain, m.parts))).to_chat() for m in messages]
         try:
+            special_tokens = self.processor.tokenizer.special_tokens_map
+            # the processor renders in this process, so a stranger's template must first prove to end
+            render_jinja(self.processor.chat_template, chat, self.name, add_generation_prompt=True, **special_tokens)
             inputs = self.processor.apply_chat_template(
                 chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
-        except (TemplateError, ValueError) as error:
+        except (DataError, TemplateError, ValueError) as error:
             raise ChatError(f"{self.name} cannot be asked this: {error}") from error
         device = self.model.device if self.model.device.type != "meta" else torch.device("cpu")
         return {

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from mmpipe.artifacts.files import read_json
+from mmpipe.artifacts.files import read_object
 from mmpipe.chat import memory
 from mmpipe.chat.find import LocalCheckpoint
 from mmpipe.chat.messages import ChatError
@@ -18,11 +17,11 @@ from mmpipe.chat.options import DTYPES, LoadOptions
 from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.checkpoints.save import empty_model
 from mmpipe.data.records import IMAGE_MARK, Turn
-from mmpipe.data.templates import Template, TokenizerTemplate, get_template, template_names, to_messages
+from mmpipe.data.templates import Template, TokenizerTemplate, get_template, render_jinja, template_names, to_messages
 from mmpipe.errors import ArtifactError, DataError
 from mmpipe.models.sparsity.hooks import set_keep_rate
+from mmpipe.pretrained import from_config, load_pretrained
 
-_SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 # With and without image, first and later round, so that all templates differ.
 _CONVERSATION = to_messages(
     [Turn("user", f"{IMAGE_MARK}\nfirst question"), Turn("assistant", "answer"), Turn("user", "second question")]
@@ -71,8 +70,8 @@ def _set_sparsity(model: Any, name: str, wanted: str) -> None:
 def _open_with_transformers(path: Path, dtype: torch.dtype, load: dict[str, Any]) -> tuple[Any, Any]:
     _config(path)
     try:
-        processor = AutoProcessor.from_pretrained(path, **_SAFE)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **_SAFE, **load)
+        processor = load_pretrained(AutoProcessor, path)
+        model = load_pretrained(AutoModelForImageTextToText, path, dtype=dtype, use_safetensors=True, **load)
     except (OSError, ValueError, ImportError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
@@ -82,14 +81,14 @@ def _open_with_transformers(path: Path, dtype: torch.dtype, load: dict[str, Any]
 
 def _config(path: Path) -> Any:
     """The configuration of an image-text model. Raises ArtifactError for a checkpoint of another family."""
-    kind = read_json(path / "config.json").get("model_type")
+    kind = read_object(path / "config.json").get("model_type")
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ArtifactError(
             f"{path}: holds a '{kind}' model; chat takes checkpoints of mmpipe and the image-text models that "
             "transformers opens without code of theirs (AutoModelForImageTextToText)"
         )
     try:
-        return AutoConfig.from_pretrained(path, **_SAFE)
+        return load_pretrained(AutoConfig, path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: its configuration cannot be read: {error}") from error
 
@@ -99,7 +98,7 @@ def _empty(checkpoint: LocalCheckpoint) -> Any:
     with torch.device("meta"):
         if checkpoint.ours:
             return empty_model(checkpoint.path)
-        return AutoModelForImageTextToText.from_config(_config(checkpoint.path), trust_remote_code=False)
+        return from_config(AutoModelForImageTextToText, _config(checkpoint.path))
 
 
 def _device(name: str) -> torch.device:
@@ -118,7 +117,7 @@ def _dtype(name: str, path: Path) -> torch.dtype:
     if name not in DTYPES:
         raise ChatError(f"there is no number type '{name}'; known: {', '.join(DTYPES)}")
     if name == "auto":
-        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
         name = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
@@ -131,6 +130,8 @@ def resolve_template(processor: Any, name: str, *, wanted: str | None, trained: 
     wanted one. Raises ArtifactError when it has another, or has none and none is wanted.
     """
     tokenizer = processor.tokenizer
+    if isinstance(processor.chat_template, dict):  # several by name, of which a chat takes this one
+        processor.chat_template = processor.chat_template.get("default")
     own = processor.chat_template
     template = get_template(wanted, tokenizer) if wanted else None
     if own is None:
@@ -156,18 +157,17 @@ def resolve_template(processor: Any, name: str, *, wanted: str | None, trained: 
 
 def _recognise(jinja: str, tokenizer: Any) -> Template | None:
     """A named template that renders as ``jinja`` does; the tokenizer's own only when no other does."""
+    rendered = _render(jinja, tokenizer)
     for name in sorted(template_names(), key=lambda name: name == TokenizerTemplate.name):
         try:
             template = get_template(name, tokenizer)
         except DataError:  # the tokenizer has none that is suitable for training
             continue
-        if _render(jinja, tokenizer) == _render(template.jinja(), tokenizer):
+        if rendered == _render(template.jinja(), tokenizer):
             return template
     return None
 
 
 def _render(jinja: str, tokenizer: Any) -> str:
-    rendered: Any = render_jinja_template(
-        [_CONVERSATION], chat_template=jinja, add_generation_prompt=True, **tokenizer.special_tokens_map
-    )
-    return str(rendered[0][0])
+    where = str(tokenizer.name_or_path)
+    return render_jinja(jinja, _CONVERSATION, where, add_generation_prompt=True, **tokenizer.special_tokens_map)[0]

@@ -43,6 +43,8 @@ from mmpipe.models.llava import (
     with_image_token,
 )
 from mmpipe.models.settings import VisionLanguage
+from mmpipe.pretrained import load_pretrained
+from mmpipe.settings import validate
 
 log = logging.getLogger(__name__)
 
@@ -123,10 +125,10 @@ def load_tokenizer(
     """
     if "checkpoint" in directories:
         directory = directories["checkpoint"]
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        return tokenizer, AutoConfig.from_pretrained(directory, local_files_only=True).image_seq_length
+        tokenizer = load_pretrained(AutoTokenizer, directory)
+        return tokenizer, load_pretrained(AutoConfig, directory).image_seq_length
     language = _parts(directories, layouts)["language"]
-    config = AutoConfig.from_pretrained(directories["vision"])
+    config = load_pretrained(AutoConfig, directories["vision"])
     tokens = image_tokens(getattr(config, "vision_config", config), settings.feature_select)
     return with_image_token(language.layout.tokenizer(language.directory), language.directory), tokens
 
@@ -147,10 +149,12 @@ def open_checkpoint(
     """Open a published checkpoint of either kind: ``(model, processor, manifest)``.
 
     A projector alone is joined with the checkpoint or the backbones its manifest names. ``placement`` are arguments of
-    ``from_pretrained`` for other devices or precisions (``device_map``, ``quantization_config``). Raises ArtifactError
+    ``load_pretrained`` for other devices or precisions (``device_map``, ``quantization_config``). Raises ArtifactError
     when files are missing or do not fit.
     """
     card = manifest.read(directory)
+    if card["kind"] == "projector" and "checkpoint" not in card:
+        raise ArtifactError(f"{directory / manifest.NAME}: does not name what the projector was trained on")
     if card["kind"] != "projector":
         model, processor = load_checkpoint(directory, dtype, **placement)
         _check_tokenizer(directory, model, processor.tokenizer)
@@ -169,7 +173,7 @@ def open_checkpoint(
     else:
         model, processor = build_model(
             {role: Path(path) for role, path in facts["backbones"].items()},
-            VisionLanguage(**card["spec"]["model"]),
+            validate(VisionLanguage, card["spec"].get("model"), f"{directory / manifest.NAME}: spec.model"),
             layouts=card["spec"].get("layouts", {}),
             seed=0,
             **how,

@@ -15,12 +15,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 def main(checkpoint: str, given: str, got: str, max_new_tokens: int, device: str) -> None:
-    load: Any = AutoModelForImageTextToText.from_pretrained
-    model, info = load(checkpoint, dtype=torch.float32, output_loading_info=True)
+    load: Any = AutoModelForImageTextToText
+    model, info = load.from_pretrained(
+        checkpoint, trust_remote_code=False, local_files_only=True, dtype=torch.float32, output_loading_info=True
+    )
     wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
     if wrong:
         sys.exit(f"the tensors do not fit the model: {wrong}")
-    AutoProcessor.from_pretrained(checkpoint)
+    AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
     model = model.to(device).eval()
     write_answers(model, given, got, max_new_tokens, device)
 

@@ -13,7 +13,6 @@ scripts) read version 4's names. So a checkpoint is written the way version 4 wr
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +22,13 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mmpipe.artifacts.files import apply_umask, read_json, write_json
+from mmpipe.artifacts.files import apply_umask, read_object, write_json
 from mmpipe.data.templates import published
 from mmpipe.errors import ArtifactError, first_of
 from mmpipe.models.moe import hf
 from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
 from mmpipe.models.sparsity import io
+from mmpipe.pretrained import load_pretrained
 
 WEIGHTS = "model.safetensors"
 _STOCK, _OURS = LlavaConfig.model_type, SparseLlavaConfig.model_type
@@ -69,17 +69,17 @@ def load_checkpoint(
     its processor.
 
     Images are processed with Pillow on every machine, so that pixels do not depend on what is installed.
-    ``placement`` goes to ``from_pretrained`` (``device_map``, ``quantization_config``).
+    ``placement`` goes to ``load_pretrained`` (``device_map``, ``quantization_config``).
 
     Raises ArtifactError when the directory is not a LLaVA checkpoint, or naming the tensors for which its
     configuration and its weights disagree.
     """
     path = Path(path)
-    load: Any = _model_class(path).from_pretrained
+    kind = _model_class(path)
     try:
-        how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = load(path, dtype=dtype, **how, **placement)
-        processor = AutoProcessor.from_pretrained(path, local_files_only=True, backend="pil")
+        how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = load_pretrained(kind, path, dtype=dtype, **how, **placement)
+        processor = load_pretrained(AutoProcessor, path, backend="pil")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
     _require_complete(path, info)
@@ -91,7 +91,7 @@ def load_checkpoint(
 def empty_model(path: Path) -> LlavaForConditionalGeneration:
     """The model of a checkpoint directory with fresh weights; without cost on the meta device."""
     kind: Any = _model_class(path)
-    return kind(kind.config_class.from_pretrained(path, local_files_only=True))
+    return kind(load_pretrained(kind.config_class, path))
 
 
 def _disk_tensors(
@@ -163,13 +163,13 @@ def _write_processor(processor: LlavaProcessor, out: Path) -> None:
         processor.save_pretrained(out)
     finally:
         processor.chat_template = own
-    config = read_json(out / "processor_config.json")
+    config = read_object(out / "processor_config.json")
     image_processor = config.pop("image_processor", None) or processor.image_processor.to_dict()
     image_processor["image_processor_type"] = image_processor["image_processor_type"].removesuffix("Pil")
     write_json(out / "processor_config.json", config, sort_keys=True)
     write_json(out / "preprocessor_config.json", image_processor, sort_keys=True)
 
-    tokenizer = read_json(out / "tokenizer_config.json")
+    tokenizer = read_object(out / "tokenizer_config.json")
     # The class that takes ``tokenizer.json`` unchanged in both versions; others may rebuild it.
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     # batches of other programs: answers begin right after the prompts
@@ -188,11 +188,8 @@ def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:
     for name in ("config.json", WEIGHTS):
         if not (path / name).is_file() and not (path / f"{name}.index.json").is_file():
             raise ArtifactError(f"{path}: not a checkpoint: {name} is missing")
-    try:
-        kind = read_json(path / "config.json").get("model_type")
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path}/config.json is not JSON: {error}") from error
-    if kind not in _CLASSES:
+    kind = read_object(path / "config.json").get("model_type")
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise ArtifactError(f"{path}: holds a '{kind}' model, expected one of {sorted(_CLASSES)}")
     return _CLASSES[kind]
 

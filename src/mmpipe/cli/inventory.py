@@ -8,8 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import read_json
-from mmpipe.artifacts.manifest import NAME
+from mmpipe.artifacts.manifest import NAME, load
 from mmpipe.plan.plan import Plan
 from mmpipe.sources.base import Source
 from mmpipe.sources.transfer.staging import staged_bytes
@@ -33,8 +32,7 @@ class InventoryItem:
     @cached_property
     def _manifest(self) -> dict[str, Any]:
         path = self.directory / NAME
-        manifest: dict[str, Any] = read_json(path) if path.is_file() else {}
-        return manifest
+        return load(path) if path.is_file() else {}
 
     @property
     def here(self) -> bool:

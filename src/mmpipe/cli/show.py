@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from mmpipe.artifacts.files import read_json
+from mmpipe.artifacts.files import read_object
 from mmpipe.errors import ArtifactError
 from mmpipe.escapes import markup as escape
 from mmpipe.estimate.stage import UTILIZATION, ResourceEstimate, bytes_per_token, estimate, total_bytes
@@ -80,7 +80,7 @@ def print_comparison(path: Path) -> None:
     if not path.is_file():
         raise ArtifactError(f"{path}: not there; make it: snakemake --cores 2 {path}")
     records.require(path.as_posix(), "what it shows")
-    content = read_json(path)
+    content = read_object(path)
     if "benchmarks" in content:
         return _print_leaderboard(content)
     table = Table(title=escape(f"{content['title']}, protocol {content['protocol']}"))

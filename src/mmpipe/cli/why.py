@@ -30,7 +30,7 @@ def explain(targets: list[str], configfile: Path | None = None) -> str:
     command = [*snakemake_command(targets, configfile), "--dry-run", "--cores", "1", "--nolock", "--nocolor"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise MmpipeError((result.stderr or result.stdout).strip().splitlines()[-1])
+        raise MmpipeError(_complaint(result.stdout + result.stderr))
     jobs = _jobs(result.stdout + result.stderr)
     if not jobs:
         return f"Nothing to do: {', '.join(targets)} is up to date."
@@ -39,6 +39,14 @@ def explain(targets: list[str], configfile: Path | None = None) -> str:
         lines.append(f"\n* {message}")
         lines += [f"    {line}" for line in _in_words(reason)]
     return "\n".join(lines)
+
+
+def _complaint(output: str) -> str:
+    """The message of Snakemake's error, without the places in its files."""
+    _, _, message = output.rpartition("WorkflowError")
+    _, _, message = message.partition(":\n") if message else ("", "", output)
+    lines = [line for line in message.splitlines() if line.strip() and not line.startswith(("  File ", "Using "))]
+    return "\n".join(lines) or output.strip()
 
 
 def _jobs(output: str) -> list[tuple[str, str]]:

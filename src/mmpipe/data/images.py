@@ -17,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from mmpipe.errors import ArtifactError, ConfigError, DataError
+from mmpipe.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from transformers import LlavaImageProcessorPil
@@ -236,7 +237,7 @@ def image_processor(vision_dir: Path, aspect: Aspect) -> LlavaImageProcessorPil:
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     try:
-        own = AutoImageProcessor.from_pretrained(vision_dir, backend="pil", local_files_only=True)
+        own = load_pretrained(AutoImageProcessor, vision_dir, backend="pil")
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{vision_dir}: no image processor can be read from it ({error})") from error
     settings = {key: value for key, value in own.to_dict().items() if key in _PROCESSOR_SETTINGS}

@@ -11,10 +11,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mmpipe.data.labels import Rendered, single_token
 from mmpipe.data.records import IMAGE_MARK, BadRecord, Turn, check_turns
+from mmpipe.data.rendering import render_chat
 from mmpipe.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -149,7 +151,7 @@ class TokenizerTemplate(Template):
                 f"the chat template of {where} has no {{% generation %}} marks around what the assistant "
                 f"says, so what to supervise is not known; add the marks or name one of {named}"
             )
-        self._template = template
+        self._template, self._where = template, where
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         probe = (Turn("user", "question"), Turn("assistant", "answer"))
         rendered = self.render(probe)
@@ -168,18 +170,13 @@ class TokenizerTemplate(Template):
             raise DataError(f"the tokenizer {tokenizer.name_or_path} has another chat template than this one")
 
     def _rendered(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         messages = [
             {"role": turn.role, "content": break_after_images(turn.text) if turn.role == "user" else turn.text}
             for turn in turns
         ]
         options: dict[str, Any] = {"return_assistant_tokens_mask": True, "add_generation_prompt": prompt}
-        rendered: Any = render_jinja_template(
-            [messages], chat_template=self._template, **options, **self._special_tokens
-        )
-        (text,), (spans,) = rendered
-        return Rendered(text, tuple((start, end) for start, end in spans))
+        text, spans = render_chat(self._template, messages, self._where, **options, **self._special_tokens)
+        return Rendered(text, tuple(spans))
 
 
 def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
@@ -194,6 +191,22 @@ def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) ->
     except KeyError:
         hint = did_you_mean(name, template_names())
         raise ConfigError(f"there is no conversation template '{name}'{hint}") from None
+
+
+@cache
+def own_jinja() -> frozenset[str]:
+    """The chat templates that this project writes; any other is a stranger's program."""
+    return frozenset(template.jinja() for template in _TEMPLATES.values())
+
+
+def render_jinja(jinja: str, messages: Sequence[Any], where: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation in a chat template of ours, or in a stranger's within its limits: see :func:`render_chat`."""
+    if jinja not in own_jinja():
+        return render_chat(jinja, messages, where, **options)
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered: Any = render_jinja_template([list(messages)], chat_template=jinja, **options)
+    return str(rendered[0][0]), []
 
 
 def template_names() -> list[str]:

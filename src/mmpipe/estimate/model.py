@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmpipe.artifacts.files import read_json
+from mmpipe.artifacts.files import read_object
 from mmpipe.estimate import tensors as count
 from mmpipe.models.moe.spec import MoESettings, layer_indices
 from mmpipe.stages.upcycle import Upcycle
@@ -92,7 +92,7 @@ def _config(plan: Plan, backbone: str, root: Path) -> Mapping[str, Any]:
     if not backbone:
         return {}
     file = root / plan.backbone_directory(backbone) / "config.json"
-    fetched: dict[str, Any] = read_json(file) if file.is_file() else {}
+    fetched: dict[str, Any] = read_object(file) if file.is_file() else {}
     told = plan.backbones[backbone].shape
     nested: dict[str, Any] = {
         key: {**told.get(key, {}), **fetched.get(key, {})}

@@ -40,6 +40,7 @@ from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.models.moe.context import nothing_counts
 from mmpipe.models.vision_tower import enable_multi_scale
+from mmpipe.pretrained import load_pretrained
 
 if TYPE_CHECKING:  # reads Arrow, which chat does without
     from mmpipe.data.dataset import Batch
@@ -132,9 +133,9 @@ def assemble(
 
 def vision_tower(path: Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> nn.Module:
     """The vision half of a CLIP or SigLIP checkpoint, or any vision model ``AutoModel`` opens."""
-    config = AutoConfig.from_pretrained(path)
+    config = load_pretrained(AutoConfig, path)
     config = getattr(config, "vision_config", config)
-    tower, info = AutoModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    tower, info = load_pretrained(AutoModel, path, config=config, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise ArtifactError(f"{path}: not a complete {config.model_type}; missing: {sorted(info['missing_keys'])[:5]}")
     return tower

@@ -14,6 +14,7 @@ from mmpipe.artifacts.files import apply_umask
 from mmpipe.errors import ArtifactError, first_of
 from mmpipe.models.settings import LoraSettings
 from mmpipe.models.trainable import matching
+from mmpipe.pretrained import load_pretrained
 
 _CONFIGS = "peft_config"  # the attribute that holds peft's settings of a model
 
@@ -84,7 +85,7 @@ def merge_file(model: Any, directory: Path, tensors: Mapping[str, Tensor]) -> An
     """
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    config = LoraConfig.from_pretrained(str(directory))
+    config = load_pretrained(LoraConfig, directory)
     config.inference_mode = True
     try:
         adapted = get_peft_model(model, config)

@@ -100,6 +100,8 @@ class Catalogues:
         overrides: dict[str, Mapping[str, Any]] = {}
         for chosen in config.benchmarks:
             overrides |= chosen if isinstance(chosen, dict) else {chosen: {}}
+        if not overrides:
+            raise ConfigError(f"{where}: benchmarks: no benchmark is named")
         for name in overrides:
             check_known(name, raw, f"{where}: benchmarks", "benchmark")
         entries: dict[str, BenchmarkEntry] = {}

@@ -15,6 +15,7 @@ from mmpipe.artifacts.files import canonical_json
 from mmpipe.plan.benchmarks import Evaluation
 from mmpipe.plan.catalogues import Catalogues
 from mmpipe.plan.config import Config
+from mmpipe.plan.configfile import refuse_expressions
 from mmpipe.plan.efficiency import Efficiency
 from mmpipe.plan.experts import ExpertLogs
 from mmpipe.plan.fetched import check_patterns, position_warnings
@@ -35,6 +36,7 @@ class Plan:
     """
 
     def __init__(self, config: Mapping[str, Any], root: Path = Path(), where: str = "config") -> None:
+        refuse_expressions(config, where)
         # every part gets what it reads, and is accessible under the names below
         self.config: Config = validate(Config, dict(config), where)
         catalogues = self._catalogues = Catalogues(self.config, root, where)

@@ -331,9 +331,9 @@ def _expand_matrix(path: Path, raw: Mapping[str, Any]) -> Iterator[tuple[str, st
     """Name, family and content of every recipe in a file."""
     content = dict(raw)
     matrix = content.pop("matrix", {})
-    pattern = content.pop("name", "-".join([path.stem, *(f"{{{axis}}}" for axis in matrix)]))
     if not isinstance(matrix, dict) or not all(isinstance(v, list) and v for v in matrix.values()):
         raise ConfigError(f"{path}: matrix: expected 'axis: [value, ...]' lines")
+    pattern = content.pop("name", "-".join([path.stem, *(f"{{{axis}}}" for axis in matrix)]))
     for axis in matrix:
         if f"{{{axis}}}" not in str(pattern):
             raise ConfigError(f"{path}: name: '{pattern}' lacks '{{{axis}}}'; variants would share one name")

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from mmpipe.analysis.base import Row
-from mmpipe.artifacts.files import read_json, read_jsonl, read_report, write_text
+from mmpipe.artifacts.files import read_jsonl, read_report, write_text
+from mmpipe.artifacts.manifest import load
 from mmpipe.benchmarks.prepare import evenly, read_questions
 from mmpipe.data.images import data_url
 from mmpipe.escapes import printable
@@ -74,15 +75,15 @@ def table_page(template: str, source: Path, page: Path) -> None:
 
 def settings_page(manifest: Path, page: Path) -> None:
     """Lay out a checkpoint's manifest."""
-    card = read_json(manifest)
+    card = load(manifest)
     shown = ("steps", "tokens_seen", "records_replaced", "seed", "mmpipe")
     facts = [(name.replace("_", " "), card[name]) for name in shown if name in card]
     write_page(
         page,
         "settings",
-        title=f"{card['recipe']}: {card['stage']}",
+        title=": ".join(card[key] for key in ("recipe", "stage") if key in card),
         settings=yaml.safe_dump(card["spec"], sort_keys=False, allow_unicode=True),
-        facts=facts + sorted(card["libraries"].items()),
+        facts=facts + sorted(card.get("libraries", {}).items()),
         inputs=card["inputs"].items(),
         files=card["files"].items(),
     )

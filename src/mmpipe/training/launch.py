@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from mmpipe import slurm
-from mmpipe.artifacts.files import read_json, write_json
+from mmpipe.artifacts.files import read_object, write_json
 from mmpipe.errors import MmpipeError
 from mmpipe.stages.base import StageJob, TrainStage
 from mmpipe.training import deepspeed, stop
@@ -69,11 +69,10 @@ def run_processes(stage: TrainStage, job: StageJob, processes: int) -> None:
     log.info("starting %s", shlex.join(command))
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, job.threads // each))}
     killed = False
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with (
         _passing_on(job.state_dir),
-        subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_as_child
-        ) as launched,
+        subprocess.Popen(command, env=environment, **pipes, preexec_fn=_as_child) as launched,
     ):
         for line in launched.stdout or ():
             killed = killed or "Signal 9 (SIGKILL)" in line or "oom_kill" in line
@@ -90,8 +89,8 @@ def _command(job: StageJob, each: int, description: Path) -> list[str]:
     """
     torchrun = [
         *(sys.executable, "-m", "torch.distributed.run", "--max-restarts=0", f"--nproc-per-node={each}"),
-        # ranks handle SIGTERM themselves; torchrun would give them half a minute
-        "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT",
+        # ranks handle SIGTERM themselves, and hear of others from this process; torchrun would give them half a minute
+        "--signals-to-handle=SIGQUIT",
     ]
     worker = ["-m", WORKER, str(description.absolute())]
     if len(job.hosts) <= 1:
@@ -110,23 +109,27 @@ def _command(job: StageJob, each: int, description: Path) -> list[str]:
 
 def _as_child() -> None:
     stop.die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in stop.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def _passing_on(state_dir: Path) -> Iterator[None]:
-    """Turn a SIGTERM to this process into a request file that the ranks read, and keep waiting for them."""
-    request = state_dir / stop.REQUEST
+    """Turn a request to stop into a file that the ranks read, and keep waiting for them. A second Ctrl-C ends this
+    process, and the ranks with it."""
+    request, requested = state_dir / stop.REQUEST, stop.StopSignal()
 
-    def pass_on(*_: Any) -> None:
-        log.info("asked to stop: the training saves a checkpoint first")
-        request.touch()
+    def pass_on(number: int, _: Any) -> None:
+        requested.receive(number)
+        log.info("asked to stop (%s): the training saves a checkpoint first", requested.reason)
+        request.write_text(requested.reason, encoding="ascii")
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = {number: signal.signal(number, pass_on) for number in stop.heeded()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         request.unlink(missing_ok=True)
 
 
@@ -140,7 +143,7 @@ def _explanation(job: StageJob, status: int, killed: bool, command: str) -> str:
             f"on from the last checkpoint. {again}"
         )
     if (job.state_dir / FAILURE).is_file():
-        failure = read_json(job.state_dir / FAILURE)
+        failure = read_object(job.state_dir / FAILURE)
         return f"{stage}: process {failure['rank']}: {failure['message']}\n{again}"
     return f"{stage}: a training process failed (status {status}); its traceback is in {job.log}. {again}"
 

@@ -44,6 +44,8 @@ class PrecomputedLogProbs:
 
     def __init__(self, directory: Path) -> None:
         card = manifest.read(directory)
+        if not {"settings", "vocabulary", "tokenizer", "pixels"} <= card.keys():
+            raise ArtifactError(f"{directory}: holds a {card['kind']}, not precomputed outputs")
         self.directory = directory
         self.settings: dict[str, Any] = card["settings"]
         self.vocabulary: int = card["vocabulary"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmpipe.artifacts.files import read_json, sync, write_json
+from mmpipe.artifacts.files import apply_umask, read_json, sync, write_json
 from mmpipe.artifacts.state import COMPLETE
 from mmpipe.errors import ConfigError, MmpipeError
 from mmpipe.training import deepspeed
@@ -95,6 +95,8 @@ def set_trainable(model: Any, tensors: Mapping[str, Tensor], where: str) -> None
 def mark_complete(folder: Path) -> None:
     """Sync all files of a checkpoint to the disk, then write the file that marks it as complete."""
     for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            apply_umask(path)
         sync(path)
     (folder / COMPLETE).touch()
     sync(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import Any
 
 import torch
@@ -55,13 +56,22 @@ def train(stage: TrainStage, job: StageJob) -> None:
     with open_state(job.state_dir, manifest.fingerprint(job.spec, inputs | limits)) as resumable:
         log.info("%s %s: %s", job.recipe, job.stage, "resuming" if resumable else "starting afresh")
         (job.state_dir / stop.RECORD).unlink(missing_ok=True)
-        launch.run(stage, job, work)
+        with stop.noticing_a_kill(job.state_dir, _warn):
+            launch.run(stage, job, work)
         stop.require_finished(job)
+
+
+def _warn(text: str) -> None:
+    """To the log, and to the terminal: a killed process has left the user without a reason."""
+    log.warning("%s", text)
+    print(f"mmpipe: {text}", file=sys.stderr)
 
 
 def work(stage: TrainStage, job: StageJob, stop_signal: stop.StopSignal) -> None:
     """The work of one process: train, and publish where this is the first one."""
     _set_up_process(stage, job)
+    if deepspeed.usable(stage.hardware.deepspeed):
+        deepspeed.guard_builds(lambda: stop_signal.signalled.is_set() or (job.state_dir / stop.REQUEST).exists())
     model, processor = untrained_model(stage, job)
     dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
     attention.use(model, attention.choose(stage.hardware.attention, "cuda" if job.gpus else "cpu", dtype))

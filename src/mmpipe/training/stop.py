@@ -1,25 +1,28 @@
-"""Early stopping of a job: a SIGTERM or a near time limit leads to a checkpoint and a clean exit.
+"""Early stopping of a job: a signal or a near time limit leads to a checkpoint and a clean exit.
 
-Three sources: the SIGTERM that Slurm sends to every process when it preempts or cancels a job; a file, written by
-the launching process when it alone gets the signal; and the job's time limit. The ranks agree after each step,
-so that all save the same step.
+Three sources: the SIGTERM that Slurm sends to every process when it preempts or cancels a job; SIGINT (Ctrl-C) and
+SIGHUP (a closed terminal), which reach every process of Snakemake's and of which the launching process writes a file
+for the ranks, as of a SIGTERM that it alone gets; and the job's time limit. The ranks agree after each step, so that
+all save the same step. A second Ctrl-C ends the job at once.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmpipe import slurm
-from mmpipe.artifacts.files import read_json, write_json
+from mmpipe.artifacts.files import DamagedJson, read_json, read_object, write_json
 from mmpipe.errors import MmpipeError
 from mmpipe.stages.base import StageJob
 
@@ -30,10 +33,21 @@ REQUEST = "stop-requested"
 """File in the state directory that requests a stop."""
 RECORD = "stopped.json"
 """File in the state directory with the step and reason of an early stop."""
+RUNNING = "running.json"
+"""File in the state directory while a training runs, with its process."""
 TIME_LIMIT = "time limit"
-SIGNAL = "SIGTERM"
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+"""The signals that request a stop."""
 
-_KILLED = 128 + signal.SIGTERM
+
+def heeded() -> set[signal.Signals]:
+    """The signals that request a stop, without those this process was started to ignore (nohup, a job in the background)."""
+    return {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+
+
+def end_at_once(number: int) -> NoReturn:
+    """End this process as the signal would."""
+    os._exit(128 + number)
 
 
 class Stopped(MmpipeError):
@@ -52,24 +66,89 @@ def require_finished(job: StageJob) -> None:
     raise Stopped(f"{message}run the same command again, and it goes on from there")
 
 
+@contextmanager
+def noticing_a_kill(state_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Leave a mark in the state directory while the block runs; ``say`` it when the last run left its own.
+
+    A process that is killed (SIGKILL: out of memory, a person) cannot say anything itself.
+    """
+    mark = state_dir / RUNNING
+    now = {
+        "process": os.getpid(),
+        "host": platform.node(),
+        "boot": _read_proc("sys/kernel/random/boot_id"),
+        **_oom_kills(),
+    }
+    if mark.is_file():
+        with suppress(DamagedJson):
+            say(_last_end(read_object(mark), now))
+    write_json(mark, now)
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _last_end(last: dict[str, Any], now: dict[str, Any]) -> str:
+    """What ended a run that left its mark."""
+    who = f"process {last.get('process')} on {last.get('host')}"
+    if last.get("host") != now["host"]:
+        why = "killed (kill -9, out of memory), or its machine went down"
+    elif last.get("boot") != now["boot"]:
+        why = "ended with its machine, which was started again since"
+    elif last.get("oom_kills", 0) < now.get("oom_kills", 0):
+        why = (
+            "killed, most likely because the machine ran out of memory: raise hardware.memory_gb, or lower hardware.workers "
+            "or micro_batch"
+        )
+    else:
+        why = "killed (kill -9)"
+    return f"the last run of this training ({who}) was {why}; it goes on from its last checkpoint"
+
+
+def _read_proc(name: str) -> str:
+    try:
+        return Path("/proc", name).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _oom_kills() -> dict[str, int]:
+    """How often Linux has killed a process for memory since this machine was started."""
+    found = re.search(r"^oom_kill (\d+)$", _read_proc("vmstat"), re.M)
+    return {"oom_kills": int(found[1])} if found else {}
+
+
 class StopSignal:
-    """Whether this process got a SIGTERM."""
+    """Whether this process got a signal that requests a stop."""
 
     def __init__(self) -> None:
         self.signalled = threading.Event()
+        self.reason = ""
+        """The name of the first signal."""
+        self._last = 0
+
+    def receive(self, number: int) -> None:
+        """Note a signal; a second SIGINT ends the process."""
+        if number == signal.SIGINT == self._last:
+            end_at_once(number)
+        self._last = number
+        self.reason = self.reason or signal.Signals(number).name
+        self.signalled.set()
 
     @contextmanager
     def listening(self, *, leave_with_parent: bool = False) -> Iterator[StopSignal]:
-        """Context manager that takes SIGTERM as a request to stop.
+        """Context manager that takes the signals of :func:`heeded` as requests to stop.
 
         A thread waits for the signal, because the main one may be blocked in a collective operation when
         another rank died. With ``leave_with_parent``, a SIGTERM from the parent (torchrun, after a rank failed) ends the
         process at once.
         """
-        handler = signal.signal(signal.SIGTERM, lambda *_: self.signalled.set())
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signals = heeded()
+        handlers = {number: signal.signal(number, lambda got, _: self.receive(got)) for number in signals}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         done = threading.Event()
-        waiting = threading.Thread(target=self._wait, args=(done, leave_with_parent), daemon=True)
+        waiting = threading.Thread(target=self._wait, args=(signals, done, leave_with_parent), daemon=True)
         waiting.start()
         try:
             yield self
@@ -77,24 +156,29 @@ class StopSignal:
             done.set()
             waiting.join()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
-    def _wait(self, done: threading.Event, leave_with_parent: bool) -> None:
+    def _wait(self, signals: Iterable[int], done: threading.Event, leave_with_parent: bool) -> None:
         parent = os.getppid()
         while not done.is_set():
-            found = signal.sigtimedwait({signal.SIGTERM}, 0.2)
-            if found is None:
+            found = signal.sigtimedwait(signals, 0.2)
+            # a process that was paused for longer gets a record of no signal (number 0) in place of None
+            if found is None or found.si_signo not in signals:
                 continue
-            if leave_with_parent and found.si_pid == parent:
-                os._exit(_KILLED)
-            self.signalled.set()
+            if leave_with_parent and found.si_signo == signal.SIGTERM and found.si_pid == parent:
+                end_at_once(signal.SIGTERM)
+            self.receive(found.si_signo)
 
 
 def worker_init(number: int = 0) -> None:
-    """Set up a data-loading process: it ends with the training process or at its SIGTERM, not when all ranks get one."""
+    """Set up a data-loading process: it ends with the training process or at its SIGTERM, not when all processes get a
+    signal."""
     die_with_parent()
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=StopSignal()._wait, args=(threading.Event(), True), daemon=True).start()
+    threading.Thread(target=StopSignal()._wait, args=({signal.SIGTERM}, threading.Event(), True), daemon=True).start()
 
 
 def die_with_parent() -> None:
@@ -156,14 +240,16 @@ def make_callback(stop_signal: StopSignal, state_dir: Path, end: float | None, c
                 write_json(state_dir / RECORD, {"step": state.global_step, "reason": self.reason})
 
         def _own_reason(self, first: bool) -> str | None:
-            if stop_signal.signalled.is_set() or (first and (state_dir / REQUEST).exists()):
-                return SIGNAL
+            if stop_signal.signalled.is_set():
+                return stop_signal.reason
+            if first and (state_dir / REQUEST).exists():
+                return (state_dir / REQUEST).read_text(encoding="ascii") or signal.SIGTERM.name
             return TIME_LIMIT if first and self.deadline and self.deadline.near() else None
 
     return Stopper()
 
 
-_CODES = (None, TIME_LIMIT, SIGNAL)
+_CODES = (None, TIME_LIMIT, *(number.name for number in SIGNALS))
 
 
 def _agreed(reason: str | None, args: TrainingArguments) -> str | None:

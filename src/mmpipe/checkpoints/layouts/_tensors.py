@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mmpipe.artifacts.files import read_object
 from mmpipe.errors import ArtifactError, first_of
+from mmpipe.pretrained import load_pretrained
 
 STEMS = ("model.safetensors", "pytorch_model.bin")
 """The names of a checkpoint's weights, in one file or behind ``<stem>.index.json``; the first is preferred."""
@@ -69,12 +70,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON file that describes a model. Raises ArtifactError when it is missing or no JSON."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path}: not JSON ({error})") from error
-    return content
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -111,9 +109,8 @@ def assemble(
     found = "; ".join(f"{what}: {first_of(names)}" for what, names in problems.items() if names)
     if found:
         raise ArtifactError(f"{source}: the weights do not fit a {type(config).__name__}; {found}")
-    load: Any = kind
     most = common_dtype(tensors.values()) if dtype == "auto" else dtype
-    model: ModelT = load.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=most)
+    model: ModelT = load_pretrained(kind, None, config=config, state_dict=dict(tensors), dtype=most)
     if dtype == "auto":
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name in tensors:

@@ -20,6 +20,7 @@ from transformers import (
 
 from mmpipe.checkpoints.layouts import _tensors
 from mmpipe.errors import ArtifactError, ConfigError, did_you_mean
+from mmpipe.pretrained import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Layout:
         Raises ArtifactError when it cannot be read.
         """
         try:
-            return AutoTokenizer.from_pretrained(directory)
+            return load_pretrained(AutoTokenizer, directory)
         except (ImportError, OSError, ValueError) as error:
             raise unreadable_tokenizer(directory, error) from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -12,13 +11,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mmpipe.checkpoints.layouts.base import BackboneFiles, ImportedModel, Layout
 from mmpipe.checkpoints.save import load_checkpoint
 from mmpipe.errors import ConfigError
+from mmpipe.pretrained import load_pretrained
 
 
 class HuggingFace(Layout):
     """A language model that ``AutoModelForCausalLM`` opens, or a LLaVA of transformers (``llava-hf/...``, or ours)."""
 
     def language(self, directory: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model: PreTrainedModel = load_pretrained(AutoModelForCausalLM, directory, dtype=dtype)
         return model
 
     def whole(self, directory: Path, parts: Mapping[str, BackboneFiles]) -> ImportedModel:

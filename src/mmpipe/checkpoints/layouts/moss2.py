@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
 from mmpipe.checkpoints.layouts.base import PackedLanguage, unreadable_tokenizer
 from mmpipe.errors import ArtifactError
+from mmpipe.pretrained import load_pretrained
 
 _NAMES = {
     "model.tok_embeddings.": "model.embed_tokens.",
@@ -92,7 +93,7 @@ class Moss2(PackedLanguage):
     def tokenizer(self, directory: Path) -> PreTrainedTokenizerBase:
         """The tokenizer of ``tokenizer.model``, a sentencepiece model used as Llama uses its own."""
         try:
-            return LlamaTokenizer.from_pretrained(directory, add_bos_token=True, pad_token="</s>")
+            return load_pretrained(LlamaTokenizer, directory, add_bos_token=True, pad_token="</s>")
         except (ImportError, OSError, ValueError) as error:
             raise unreadable_tokenizer(directory, error) from error
 

@@ -7,7 +7,6 @@ addresses, guarded redirects, a limit of the size, and verification before the f
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
-from mmpipe.artifacts.files import read_json, sync, write_json
+from mmpipe.artifacts.files import read_object, sync, write_json
 from mmpipe.errors import DataError, MmpipeError
 from mmpipe.escapes import redacted, with_variables
 from mmpipe.sources.transfer.progress import check_space, format_size
@@ -124,7 +123,7 @@ def _transfer(url: str, part: Path, expected: Expected, patience: Patience, most
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-        if validator := read_json(_note(part)).get("validator"):
+        if validator := read_object(_note(part)).get("validator"):
             headers["If-Range"] = validator
     log.info("downloading %s%s", redacted(url), f" from byte {have}" if have else "")
     try:
@@ -157,7 +156,7 @@ def _receive(response: requests.Response, url: str, part: Path, have: int, expec
     if resumed and _start(response) != have:
         _forget(part)
         raise _Interrupted("the server sent another part of the file than it was asked for")
-    note = read_json(_note(part)) if resumed else {}
+    note = read_object(_note(part)) if resumed else {}
     # some servers ignore ``If-Range``
     if resumed and note["url"] == _shown(url) and _validator(response) not in (None, note["validator"]):
         _forget(part)
@@ -194,8 +193,8 @@ def _resumable(url: str, part: Path, expected: Expected) -> int:
     if not part.is_file() or not _note(part).is_file():
         return 0
     try:
-        note = read_json(_note(part))
-    except json.JSONDecodeError:
+        note = read_object(_note(part))
+    except ValueError:
         return 0
     same = note["url"] == _shown(url) and note["validator"]
     return _size(part) if same or expected.sha256 else 0

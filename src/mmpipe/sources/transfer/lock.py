@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmpipe.artifacts.files import read_json, write_json
-from mmpipe.artifacts.manifest import NAME
+from mmpipe.artifacts.files import read_object, write_json
+from mmpipe.artifacts.manifest import NAME, load
 
 LOCK = Path("config/lock.json")
 
 
 def locked(kind: str, name: str, path: Path = LOCK) -> dict[str, Any]:
     """The lock's facts about an entry (``kind``: ``backbones`` or ``datasets``); empty for an unlocked one."""
-    found: dict[str, Any] = read_json(path).get(kind, {}).get(name, {}) if path.is_file() else {}
+    found: dict[str, Any] = read_object(path).get(kind, {}).get(name, {}) if path.is_file() else {}
     return found
 
 
 def write_lock(names: Mapping[str, Mapping[str, Any]], path: Path = LOCK) -> list[str]:
     """Add every fetched entry that is not locked yet; entries no longer in the catalogue are removed. ``names``
     gives the catalogue's entries by kind. Returns the entries added."""
-    old = read_json(path) if path.is_file() else {}
+    old = read_object(path) if path.is_file() else {}
     lock: dict[str, dict[str, Any]] = {}
     added = []
     for kind, entries in names.items():
@@ -42,7 +42,7 @@ def write_lock(names: Mapping[str, Mapping[str, Any]], path: Path = LOCK) -> lis
 
 def _pins(manifest: Path) -> dict[str, Any]:
     """The facts that pin a manifest's content: a commit, or the hashes of all downloads."""
-    facts = read_json(manifest) if manifest.is_file() else {}
+    facts = load(manifest) if manifest.is_file() else {}
     if "commit" in facts:
         return {"commit": facts["commit"]}
     if "unpacked" not in facts:

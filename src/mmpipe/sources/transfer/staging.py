@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mmpipe.artifacts.files import canonical_json, link_or_copy, read_json, sha256, write_json
+from mmpipe.artifacts.files import canonical_json, link_or_copy, read_object, sha256, write_json
 from mmpipe.artifacts.manifest import NAME, fingerprint
 from mmpipe.artifacts.state import open_state
 from mmpipe.data.spec import InnerPath
@@ -208,7 +208,7 @@ def open_staging(out: Path, spec: Mapping[str, Any], locked: Mapping[str, Any]) 
         files.mkdir(exist_ok=True)
         if not any(files.iterdir()):
             notes.unlink(missing_ok=True)  # the files were removed by hand
-        done = read_json(notes) if notes.is_file() else {}
+        done = read_object(notes) if notes.is_file() else {}
         yield Staging(files, out.parent.parent / "manual" / out.name, locked, notes, **done)
         shutil.rmtree(work)
 
@@ -216,7 +216,7 @@ def open_staging(out: Path, spec: Mapping[str, Any], locked: Mapping[str, Any]) 
 def staged_bytes(out: Path) -> int:
     """Bytes already fetched by an unfinished fetch of an entry."""
     work = out.parent / _BESIDE / out.name
-    done = read_json(work / "done.json") if (work / "done.json").is_file() else {}
+    done = read_object(work / "done.json") if (work / "done.json").is_file() else {}
     if done.get("facts_brought") is None:
         return bytes_in(work / "files")
     return sum(file["size"] for file in done["downloads"].values())  # archives may be unpacked and deleted
