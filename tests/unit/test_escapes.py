@@ -119,7 +119,8 @@ def run_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Any) -> str:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.chdir(REPOSITORY)
     config = yaml.safe_load((REPOSITORY / "config/config.yaml").read_text())
-    snakemake = SimpleNamespace(log=[str(tmp_path / "job.log")], threads=1, config=config, resources={})
+    made = {"log": [str(tmp_path / "job.log")], "output": [str(tmp_path / "made")], "params": {}}
+    snakemake = SimpleNamespace(**made, threads=1, config=config, resources={})
     with contextlib.suppress(SystemExit, ValueError):
         jobs.job(work)(snakemake)
     return (tmp_path / "job.log").read_text()

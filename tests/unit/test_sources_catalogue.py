@@ -270,7 +270,7 @@ def run(script: Any, spec: Any, output: dict[str, str], **wildcards: str) -> Non
         SimpleNamespace(
             config=config,
             wildcards=SimpleNamespace(items=wildcards.items, **wildcards),
-            params=SimpleNamespace(spec=spec(Plan(config))),
+            params={"spec": spec(Plan(config))},
             output=_Output(output),
             log=[f"logs/{'-'.join(wildcards.values())}.log"],
             threads=1,
