@@ -90,8 +90,9 @@ def test_a_pause_is_no_stop_request_and_a_second_interrupt_ends_the_process():
         assert process.wait(5) == 128 + signal.SIGINT
 
 
-def test_a_process_started_to_ignore_hangups_and_interrupts_does():
-    with listening(signal.SIGHUP, signal.SIGINT) as (process, asked):
+def test_a_process_started_to_ignore_hangups_and_interrupts_does_but_heeds_sigterm():
+    """As processes below torchrun are."""
+    with listening(*stop.SIGNALS) as (process, asked):
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGINT)
         assert asked(0.5) == "False"

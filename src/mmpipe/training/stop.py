@@ -41,8 +41,9 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 def heeded() -> set[signal.Signals]:
-    """The signals that request a stop, without those this process was started to ignore (nohup, a job in the background)."""
-    return {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    """The signals that request a stop: SIGTERM, and those this process was not started to ignore, as by nohup, in the
+    background, or below torchrun."""
+    return {number for number in SIGNALS if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN}
 
 
 def end_at_once(number: int) -> NoReturn:
