@@ -15,6 +15,7 @@ from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.plan.configfile import read_plainly
 from mmpipe.report.pages import settings_page
 from mmpipe.settings import read_mapping, read_yaml
+from mmpipe.sources.transfer.lock import locked
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 10)}]\n" for n in range(8)
@@ -113,6 +114,14 @@ def test_json_that_cannot_be_read_is_refused_in_a_sentence(tmp_path, text):
     path.write_text("[]")
     with pytest.raises(ArtifactError, match="expected a JSON object, found a list"):
         read_object(path)
+
+
+@pytest.mark.parametrize("content", [[], "x", {"datasets": []}, {"datasets": {"shapes": "a"}}])
+def test_a_damaged_lock_is_refused_in_a_sentence(tmp_path, content):
+    path = tmp_path / "lock.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises((ArtifactError, ConfigError), match=r"lock\.json: "):
+        locked("datasets", "shapes", path)
 
 
 GOOD = {"schema": 1, "kind": "model", "spec": {}, "inputs": {}, "files": {}, "libraries": {}}

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from torch.utils import cpp_extension
 
-from mmpipe.training import deepspeed, stop
+from mmpipe.artifacts.builds import build_directory, guard_builds
+from mmpipe.training.stop import Stopped, StopSignal
 
 COMPILE = """
 import sys, time
 from pathlib import Path
-from mmpipe.training.deepspeed import BuildLock
-lock = BuildLock(Path(sys.argv[1]), lambda: False)
+from mmpipe.artifacts.builds import BuildLock
+lock = BuildLock(Path(sys.argv[1]), lambda: None)
 lock.try_acquire()
 Path(sys.argv[1]).touch()  # torch's own, which a killed process leaves behind
 print("compiling", flush=True)
@@ -30,21 +31,21 @@ def builds(tmp_path, monkeypatch):
     """A lock as torch makes it for an operator, while a request to stop is an event."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(cpp_extension, "FileBaton", cpp_extension.FileBaton)
-    requested = threading.Event()
-    deepspeed.guard_builds(requested.is_set)
+    stop_signal = StopSignal()
+    guard_builds(lambda: stop_signal.leave_if_signalled(tmp_path))
     folder = Path(cpp_extension._get_build_directory("operator", verbose=False))
-    return folder, lambda: cpp_extension.FileBaton(str(folder / "lock")), requested
+    return folder, lambda: cpp_extension.FileBaton(str(folder / "lock")), stop_signal.signalled
 
 
 def test_operators_are_compiled_in_a_folder_of_this_environment_and_machine(builds, tmp_path, monkeypatch):
     folder, *_ = builds
-    assert folder.parent == deepspeed.build_directory()  # also when it is asked for again
+    assert folder.parent == build_directory()  # also when it is asked for again
     assert folder.parent.parent == tmp_path / "mmpipe"
     names = {folder.parent.name}
     for change in (("torch.__version__", "3.0"), ("sys.prefix", "/elsewhere"), ("platform.node", lambda: "other")):
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
         monkeypatch.setattr(*change)
-        names.add(deepspeed.build_directory().name)
+        names.add(build_directory().name)
     assert len(names) == 4
 
 
@@ -67,7 +68,7 @@ def test_a_process_waits_for_one_that_compiles_until_it_ends_or_a_stop_is_reques
         try:
             assert other.stdout.readline() == "compiling\n"
             threading.Timer(0.3, requested.set).start()
-            with caplog.at_level("INFO"), pytest.raises(stop.Stopped, match="another process compiles in"):
+            with caplog.at_level("INFO"), pytest.raises(Stopped, match="before the first step"):
                 baton().try_acquire()
             assert f"waiting for process {other.pid}, which compiles" in caplog.text
             requested.clear()

@@ -15,6 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmpipe.artifacts import state
 from mmpipe.artifacts.files import read_json, read_jsonl
 from mmpipe.errors import explained
 from mmpipe.report.figures import draw_history
@@ -90,8 +91,9 @@ def test_a_pause_is_no_stop_request_and_a_second_interrupt_ends_the_process():
         assert process.wait(5) == 128 + signal.SIGINT
 
 
-def test_a_process_started_to_ignore_hangups_and_interrupts_does():
-    with listening(signal.SIGHUP, signal.SIGINT) as (process, asked):
+def test_a_process_started_to_ignore_hangups_and_interrupts_does_but_heeds_sigterm():
+    """As processes below torchrun are."""
+    with listening(*stop.SIGNALS) as (process, asked):
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGINT)
         assert asked(0.5) == "False"
@@ -156,7 +158,7 @@ def test_a_killed_data_loading_process_is_explained():
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mmpipe.training.stop import noticing_a_kill
+from mmpipe.artifacts.state import noticing_a_kill
 with noticing_a_kill(Path(sys.argv[1]), print):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -165,26 +167,26 @@ with noticing_a_kill(Path(sys.argv[1]), print):
 def test_the_next_start_says_that_a_single_process_was_killed(tmp_path, monkeypatch):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert killed.returncode == -signal.SIGKILL
-    mark = (tmp_path / stop.RUNNING).read_bytes()
+    mark = (tmp_path / state.RUNNING).read_bytes()
 
     def said() -> list[str]:
-        (tmp_path / stop.RUNNING).write_bytes(mark)
+        (tmp_path / state.RUNNING).write_bytes(mark)
         found: list[str] = []
-        with stop.noticing_a_kill(tmp_path, found.append):
+        with state.noticing_a_kill(tmp_path, found.append):
             pass
         return found
 
-    kills = stop._oom_kills()["oom_kills"]
-    monkeypatch.setattr(stop, "_oom_kills", lambda: {"oom_kills": kills})
+    kills = state._oom_kills()["oom_kills"]
+    monkeypatch.setattr(state, "_oom_kills", lambda: {"oom_kills": kills})
     (text,) = said()
     assert re.search(r"the last run of this training \(process \d+ on .*\) was killed \(kill -9\); it goes on", text)
-    monkeypatch.setattr(stop, "_oom_kills", lambda: {"oom_kills": kills + 1})
+    monkeypatch.setattr(state, "_oom_kills", lambda: {"oom_kills": kills + 1})
     assert "ran out of memory: raise hardware.memory_gb, or lower hardware.workers or micro_batch" in said()[0]
     mark = b"{"  # killed while it wrote the mark
     assert said() == []
-    with pytest.raises(ValueError, match="an error"), stop.noticing_a_kill(tmp_path, pytest.fail):
+    with pytest.raises(ValueError, match="an error"), state.noticing_a_kill(tmp_path, pytest.fail):
         raise ValueError("an error")
-    assert not (tmp_path / stop.RUNNING).exists()  # every other end removes the mark
+    assert not (tmp_path / state.RUNNING).exists()  # every other end removes the mark
 
 
 def test_checkpoints_that_are_being_removed_do_not_look_complete(tmp_path, monkeypatch):

@@ -12,21 +12,24 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from mmpipe import slurm
-from mmpipe.artifacts.files import read_json, write_json
+from mmpipe.artifacts.files import DamagedJson, read_json, read_object, write_json
 from mmpipe.errors import ArtifactError
 
 log = logging.getLogger(__name__)
 
 _FINGERPRINT = "fingerprint.json"
+RUNNING = "running.json"
+"""File in the state directory while a training runs, with its process."""
 COMPLETE = "complete"
 """The mark of a checkpoint in progress whose files are all there."""
 
@@ -148,3 +151,56 @@ def drop_progress(model: Path) -> None:
     for mark in checkpoints.glob(f"checkpoint-*/{COMPLETE}"):
         mark.unlink()
     shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+@contextmanager
+def noticing_a_kill(state_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Leave a mark in the state directory while the block runs; ``say`` it when the last run left its own.
+
+    A process that is killed (SIGKILL: out of memory, a person) cannot say anything itself.
+    """
+    mark = state_dir / RUNNING
+    now = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": _read_proc("sys/kernel/random/boot_id"),
+        **_oom_kills(),
+    }
+    if mark.is_file():
+        with suppress(DamagedJson):
+            say(_last_end(read_object(mark), now))
+    write_json(mark, now)
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _last_end(last: dict[str, Any], now: dict[str, Any]) -> str:
+    """What ended a run that left its mark."""
+    who = f"process {last.get('process')} on {last.get('host')}"
+    if last.get("host") != now["host"]:
+        why = "killed (kill -9, out of memory), or its machine went down"
+    elif last.get("boot") != now["boot"]:
+        why = "ended with its machine, which was started again since"
+    elif last.get("oom_kills", 0) < now.get("oom_kills", 0):
+        why = (
+            "killed, most likely because the machine ran out of memory: raise hardware.memory_gb, or lower hardware.workers "
+            "or micro_batch"
+        )
+    else:
+        why = "killed (kill -9)"
+    return f"the last run of this training ({who}) was {why}; it goes on from its last checkpoint"
+
+
+def _read_proc(name: str) -> str:
+    try:
+        return Path("/proc", name).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _oom_kills() -> dict[str, int]:
+    """How often Linux has killed a process for memory since this machine was started."""
+    found = re.search(r"^oom_kill (\d+)$", _read_proc("vmstat"), re.M)
+    return {"oom_kills": int(found[1])} if found else {}

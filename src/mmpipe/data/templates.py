@@ -196,7 +196,8 @@ def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) ->
 @cache
 def own_jinja() -> frozenset[str]:
     """The chat templates that this project writes; any other is a stranger's program."""
-    return frozenset(template.jinja() for template in _TEMPLATES.values())
+    marked = [template.jinja() for template in _TEMPLATES.values()]
+    return frozenset([*marked, *map(published, marked)])
 
 
 def render_jinja(jinja: str, messages: Sequence[Any], where: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:

@@ -40,7 +40,7 @@ from mmpipe.data.templates import get_template
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.models.moe.context import nothing_counts
 from mmpipe.models.vision_tower import enable_multi_scale
-from mmpipe.pretrained import load_pretrained
+from mmpipe.pretrained import from_config, load_pretrained
 
 if TYPE_CHECKING:  # reads Arrow, which chat does without
     from mmpipe.data.dataset import Batch
@@ -161,7 +161,7 @@ def _other_tokens(config: Any) -> int:
         return known[config.model_type]
     with torch.device("meta"), torch.no_grad():
         pixels = torch.zeros(1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
-        tokens: int = AutoModel.from_config(config)(pixels).last_hidden_state.shape[1]
+        tokens: int = from_config(AutoModel, config)(pixels).last_hidden_state.shape[1]
     return tokens - (config.image_size // config.patch_size) ** 2
 
 

@@ -11,7 +11,8 @@ import torch
 from transformers import set_seed
 
 from mmpipe.artifacts import manifest
-from mmpipe.artifacts.state import open_state
+from mmpipe.artifacts.builds import guard_builds
+from mmpipe.artifacts.state import noticing_a_kill, open_state
 from mmpipe.checkpoints.load import build_model, open_checkpoint, preprocessor_directory
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import ConfigError, first_of
@@ -56,7 +57,7 @@ def train(stage: TrainStage, job: StageJob) -> None:
     with open_state(job.state_dir, manifest.fingerprint(job.spec, inputs | limits)) as resumable:
         log.info("%s %s: %s", job.recipe, job.stage, "resuming" if resumable else "starting afresh")
         (job.state_dir / stop.RECORD).unlink(missing_ok=True)
-        with stop.noticing_a_kill(job.state_dir, _warn):
+        with noticing_a_kill(job.state_dir, _warn):
             launch.run(stage, job, work)
         stop.require_finished(job)
 
@@ -71,7 +72,7 @@ def work(stage: TrainStage, job: StageJob, stop_signal: stop.StopSignal) -> None
     """The work of one process: train, and publish where this is the first one."""
     _set_up_process(stage, job)
     if deepspeed.usable(stage.hardware.deepspeed):
-        deepspeed.guard_builds(lambda: stop_signal.signalled.is_set() or (job.state_dir / stop.REQUEST).exists())
+        guard_builds(lambda: stop_signal.leave_if_signalled(job.state_dir))
     model, processor = untrained_model(stage, job)
     dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
     attention.use(model, attention.choose(stage.hardware.attention, "cuda" if job.gpus else "cpu", dtype))

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
-import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmpipe import slurm
-from mmpipe.artifacts.files import DamagedJson, read_json, read_object, write_json
+from mmpipe.artifacts.files import read_json, write_json
 from mmpipe.errors import MmpipeError
 from mmpipe.stages.base import StageJob
 
@@ -33,16 +31,15 @@ REQUEST = "stop-requested"
 """File in the state directory that requests a stop."""
 RECORD = "stopped.json"
 """File in the state directory with the step and reason of an early stop."""
-RUNNING = "running.json"
-"""File in the state directory while a training runs, with its process."""
 TIME_LIMIT = "time limit"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 """The signals that request a stop."""
 
 
 def heeded() -> set[signal.Signals]:
-    """The signals that request a stop, without those this process was started to ignore (nohup, a job in the background)."""
-    return {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    """The signals that request a stop: SIGTERM, and those this process was not started to ignore, as by nohup, in the
+    background, or below torchrun."""
+    return {number for number in SIGNALS if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN}
 
 
 def end_at_once(number: int) -> NoReturn:
@@ -66,59 +63,6 @@ def require_finished(job: StageJob) -> None:
     raise Stopped(f"{message}run the same command again, and it goes on from there")
 
 
-@contextmanager
-def noticing_a_kill(state_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Leave a mark in the state directory while the block runs; ``say`` it when the last run left its own.
-
-    A process that is killed (SIGKILL: out of memory, a person) cannot say anything itself.
-    """
-    mark = state_dir / RUNNING
-    now = {
-        "process": os.getpid(),
-        "host": platform.node(),
-        "boot": _read_proc("sys/kernel/random/boot_id"),
-        **_oom_kills(),
-    }
-    if mark.is_file():
-        with suppress(DamagedJson):
-            say(_last_end(read_object(mark), now))
-    write_json(mark, now)
-    try:
-        yield
-    finally:
-        mark.unlink(missing_ok=True)
-
-
-def _last_end(last: dict[str, Any], now: dict[str, Any]) -> str:
-    """What ended a run that left its mark."""
-    who = f"process {last.get('process')} on {last.get('host')}"
-    if last.get("host") != now["host"]:
-        why = "killed (kill -9, out of memory), or its machine went down"
-    elif last.get("boot") != now["boot"]:
-        why = "ended with its machine, which was started again since"
-    elif last.get("oom_kills", 0) < now.get("oom_kills", 0):
-        why = (
-            "killed, most likely because the machine ran out of memory: raise hardware.memory_gb, or lower hardware.workers "
-            "or micro_batch"
-        )
-    else:
-        why = "killed (kill -9)"
-    return f"the last run of this training ({who}) was {why}; it goes on from its last checkpoint"
-
-
-def _read_proc(name: str) -> str:
-    try:
-        return Path("/proc", name).read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _oom_kills() -> dict[str, int]:
-    """How often Linux has killed a process for memory since this machine was started."""
-    found = re.search(r"^oom_kill (\d+)$", _read_proc("vmstat"), re.M)
-    return {"oom_kills": int(found[1])} if found else {}
-
-
 class StopSignal:
     """Whether this process got a signal that requests a stop."""
 
@@ -135,6 +79,11 @@ class StopSignal:
         self._last = number
         self.reason = self.reason or signal.Signals(number).name
         self.signalled.set()
+
+    def leave_if_signalled(self, state_dir: Path) -> None:
+        """Raise Stopped, before the first step, when this process or the launching one got a signal."""
+        if self.signalled.is_set() or (state_dir / REQUEST).exists():
+            raise Stopped("stopped before the first step; run the same command again")
 
     @contextmanager
     def listening(self, *, leave_with_parent: bool = False) -> Iterator[StopSignal]:

@@ -12,20 +12,20 @@ from typing import Any
 
 from mmpipe.artifacts.files import read_object, write_json
 from mmpipe.artifacts.manifest import NAME, load
+from mmpipe.settings import validate
 
 LOCK = Path("config/lock.json")
 
 
 def locked(kind: str, name: str, path: Path = LOCK) -> dict[str, Any]:
     """The lock's facts about an entry (``kind``: ``backbones`` or ``datasets``); empty for an unlocked one."""
-    found: dict[str, Any] = read_object(path).get(kind, {}).get(name, {}) if path.is_file() else {}
-    return found
+    return _read(path).get(kind, {}).get(name, {})
 
 
 def write_lock(names: Mapping[str, Mapping[str, Any]], path: Path = LOCK) -> list[str]:
     """Add every fetched entry that is not locked yet; entries no longer in the catalogue are removed. ``names``
     gives the catalogue's entries by kind. Returns the entries added."""
-    old = read_object(path) if path.is_file() else {}
+    old = _read(path)
     lock: dict[str, dict[str, Any]] = {}
     added = []
     for kind, entries in names.items():
@@ -38,6 +38,15 @@ def write_lock(names: Mapping[str, Mapping[str, Any]], path: Path = LOCK) -> lis
         lock[kind] = dict(sorted(lock[kind].items()))
     write_json(path, lock)
     return added
+
+
+def _read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """The lock's entries by kind and name. Raises ConfigError for a damaged file."""
+    kind = dict[str, dict[str, dict[str, Any]]]
+    entries: dict[str, dict[str, dict[str, Any]]] = validate(
+        kind, read_object(path) if path.is_file() else {}, str(path)
+    )
+    return entries
 
 
 def _pins(manifest: Path) -> dict[str, Any]:
