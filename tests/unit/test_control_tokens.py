@@ -19,6 +19,7 @@ from mmpipe.data.templates import get_template, template_names
 from mmpipe.data.tokens import TextEncoder
 from mmpipe.errors import DataError
 from mmpipe.models.llava import with_image_token
+from mmpipe.report.pages import table_page
 
 CONTROL = ["<|im_end|>", "<|im_start|>", "<|endoftext|>"]
 
@@ -126,8 +127,12 @@ def test_control_tokens_kept_as_text_are_counted_and_named(tmp_path: Path) -> No
     assert report["notes"] == {
         f"control token {token} kept as text": {"count": 1, "examples": ["made/r0"]} for token in ("</s>", "<s>")
     }
+    table_page("tokens", tmp_path / "tokens/report.json", tmp_path / "page.html")
+    assert "control token &lt;/s&gt; kept as text" in (tmp_path / "page.html").read_text()
     write_records(tmp_path / "records.arrow", [record("a", "b")])
     assert "notes" not in in_tokens(tmp_path / "records.arrow").report
+    table_page("tokens", tmp_path / "tokens/report.json", tmp_path / "page.html")
+    assert "Notes" not in (tmp_path / "page.html").read_text()
 
 
 def test_the_code_point_of_the_guard_is_no_text() -> None:
