@@ -9,7 +9,8 @@ import pytest
 from data_records import IMAGE_TOKENS, char_tokenizer, encoder, in_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmpipe.data.control_tokens import GUARD, ControlTokens
 from mmpipe.data.labels import IGNORE, encode
@@ -19,6 +20,7 @@ from mmpipe.data.templates import get_template, template_names
 from mmpipe.data.tokens import TextEncoder
 from mmpipe.errors import DataError
 from mmpipe.models.llava import with_image_token
+from mmpipe.report.pages import table_page
 
 CONTROL = ["<|im_end|>", "<|im_start|>", "<|endoftext|>"]
 
@@ -35,6 +37,24 @@ def record(*texts: str, images: tuple[str, ...] = ()) -> Record:
 def qwen(demo_files: Path) -> Any:
     folder = demo_files / "resources/backbones/qwen2-tiny"
     return with_image_token(AutoTokenizer.from_pretrained(folder), folder)
+
+
+@pytest.fixture(scope="module")
+def merging() -> Any:
+    """Byte pairs with Qwen2's rules for where words end, and runs of blanks and line breaks as tokens."""
+    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    backend = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(words), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[*CONTROL, "<image>"]
+    )
+    texts = ["a\n\nb", "a\n\n\nb", "a \nb", "a  b", ":\n", ":\n\n", "a\n b", "\t\n", ".\n"]
+    backend.train_from_iterator(texts * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
 def chatml(tokenizer: Any, **changes: Any) -> TextEncoder:
@@ -100,24 +120,25 @@ def test_no_text_adds_a_control_token(qwen: Any, name: str, texts: list[str]) ->
     opening=st.text(st.sampled_from("\n \t\r\u00a0\u3000."), max_size=4),
     answer=st.sampled_from(["A cat.", "1", "(b)", "é", "<|im_end|>", "\u0301x"]),
 )
-def test_the_prompt_is_how_the_training_tokens_begin(qwen: Any, name: str, opening: str, answer: str) -> None:
-    template, control = get_template(name), ControlTokens(qwen)
+def test_the_prompt_is_how_the_training_tokens_begin(merging: Any, name: str, opening: str, answer: str) -> None:
+    template, control = get_template(name), ControlTokens(merging)
     for turns in (talk("<image>\nWhat?", opening + answer), talk("<image>\nA?", "b", "Sure?", opening + answer)):
         if template.captions and len(turns) > 2:
             continue
         guarded = control.guard_turns(turns)
-        whole = encode(qwen, template.render(guarded), "<image>", 1, control=control)
+        whole = encode(merging, template.render(guarded), "<image>", 1, control=control)
         asked = template.prompt(guarded[:-1])
-        prompt = qwen(asked)["input_ids"]
+        prompt = merging(asked)["input_ids"]
         assert whole.input_ids[: len(prompt)] == prompt
         # what follows the prompt is learnt
         assert whole.labels[len(prompt)] == whole.input_ids[len(prompt)]
         assert IGNORE in whole.labels[: len(prompt)] or not prompt
 
 
-def test_an_answer_that_begins_with_a_line_break_is_learnt_from_its_beginning(qwen: Any) -> None:
-    encoded = chatml(qwen)(record("What?", "\nA cat."))
-    assert qwen.decode([label for label in encoded.labels if label != IGNORE]) == "\nA cat.<|im_end|>"
+def test_an_answer_that_begins_with_a_line_break_is_learnt_from_its_beginning(merging: Any) -> None:
+    assert len(merging("a\n\nb")["input_ids"]) == 3
+    encoded = chatml(merging)(record("What?", "\nA cat."))
+    assert merging.decode([label for label in encoded.labels if label != IGNORE]) == "\nA cat.<|im_end|>"
 
 
 def test_control_tokens_kept_as_text_are_counted_and_named(tmp_path: Path) -> None:
@@ -126,8 +147,12 @@ def test_control_tokens_kept_as_text_are_counted_and_named(tmp_path: Path) -> No
     assert report["notes"] == {
         f"control token {token} kept as text": {"count": 1, "examples": ["made/r0"]} for token in ("</s>", "<s>")
     }
+    table_page("tokens", tmp_path / "tokens/report.json", tmp_path / "page.html")
+    assert "control token &lt;/s&gt; kept as text" in (tmp_path / "page.html").read_text()
     write_records(tmp_path / "records.arrow", [record("a", "b")])
     assert "notes" not in in_tokens(tmp_path / "records.arrow").report
+    table_page("tokens", tmp_path / "tokens/report.json", tmp_path / "page.html")
+    assert "Notes" not in (tmp_path / "page.html").read_text()
 
 
 def test_the_code_point_of_the_guard_is_no_text() -> None:
