@@ -14,6 +14,7 @@ from mmpipe.chat import memory
 from mmpipe.chat.find import LocalCheckpoint
 from mmpipe.chat.messages import ChatError
 from mmpipe.chat.options import DTYPES, LoadOptions
+from mmpipe.checkpoints.complete import load_complete
 from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.checkpoints.save import empty_model
 from mmpipe.data.records import IMAGE_MARK, Turn
@@ -71,7 +72,7 @@ def _open_with_transformers(path: Path, dtype: torch.dtype, load: dict[str, Any]
     _config(path)
     try:
         processor = load_pretrained(AutoProcessor, path)
-        model = load_pretrained(AutoModelForImageTextToText, path, dtype=dtype, use_safetensors=True, **load)
+        model = load_complete(AutoModelForImageTextToText, path, dtype=dtype, use_safetensors=True, **load)
     except (OSError, ValueError, ImportError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:

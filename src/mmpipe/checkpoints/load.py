@@ -34,6 +34,7 @@ from mmpipe.models.llava import (
     Aspect,
     assemble,
     greedy_generation,
+    image_seq_length,
     image_tokens,
     joined_config,
     make_processor,
@@ -126,7 +127,7 @@ def load_tokenizer(
     if "checkpoint" in directories:
         directory = directories["checkpoint"]
         tokenizer = load_pretrained(AutoTokenizer, directory)
-        return tokenizer, load_pretrained(AutoConfig, directory).image_seq_length
+        return tokenizer, image_seq_length(directory, load_pretrained(AutoConfig, directory))
     language = _parts(directories, layouts)["language"]
     config = load_pretrained(AutoConfig, directories["vision"])
     tokens = image_tokens(getattr(config, "vision_config", config), settings.feature_select)

@@ -23,8 +23,10 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mmpipe.artifacts.files import apply_umask, read_object, write_json
+from mmpipe.checkpoints.complete import load_complete
 from mmpipe.data.templates import published
-from mmpipe.errors import ArtifactError, first_of
+from mmpipe.errors import ArtifactError
+from mmpipe.models.llava import image_seq_length
 from mmpipe.models.moe import hf
 from mmpipe.models.moe.modeling_mmpipe_llava import SparseLlava, SparseLlavaConfig
 from mmpipe.models.sparsity import io
@@ -77,12 +79,11 @@ def load_checkpoint(
     path = Path(path)
     kind = _model_class(path)
     try:
-        how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = load_pretrained(kind, path, dtype=dtype, **how, **placement)
+        model = load_complete(kind, path, dtype=dtype, **placement)
         processor = load_pretrained(AutoProcessor, path, backend="pil")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{path}: this checkpoint cannot be opened: {error}") from error
-    _require_complete(path, info)
+    model.config.image_seq_length = image_seq_length(path, model.config)
     model = hf.replace_moe_blocks(model).eval()
     io.load(model, path)
     return model, processor
@@ -192,14 +193,3 @@ def _model_class(path: Path) -> type[LlavaForConditionalGeneration]:
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise ArtifactError(f"{path}: holds a '{kind}' model, expected one of {sorted(_CLASSES)}")
     return _CLASSES[kind]
-
-
-def _require_complete(path: Path, info: dict[str, Any]) -> None:
-    kinds = {
-        "missing_keys": "tensors the model needs and the file lacks",
-        "unexpected_keys": "tensors the model has no place for",
-        "mismatched_keys": "tensors of another shape than the configuration says",
-    }
-    problems = [f"{what}: {first_of(info[key])}" for key, what in kinds.items() if info[key]]
-    if problems:
-        raise ArtifactError(f"{path}: the weights do not fit the configuration; " + "; ".join(problems))

@@ -34,10 +34,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mmpipe.artifacts.files import read_object
 from mmpipe.data.images import Aspect, image_processor
 from mmpipe.data.labels import single_token
 from mmpipe.data.templates import get_template
-from mmpipe.errors import ArtifactError, ConfigError
+from mmpipe.errors import ArtifactError, ConfigError, DataError, first_of
 from mmpipe.models.moe.context import nothing_counts
 from mmpipe.models.vision_tower import enable_multi_scale
 from mmpipe.pretrained import from_config, load_pretrained
@@ -64,6 +65,7 @@ def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, /
 
     ``features_FD`` are the batch's :func:`image_features`, if computed already; ``further`` arguments reach the decoder
     layers. A batch of preference pairs has each image once and two rows for it: the features are repeated as a whole.
+    Raises DataError when the image tokens are not as many as the features.
     """
     body = model.model
     if features_FD is None:
@@ -73,10 +75,13 @@ def hidden_states(model: Any, batch: Batch, features_FD: Tensor | None = None, /
         embeddings_BLD = embeddings_BLD + 0.0 * features_FD.sum()
     else:
         mask_BL1 = (batch["input_ids"] == model.config.image_token_id).unsqueeze(-1)
-        repeats = int(mask_BL1.sum()) // len(features_FD)
-        embeddings_BLD = embeddings_BLD.masked_scatter(
-            mask_BL1, features_FD.to(embeddings_BLD.dtype).repeat(repeats, 1)
-        )
+        rows = len(batch["input_ids"]) // len(batch["ids"])
+        if (tokens := int(mask_BL1.sum())) != rows * len(features_FD):
+            raise DataError(
+                f"records {first_of(batch['ids'])}: {tokens} image tokens, and {rows} x {len(features_FD)} image features; "
+                "tokenise the mixture again for this model"
+            )
+        embeddings_BLD = embeddings_BLD.masked_scatter(mask_BL1, features_FD.to(embeddings_BLD.dtype).repeat(rows, 1))
     return body(
         inputs_embeds=embeddings_BLD, attention_mask=batch["attention_mask"], use_cache=False, **further
     ).last_hidden_state
@@ -139,6 +144,21 @@ def vision_tower(path: Path, dtype: torch.dtype | Literal["auto"] = torch.float3
     if info["missing_keys"]:
         raise ArtifactError(f"{path}: not a complete {config.model_type}; missing: {sorted(info['missing_keys'])[:5]}")
     return tower
+
+
+def image_seq_length(path: Path, config: Any) -> int:
+    """Tokens per image of a whole checkpoint. transformers assumes 576 where its ``config.json`` does not say it.
+
+    Raises ArtifactError when it says another number than the tower has.
+    """
+    written = read_object(path / "config.json").get("image_seq_length")
+    strategy = config.vision_feature_select_strategy
+    right = image_tokens(config.vision_config, "patch" if strategy == "default" else "full")
+    if written not in (None, right):
+        raise ArtifactError(
+            f"{path}/config.json: image_seq_length is {written}, but its tower has {right} tokens an image"
+        )
+    return right
 
 
 def image_tokens(config: Any, select: str) -> int:
