@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from mmpipe.artifacts import manifest
 from mmpipe.data.records import AnyRecord, PreferenceRecord, Record, Turn
 from mmpipe.errors import ArtifactError
 
@@ -78,12 +79,15 @@ def _row(record: AnyRecord) -> dict[str, Any]:
 
 
 class RecordTable:
-    """The records of a file, memory mapped: fast to open, shared by all workers."""
+    """The records of a file, memory mapped: fast to open, shared by all workers. Raises ArtifactError when it is damaged;
+    its hash is not compared when it is ``checked`` already."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, checked: bool = False) -> None:
         import datasets
 
         self.path = path
+        if not checked:
+            manifest.check(path)
         try:
             self._table: datasets.Dataset = datasets.Dataset.from_file(str(path))
         except (OSError, pa.ArrowInvalid) as error:
@@ -116,6 +120,7 @@ def read_digests(mixture: Path) -> Iterator[tuple[str, bytes]]:
     path = mixture / IMAGES
     if not path.exists():
         path = mixture / _FORMER_IMAGES
+    manifest.check(path)
     with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
         for batch in stream:
             yield from zip(batch.column("name").to_pylist(), batch.column("digest").to_pylist(), strict=True)

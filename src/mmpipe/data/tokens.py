@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
+from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import canonical_json, read_report, write_json
 from mmpipe.data.control_tokens import ControlTokens
 from mmpipe.data.labels import IGNORE, Encoded, encode
@@ -230,7 +231,7 @@ def _encoded(jobs: Sequence[_Job], workers: int) -> Iterator[_Counts]:
 def _shard(job: _Job) -> _Counts:
     """Encode the records of some indices into one file."""
     records, encoder, places, file = job
-    table, counts = RecordTable(records), _Counts()
+    table, counts = RecordTable(records, checked=True), _Counts()
     with ArrowWriter(file, SCHEMA, _ROWS_PER_BATCH) as writer:
         for place in places:
             if row := _row(place, table[place], encoder, counts):
@@ -314,6 +315,7 @@ class TokenTable:
         import datasets
 
         self.directory = directory
+        manifest.check(directory)
         try:
             self.report: Mapping[str, Any] = read_report(directory / REPORT)
             shards = [datasets.Dataset.from_file(str(path)) for path in sorted((directory / SHARDS).glob("*.arrow"))]
