@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 from made_tokens import TINY
 
 from mmpipe.artifacts import hashes, manifest
@@ -24,7 +25,9 @@ from mmpipe.checkpoints import layouts
 from mmpipe.checkpoints.load import build_model, load_tokenizer, open_checkpoint
 from mmpipe.checkpoints.save import save_checkpoint
 from mmpipe.cli import verify
+from mmpipe.data.dataset import SupervisedDataset
 from mmpipe.data.export import export_mixture, keep_in_place
+from mmpipe.data.images import image_processor
 from mmpipe.data.mixture import build_mixture
 from mmpipe.data.record_table import RecordTable, read_digests
 from mmpipe.data.spec import MixtureSourceSpec, MixtureSpec
@@ -268,6 +271,21 @@ def test_files_without_a_hash_are_checked_by_size() -> None:
     (OUT / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"config\.json: 2 bytes, but"):
         manifest.check(OUT)
+
+
+def test_an_image_that_changed_after_it_was_verified_is_not_trained_on(artifacts: Path) -> None:
+    tokens = OUT / "tokens"
+    shutil.copytree("resources/tokens/mix", tokens)
+    inputs = manifest.input_hashes([Path("resources/mixtures/mix/manifest.json")])
+    manifest.write(tokens, kind="tokens", spec="{}", inputs=inputs)
+    dataset = SupervisedDataset(TokenTable(tokens), image_processor(TINY["vision"], "pad"))
+    row = next(row for row in dataset.tokens if row.images)
+    assert dataset[row.place]["replaced"] == ()
+    with damaged(row.images[0]) as path:
+        (fault,) = dataset[row.place]["replaced"]
+    assert f"{path}: damaged or changed: the content has the digest" in fault
+    plain = SupervisedDataset(TokenTable(Path("resources/tokens/mix")), dataset.processor)
+    assert torch.equal(plain[row.place]["pixel_values"][0], dataset[row.place]["pixel_values"][0])
 
 
 @pytest.mark.parametrize("pattern", [f"resources/tokens/mix/{SHARD}", f"{BACKBONES}/qwen2-tiny/model.safetensors"])

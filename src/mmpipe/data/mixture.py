@@ -11,13 +11,12 @@ from typing import Any
 from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import write_json
 from mmpipe.data.image_files import EmbeddedImages
-from mmpipe.data.record_table import IMAGES, digest_writer, write_records
+from mmpipe.data.record_table import IMAGES, RECORDS, digest_writer, write_records
 from mmpipe.data.report import Log, Throughput, histogram, keeping, or_raise_max_bad
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.data.verify import EQUAL_IMAGE, Deduplicator, MixtureSource
 from mmpipe.errors import DataError
 
-RECORDS = "records.arrow"
 REPORT = "report.json"
 
 
