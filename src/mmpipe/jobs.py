@@ -53,6 +53,7 @@ def job(main: Callable[[Any, Plan], None]) -> Callable[[Any], None]:
                     if waited and _published(snakemake):
                         log.info("another process made %s meanwhile", snakemake.output[0])
                         return
+                    _check_inputs(snakemake)
                     with locked_gpus(gpus(snakemake)):
                         main(snakemake, Plan(snakemake.config))
             except Exception as error:
@@ -101,6 +102,14 @@ def _require_planned(snakemake: Any) -> None:
     planned = records.read(str(snakemake.output[0]), records.ORDERS).get("settings")
     if planned is not None and planned != {name: str(value) for name, value in snakemake.params.items()}:
         raise ConfigError(_CHANGED.format(snakemake.output[0]))
+
+
+def _check_inputs(snakemake: Any) -> None:
+    """Raises ArtifactError when a file that the job reads is damaged. Files that an artifact has beside its manifest are
+    checked when it is opened, weights while they are loaded."""
+    for path in map(Path, snakemake.input):
+        if path.name != manifest.NAME and path.suffix != ".safetensors":
+            manifest.check(path)
 
 
 def _lock(snakemake: Any) -> Path:

@@ -23,13 +23,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose content was hashed."""
     files: list[str] = []
-    original = hashlib.file_digest
-
-    def noted(file: object, name: str) -> object:
-        files.append(Path(file.name).name)  # type: ignore[attr-defined]
-        return original(file, name)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(hashlib, "file_digest", noted)
+    original = hashes._compute
+    monkeypatch.setattr(hashes, "_compute", lambda path: (files.append(path.name), original(path))[1])
     return files
 
 

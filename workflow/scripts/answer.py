@@ -18,7 +18,7 @@ def main(snakemake: Any, plan: Plan) -> None:
     from mmpipe.analysis.expert_log import merge, pieces
     from mmpipe.artifacts.state import open_state
     from mmpipe.benchmarks.base import get
-    from mmpipe.benchmarks.prepare import read_questions
+    from mmpipe.benchmarks.prepare import check_images, read_questions
     from mmpipe.inference.chunks import answer_chunk, split
     from mmpipe.inference.open_answerer import open_answerer
     from mmpipe.models.moe.hooks import without_first
@@ -30,8 +30,9 @@ def main(snakemake: Any, plan: Plan) -> None:
     protocol = get(entry.task).protocol(entry.protocol)
     checkpoint, prepared = Path(snakemake.input.checkpoint).parent, Path(snakemake.input.benchmark).parent
     index, _, chunks = wildcards.chunk.partition("-of-")
-    parts = split(read_questions(prepared), int(chunks))
+    parts = split(read_questions(prepared, images=False), int(chunks))
     questions, start = parts[int(index)], sum(map(len, parts[: int(index)]))
+    check_images(prepared, questions)
     out = Path(snakemake.output[0])
     state = out.parent.parent / "state" / wildcards.chunk
     inputs = manifest.input_hashes([checkpoint / manifest.NAME, prepared / manifest.NAME])

@@ -18,7 +18,7 @@ def main(snakemake: Any, plan: Plan) -> None:
         unchanged(snakemake, plan.expert_logs.spec())
         log.info("%d choices of experts", merge([Path(path) for path in snakemake.input], out))
     else:
-        questions = read_questions(Path(snakemake.input.questions).parent)
+        questions = read_questions(Path(snakemake.input.questions).parent, images=False)
         log.info("%d answers", gather(questions, [Path(path) for path in snakemake.input.chunks], out))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpipe.benchmarks.prepare import read_questions
+from mmpipe.benchmarks.prepare import check_images, evenly, read_questions
 from mmpipe.inference.open_answerer import open_answerer
 from mmpipe.models.moe.hooks import Place, placed_layers
 
@@ -23,8 +23,9 @@ def expert_outputs(checkpoint: Path, prepared: Path, device: str, questions: int
     found: list[tuple[Place, Tensor]] = []
     for place, layer in placed_layers(answerer.model).items():
         layer.experts.register_forward_pre_hook(_keeps(place, found))
-    every = read_questions(prepared)
-    for question in every[:: max(1, len(every) // questions)][:questions]:
+    chosen = evenly(read_questions(prepared, images=False), questions)
+    check_images(prepared, chosen)
+    for question in chosen:
         # one token is enough: the pass over the prompt is recorded
         for _ in answerer.answer([question], max_new_tokens=1, share_prefix=False):
             yield from found

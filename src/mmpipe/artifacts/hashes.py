@@ -11,15 +11,16 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmpipe.artifacts.files import read_json, write_json
 
 SMALL = 1 << 20
 """Bytes; the digests of smaller files are not worth a file in the cache."""
+_PIECE = 8 << 20
 _MARGIN = 100_000_000
 """Nanoseconds; a file that changed so shortly before may change again without another time stamp."""
 
@@ -44,18 +45,44 @@ def digest(path: Path, *, cache: bool = True) -> str:
     if cache and (found := _remembered(version)):
         return found
     started = time.time_ns()
-    with open(version.path, "rb") as file:
-        value = hashlib.file_digest(file, "sha256").hexdigest()
+    value = _compute(Path(version.path))
     if _version(path) == version and version.changed < started - _MARGIN:
         _remember(version, value)
     return value
 
 
-def digests(paths: Iterable[Path], *, cache: bool = True) -> dict[Path, str]:
-    """The digest of each file, computed in as many threads as there are cores; largest files first."""
-    ordered = sorted(set(paths), key=lambda path: -path.stat().st_size)
+def digests(paths: Iterable[Path], *, cache: bool = True) -> dict[Path, str | None]:
+    """The digest of each file, None where it cannot be read, computed in as many threads as there are cores."""
+
+    def of(path: Path) -> str | None:
+        try:
+            return digest(path, cache=cache)
+        except OSError:
+            return None
+
+    unique = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(ordered, pool.map(lambda path: digest(path, cache=cache), ordered), strict=True))
+        return dict(zip(unique, pool.map(of, unique), strict=True))
+
+
+def known() -> list[list[Any]]:
+    """The digests that this process knows, as JSON, for :func:`learn` of another one."""
+    return [[*version, value] for version, value in list(_known.values())]
+
+
+def learn(entries: Iterable[Sequence[Any]]) -> None:
+    """Remember what another process found; files that changed since are hashed again."""
+    _known.update({version[0]: (Version(*version), value) for *version, value in entries})
+
+
+def _compute(path: Path) -> str:
+    """The sha256 of a file. In large pieces, without Python's lock: weights are loaded meanwhile."""
+    found, buffer = hashlib.sha256(), bytearray(min(_PIECE, path.stat().st_size + 1))
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            found.update(view[:size])
+    return found.hexdigest()
 
 
 def _version(path: Path) -> Version:

@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -18,8 +20,8 @@ from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from mmpipe import __version__
+from mmpipe.artifacts import hashes
 from mmpipe.artifacts.files import canonical_json, leaves_folder, read_json, read_object, sha256, write_json
-from mmpipe.artifacts.hashes import digest
 from mmpipe.errors import ArtifactError, ConfigError
 from mmpipe.settings import validate
 
@@ -38,7 +40,7 @@ def input_hashes(manifests: list[Path]) -> dict[str, str]:
     for path in manifests:
         if not path.is_file():
             raise ArtifactError(f"{path}: the manifest is missing; ask snakemake for it: snakemake {path}")
-    return {path.as_posix(): digest(path) for path in sorted(manifests)}
+    return {path.as_posix(): hashes.digest(path) for path in sorted(manifests)}
 
 
 def read_inputs(directory: Path) -> dict[str, str]:
@@ -140,19 +142,110 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def read(directory: Path) -> dict[str, Any]:
-    """Read a directory's manifest and check that the files it lists are there in full size. Raises ArtifactError naming
-    the first file that is missing or cut."""
+def read(directory: Path, *, hashed: bool = True) -> dict[str, Any]:
+    """Read a directory's manifest and check the files it lists: their sizes and, with ``hashed``, their hashes where it
+    has them. Raises ArtifactError naming the first file that is missing, cut or damaged."""
     path = directory / NAME
     if not path.is_file():
         raise ArtifactError(f"{directory}: no {NAME}; the artifact was never finished: snakemake {path}")
     manifest = load(path)
-    for name, facts in manifest["files"].items():
+    _require(faults(directory, manifest["files"], hashed=hashed))
+    return manifest
+
+
+def faults(
+    directory: Path, files: Mapping[str, Mapping[str, Any]], *, hashed: bool = True, cache: bool = True
+) -> Iterator[str]:
+    """What is wrong with ``files`` of a manifest, a sentence for each that is missing, cut or damaged. Contents are
+    compared with ``hashed``; ``cache=False`` reads them in any case."""
+    remedy = (
+        f"restore the file from a copy, or delete {directory / NAME} and make all again: snakemake {directory / NAME}"
+    )
+    whole = {}
+    for name, facts in files.items():
         file = directory / name
         size = file.stat().st_size if file.is_file() else None
-        if size != facts["size"]:
-            found = "missing" if size is None else f"{size} bytes"
-            raise ArtifactError(
-                f"{file}: {found}, but {path} lists {facts['size']} bytes; delete the manifest to make it again"
-            )
-    return manifest
+        if size == facts["size"]:
+            whole[file] = facts.get("sha256")
+        else:
+            there = "missing" if size is None else f"{size} bytes"
+            yield f"{file}: {there}, but {directory / NAME} lists {facts['size']} bytes; {remedy}"
+    listed = {file: digest for file, digest in whole.items() if digest is not None and hashed}
+    differing = [file for file, digest in hashes.digests(listed, cache=cache).items() if digest != listed[file]]
+    for file, found in hashes.digests(differing, cache=False).items():  # a damaged cache must not condemn a file
+        if found != listed[file]:
+            what = f"the content has the sha256 {found}" if found else "cannot be read"
+            yield f"{file}: damaged or changed: {what}, but {directory / NAME} lists {listed[file]}; {remedy}"
+
+
+def check(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Check the hash of a file, or of the files below a directory, against the manifest of the artifact that they are
+    part of; ``wanted`` selects by their names in it. Files of no artifact are not checked. Raises ArtifactError naming
+    file, expected and found hash."""
+    directory, files = _listed(path, wanted)
+    _require(faults(directory, files))
+
+
+def check_all(directory: Path) -> None:
+    """:func:`check` of an artifact and of those that are read with it: the base of a projector, joined data sets."""
+    check(directory)
+    for other in _read_with(directory):
+        check_all(other)
+
+
+@contextmanager
+def checking(path: Path) -> Iterator[None]:
+    """:func:`check` in the background while the files are read: large ones are hashed meanwhile, and the error is raised
+    at the end, or in place of the one that reading damaged files raised."""
+    directory, files = _listed(path)
+    large = {name: facts for name, facts in files.items() if facts["size"] >= hashes.SMALL}
+    _require(faults(directory, {name: facts for name, facts in files.items() if name not in large}))
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(lambda: _require(faults(directory, large)))
+        try:
+            yield
+        except Exception:
+            checked.result()
+            raise
+        checked.result()
+
+
+def artifact_of(path: Path) -> Path | None:
+    """The artifact that a file or a directory is part of: the nearest directory with a manifest that lists it."""
+    return next((folder for folder in (path, *path.parents) if _files(folder, path)), None)
+
+
+def _listed(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Path, dict[str, Mapping[str, Any]]]:
+    directory = artifact_of(path)
+    if directory is None:
+        return path, {}
+    return directory, {name: facts for name, facts in _files(directory, path).items() if wanted(name)}
+
+
+def _files(directory: Path, path: Path) -> dict[str, Mapping[str, Any]]:
+    """The files at or below ``path`` that the manifest of ``directory`` lists; none without one."""
+    if not (directory / NAME).is_file():
+        return {}
+    try:
+        files = load(directory / NAME)["files"]
+    except ArtifactError:
+        if directory == path:
+            raise
+        return {}
+    below = path.relative_to(directory).as_posix()
+    return {name: facts for name, facts in files.items() if below in (".", name) or name.startswith(f"{below}/")}
+
+
+def _read_with(directory: Path) -> list[Path]:
+    if not (directory / NAME).is_file():
+        return []
+    card = load(directory / NAME)
+    facts = card.get("checkpoint", {}) if card["kind"] == "projector" else {}
+    joined = [Path(path).parent for path in card["inputs"]] if card["kind"] == "source" else []
+    base = [facts["base"]] if "base" in facts else []
+    return [*map(Path, [*base, *facts.get("backbones", {}).values()]), *joined]
+
+
+def _require(found: Iterator[str]) -> None:
+    if (fault := next(found, None)) is not None:
+        raise ArtifactError(fault)

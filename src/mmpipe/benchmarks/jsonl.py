@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import not_text, write_text
 from mmpipe.errors import DataError
 
@@ -44,10 +45,11 @@ def read_document(path: Path) -> Document:
     """Parse one file by its content: JSON, JSON lines, a table (``.tsv``, ``.csv``, ``.parquet``, a folder of parquet
     files). JSON lines become a list, tables a list of records.
 
-    Raises DataError when the file is missing or is none of these.
+    Raises DataError when the file is missing or is none of these, ArtifactError when it is part of an artifact and damaged.
     """
     if not path.exists():
         raise DataError(f"{path}: there is no such file")
+    manifest.check(path)
     return Document(path.as_posix(), _content(path))
 
 

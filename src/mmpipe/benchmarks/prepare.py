@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import read_jsonl, store_by_content, write_jsonl
 from mmpipe.benchmarks.base import Benchmark, Question, get
 from mmpipe.benchmarks.jsonl import JsonDict
@@ -29,9 +30,11 @@ def prepare(entry: BenchmarkEntry, source: Path, out: Path) -> dict[str, Any]:
     """Write the questions, references and images of ``entry`` from the official files below ``source`` into ``out``.
 
     Equal images are stored once, named by their content, and decoded to their end. Returns counts for the manifest,
-    which the caller writes. Raises DataError for files that are missing, damaged or not in the official form,
+    which the caller writes. Raises ArtifactError for files that are not what was fetched, DataError for those that are
+    missing, damaged or not in the official form,
     ConfigError for an unknown benchmark, protocol or file role.
     """
+    manifest.check_all(source)
     benchmark = get(entry.task)
     protocol = benchmark.protocol(entry.protocol)
     files = benchmark.source(source, entry.files)
@@ -92,9 +95,11 @@ def _in_order(
     return asked
 
 
-def read_questions(directory: Path) -> list[Question]:
-    """The questions of a prepared benchmark, images as paths."""
-    return [
+def read_questions(directory: Path, *, images: bool = True) -> list[Question]:
+    """The questions of a prepared benchmark, images as paths. Raises ArtifactError when the file or, with ``images``,
+    one of their images is damaged."""
+    manifest.check(directory / QUESTIONS)
+    questions = [
         Question(
             id=record["question_id"],
             text=record["text"],
@@ -105,6 +110,15 @@ def read_questions(directory: Path) -> list[Question]:
         )
         for record in read_jsonl(directory / QUESTIONS)
     ]
+    if images:
+        check_images(directory, questions)
+    return questions
+
+
+def check_images(directory: Path, questions: Iterable[Question]) -> None:
+    """Raise ArtifactError when an image of some questions of a prepared benchmark is damaged."""
+    shown = {path.relative_to(directory).as_posix() for q in questions for path in q.images if isinstance(path, Path)}
+    manifest.check(directory, shown.__contains__)
 
 
 def evenly(things: Sequence[T], count: int) -> list[T]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ from mmpipe.settings import validate
 
 log = logging.getLogger(__name__)
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
+
 
 def build_model(
     backbones: Mapping[str, Path],
@@ -64,14 +67,18 @@ def build_model(
     ``backbones`` gives checkpoint directories by role, ``layouts`` how they name their tensors. ``vision`` and
     ``language`` are joined with a fresh projector, drawn from ``seed`` with PyTorch's default for linear layers, as
     LLaVA does. A whole model of others, ``checkpoint``, is imported, on the other backbones where it refers to them;
-    its tensors keep the precision of the files. Raises ArtifactError when files are missing, left over, or do not fit.
+    its tensors keep the precision of the files. Raises ArtifactError when files are missing, damaged, left over, or do
+    not fit.
     """
     parts = _parts(backbones, layouts)
-    if "checkpoint" in parts:
-        model, tokenizer, images = _import_checkpoint(parts, image_aspect, seed)
-    else:
-        model, tokenizer, images = _join_backbones(parts, settings, seed)
-    processor = make_processor(tokenizer, images, model.config, template=template, image_aspect=image_aspect)
+    with ExitStack() as checks:
+        for directory in backbones.values():
+            checks.enter_context(manifest.checking(directory))
+        if "checkpoint" in parts:
+            model, tokenizer, images = _import_checkpoint(parts, image_aspect, seed)
+        else:
+            model, tokenizer, images = _join_backbones(parts, settings, seed)
+        processor = make_processor(tokenizer, images, model.config, template=template, image_aspect=image_aspect)
     model.generation_config = greedy_generation(model.generation_config, tokenizer, template)
     return model, processor
 
@@ -122,8 +129,11 @@ def load_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, int]:
     """The tokenizer of a model, and its number of tokens per image; weights are not read.
 
-    ``directories`` gives a published ``checkpoint``, or the ``vision`` and ``language`` backbones it is built from.
+    ``directories`` gives a published ``checkpoint``, or the ``vision`` and ``language`` backbones it is built from. Raises
+    ArtifactError when their files, weights aside, are damaged.
     """
+    for directory in directories.values():
+        manifest.check(directory, lambda name: not name.endswith(_WEIGHTS))
     if "checkpoint" in directories:
         directory = directories["checkpoint"]
         tokenizer = load_pretrained(AutoTokenizer, directory)
@@ -150,16 +160,22 @@ def open_checkpoint(
     """Open a published checkpoint of either kind: ``(model, processor, manifest)``.
 
     A projector alone is joined with the checkpoint or the backbones its manifest names. ``placement`` are arguments of
-    ``load_pretrained`` for other devices or precisions (``device_map``, ``quantization_config``). Raises ArtifactError
-    when files are missing or do not fit.
+    ``load_pretrained`` for other devices or precisions (``device_map``, ``quantization_config``). Files are hashed while
+    they are loaded. Raises ArtifactError when files are missing, damaged, or do not fit.
     """
-    card = manifest.read(directory)
+    card = manifest.read(directory, hashed=False)
     if card["kind"] == "projector" and "checkpoint" not in card:
         raise ArtifactError(f"{directory / manifest.NAME}: does not name what the projector was trained on")
-    if card["kind"] != "projector":
-        model, processor = load_checkpoint(directory, dtype, **placement)
-        _check_tokenizer(directory, model, processor.tokenizer)
-        return model, processor, card
+    with manifest.checking(directory):
+        if card["kind"] != "projector":
+            model, processor = load_checkpoint(directory, dtype, **placement)
+            _check_tokenizer(directory, model, processor.tokenizer)
+            return model, processor, card
+        return *_open_projector(directory, card, dtype, **placement), card
+
+
+def _open_projector(directory: Path, card: Mapping[str, Any], dtype: torch.dtype, **placement: Any) -> tuple[Any, Any]:
+    """The base of a projector with it, and the processor."""
     if "quantization_config" in placement:
         raise ArtifactError(
             f"{directory}: holds a projector alone, which is put on backbones in full precision; load it without "
@@ -180,8 +196,8 @@ def open_checkpoint(
             **how,
         )
     projector.load(model, directory / projector.FILE)
-    model = model.to(dtype=dtype)  # type: ignore[call-arg]
-    return _placed(model, placement.get("device_map")), processor, card
+    model = model.to(dtype=dtype)
+    return _placed(model, placement.get("device_map")), processor
 
 
 def _placed(model: Any, device_map: Any) -> Any:

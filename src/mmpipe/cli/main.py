@@ -106,6 +106,19 @@ def why(
 
 
 @app.command()
+def verify(
+    artifacts: Annotated[
+        list[Path] | None, typer.Argument(help="Artifacts or folders of some; default: results and resources.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Read files again that were hashed before.")] = False,
+) -> None:
+    """Check every file of artifacts against the hash in its manifest. Exit status 1 when one is damaged."""
+    from mmpipe.cli.verify import print_verified
+
+    raise typer.Exit(not print_verified(artifacts or [], cache=not no_cache))
+
+
+@app.command()
 def data(
     names: Annotated[
         list[str] | None,

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from mmpipe.data.images import open_image
+from mmpipe.data.images import decode_image, open_image
 from mmpipe.data.labels import IGNORE, Encoded
+from mmpipe.data.record_table import ImageDigests
 from mmpipe.data.tokens import TokenTable
 from mmpipe.errors import DataError
 
@@ -68,9 +69,11 @@ def as_tensors(encoded: Encoded) -> TokenTensors:
     return TokenTensors(input_ids=torch.tensor(encoded.input_ids), labels=torch.tensor(encoded.labels))
 
 
-def pixels(paths: Sequence[str], processor: LlavaImageProcessorPil) -> list[torch.Tensor]:
-    """Each image as [3, H, W] float32. Raises DataError if one cannot be opened."""
-    images = [open_image(Path(path)).image for path in paths]
+def pixels(
+    paths: Sequence[str], processor: LlavaImageProcessorPil, digests: ImageDigests | None = None
+) -> list[torch.Tensor]:
+    """Each image as [3, H, W] float32. Raises DataError if one cannot be opened or is not the one in ``digests``."""
+    images = [decode_image(digests.read(path), path) if digests else open_image(Path(path)).image for path in paths]
     return list(processor(images, return_tensors="pt")["pixel_values"]) if images else []
 
 
@@ -84,6 +87,7 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
     def __init__(self, tokens: TokenTable, processor: LlavaImageProcessorPil) -> None:
         self.tokens = tokens
         self.processor = processor
+        self.digests = tokens.image_digests()
         if tokens.preferences != self.preferences:
             raise DataError(
                 f"{tokens.directory} holds {_KINDS[tokens.preferences]}, but the stage trains on "
@@ -112,7 +116,7 @@ class RecordDataset(Dataset[S], Generic[S], ABC):
         for step in range(min(len(self), MAX_REPLACEMENTS)):
             row = self.tokens[(place + step) % len(self)]
             try:
-                images = pixels(row.images, self.processor)
+                images = pixels(row.images, self.processor, self.digests)
             except DataError as error:
                 faults.append(f"{row.id}: {error}")
                 log.warning("replaced by the next record: %s", faults[-1])

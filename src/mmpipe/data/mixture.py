@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mmpipe.artifacts import manifest
 from mmpipe.artifacts.files import write_json
 from mmpipe.data.image_files import EmbeddedImages
-from mmpipe.data.record_table import IMAGES, digest_writer, write_records
+from mmpipe.data.record_table import IMAGES, RECORDS, digest_writer, write_records
 from mmpipe.data.report import Log, Throughput, histogram, keeping, or_raise_max_bad
 from mmpipe.data.spec import MixtureSpec
 from mmpipe.data.verify import EQUAL_IMAGE, Deduplicator, MixtureSource
 from mmpipe.errors import DataError
 
-RECORDS = "records.arrow"
 REPORT = "report.json"
 
 
@@ -37,10 +37,12 @@ def build_mixture(
     a line of ``log``. Images that annotations contain are written to ``out/images``; ``published`` is where ``out``
     will be, if not there.
 
-    Raises DataError when a file or folder cannot be read, when an image's name leads out of its folder, or
-    when more than ``spec.max_bad`` of the records of a source are bad; the message lists the reasons, and the report is
-    written to ``failed_report`` then.
+    Raises ArtifactError when a data set is damaged, DataError when a file or folder cannot be read, when an
+    image's name leads out of its folder, or when more than ``spec.max_bad`` of the records of a source are bad; the
+    message lists the reasons, and the report is written to ``failed_report`` then.
     """
+    for directory in datasets.values():
+        manifest.check_all(directory)
     out.mkdir(parents=True, exist_ok=True)
     throughput = Throughput()
     embedded = EmbeddedImages(out / "images", (published or out) / "images")

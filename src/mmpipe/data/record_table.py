@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
+from mmpipe.artifacts import manifest
+from mmpipe.data.images import content_digest
 from mmpipe.data.records import AnyRecord, PreferenceRecord, Record, Turn
-from mmpipe.errors import ArtifactError
+from mmpipe.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     import datasets
@@ -22,6 +26,7 @@ SCHEMA = pa.schema(
 )
 _ROWS_PER_BATCH = 1024
 
+RECORDS = "records.arrow"
 IMAGES = "images.arrow"
 _FORMER_IMAGES = "pictures.arrow"
 _DIGESTS = pa.schema({"name": _TEXT, "digest": pa.binary(16)})
@@ -78,12 +83,15 @@ def _row(record: AnyRecord) -> dict[str, Any]:
 
 
 class RecordTable:
-    """The records of a file, memory mapped: fast to open, shared by all workers."""
+    """The records of a file, memory mapped: fast to open, shared by all workers. Raises ArtifactError when it is damaged;
+    its hash is not compared when it is ``checked`` already."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, checked: bool = False) -> None:
         import datasets
 
         self.path = path
+        if not checked:
+            manifest.check(path)
         try:
             self._table: datasets.Dataset = datasets.Dataset.from_file(str(path))
         except (OSError, pa.ArrowInvalid) as error:
@@ -116,6 +124,41 @@ def read_digests(mixture: Path) -> Iterator[tuple[str, bytes]]:
     path = mixture / IMAGES
     if not path.exists():
         path = mixture / _FORMER_IMAGES
+    manifest.check(path)
     with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
         for batch in stream:
             yield from zip(batch.column("name").to_pylist(), batch.column("digest").to_pylist(), strict=True)
+
+
+class ImageDigests:
+    """The digests of a mixture's images, to check each when it is read: 24 bytes an image, in arrays that the workers of a
+    data loader share."""
+
+    def __init__(self, mixture: Path) -> None:
+        self.mixture = mixture
+        pairs = [(_number(name), digest) for name, digest in read_digests(mixture)]
+        numbers = np.array([number for number, _ in pairs], dtype=np.uint64)
+        order = np.argsort(numbers)
+        self._numbers = numbers[order]
+        self._digests = np.array([digest for _, digest in pairs], dtype="V16")[order]
+
+    def read(self, name: str) -> bytes:
+        """The content of an image. Raises DataError when it cannot be read, or is another one than was verified."""
+        try:
+            content = Path(name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name}: the image cannot be read ({error.strerror})") from error
+        at = int(np.searchsorted(self._numbers, np.uint64(_number(name))))
+        if at < len(self._numbers) and self._numbers[at] == _number(name):
+            expected, found = self._digests[at].tobytes(), content_digest(content)
+            if found != expected:
+                raise DataError(
+                    f"{name}: damaged or changed: the content has the digest {found.hex()}, but {self.mixture / IMAGES} "
+                    f"lists {expected.hex()}; restore the file from a copy, or fetch the data set again"
+                )
+        return content
+
+
+def _number(name: str) -> int:
+    """64 bits that stand for a name."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())

@@ -13,6 +13,7 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from mmpipe.artifacts.files import canonical_json, read_report, write_json
+from mmpipe.artifacts import manifest
+from mmpipe.artifacts.files import canonical_json, read_report, sha256, write_json
 from mmpipe.data.control_tokens import ControlTokens
 from mmpipe.data.labels import IGNORE, Encoded, encode
-from mmpipe.data.record_table import ArrowWriter, RecordTable
+from mmpipe.data.record_table import RECORDS, ArrowWriter, ImageDigests, RecordTable
 from mmpipe.data.records import AnyRecord, BadRecord, PreferenceRecord, Record, check_marks, length_in_words
 from mmpipe.data.report import Log, ReasonCounts, Throughput, histogram, keeping, or_raise_max_bad, up_to
 from mmpipe.data.templates import Template
@@ -230,7 +232,7 @@ def _encoded(jobs: Sequence[_Job], workers: int) -> Iterator[_Counts]:
 def _shard(job: _Job) -> _Counts:
     """Encode the records of some indices into one file."""
     records, encoder, places, file = job
-    table, counts = RecordTable(records), _Counts()
+    table, counts = RecordTable(records, checked=True), _Counts()
     with ArrowWriter(file, SCHEMA, _ROWS_PER_BATCH) as writer:
         for place in places:
             if row := _row(place, table[place], encoder, counts):
@@ -314,6 +316,7 @@ class TokenTable:
         import datasets
 
         self.directory = directory
+        manifest.check(directory)
         try:
             self.report: Mapping[str, Any] = read_report(directory / REPORT)
             shards = [datasets.Dataset.from_file(str(path)) for path in sorted((directory / SHARDS).glob("*.arrow"))]
@@ -325,6 +328,15 @@ class TokenTable:
                 f"{directory}: {len(self._table)} records, but its {REPORT} counts {self.report['kept']}; "
                 "delete the directory to make it again"
             )
+
+    def image_digests(self) -> ImageDigests | None:
+        """The digests of the mixture's images; None when the mixture that the tokens were made from is not there."""
+        for path, digest in manifest.read_inputs(self.directory).items():
+            mixture = Path(path).parent
+            if (mixture / RECORDS).is_file() and sha256(Path(path)) == digest:
+                with suppress(FileNotFoundError):
+                    return ImageDigests(mixture)
+        return None
 
     def with_images(self) -> TokenTable:
         """Only the records with images. Raises DataError when there is none."""

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from mmpipe import slurm
+from mmpipe.artifacts import hashes, manifest
 from mmpipe.artifacts.files import read_object, write_json
 from mmpipe.errors import MmpipeError
 from mmpipe.stages.base import StageJob, TrainStage
@@ -58,6 +59,8 @@ def run_processes(stage: TrainStage, job: StageJob, processes: int) -> None:
 
     The first process that fails ends all others at once. A request to stop is passed on.
     """
+    for path in job.manifests:  # once, not in every process
+        manifest.check_all(path.parent)
     description = job.state_dir / "job.json"
     write_description(description, stage, job, processes)
     (job.state_dir / FAILURE).unlink(missing_ok=True)
@@ -163,5 +166,6 @@ def write_description(path: Path, stage: TrainStage, job: StageJob, processes: i
             "settings": stage.model_dump(mode="json"),
             "job": TypeAdapter(StageJob).dump_python(job, mode="json"),
             "processes": processes,
+            "hashes": hashes.known(),
         },
     )

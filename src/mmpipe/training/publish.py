@@ -39,7 +39,7 @@ def publish_trained(stage: TrainStage, job: StageJob, model: Any, processor: Any
     if replaced:
         log.warning("%d times a record could not be read and another took its place", replaced)
     if stage.PUBLISHES == "projector" and job.parent is not None:
-        base = projector_base(job.parent, manifest.read(job.parent))
+        base = projector_base(job.parent, manifest.read(job.parent, hashed=False))
     else:
         base = {"backbones": {role: path.as_posix() for role, path in job.backbones.items()}}
     publish(

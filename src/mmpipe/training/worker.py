@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from mmpipe.artifacts import hashes
 from mmpipe.artifacts.files import read_json
 from mmpipe.errors import MmpipeError, explained
 from mmpipe.escapes import LogFormatter
@@ -27,6 +28,7 @@ def read_description(path: Path) -> tuple[TrainStage, StageJob]:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != content["processes"]:
         raise MmpipeError(f"{content['processes']} processes were asked for, but WORLD_SIZE is {started}")
+    hashes.learn(content["hashes"])
     stage = stage_kinds()[content["kind"]].model_validate(content["settings"])
     assert isinstance(stage, TrainStage)
     return stage, TypeAdapter(StageJob).validate_python(content["job"])
