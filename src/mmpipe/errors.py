@@ -57,10 +57,12 @@ def few(names: Sequence[str], shown: int = 3) -> str:
 
 
 def explained(error: BaseException) -> str:
-    """The error in one line, with advice when the disk is full or a data-loading process was killed."""
+    """The error in one line, with advice when the disk is full or cannot be written, or a data-loading process was killed."""
     text = f"{type(error).__name__}: {error}"
     if is_full_disk(error):
         text += "; the disk is full: free some space and run the same command again, nothing is lost"
+    elif isinstance(error, OSError) and error.errno in _REMEDIES:
+        text += f"; {_REMEDIES[error.errno]}, and run the same command again, nothing is lost"
     elif "DataLoader worker" in text and ("Killed" in text or "exited unexpectedly" in text):
         text += (
             "; a data-loading process was killed, most likely because the machine ran out of memory: raise "
@@ -79,6 +81,14 @@ def is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
+_REMEDIES = {
+    errno.EROFS: "the file system is read-only: mount it for writing, or let the folder be a link to another one",
+    errno.EACCES: "give this user the permission to use the file and its folder (ls -l)",
+    errno.EPERM: "give this user the permission to use the file and its folder (ls -l)",
+    errno.ESTALE: "the file server has lost the file (a stale NFS handle): wait until the mount works",
+    errno.EIO: "the disk or the file server failed: see to it (dmesg)",
+}
+"""What to do about an error of a file, besides a full disk."""
 _FULL_DISK = (
     *("No space left on device", "Disk quota exceeded"),
     *("PytorchStreamWriter failed writing file", "iostream error", ". unexpected pos "),

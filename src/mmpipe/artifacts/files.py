@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import hashlib
 import io
@@ -11,7 +12,7 @@ import os
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -32,11 +33,23 @@ def canonical_json(value: Any) -> str:
 
 def sync(path: Path) -> None:
     """Flush a file, or a directory's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    with _named(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of writing name the file: those of a full disk come from a descriptor, without its name."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def apply_umask(path: Path) -> None:
@@ -57,12 +70,24 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            with _named(path):
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the error of writing is the one to show
+            temporary.unlink(missing_ok=True)
+
+
+def move(origin: Path, target: Path) -> None:
+    """Give a file its final name atomically, on another file system too, where it has to be copied."""
+    try:
+        os.replace(origin, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy_file(origin, target)
 
 
 def copy_file(origin: Path, target: Path) -> None:
@@ -267,7 +292,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
                     old.unlink()
         for name in sorted(files, key=lambda name: name == Path("manifest.json")):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(stage / name, target / name)
+            move(stage / name, target / name)
         sync(target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
