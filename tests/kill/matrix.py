@@ -38,6 +38,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 
 from scenarios import SCENARIOS, Scenario, make_everything  # noqa: E402 - its folder is known only now
 
+
 @dataclass(frozen=True)
 class Point:
     """When to kill: before the ``index``-th file operation, in the ``index``-th safetensors file, after ``seconds``, or when

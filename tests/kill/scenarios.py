@@ -87,7 +87,9 @@ def train(folder: Path, name: str = "run", stage: Any = None, **changes: Any) ->
     drop_progress(made.model_dir)
 
 
-def step(script: str, plan: Any, output: Any, rule: str = "", wildcards: dict[str, str] | None = None, **inputs: Any) -> None:
+def step(
+    script: str, plan: Any, output: Any, rule: str = "", wildcards: dict[str, str] | None = None, **inputs: Any
+) -> None:
     """One of the workflow's steps, without the log that its wrapper opens; ``output`` is a list or has names."""
     from importlib import import_module
 
@@ -293,6 +295,7 @@ def download(folder: Path) -> None:
     from mmpipe.artifacts import manifest
     from mmpipe.sources.url import Url
 
+    os.environ.pop("HF_HUB_OFFLINE", None)  # of this process alone
     address = f"http://127.0.0.1:{PORT.read_text()}"
     files = [{"url": f"{address}/{name}", "to": name} for name in ("data.bin", "images.zip")]
     source = Url.model_validate({"files": files, "unpack": {"images.zip": "images"}})

@@ -1,4 +1,4 @@
-"""Whatever moment a training or an evaluation is killed at, the same command ends with the same bytes."""
+"""Whatever moment a job is killed at, the same command ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,31 @@ from pathlib import Path
 import pytest
 
 MATRIX = Path(__file__).with_name("matrix.py")
+SEVERAL = ("ddp", "zero")
+"""Scenarios of several processes: each start takes long, so they have few kills, in perf/kill_matrix.py."""
+KILLS = 20
+
+
+def seed() -> str:
+    """The commit, so that every one tries other moments; a fixed seed without git."""
+    if given := os.environ.get("KILL_SEED"):
+        return given
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=MATRIX.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "0"
 
 
 @pytest.mark.slow
 def test_killed_anywhere_the_same_command_gives_the_same_bytes():
-    """One kill at each kind of moment and a torn file, two before each run to the end."""
-    command = [sys.executable, str(MATRIX), "--kills", "7", "--seed", os.environ.get("KILL_SEED", "0")]
+    sys.path.insert(0, str(MATRIX.parent))
+    from scenarios import SCENARIOS
+
+    chosen = ",".join(name for name in SCENARIOS if name not in SEVERAL)
+    command = [sys.executable, str(MATRIX), "--kills", str(KILLS), "--seed", seed(), "--scenarios", chosen]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["kills"] >= 6, result
+    # a moment of the clock may come too late
+    assert result["kills"] >= KILLS * 0.7, result
     for case in result["cases"]:
         found = {what: case[what] for what in ("half_written", "different", "left_over", "failed")}
         assert not any(found.values()), case
