@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +31,15 @@ def figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> It
         "legend.frameon": False,
         "axes.titlelocation": "left",
     }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with mpl.rc_context(look):
         canvas, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         try:
             yield axes
             path.parent.mkdir(parents=True, exist_ok=True)
-            canvas.savefig(path, format="svg", metadata={"Date": None})
+            # the name only when it is whole; this module is below artifacts.files
+            canvas.savefig(temporary, format="svg", metadata={"Date": None})
+            os.replace(temporary, path)
         finally:
             plt.close(canvas)
+            temporary.unlink(missing_ok=True)

@@ -5,7 +5,8 @@
 One process imports everything and forks a child for each run, so that a run costs its work and not its imports. The child
 is killed with SIGKILL: at one of its file operations (Python's audit events tell them: open, rename, remove, mkdir, ...),
 in the middle of writing a safetensors file, or at a moment of the clock. Where a job starts processes, all of them are
-killed, the launcher alone or one worker, at a moment of the clock or as soon as a checkpoint appears. Meanwhile and afterwards, whatever lies under a
+killed, the launcher alone or one worker, at a moment of the clock or as soon as a checkpoint appears.
+Meanwhile and afterwards, whatever lies under a
 declared name must have the bytes of the undisturbed run. Then the same command runs to the end: same bytes again.
 """
 
