@@ -206,7 +206,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
     draw(1)
     first = path.read_bytes()
     draws = []
-    for _ in every_failure(tmp_path, lambda: draw(2), errno.ENOSPC):
+    for _ in every_failure(tmp_path, lambda: draw(2), errno.ENOSPC, prepare=lambda: draw(1)):
         draws.append(path.read_bytes() == first)
     assert draws
     assert all(draws)
