@@ -119,7 +119,7 @@ def run_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Any) -> str:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.chdir(REPOSITORY)
     config = yaml.safe_load((REPOSITORY / "config/config.yaml").read_text())
-    made = {"log": [str(tmp_path / "job.log")], "output": [str(tmp_path / "made")], "params": {}}
+    made = {"input": [], "log": [str(tmp_path / "job.log")], "output": [str(tmp_path / "made")], "params": {}}
     snakemake = SimpleNamespace(**made, threads=1, config=config, resources={})
     with contextlib.suppress(SystemExit, ValueError):
         jobs.job(work)(snakemake)

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 def snakemake(tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     config = yaml.safe_load((REPOSITORY / "config/config.yaml").read_text())
-    made = {"log": [str(tmp_path / "logs/job.log")], "output": [str(tmp_path / "made")], "params": {}}
+    made = {"log": [str(tmp_path / "logs/job.log")], "input": [], "output": [str(tmp_path / "made")], "params": {}}
     return SimpleNamespace(**made, threads=1, config=config, resources={})
 
 

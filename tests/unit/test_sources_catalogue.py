@@ -275,6 +275,7 @@ def run(script: Any, spec: Any, output: dict[str, str], **wildcards: str) -> Non
             log=[f"logs/{'-'.join(wildcards.values())}.log"],
             threads=1,
             resources={},
+            input=[],
         )
     )
 

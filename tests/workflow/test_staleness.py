@@ -254,7 +254,13 @@ def test_a_job_planned_with_other_settings_does_not_start(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     output = "results/demo/eval/pope/answers.jsonl"
     made = SimpleNamespace(
-        output=[output], params={"reads": "new"}, log=[str(tmp_path / "log")], resources={}, threads=1, config={}
+        input=[],
+        output=[output],
+        params={"reads": "new"},
+        log=[str(tmp_path / "log")],
+        resources={},
+        threads=1,
+        config={},
     )
     step = job(lambda snakemake, plan: pytest.fail("it ran"))
     records.write(output, {"settings": {"reads": "old"}}, records.ORDERS)
