@@ -67,15 +67,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ChatM
 class Running:
     """A server of ours in a thread."""
 
-    def __init__(self, models: dict[str, ChatModel]) -> None:
+    def __init__(self, models: dict[str, ChatModel], **bounds: Any) -> None:
         import uvicorn
 
-        from mmpipe.chat.server import HOST, build
+        from mmpipe.chat.server import HOST, build, configure
 
-        app = build(models, SamplingOptions(temperature=0, max_tokens=12))
-        self._server = uvicorn.Server(
-            uvicorn.Config(app, host=HOST, port=0, log_level="warning", timeout_graceful_shutdown=1)
-        )
+        app = build(models, SamplingOptions(temperature=0, max_tokens=12), **bounds)
+        self._server = uvicorn.Server(configure(app, host=HOST, port=0))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -20,19 +21,24 @@ from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
 from mmpipe.chat import images
 from mmpipe.chat.messages import Completion, Message
-from mmpipe.chat.options import SamplingOptions
-from mmpipe.chat.queue import AnswerStream, QueueFull
+from mmpipe.chat.options import MAX_STOP, MAX_TOKENS, SamplingOptions
+from mmpipe.chat.protocol import RequestError, error_object
+from mmpipe.chat.queue import AnswerStream
 from mmpipe.errors import MmpipeError, did_you_mean
 from mmpipe.settings import findings
 from mmpipe.sources.transfer.public_url import Limits
 
 if TYPE_CHECKING:
-    from PIL import Image
-
+    from mmpipe.chat.guard import Budget
     from mmpipe.chat.model import ChatModel
 
-MAX_BODY = 64 << 20  # bytes of a request
 MAX_IMAGES = 16  # of a request
+MAX_MESSAGES = 1024  # and parts of them, of a request
+MAX_DOWNLOADS = 32 << 20  # bytes of all images of a request that are downloaded
+_DOWNLOAD_SECONDS = 30.0
+_MAX_VALUES = 20_000  # of the JSON of a request: each takes much more memory than its characters
+# A string, or the rest where it does not end: no part is read twice.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _FINISH = {"stop": "stop", "length": "length", "stopped": "stop"}
 # Parameters without effect on the answer, and values of others that do not change it.
 _WITHOUT_EFFECT = {"user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key"}
@@ -45,12 +51,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _RequestError(MmpipeError):
-    """A request that cannot be answered."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+_Stop = Annotated[str, Field(max_length=MAX_STOP)]
 
 
 class _ImageUrl(BaseModel):
@@ -76,7 +77,7 @@ class _TextPart(BaseModel):
 
 class _RequestMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[_ImagePart | _TextPart, Field(discriminator="type")]] = []
+    content: list[Annotated[_ImagePart | _TextPart, Field(discriminator="type")]] = Field([], max_length=MAX_MESSAGES)
 
     @field_validator("content", mode="before")
     @classmethod
@@ -86,13 +87,13 @@ class _RequestMessage(BaseModel):
 
 class _ChatRequest(BaseModel, extra="allow"):
     model: str
-    messages: list[_RequestMessage] = Field(min_length=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
-    seed: int | None = None
+    messages: list[_RequestMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stream: bool | None = False
     stream_options: dict[str, bool] | None = None
 
@@ -105,10 +106,13 @@ class _ChatRequest(BaseModel, extra="allow"):
         return replace(default, **given)
 
 
-def router(models: Mapping[str, ChatModel], default: SamplingOptions, limits: Limits | None = None) -> APIRouter:
-    """The routes below ``/v1``; ``default`` is used where a request sets nothing, ``limits`` hold for images.
+def router(
+    models: Mapping[str, ChatModel], default: SamplingOptions, budget: Budget, limits: Limits | None = None
+) -> APIRouter:
+    """The routes below ``/v1``; ``default`` is used where a request sets nothing, ``limits`` hold for images,
+    ``budget`` for the memory of downloads.
 
-    They raise MmpipeError; the application answers it with :func:`error_response`.
+    They raise MmpipeError; the application answers it with ``protocol.handle_error``.
     """
     routes, bounds = APIRouter(prefix="/v1"), limits or Limits()
 
@@ -123,26 +127,24 @@ def router(models: Mapping[str, ChatModel], default: SamplingOptions, limits: Li
 
     @routes.post("/chat/completions")
     async def complete(request: Request) -> Response:
-        asked = _parse(await _body(request))
-        model = _model(models, asked.model)
-        messages = await run_in_threadpool(_messages, asked, bounds)
-        return await _respond(request, asked, model.answer(messages, asked.sampling(default)))
+        asked = await run_in_threadpool(_parse, await _body(request))
+        model, sampling = _model(models, asked.model), asked.sampling(default)
+        urls = [part.image_url.url[:8] for m in asked.messages for part in m.content if isinstance(part, _ImagePart)]
+        if len(urls) > MAX_IMAGES:
+            raise RequestError(400, f"{len(urls)} images, at most {MAX_IMAGES} are taken", param="messages")
+        place = model.queue.take_place()
+        try:
+            with budget.take(MAX_DOWNLOADS if any(map(images.is_address, urls)) else 0):
+                messages = await run_in_threadpool(_messages, asked, bounds)
+            asked.messages.clear()  # the encoded images with them
+            answer = model.answer(messages, sampling, place)
+            del messages
+        except BaseException:
+            model.queue.leave(place)
+            raise
+        return await _respond(request, asked, answer)
 
     return routes
-
-
-async def error_response(_: Request, error: Exception) -> Response:
-    """An error as OpenAI's servers report it."""
-    body, status = _error(error)
-    return JSONResponse(body, status)
-
-
-def _error(error: Exception) -> tuple[dict[str, Any], int]:
-    """OpenAI's error object, and the HTTP status."""
-    refused = error if isinstance(error, _RequestError) else _RequestError(400, str(error))
-    status = 429 if isinstance(error, QueueFull) else refused.status
-    kind = "rate_limit_error" if status == 429 else "invalid_request_error"
-    return {"error": {"message": str(error), "type": kind, "param": refused.param, "code": refused.code}}, status
 
 
 def _card(name: str) -> dict[str, Any]:
@@ -152,36 +154,40 @@ def _card(name: str) -> dict[str, Any]:
 def _model(models: Mapping[str, ChatModel], name: str) -> ChatModel:
     if name not in models:
         message = f"there is no model '{name}'{did_you_mean(name, models)}"
-        raise _RequestError(404, message, param="model", code="model_not_found")
+        raise RequestError(404, message, param="model", code="model_not_found")
     return models[name]
 
 
 async def _body(request: Request) -> bytes:
     # A page of another site can post text without asking first (CORS), but not JSON.
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise _RequestError(415, "the content type must be application/json")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise _RequestError(413, f"the request is larger than {MAX_BODY} bytes")
-    return bytes(body)
+        raise RequestError(415, "the content type must be application/json")
+    return b"".join([chunk async for chunk in request.stream()])  # bounded by the guard; not kept by the request
 
 
 def _parse(body: bytes) -> _ChatRequest:
+    strings = body.count(b'"') - body.count(b'\\"')  # at least; before they are taken out one by one
+    if strings > 4 * _MAX_VALUES or sum(map(_STRING.sub(b"", body).count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise RequestError(400, f"a request of more than {_MAX_VALUES} values")
     try:
         asked = _ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        broken = error.errors()[0]["type"] == "json_invalid"
-        first = findings(error, None if broken else json.loads(body))[0]
+        first = findings(error, _loads(body))[0]
         param = ".".join(map(str, first["loc"])) or None
-        raise _RequestError(400, f"{param or 'the request'}: {_told(first)}", param=param) from error
+        raise RequestError(400, f"{param or 'the request'}: {_told(first)}", param=param) from error
     if asked.messages[-1].role != "user":
-        raise _RequestError(400, "messages: the last message must be the user's", param="messages")
+        raise RequestError(400, "messages: the last message must be the user's", param="messages")
     for name, value in (asked.model_extra or {}).items():
         if name not in _WITHOUT_EFFECT and value and value not in _NEUTRAL.get(name, ()):
-            raise _RequestError(400, f"'{name}' is not supported", param=name, code="unsupported_parameter")
+            raise RequestError(400, f"'{name}' is not supported", param=name, code="unsupported_parameter")
     return asked
+
+
+def _loads(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _told(finding: Mapping[str, Any]) -> str:
@@ -199,25 +205,29 @@ def _told(finding: Mapping[str, Any]) -> str:
 
 
 def _messages(asked: _ChatRequest, limits: Limits) -> list[Message]:
-    """The messages with their images downloaded and decoded."""
-    count = sum(isinstance(part, _ImagePart) for message in asked.messages for part in message.content)
-    if count > MAX_IMAGES:
-        raise _RequestError(400, f"{count} images, at most {MAX_IMAGES} are taken", param="messages")
+    """The messages with their images downloaded; nothing is decoded. In a thread, in a place of the queue."""
+    end, left = time.monotonic() + _DOWNLOAD_SECONDS, MAX_DOWNLOADS
+
+    def image(part: _ImagePart) -> images.EncodedImage:
+        nonlocal left
+        url = part.image_url.url
+        if url[:5].lower() == "data:":
+            return images.from_data_url(url, limits.size)
+        seconds = max(0.01, min(limits.seconds, end - time.monotonic()))
+        found = images.download(url, replace(limits, size=min(limits.size, left), seconds=seconds))
+        left -= len(found.read())
+        return found
+
     try:
         return [
             Message(
                 "system" if message.role == "developer" else message.role,
-                tuple(part.text if isinstance(part, _TextPart) else _image(part, limits) for part in message.content),
+                tuple(part.text if isinstance(part, _TextPart) else image(part) for part in message.content),
             )
             for message in asked.messages
         ]
     except MmpipeError as error:
-        raise _RequestError(400, str(error), param="messages") from error
-
-
-def _image(part: _ImagePart, limits: Limits) -> Image.Image:
-    url = part.image_url.url
-    return images.from_data_url(url, limits.size) if url[:5].lower() == "data:" else images.from_address(url, limits)
+        raise RequestError(400, str(error), param="messages") from error
 
 
 async def _respond(request: Request, asked: _ChatRequest, answer: AnswerStream) -> Response:
@@ -269,7 +279,7 @@ async def _events(
             yield event({**facts, "object": "chat.completion.chunk", "choices": [], "usage": _usage(done)})
         yield "data: [DONE]\n\n"
     except MmpipeError as error:
-        yield event(_error(error)[0])
+        yield event(error_object(error)[0])
     finally:
         answer.cancel()
 

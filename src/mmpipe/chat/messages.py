@@ -13,6 +13,8 @@ from mmpipe.errors import MmpipeError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mmpipe.chat.images import EncodedImage
+
 
 class ChatError(MmpipeError):
     """A conversation cannot be continued with this request."""
@@ -20,10 +22,10 @@ class ChatError(MmpipeError):
 
 @dataclass(frozen=True)
 class Message:
-    """A message: texts and images (RGB), in order."""
+    """A message: texts and images (RGB, or encoded), in order."""
 
     role: Role
-    parts: tuple[str | Image.Image, ...]
+    parts: tuple[str | Image.Image | EncodedImage, ...]
 
     @property
     def text(self) -> str:
@@ -31,7 +33,7 @@ class Message:
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
-    def images(self) -> tuple[Image.Image, ...]:
+    def images(self) -> tuple[Image.Image | EncodedImage, ...]:
         """Its images."""
         return tuple(part for part in self.parts if not isinstance(part, str))
 
@@ -53,7 +55,7 @@ def images_first(parts: Iterable[Any]) -> tuple[Any, ...]:
     return (*images, *texts) if not any(isinstance(part, str) for part in images) else given
 
 
-def user_message(text: str, images: Sequence[Image.Image] = ()) -> Message:
+def user_message(text: str, images: Sequence[Image.Image | EncodedImage] = ()) -> Message:
     """A question, its images first."""
     return Message("user", (*images, *([text] if text else [])))
 

@@ -9,6 +9,7 @@ beginning; cancelling needs a stopping criterion in any case.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, PreTra
 from transformers.generation.streamers import BaseStreamer
 
 from mmpipe.chat.find import LocalCheckpoint
+from mmpipe.chat.images import EncodedImage, require_few_pixels
 from mmpipe.chat.memory import report_out_of_memory
 from mmpipe.chat.messages import ChatError, Completion, Message, images_first
 from mmpipe.chat.options import SamplingOptions
@@ -32,6 +34,12 @@ from mmpipe.models.llava import max_positions
 from mmpipe.models.moe.collect import collect_statistics, moe_layers
 from mmpipe.models.sparsity.hooks import get_sparsifier
 from mmpipe.models.sparsity.record import KeepRecord, recording
+
+ANSWER_SECONDS = 600
+"""A longer answer is cut: one conversation must not keep the queue for hours."""
+_MAX_TEXT = 4_000_000  # characters of a conversation, for models that name no longest context
+_PIECE = 1 << 15
+_LEAST_TEMPERATURE = 1e-3  # below it, logits divided by the temperature leave the range of numbers: as 0
 
 
 class ChatModel:
@@ -52,6 +60,7 @@ class ChatModel:
         is_token = stop is None or self.tokenizer.convert_tokens_to_ids(stop) in self._stop_ids
         self._stop_texts = () if is_token or stop is None else (stop,)
         self._control = ControlTokens(self.tokenizer, template.stop if template else "")
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()), default=1)
 
     @property
     def captions_only(self) -> bool:
@@ -63,8 +72,11 @@ class ChatModel:
         """Whether it has predictors that choose the image tokens to retain."""
         return isinstance(self.model, LlavaForConditionalGeneration) and get_sparsifier(self.model) is not None
 
-    def answer(self, messages: Sequence[Message], sampling: SamplingOptions) -> AnswerStream:
-        """Answer the last message. Raises ChatError when the checkpoint cannot be asked this, QueueFull."""
+    def answer(
+        self, messages: Sequence[Message], sampling: SamplingOptions, place: AnswerStream | None = None
+    ) -> AnswerStream:
+        """Answer the last message, in its ``place`` in the queue. Raises ChatError when the checkpoint cannot be asked
+        this, QueueFull."""
         if self.captions_only:
             if not messages[-1].images:
                 raise ChatError(
@@ -73,19 +85,40 @@ class ChatModel:
                     "of the recipe"
                 )
             messages = [Message("user", messages[-1].images)]
-        return self.queue.submit(lambda answer: self._generate(messages, sampling, answer))
+        self._require_room(messages)
+        return self.queue.submit(lambda answer: self._generate(messages, sampling, answer), place)
+
+    def _require_room(self, messages: Sequence[Message]) -> None:
+        """Raise ChatError when a conversation cannot fit, by its characters and images: a token has only so many
+        characters, and nothing is tokenised or decoded."""
+        window, characters = self._window(), sum(len(message.text) for message in messages)
+        images = sum(len(message.images) for message in messages)
+        each = getattr(self.model.config, "image_seq_length", None) or 1
+        least = characters // self._longest_token + images * each
+        if characters > _MAX_TEXT or (window is not None and least >= window):
+            raise ChatError(self._too_long(f"at least {least}"))
+
+    def _window(self) -> int | None:
+        return max_positions(self.model.config.get_text_config())
+
+    def _too_long(self, length: str) -> str:
+        has = f"the conversation has {length} tokens and {self.name} takes {self._window() or _MAX_TEXT}"
+        return f"{has}; clear it or show fewer images"
 
     # ---- in the queue's thread
 
     @torch.inference_mode()
     def _generate(self, messages: Sequence[Message], sampling: SamplingOptions, answer: AnswerStream) -> Completion:
-        inputs = self._encode(messages)
+        inputs = self._encode(self._decoded(messages))
         length = inputs["input_ids"].shape[1]
         config = self._generation_config(sampling, length)
         streamer = TokenStreamer(self.tokenizer, (*self._stop_texts, *sampling.stop), answer.put)
 
+        latest = time.monotonic() + ANSWER_SECONDS
+
         def ended(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return torch.full((len(ids),), answer.is_cancelled or streamer.ended, device=ids.device)
+            done = answer.is_cancelled or streamer.ended or time.monotonic() > latest
+            return torch.full((len(ids),), done, device=ids.device)
 
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
@@ -102,6 +135,21 @@ class ChatModel:
             expert_loads={name: (load / load.sum().clamp(min=1)).tolist() for name, load in loads.items()},
             retention_maps=[retained for done in record.passes for retained in done.images],
         )
+
+    def _decoded(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with their images decoded. Raises ChatError, before, when the texts alone are too long."""
+        window, tokens = self._window(), 0
+        for text in (message.text for message in messages):
+            # Pieces of a long text have a few tokens more than the whole.
+            for start in range(0, len(text) if window and len(text) > _PIECE else 0, _PIECE):
+                piece = text[start : start + _PIECE].encode("utf-8", "replace").decode()
+                tokens += max(0, len(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) - 8)
+                if window is not None and tokens >= window:
+                    raise ChatError(self._too_long(f"more than {tokens}"))
+        require_few_pixels([image for message in messages for image in message.images])
+        return [
+            Message(m.role, tuple(p.decode() if isinstance(p, EncodedImage) else p for p in m.parts)) for m in messages
+        ]
 
     def _encode(self, messages: Sequence[Message]) -> dict[str, Any]:
         trained = images_first if self.template is not None else tuple[Any, ...]
@@ -134,16 +182,13 @@ class ChatModel:
 
     def _generation_config(self, sampling: SamplingOptions, length: int) -> GenerationConfig:
         """Raises ChatError when the conversation, of ``length`` tokens, leaves no room for an answer."""
-        limit = sampling.max_tokens
-        text = self.model.config.get_text_config()
-        window = max_positions(text)
+        limit, window = sampling.max_tokens, self._window()
         if window is not None:
             if length >= window:
-                has = f"the conversation has {length} tokens and {self.name} takes {window}"
-                raise ChatError(f"{has}; clear it or show fewer images")
+                raise ChatError(self._too_long(str(length)))
             limit = min(limit, window - length)
         config: GenerationConfig = copy.deepcopy(self.model.generation_config)
-        sampled = sampling.temperature > 0
+        sampled = sampling.temperature >= _LEAST_TEMPERATURE
         config.update(
             do_sample=sampled,
             temperature=sampling.temperature if sampled else None,

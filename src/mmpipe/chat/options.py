@@ -14,6 +14,8 @@ from typer import Option
 from mmpipe.chat.messages import ChatError
 
 Bits = Literal[4, 8]
+MAX_TOKENS = 1 << 20
+MAX_STOP = 256
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -58,10 +60,13 @@ class SamplingOptions:
         for name, good, allowed in (
             ("temperature", 0 <= self.temperature <= 10, "0 (always the most probable token) to 10"),
             ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", 1 <= self.max_tokens <= MAX_TOKENS, f"1 to {MAX_TOKENS}"),
+            ("seed", self.seed is None or -(1 << 63) <= self.seed < 1 << 63, "an integer of 64 bits"),
+            ("stop", len(self.stop) <= 4, "4 texts at most"),
+            ("stop", all(len(text) <= MAX_STOP for text in self.stop), f"texts of {MAX_STOP} characters at most"),
         ):
             if not good:
-                raise ChatError(f"{name} cannot be {getattr(self, name)}: {allowed}")
+                raise ChatError(f"{name} cannot be {str(getattr(self, name))[:40]}: {allowed}")
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -7,6 +7,7 @@ disturb each other. All models of a process share one queue with one thread, whi
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
@@ -46,27 +47,52 @@ class AnswerStream:
 
 
 class RequestQueue:
-    """Generates answers in one thread; at most ``size`` requests are waiting or being answered."""
+    """Generates answers in one thread; at most ``size`` requests are prepared, waiting or being answered."""
 
     def __init__(self, size: int = 16) -> None:
         self._size = size
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
         self._open: set[AnswerStream] = set()
         self._lock = threading.Lock()
+        self.totals = dict.fromkeys(("answers", "failed", "prompt_tokens", "tokens", "seconds"), 0.0)
+        """Of all answers so far."""
 
-    def submit(self, generate: Callable[[AnswerStream], Completion]) -> AnswerStream:
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def take_place(self) -> AnswerStream:
+        """A place in the queue, to be submitted or left. Raises QueueFull."""
+        place = AnswerStream()
+        with self._lock:
+            if len(self._open) >= self._size:
+                raise QueueFull(f"{self._size} answers are being waited for already; try again later")
+            self._open.add(place)
+        return place
+
+    def leave(self, place: AnswerStream) -> None:
+        """Give up a place that is not submitted."""
+        self._open.discard(place)
+
+    def submit(self, generate: Callable[[AnswerStream], Completion], place: AnswerStream | None = None) -> AnswerStream:
         """Call ``generate`` when its turn comes. Raises QueueFull."""
-        answer = AnswerStream()
+        answer = place or self.take_place()
 
         def in_turn() -> Completion:
             if answer.is_cancelled:
                 raise ChatError("the answer was stopped before its turn came")
-            return generate(answer)
+            start = time.monotonic()
+            try:
+                done = generate(answer)
+            except BaseException:
+                self.totals["failed"] += 1
+                raise
+            finally:
+                self.totals["seconds"] += time.monotonic() - start
+            self.totals["answers"] += 1
+            self.totals["prompt_tokens"] += done.prompt_tokens
+            self.totals["tokens"] += done.tokens
+            return done
 
-        with self._lock:
-            if len(self._open) >= self._size:
-                raise QueueFull(f"{self._size} answers are being waited for already; try again later")
-            self._open.add(answer)
         answer.future = self._worker.submit(in_turn)
         answer.future.add_done_callback(lambda _: self._open.discard(answer))
         answer.future.add_done_callback(lambda _: answer.put(None))

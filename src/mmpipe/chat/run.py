@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -77,20 +78,29 @@ def ask_once(
 
 
 def serve(
-    checkpoints: Sequence[str], configfile: Path, load: LoadOptions, sampling: SamplingOptions, port: int
+    checkpoints: Sequence[str],
+    configfile: Path,
+    load: LoadOptions,
+    sampling: SamplingOptions,
+    port: int,
+    hosts: Sequence[str] = (),
 ) -> None:
-    """Serve checkpoints on this machine until Ctrl-C."""
+    """Serve checkpoints on this machine until Ctrl-C. The token is read from MMPIPE_API_KEY alone: arguments are visible
+    to every user of the machine."""
     found = [find(checkpoint, configfile) for checkpoint in checkpoints]
     if importlib.util.find_spec("gradio") is None:
         raise ChatError("mmpipe serve needs gradio: pip install 'mmpipe[chat]'")
+    from mmpipe.chat.guard import Access
     from mmpipe.chat.queue import RequestQueue
     from mmpipe.chat.server import build, listen
+
+    access = Access(tuple(host.lower() for host in hosts), os.environ.pop("MMPIPE_API_KEY", "").strip() or None)
 
     with closing(RequestQueue()) as queue:
         models = {one.name: open_model(one, load, queue) for one in found}
         if len(models) < len(found):
             raise ChatError(f"the same checkpoint twice: {found[0].name}")
-        listen(build(models, sampling), port, queue)
+        listen(build(models, sampling, access=access), port, queue)
 
 
 def open_model(checkpoint: LocalCheckpoint, options: LoadOptions, queue: RequestQueue) -> ChatModel:

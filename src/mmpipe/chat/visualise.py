@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from mmpipe.chat.images import EncodedImage
 from mmpipe.data.images import data_url
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ _HEADING = "<p style='margin:0 0 6px;font-size:13px'>"
 def visualise(model: ChatModel, done: Completion, history: Sequence[Message]) -> str:
     """HTML of a model's last answer; empty for a dense model that retains all of an image."""
     images = [image for message in history for image in message.images]
-    retained = [retained_image(model, image, kept) for image, kept in zip(images, done.retention_maps, strict=False)]
+    retained = [
+        retained_image(model, image.decode() if isinstance(image, EncodedImage) else image, kept)
+        for image, kept in zip(images, done.retention_maps, strict=False)
+    ]
     return _expert_bars(done.expert_loads) + _side_by_side(retained)
 
 

@@ -311,12 +311,13 @@ def serve(
     sampling: SamplingOptions,
     other: Annotated[str | None, typer.Argument(help="Another one, to compare answers side by side.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes a free one.")] = 7860,
+    allow_host: Annotated[list[str] | None, typer.Option(help="Another name of this server, of a proxy.")] = None,
     configfile: ConfigFile = Path("config/config.yaml"),
 ) -> None:
     """Serve a checkpoint, or two: a page to talk to them, and OpenAI's protocol below /v1."""
     from mmpipe.chat.run import serve as run
 
-    run([checkpoint] if other is None else [checkpoint, other], configfile, load, sampling, port)
+    run([checkpoint] if other is None else [checkpoint, other], configfile, load, sampling, port, allow_host or [])
 
 
 @app.command()

@@ -76,6 +76,11 @@ def decode_image(
     return _pixels(_recognise(content, where, formats), where, upright=upright)[0]
 
 
+def image_size(content: bytes, where: str, formats: tuple[str, ...]) -> tuple[int, int]:
+    """Width and height in pixels, from the header; nothing is decoded. Raises DataError as :func:`decode_image`."""
+    return _recognise(content, where, formats).size
+
+
 def _pixels(image: Image.Image, where: str, *, upright: bool) -> tuple[Image.Image, bool]:
     """The decoded image as RGB, and whether it has transparent pixels."""
     try:
