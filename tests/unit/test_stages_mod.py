@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_project import make_job
+from tiny_project import list_anew, make_job
 
-from mmpipe.artifacts import manifest
-from mmpipe.artifacts.files import read_json, read_jsonl, write_json
+from mmpipe.artifacts.files import read_jsonl
 from mmpipe.benchmarks.base import Question
 from mmpipe.checkpoints.load import open_checkpoint
 from mmpipe.data.templates import get_template
@@ -115,10 +114,7 @@ def with_head_of(rows: int, checkpoint: Path, out: Path) -> Path:
     config = json.loads((out / "config.json").read_text())
     config["text_config"]["vocab_size"] = rows
     (out / "config.json").write_text(json.dumps(config))
-    card = json.loads((out / "manifest.json").read_text())
-    for file in ("model.safetensors", "config.json"):
-        card["files"][file]["size"] = (out / file).stat().st_size
-    (out / "manifest.json").write_text(json.dumps(card))
+    list_anew(out)
     return out
 
 
@@ -409,6 +405,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(job, dense):
     tokenizer = dense.model_dir / "tokenizer.json"
     text = tokenizer.read_text()
     tokenizer.write_text(text.replace("<|im_start|>", "<|im_other|>"))
+    list_anew(dense.model_dir)
     with pytest.raises(ConfigError, match="do not share a vocabulary"):
         distill(DistillDense, job("student"), dense.model_dir)
 
@@ -418,9 +415,7 @@ def test_a_teacher_of_another_image_size_is_refused(job, dense):
     content = json.loads(path.read_text())
     content["size"] = {name: pixels + 1 for name, pixels in content["size"].items()}
     path.write_text(json.dumps(content))
-    card = read_json(dense.model_dir / manifest.NAME)
-    card["files"][path.name]["size"] = path.stat().st_size
-    write_json(dense.model_dir / manifest.NAME, card)
+    list_anew(dense.model_dir)
     with pytest.raises(ConfigError, match=r"the teacher was trained on other images than.*\(size: stage"):
         distill(DistillDense, job("student"), dense.model_dir)
 
@@ -463,6 +458,7 @@ def break_weights(checkpoint: Path) -> None:
     tensors = load_file(path)
     tensors["language_model.model.norm.weight"].fill_(torch.nan)
     save_file(tensors, path, metadata={"format": "pt"})
+    list_anew(checkpoint)
 
 
 def test_a_teacher_with_broken_weights_names_the_records(job, dense):
