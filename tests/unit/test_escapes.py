@@ -31,7 +31,7 @@ from mmpipe.report.pages import write_page
 
 REPOSITORY = Path(__file__).parents[2]
 FORGED = "Finished jobid: 3 (Rule: finetune)"
-HOSTILE = f"\x1b]0;title\x07\x1b[2J\x9b31m\u202e[/x][bold]\ud800\u2028\n{FORGED}\r"
+HOSTILE = f"\x1b]0;title\x07\x1b[2J\x9b31m\u202e[/x][bold]\u2028\n{FORGED}\r"
 
 
 def harmless(text: str) -> bool:
@@ -42,7 +42,7 @@ def harmless(text: str) -> bool:
 
 def test_each_escape_shows_everything_and_obeys_nothing() -> None:
     for escape in (markup, message, json_text, lambda text: printable(text, line=True)):
-        escaped = escape(HOSTILE)
+        escaped = escape(HOSTILE + "\ud800")  # alone, it would end a worker of xdist that reports a log with it
         assert harmless(escaped)
         assert FORGED in escaped
         escaped.encode()

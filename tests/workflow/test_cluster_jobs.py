@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,8 +28,13 @@ def asked(finished, tmp_path, monkeypatch):
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
 
+    def on(hardware: dict[str, Any], recipe: dict[str, Any]) -> None:
+        recipe["hardware"].update(hardware)
+        for stage in recipe["stages"].values():
+            stage["batch_size"] = 64  # for every GPU to have a share
+
     def ask(config: dict[str, Any] | None = None, **hardware: Any) -> set[str]:
-        project.edit("config/recipes/demo.yaml", lambda recipe: recipe["hardware"].update(hardware))
+        project.edit("config/recipes/demo.yaml", partial(on, hardware))
         project.edit("config/config.yaml", lambda content: content.update(config or {}))
         once = ("--retries", "0", "--forcerun", "pretrain")
         project.snakemake(MANIFEST, "--profile", "slurm", *once, check=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from project_fixtures import REPOSITORY
+from tiny_project import list_anew
 
 
 def digest(directory: Path) -> dict[str, str]:
@@ -117,6 +118,7 @@ def test_a_bad_record_past_the_threshold_stops_with_its_name(project):
     records = json.loads(annotations.read_text())
     records[0]["image"] = "images/none.jpg"
     annotations.write_text(json.dumps(records))
+    list_anew(annotations.parent)
     result = project.snakemake("results/mmbench.json", "--forcerun", "mix_data", check=False)
     assert result.returncode != 0
     assert "too many bad records" in result.stdout
@@ -130,6 +132,7 @@ def test_a_bad_record_below_the_threshold_is_counted(project):
     records = json.loads(annotations.read_text())
     records[0]["conversations"] = []
     annotations.write_text(json.dumps(records))
+    list_anew(annotations.parent)
     project.snakemake("resources/mixtures/shapes-finetune/manifest.json")
     report = json.loads((project.root / "resources/mixtures/shapes-finetune/report.json").read_text())
     assert report["dropped"] == 1
