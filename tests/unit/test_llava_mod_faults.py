@@ -37,12 +37,12 @@ def test_a_loss_that_does_not_exist_is_refused(stage: type, who: str) -> None:
 def test_both_answers_of_a_pair_are_cut_to_the_length(tmp_path: Path) -> None:
     """There, preferences are never cut."""
     question, limit = (Turn("user", "What?"),), len(encoder().template.prompt([Turn("user", "What?")])) + 6
-    pair = PreferenceRecord("p", "made", (), question, "a long answer", "a longer answer still")
+    pair = PreferenceRecord("p", "made", (), question, "one long answer", "a longer answer still")
     write_records(tmp_path / "records.arrow", [pair])
     (both,) = in_tokens(tmp_path / "records.arrow", encoder(max_length=limit))
     assert [len(one.input_ids) for one in both.conversations] == [limit, limit]
     learnt = [char_tokenizer().decode([label for label in one.labels if label != IGNORE]) for one in both.conversations]
-    assert learnt == [" a lo", " a lo"]
+    assert learnt == [" one ", " a lo"]
 
 
 def test_a_tower_without_class_token_loses_no_piece() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_project import list_anew
 
 from mmpipe.artifacts import manifest
 from mmpipe.checkpoints.load import build_model, language_positions, open_checkpoint
@@ -105,6 +106,7 @@ def test_generate_of_any_program_stops_where_the_template_ends_answers(demo_file
     content = json.loads((language / "generation_config.json").read_text())
     eos = content["eos_token_id"][0]
     (language / "generation_config.json").write_text(json.dumps(content | {"eos_token_id": eos}))
+    list_anew(language)
     backbones = {"vision": demo_files / "resources/backbones/clip-tiny", "language": language}
     for template, tokens in (("chatml", ["<|endoftext|>", "<|im_end|>"]), ("plain", ["<|endoftext|>"])):
         built, processor = build_model(backbones, PARTS, template=template, image_aspect="pad", seed=3)
