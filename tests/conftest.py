@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,10 @@ pytest_plugins = ["project_fixtures"]
 
 # the tests' models are so small that threads only get in each other's way
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a test run in the background is started to ignore interrupts, and so would be every process that it tests
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
