@@ -121,12 +121,10 @@ def _lock(snakemake: Any) -> Path:
 
 def _published(snakemake: Any) -> bool:
     """Whether all outputs are there, and a manifest proves that they are what the job would make."""
-    outputs = [Path(output) for output in snakemake.output]
-    directory = next((path.parent for path in outputs if path.name == manifest.NAME), None)
-    spec = snakemake.params.get("spec")
-    return (
-        directory is not None and all(map(Path.exists, outputs)) and records.changed_artifact(directory, spec) is None
-    )
+    directory = records.published(snakemake.output)
+    if directory is None or not all(Path(output).exists() for output in snakemake.output):
+        return False
+    return records.changed_artifact(directory, snakemake.params.get("spec")) is None
 
 
 def unchanged(snakemake: Any, spec: str, parameter: str = "spec") -> str:

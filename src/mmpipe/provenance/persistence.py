@@ -94,12 +94,11 @@ class Provenance(FilePersistence):
     def _write_record(self, key: str, record: MetadataRecord) -> None:
         if records.place(key, records.RECORDS) is None:
             return super()._write_record(key, record)
-        order = self._order or records.read(key, records.ORDERS)
         content = dict(record.items()) | {
-            "input_checksums": order.get("inputs", {}),
-            "plan": order.get("plan", {}),
+            "input_checksums": self._order["inputs"],
+            "plan": self._order["plan"],
             "output_checksum": records.checksum(key),
-            "temporary": key in order.get("temporary", ()),
+            "temporary": key in self._order["temporary"],
         }
         records.write(key, content)
         super()._delete_record(key)
@@ -109,8 +108,9 @@ class Provenance(FilePersistence):
 
     def started(self, job: Any, external_jobid: str | None = None) -> None:
         if self.dag.workflow.exec_mode == ExecMode.DEFAULT:
+            order = self._ordered(job)
             for output in job.output:
-                records.write(output, self._ordered(job), records.ORDERS)
+                records.write(output, order, records.ORDERS)
                 self._delete_record(output)  # it is of what is being replaced
         super().started(job, external_jobid)
 
@@ -239,5 +239,4 @@ def _settings(job: Any) -> dict[str, str]:
 
 
 def _published(job: Any) -> Path | None:
-    """The directory whose manifest the job writes, where there is one on the disk."""
-    return next((Path(f).parent for f in job.output if Path(f).name == manifest.NAME and Path(f).is_file()), None)
+    return records.published(job.output)

@@ -11,7 +11,7 @@ A record is JSON: the fields of Snakemake's own metadata, and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,12 @@ def changed_artifact(directory: Path, spec: str | None = None) -> str | None:
     if spec is not None and made != json.loads(spec):
         return f"{path} was made with other settings{_difference(made, json.loads(spec))}"
     return next(changed_inputs(inputs), None)
+
+
+def published(outputs: Iterable[str]) -> Path | None:
+    """The directory of the manifest among ``outputs``, where it is on the disk."""
+    manifests = (Path(output) for output in outputs if Path(output).name == manifest.NAME)
+    return next((path.parent for path in manifests if path.is_file()), None)
 
 
 def _difference(made: Any, wanted: Any) -> str:
